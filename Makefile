@@ -1,0 +1,41 @@
+# Two commands on a bare machine: `make demo` and `make test`.
+# PYTHON is any Python 3.10 to 3.12; everything is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/avl-edge run --image examples/cockpit.png --prompt "What is the speed?" --stats
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python -m tools.bench_decode
+
+clean:
+	rm -rf $(VENV) build *.egg-info avl_edge/*.so
+
+# The package is installed in place, so that its kernels are built once and its sources stay editable.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard plugins/cpu/*)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "avl-edge needs Python 3.10 to 3.12: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,216 @@
+"""The command line: parse, translate, print. What it prints to stdout is the answer and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .checkpoint import Progress as Report
+from .config import Options, format_size, parse_size
+from .errors import AvlEdgeError, BadInput
+from .prompt import ImageSource
+from .request import Result
+from .runtime import Runtime
+from .scheduler import Request
+
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+_stderr = Console(stderr=True, highlight=False)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run_app(sys.argv[1:]))
+
+
+def run_app(arguments: list[str]) -> int:
+    """Run a command line and give its exit code: 0 answer, 1 our fault, 2 bad input, 3 does not fit, 130 Ctrl-C."""
+    debug = "--debug" in arguments
+    try:
+        return app(arguments, standalone_mode=False, prog_name="avl-edge") or 0
+    except typer.Exit as end:
+        return end.exit_code
+    except (KeyboardInterrupt, typer.Abort):  # Typer makes an Abort of Ctrl-C
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Who read the answer has left. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """One line on stderr for ``error``, and its exit code."""
+    if isinstance(error, AvlEdgeError):
+        message, code = str(error), error.exit_code
+    elif hasattr(error, "format_message"):  # Typer's own usage errors
+        message, code = f"{error.format_message()} (see --help)", 2
+    else:
+        message, code = f"internal error: {type(error).__name__}: {error} (run again with --debug for the trace)", 1
+    print(f"avl-edge: {message}", file=sys.stderr)
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"avl-edge {version('avl-edge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Ask questions about images, inside a memory budget."""
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture (JPEG, PNG, WebP, BMP), or - for stdin; may be given several times."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")] = "demo",
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = Options.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = Options.temperature,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that together reach this.")
+    ] = Options.top_p,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = Options.seed,
+    method: Annotated[
+        str | None, typer.Option(help="full or avl. Default: full; with --kv-budget, avl where full does not fit.")
+    ] = None,
+    prefill_keep: Annotated[
+        float | None, typer.Option(help="avl, P: percent of image tokens beyond the early layers. [90]")
+    ] = None,
+    secondary: Annotated[
+        float | None, typer.Option(help="avl, S: percent of image rows stored per layer. [45]")
+    ] = None,
+    core: Annotated[
+        float | None, typer.Option(help="avl, C: percent of image rows read on an ordinary step. [30]")
+    ] = None,
+    refresh: Annotated[
+        int | None, typer.Option(help="avl, K: every K-th step reads all stored rows; 0: never. [3]")
+    ] = None,
+    text_keep: Annotated[
+        float | None, typer.Option(help="avl, T: percent of text rows kept after the image. [70]")
+    ] = None,
+    kv_budget: Annotated[
+        str | None, typer.Option(help="The most KV memory for this request, like 160MB or 1.5GiB.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print a table of times and memory to stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Answer a question about one or more images. The answer streams to stdout."""
+    given = {
+        "prefill_keep": prefill_keep,
+        "secondary": secondary,
+        "core": core,
+        "refresh": refresh,
+        "text_keep": text_keep,
+    }
+    options = Options(
+        method=method,
+        parameters={name: value for name, value in given.items() if value is not None},
+        kv_budget=None if kv_budget is None else parse_size(kv_budget),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    runtime = Runtime.open(model)
+    request = runtime.prepare(_images(image or []), prompt, options)
+    if options.kv_budget is not None:
+        _say_plan(request)
+    with _progress("loading") as report:
+        runtime.load_weights(pool_bytes=request.plan.peak_bytes, progress=report)
+    result = _answer(runtime, request, quiet=as_json)
+    if as_json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    if stats:
+        _stderr.print(_table(result))
+
+
+def _images(names: list[str]) -> list[ImageSource]:
+    if names.count("-") > 1:
+        raise BadInput("only one --image can be read from stdin: give the others as files")
+    return [sys.stdin.buffer.read() if name == "-" else name for name in names]
+
+
+def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
+    with runtime.submit(request) as generation:
+        for event in generation:
+            if not quiet:
+                print(event.text, end="", flush=True)
+        if not quiet:
+            print()
+        return generation.result()
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Report | None]:
+    """A bar on stderr while something loads; nothing when stderr is not a terminal."""
+    if not _stderr.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} tensors"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _say_plan(request: Request) -> None:
+    plan = request.plan
+    assert plan.budget is not None
+    symbols = {"prefill_keep": "P", "secondary": "S", "core": "C", "refresh": "K", "text_keep": "T"}
+    picked = " ".join(
+        f"{symbol} {getattr(plan.method, name):g}" for name, symbol in symbols.items() if hasattr(plan.method, name)
+    )
+    print(
+        f"avl-edge: {plan.method.name} {picked}".rstrip()
+        + f" holds at most {format_size(plan.peak_bytes)} of the {format_size(plan.budget)} budget",
+        file=sys.stderr,
+    )
+
+
+def _table(result: Result) -> Table:
+    kv, timings, usage = result.kv, result.timings, result.usage
+    settings = " ".join(f"{name}={value:g}" for name, value in result.settings.items())
+    rows = (
+        ("method", f"{result.method} {settings}".strip()),
+        ("tokens", f"{usage.prompt_tokens} prompt ({usage.image_tokens} image), {usage.completion_tokens} new"),
+        ("load / encode / prefill", f"{timings.load_ms:.0f} / {timings.encode_ms:.0f} / {timings.prefill_ms:.0f} ms"),
+        ("first token", f"{timings.ttft_ms:.0f} ms"),
+        ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),
+        ("KV stored / peak / full", " / ".join(map(format_size, (kv.bytes_stored, kv.bytes_peak, kv.bytes_full)))),
+        ("KV rows read", f"{100 * kv.rows_read_fraction:.1f} % of full attention's, {kv.refreshes} refreshes"),
+    )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table

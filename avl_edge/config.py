@@ -1,0 +1,121 @@
+"""Shapes, options and sizes: frozen data that every other room reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput, BadModel
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one row (the K and V of one token in one layer) weighs, and how many layers hold rows."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: K and V of all key/value heads."""
+        return 2 * self.kv_heads * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """How many tokens of each kind a prompt has, in tokens.
+
+    ``prefix`` is the text before the first image (all text, if there is no image), which is never evicted;
+    ``images`` the total of all images; ``suffix`` the text after the first image began.
+    """
+
+    prefix: int
+    images: int
+    suffix: int
+
+    @property
+    def length(self) -> int:
+        return self.prefix + self.images + self.suffix
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer one request.
+
+    ``method`` names a policy of :mod:`avl_edge.policies`; None takes ``full`` where it fits ``kv_budget``
+    and ``avl`` where it does not. ``parameters`` are that policy's own, by field name; those left out take
+    their defaults, or are picked to fit ``kv_budget`` (bytes; None: no limit but the pool's).
+    ``temperature`` 0 is greedy.
+    """
+
+    method: str | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    kv_budget: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        require(0 <= self.temperature <= 100, f"temperature must be from 0 to 100, not {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
+        require(self.kv_budget is None or self.kv_budget > 0, "the KV budget must be more than 0 bytes")
+        require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise :class:`BadInput` with ``message`` unless ``holds``."""
+    if not holds:
+        raise BadInput(message)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``160MB``, ``1.5 GiB`` or ``4096``; decimal and binary units are distinct."""
+    match = _SIZE.fullmatch(text)
+    unit = match.group(2).lower() if match else None
+    if match is None or unit not in _UNITS:
+        raise BadInput(f"cannot read {text!r} as a size: give a number with B, kB, MB, GB, KiB, MiB or GiB, like 160MB")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+def format_size(count: int) -> str:
+    """A byte count for people, in decimal units: ``format_size(162_800_000) == '162.8 MB'``."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a model's file, or None if there is no such file; :class:`BadModel` if it is not readable UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise BadModel(f"{path} cannot be read ({reason}): copy the checkpoint again") from None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a model's file, or None if there is no such file; :class:`BadModel` for anything else."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadModel(f"{path} is not valid JSON ({error}): copy the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise BadModel(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content

@@ -1,0 +1,71 @@
+"""The LLaMA family's decoder, once: RMSNorm, RoPE, grouped-query attention, gated MLP; biases where stored.
+
+Attention itself is not here: a layer gives query, key and value, the backend attends as its pool and policy
+say, and the layer takes the result.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoint import Weights
+from ..spec import TextSpec
+from .layers import Linear, RmsNorm, activation
+from .rope import Rope, rotate
+
+
+class Decoder:
+    """Embedding, layers, final norm and head. Hidden states are ``[n, hidden]``, one row per token."""
+
+    def __init__(self, spec: TextSpec, weights: Weights) -> None:
+        size = spec.hidden_size
+        self.spec = spec
+        self.embedding = weights.take("text.embed_tokens.weight", spec.vocab_size, size)
+        self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
+        self._norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
+        self._head = self.embedding if spec.tied_head else weights.take("head.weight", spec.vocab_size, size)
+        self._rope = Rope(spec.head_dim, spec.rope)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 ``[n]`` to ``[n, hidden]``."""
+        return F.embedding(token_ids, self.embedding)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """RoPE's cosines and sines for int64 ``positions`` ``[n]``."""
+        return self._rope.angles(positions, self.embedding.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` to ``[n, vocabulary]``."""
+        return F.linear(self._norm(hidden), self._head)
+
+
+class DecoderLayer:
+    def __init__(self, spec: TextSpec, name: str, weights: Weights) -> None:
+        size, inner, head_dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
+        queries, keys = spec.heads * head_dim, spec.kv_heads * head_dim
+        self._head_dim = head_dim
+        self._norm1 = RmsNorm.take(weights, f"{name}.input_layernorm", size, spec.norm_eps)
+        self._norm2 = RmsNorm.take(weights, f"{name}.post_attention_layernorm", size, spec.norm_eps)
+        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size)
+        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size)
+        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size)
+        self._out = Linear.take(weights, f"{name}.self_attn.o_proj", size, queries)
+        self._gate = Linear.take(weights, f"{name}.mlp.gate_proj", inner, size)
+        self._up = Linear.take(weights, f"{name}.mlp.up_proj", inner, size)
+        self._down = Linear.take(weights, f"{name}.mlp.down_proj", size, inner)
+        self._activation = activation(spec.activation)
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[n, hidden]`` to query ``[n, heads, d]``, key and value ``[n, kv_heads, d]``; query and key rotated."""
+        normed = self._norm1(hidden)
+        query, key, value = (
+            part(normed).view(len(hidden), -1, self._head_dim) for part in (self._query, self._key, self._value)
+        )
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output from its input and the attention's result ``[n, heads, d]``."""
+        hidden = hidden + self._out(attended.flatten(1))
+        normed = self._norm2(hidden)
+        return hidden + self._down(self._activation(self._gate(normed)) * self._up(normed))

@@ -1,0 +1,55 @@
+"""The native library: where it is, what its functions take, and what to do when it is not there.
+
+The install builds `plugins/cpu/core_attention.cpp` into `avl_edge/_core_attention.*`, a shared library with a C interface
+that ctypes loads; it is no Python module. Without it the package works, only slower, by gathering rows in torch; the
+first use then warns, once, with the reason and the cure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+# The library takes its OpenMP runtime from the process instead of bringing one, and torch is what loads it: imported
+# first, both run on the same threads.
+import torch  # noqa: F401
+
+_DIRECTORY = Path(__file__).resolve().parent
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS: tuple[Any, ...] = (
+    *[_POINTER] * 5,  # query, keys, values, rows, offsets
+    *[_INT] * 6,  # row type, batch, heads, kv heads, head size, rows in the pool
+    *[_LONG] * 4,  # strides in elements: key row, key head, value row, value head
+    _FLOAT,  # scale
+    _INT,  # threads
+    *[_POINTER] * 2,  # out, scores or null
+)
+
+
+@lru_cache(maxsize=1)
+def core_attention() -> Any | None:
+    """The C function `avl_core_attention`, or None, after one warning, when it is missing or cannot be loaded."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := _DIRECTORY / f"_core_attention{suffix}").is_file()]
+    try:
+        if not found:
+            raise OSError("the library was not built")
+        function = ctypes.CDLL(str(found[0])).avl_core_attention
+    except (OSError, AttributeError) as error:
+        warnings.warn(
+            f"Decoding is slower than it could be, because the native attention kernel is missing ({error}): install "
+            "g++ or clang, then avl-edge once more from its source, with `pip install --force-reinstall --no-deps .`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    function.argtypes, function.restype = _ARGUMENTS, _INT
+    return function
+
+
+def available() -> bool:
+    """Whether decode attention runs natively for CPU tensors of float32, bfloat16 and float16."""
+    return core_attention() is not None

@@ -1,0 +1,38 @@
+"""The methods, one file each. To add one: write its file, name its settings class here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+
+from ..errors import BadInput
+from .avl import Avl
+from .base import Kept, Method, Policy, PromptLayer, Settlement, StepLayer
+from .full import Full
+
+METHODS: dict[str, type[Full] | type[Avl]] = {method.name: method for method in (Full, Avl)}
+
+__all__ = ["METHODS", "Avl", "Full", "Kept", "Method", "Policy", "PromptLayer", "Settlement", "StepLayer", "candidates"]
+
+
+def candidates(name: str | None, parameters: Mapping[str, float], fitted: bool) -> Iterator[Method]:
+    """The settings to choose from, best answers first.
+
+    ``name`` None means full attention, then A-VL. ``fitted``: parameters that were not given may be picked
+    to fit a budget; otherwise they take their defaults. Raises :class:`BadInput` for an unknown method or parameter.
+    """
+    if name is None:
+        yield from candidates("full", parameters, fitted)
+        if fitted:
+            yield from candidates("avl", {}, fitted)
+        return
+    if name not in METHODS:
+        raise BadInput(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    known = {field.name for field in fields(method)}
+    for parameter in parameters:
+        if parameter not in known:
+            owners = [other for other, kind in METHODS.items() if parameter in {f.name for f in fields(kind)}]
+            hint = f"it belongs to {', '.join(owners)}" if owners else f"it takes {', '.join(sorted(known)) or 'none'}"
+            raise BadInput(f"method {name!r} has no parameter {parameter!r}: {hint}")
+    yield from method.ladder(parameters) if fitted else iter([method(**parameters)])  # type: ignore[arg-type]

@@ -1,0 +1,145 @@
+"""A-VL, adaptive attention for vision-language models (arXiv 2409.14846, AAAI 2025).
+
+Image tokens are tiered per layer by the attention they receive: *core* rows are attended on every decode
+step, *secondary* rows only on every K-th, which also picks the core anew, *minor* rows are never stored.
+Text after the image is held to a budget of heavy hitters and the most recent rows (as in H2O).
+
+Row sets are shared by all heads of a layer; the authors' public code evicts text per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..config import PromptShape, require
+from .base import Kept, Mask, PromptLayer, Scores, Settlement, StepLayer, share, spread, top
+
+
+@dataclass(frozen=True)
+class Avl:
+    """A-VL's symbols; percentages are of the image tokens of the prompt, of text rows for ``text_keep``.
+
+    ``prefill_keep`` P: image tokens that go beyond layer ``prune_layer`` (0-based) of prefill;
+    ``secondary`` S: image rows stored per layer, core included; ``core`` C: image rows attended on an ordinary
+    step; ``refresh`` K: every K-th step attends all stored rows and picks the core anew (0: never);
+    ``text_keep`` T: text rows kept after the image, at least ``text_floor`` of them, ``heavy`` percent of
+    which are heavy hitters and the others the most recent.
+    """
+
+    prefill_keep: float = 90
+    secondary: float = 45
+    core: float = 30
+    refresh: int = 3
+    text_keep: float = 70
+    heavy: float = 70
+    text_floor: int = 20
+    prune_layer: int = 2
+
+    name: ClassVar[str] = "avl"
+
+    def __post_init__(self) -> None:
+        p, s, c = self.prefill_keep, self.secondary, self.core
+        for symbol, name, value in (("P", "prefill_keep", p), ("S", "secondary", s), ("C", "core", c)):
+            require(0 < value <= 100, f"{name} ({symbol}) must be above 0 and at most 100 percent, not {value:g}")
+        require(0 < self.text_keep <= 100, f"text_keep (T) must be above 0 and at most 100, not {self.text_keep:g}")
+        require(
+            p >= s >= c,
+            f"A-VL needs prefill_keep >= secondary >= core (P >= S >= C), but they are {p:g}, {s:g} and {c:g}",
+        )
+        require(
+            self.refresh >= 0 and self.refresh == int(self.refresh),
+            f"refresh (K) must be a whole number of steps, 0 for never, not {self.refresh:g}",
+        )
+        require(0 <= self.heavy <= 100, f"heavy must be from 0 to 100 percent, not {self.heavy:g}")
+        require(self.text_floor >= 1, f"text_floor must be at least 1 row, not {self.text_floor:g}")
+        require(self.prune_layer >= 0, f"prune_layer must be 0 or more, not {self.prune_layer:g}")
+
+    def text_budget(self, seen: int) -> int:
+        """Text rows kept of the ``seen`` ones after the image (halves round to even)."""
+        return min(seen, max(round(self.text_keep * seen / 100), self.text_floor))
+
+    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
+        # Rows grow with every step, and a step's new row is there before the eviction that it causes.
+        text = self.text_budget(prompt.suffix)
+        if steps:
+            text = max(text, self.text_budget(prompt.suffix + steps - 1) + 1)
+        return layers * (prompt.prefix + share(prompt.images, self.secondary) + text)
+
+    def policy(self, prompt: PromptShape, layers: int) -> AvlPolicy:
+        return AvlPolicy(self, prompt, layers)
+
+    @classmethod
+    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Avl]:
+        """One dial: S falls from 100 to 1; C is two thirds of S, as published, and T follows S down to 50."""
+        if "secondary" in fixed:
+            dial = [fixed["secondary"]]
+        else:
+            highest = int(fixed.get("prefill_keep", 100))
+            dial = [s for s in range(highest, 0, -1) if s >= fixed.get("core", 0)]
+        for s in dial or [cls.secondary]:
+            picked = {
+                "secondary": s,
+                "core": max(1, s * 2 // 3),
+                "prefill_keep": max(cls.prefill_keep, s),
+                "text_keep": max(50, s),
+            }
+            yield cls(**{**picked, **fixed})  # type: ignore[arg-type]
+
+
+class AvlPolicy:
+    """One request under A-VL. Keeps the running sums of the text rows' attention, layer by layer."""
+
+    prompt_scores = True
+
+    def __init__(self, settings: Avl, prompt: PromptShape, layers: int) -> None:
+        self._settings = settings
+        self._stored = share(prompt.images, settings.secondary)
+        self._core = share(prompt.images, settings.core)
+        self._survivors = share(prompt.images, settings.prefill_keep)
+        self._seen = [prompt.suffix] * layers
+        self._sums: list[Scores] = [np.empty(0)] * layers
+
+    def keep_prompt(self, view: PromptLayer) -> Kept:
+        image = spread(top(view.last[view.is_image], self._stored), view.is_image)
+        core = spread(top(view.last[image], self._core), image)
+        sums = view.total[view.is_suffix]
+        kept = self._keep_suffix(sums, self._seen[view.layer])
+        self._sums[view.layer] = sums[kept]
+        prefix = ~view.is_image & ~view.is_suffix
+        return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
+
+    def prune_prompt(self, view: PromptLayer) -> Mask | None:
+        if view.layer != self._settings.prune_layer or self._survivors == view.is_image.sum():
+            return None
+        return ~view.is_image | spread(top(view.last[view.is_image], self._survivors), view.is_image)
+
+    def reads_secondary(self, step: int) -> bool:
+        return self._settings.refresh > 0 and step % self._settings.refresh == 0
+
+    def wants_scores(self, step: int) -> bool:
+        return self._settings.text_keep < 100 or self.reads_secondary(step)
+
+    def settle(self, view: StepLayer) -> Settlement:
+        core = top(view.image, self._core) if self.reads_secondary(view.step) else None
+        return Settlement(core, self._settle_text(view) if self._settings.text_keep < 100 else None)
+
+    def _settle_text(self, view: StepLayer) -> Mask | None:
+        weights = view.text[view.is_suffix]
+        sums = np.append(self._sums[view.layer], 0) + weights
+        self._seen[view.layer] += 1
+        keep = self._keep_suffix(sums, self._seen[view.layer])
+        self._sums[view.layer] = sums[keep]
+        return None if keep.all() else ~view.is_suffix | spread(keep, view.is_suffix)
+
+    def _keep_suffix(self, sums: Scores, seen: int) -> Mask:
+        """Heavy hitters by running sum, and the most recent rows: a mask over the text rows after the image."""
+        budget = self._settings.text_budget(seen)
+        if len(sums) <= budget:
+            return np.ones(len(sums), dtype=np.bool_)
+        heavy = share(budget, self._settings.heavy)
+        older = len(sums) - (budget - heavy)
+        return np.append(top(sums[:older], heavy), np.ones(budget - heavy, dtype=np.bool_))

@@ -1,0 +1,50 @@
+"""Full attention: every row, every step. The reference that all other methods are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..config import PromptShape
+from .base import Kept, Mask, PromptLayer, Settlement, StepLayer
+
+
+@dataclass(frozen=True)
+class Full:
+    """No parameters."""
+
+    name: ClassVar[str] = "full"
+
+    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
+        return layers * (prompt.length + steps)
+
+    def policy(self, prompt: PromptShape, layers: int) -> FullPolicy:  # noqa: ARG002
+        return FullPolicy()
+
+    @classmethod
+    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Full]:
+        yield cls(**fixed)
+
+
+class FullPolicy:
+    """Stores all image rows as core and settles nothing."""
+
+    prompt_scores = False
+
+    def keep_prompt(self, view: PromptLayer) -> Kept:
+        return Kept(stored=np.ones_like(view.is_image), core=view.is_image)
+
+    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
+        return None
+
+    def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def wants_scores(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
+        return Settlement()

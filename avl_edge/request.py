@@ -1,0 +1,105 @@
+"""What travels through the runtime: the prepared prompt, token events and the closing statistics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one image's tokens stand in the prompt: positions ``start .. start + length - 1``."""
+
+    digest: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the model.
+
+    ``token_ids`` holds every position, image placeholders already expanded;
+    ``pixel_values`` is float32 ``[images, 3, height, width]``, or None without images.
+    """
+
+    token_ids: tuple[int, ...]
+    spans: tuple[ImageSpan, ...]
+    pixel_values: npt.NDArray[np.float32] | None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. ``text`` is what became readable with it, often one word piece, possibly empty.
+
+    ``finish_reason`` is None until the last event: ``stop`` (the model ended) or ``length`` (the limit).
+    """
+
+    token_id: int
+    text: str
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one request, milliseconds; ``decode_ms_per_token`` is 0 for a single token."""
+
+    load_ms: float
+    encode_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_ms_per_token: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class KvStats:
+    """What the pool held for one request, in bytes, measured from the pool.
+
+    ``bytes_full`` is what full attention would hold for the same tokens at the end, ``bytes_stored`` what was
+    held then, ``bytes_peak`` the most at any time. ``rows_read_fraction`` is of full attention's rows over the
+    decode steps (1 when there were none). ``layers`` counts rows per tier at the end.
+    """
+
+    bytes_full: int
+    bytes_stored: int
+    bytes_peak: int
+    bytes_budget: int | None
+    rows_read_fraction: float
+    refreshes: int
+    layers: tuple[dict[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request; ``prompt_tokens`` includes ``image_tokens``."""
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished (or closed) request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    model: str
+    backend: str
+    method: str
+    settings: dict[str, Any]
+    usage: Usage
+    timings: Timings
+    kv: KvStats
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that ``avl-edge run --json`` prints."""
+        return asdict(self)

@@ -1,0 +1,56 @@
+"""Shared equipment: random checkpoints on disk, runtimes over them, and a record of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from avl_edge import Runtime
+from tests.checkpoints import SPECS, CheckpointSpec, make_checkpoint
+
+Checkpoints = Callable[..., Path]
+
+# The models are tiny: a second thread costs more than it computes, many times more on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """``checkpoint(name, dtype=..., max_shard_size=...)``: the directory of a random checkpoint, made once."""
+    made: dict[tuple[CheckpointSpec, str | None], Path] = {}
+
+    def make(name: str, dtype: torch.dtype | None = None, max_shard_size: str | None = None) -> Path:
+        spec = replace(SPECS[name], dtype=dtype) if dtype else SPECS[name]
+        key = (spec.text, spec.seed, spec.dtype, max_shard_size)
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp(name), spec, max_shard_size=max_shard_size)
+        return made[key]
+
+    return make
+
+
+class Recorder:
+    """A backend that remembers the logits of the one sequence that runs."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        assert runtime._backend is not None
+        self._inner = runtime._backend
+        self.name = self._inner.name
+        self.encode_images = self._inner.encode_images
+        self.logits: list[Tensor] = []
+        runtime._backend = self
+
+    def prefill(self, *arguments: object) -> Tensor:
+        logits = self._inner.prefill(*arguments)  # type: ignore[arg-type]
+        self.logits.append(logits)
+        return logits
+
+    def decode(self, *arguments: object) -> Tensor:
+        logits = self._inner.decode(*arguments)  # type: ignore[arg-type]
+        self.logits.append(logits[0])
+        return logits

@@ -1,0 +1,215 @@
+"""A-VL, step by step, on transformers' own LLaVA: the definition that the runtime is checked against.
+
+Nothing is ever dropped here. The model keeps its full cache, attention is eager, and each decoder layer gets its own
+additive 4-D mask that hides the rows which A-VL does not attend in that layer at that step. Positions never change.
+Scores are post-softmax weights, averaged over the heads. Counts are integer percents, computed exactly. Of equal
+scores the one at the lower position wins. To keep rounding from making ties, run the model in float64
+(`load_model`); transformers' eager attention takes its softmax, and the norms their mean, in float32 all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, LlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class AvlSettings:
+    """Integer percents. P, S and C are of the number N of image tokens in the prompt, all images together."""
+
+    prefill_keep: int = 90  # P: image tokens that go on to the layers after `prune_layer`
+    secondary: int = 45  # S: image rows stored per layer, the core among them
+    core: int = 30  # C: image rows attended on an ordinary step
+    refresh: int = 3  # K: every K-th decode step attends all stored rows and picks the core anew; 0 = never
+    text_keep: int = 70  # T: of the text rows after the first image seen so far in a layer
+    heavy: int = 70  # of the text budget: rows kept by their sum of attention, the rest by recency
+    text_floor: int = 20  # the least text budget, in rows
+    prune_layer: int = 2  # 0-based; the prune takes effect after this whole layer
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Positions of the rows that a layer holds, ascending. `text` includes the system prefix, `secondary` is what is
+    stored of the images beside the core."""
+
+    text: tuple[int, ...]
+    core: tuple[int, ...]
+    secondary: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OracleStep:
+    """`token` is the argmax of `logits` (vocabulary size); `rows` per layer, as they stand after this step settled."""
+
+    token: int
+    logits: Tensor
+    rows: list[LayerRows]
+
+
+@dataclass
+class _Layer:
+    stored: list[int]  # image rows, core among them
+    core: list[int]
+    text: list[int]  # text rows after the first image
+    sums: dict[int, float]  # running sum of attention of every text row seen
+    seen: int  # text rows after the first image so far, the evicted ones included
+
+
+def load_model(directory: Path) -> LlavaForConditionalGeneration:
+    """The checkpoint in float64 with eager attention."""
+    model = LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation="eager")
+    return model.double().eval()
+
+
+def top(scores: Sequence[float], candidates: Iterable[int], count: int) -> list[int]:
+    """The `count` candidates with the highest scores, ascending; of equal scores the lower position first."""
+    return sorted(sorted(candidates, key=lambda position: (-scores[position], position))[:count])
+
+
+def text_budget(settings: AvlSettings, seen: int) -> int:
+    return max(round(Fraction(settings.text_keep * seen, 100)), settings.text_floor)
+
+
+def keep_text(settings: AvlSettings, text: list[int], sums: dict[int, float], seen: int) -> list[int]:
+    """The rows of `text` (ascending) that stay: the most recent ones, and of the others those with the highest sums."""
+    budget = text_budget(settings, seen)
+    if len(text) <= budget:
+        return text
+    heavy = settings.heavy * budget // 100
+    split = len(text) - (budget - heavy)
+    ranked = sorted(text[:split], key=lambda position: (-sums[position], position))
+    return sorted(ranked[:heavy]) + text[split:]
+
+
+@contextmanager
+def _masks(model: LlavaForConditionalGeneration, visible: list[Tensor]) -> Iterator[None]:
+    """Give every decoder layer's attention its own mask: `visible[l]` is (queries, keys), True where attended."""
+
+    def hook(mask: Tensor) -> Any:
+        return lambda _module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
+
+    handles = []
+    for layer, seen in zip(model.model.language_model.layers, visible, strict=True):
+        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, float("-inf"))
+        handles.append(layer.self_attn.register_forward_pre_hook(hook(mask[None, None]), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward(
+    model: LlavaForConditionalGeneration,
+    visible: list[Tensor],
+    ids: list[int],
+    pixel_values: Tensor | None = None,
+    cache: Cache | None = None,
+) -> tuple[Tensor, list[Tensor], Cache]:
+    """The logits of the last token, the head-mean weights per layer (queries, keys), and the full cache."""
+    start = 0 if cache is None else cache.get_seq_length()
+    with _masks(model, visible):
+        out = model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.arange(start, start + len(ids))[None],
+            pixel_values=pixel_values,
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+            logits_to_keep=1,
+        )
+    return out.logits[0, -1], [weights[0].double().mean(0) for weights in out.attentions], out.past_key_values
+
+
+@torch.no_grad()
+def generate(
+    model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor, settings: AvlSettings, steps: int
+) -> list[OracleStep]:
+    """`steps` greedy tokens for one prompt with at least one image; entry 0 is the prefill, entry t decode step t.
+    An end-of-sequence token does not stop it."""
+    if model.config.text_config._attn_implementation != "eager":
+        raise ValueError("the scores need eager attention")
+    prompt = input_ids.flatten().tolist()
+    length = len(prompt)
+    images = [position for position, token in enumerate(prompt) if token == model.config.image_token_id]
+    if not images or images[-1] == length - 1:
+        raise ValueError("the prompt needs an image and text after it")
+    pixel_values = pixel_values.to(model.dtype)
+    depth = len(model.model.language_model.layers)
+    total = len(images)
+    system = list(range(images[0]))
+    text = sorted(set(range(images[0], length)) - set(images))
+
+    # The prune ranks by the last query's score in one shallow layer. A first pass over all rows finds that score.
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    survivors = images
+    if settings.prune_layer < depth:
+        _, weights, _ = _forward(model, [causal] * depth, prompt, pixel_values)
+        kept = settings.prefill_keep * total // 100
+        survivors = top(weights[settings.prune_layer][-1].tolist(), images, kept)
+
+    # Prefill: in the layers after that one nobody attends a pruned token. (It attends itself, so that its own
+    # row of weights is defined; nothing reads what it computes.)
+    pruned = torch.zeros(length, dtype=torch.bool)
+    pruned[sorted(set(images) - set(survivors))] = True
+    deep = (causal & ~pruned) | torch.eye(length, dtype=torch.bool)
+    visible = [causal if index <= settings.prune_layer else deep for index in range(depth)]
+    logits, weights, cache = _forward(model, visible, prompt, pixel_values)
+
+    layers = []
+    for index in range(depth):
+        scores = weights[index][-1].tolist()
+        stored = top(scores, images if index <= settings.prune_layer else survivors, settings.secondary * total // 100)
+        sums = dict(zip(text, weights[index][text][:, text].sum(0).tolist(), strict=True))
+        layers.append(
+            _Layer(
+                stored=stored,
+                core=top(scores, stored, settings.core * total // 100),
+                text=keep_text(settings, text, sums, len(text)),
+                sums=sums,
+                seen=len(text),
+            )
+        )
+    result = [_step(logits, system, layers)]
+
+    for t in range(1, steps):
+        own = length + t - 1
+        refresh = settings.refresh > 0 and t % settings.refresh == 0
+        visible = []
+        for layer in layers:
+            layer.text = [*layer.text, own]
+            layer.seen += 1
+            layer.sums[own] = 0.0
+            attended = torch.zeros(1, own + 1, dtype=torch.bool)
+            attended[0, system + (layer.stored if refresh else layer.core) + layer.text] = True
+            visible.append(attended)
+        logits, weights, cache = _forward(model, visible, [result[-1].token], cache=cache)
+        for layer, layer_weights in zip(layers, weights, strict=True):
+            scores = layer_weights[-1].tolist()
+            for position in layer.text:
+                layer.sums[position] += scores[position]
+            if refresh:
+                layer.core = top(scores, layer.stored, settings.core * total // 100)
+            layer.text = keep_text(settings, layer.text, layer.sums, layer.seen)
+        result.append(_step(logits, system, layers))
+    return result
+
+
+def _step(logits: Tensor, system: list[int], layers: list[_Layer]) -> OracleStep:
+    rows = [
+        LayerRows(
+            text=tuple(system + layer.text),
+            core=tuple(layer.core),
+            secondary=tuple(sorted(set(layer.stored) - set(layer.core))),
+        )
+        for layer in layers
+    ]
+    return OracleStep(int(logits.argmax()), logits, rows)

@@ -1,0 +1,270 @@
+"""The command line as a person meets it: answers, plans, refusals, interrupts. Real files, real processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from avl_edge.cli import run_app
+from tests.checkpoints import random_image
+from tests.conftest import Checkpoints
+
+COMMAND = [sys.executable, "-c", "from avl_edge.cli import main; main()", "run"]
+PROMPT = "What is shown?"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoints) -> str:
+    return str(checkpoint("mistral-gqa"))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "cam.jpg"
+    random_image(5, (120, 90)).save(path)
+    return str(path)
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], model: str, picture: str):  # type: ignore[no-untyped-def]
+    """``run(*options)`` on the small model; ``image`` and ``prompt`` may be replaced or left out with None."""
+
+    def call(*options: str, image: str | None = picture, prompt: str | None = PROMPT, model: str = model) -> Outcome:
+        arguments = ["run", "--model", model, *options]
+        arguments += [] if image is None else ["--image", image]
+        arguments += [] if prompt is None else ["--prompt", prompt]
+        code = run_app(arguments)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def test_json_is_one_document_and_nothing_else(run) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--json", "--method", "avl", "--max-new-tokens", "30")
+    assert (outcome.code, outcome.err) == (0, "")
+    document = json.loads(outcome.out)
+    assert outcome.out.count("\n") == 1
+    assert set(document) >= {
+        "text",
+        "token_ids",
+        "finish_reason",
+        "model",
+        "backend",
+        "method",
+        "usage",
+        "timings",
+        "kv",
+    }
+    assert set(document["usage"]) == {"prompt_tokens", "image_tokens", "completion_tokens"}
+    assert set(document["timings"]) == {
+        "load_ms",
+        "encode_ms",
+        "prefill_ms",
+        "ttft_ms",
+        "decode_ms_per_token",
+        "tokens_per_s",
+    }
+    kv = document["kv"]
+    assert set(kv) >= {"bytes_full", "bytes_stored", "bytes_peak", "rows_read_fraction", "refreshes", "layers"}
+    assert len(kv["layers"]) == 5
+    assert set(kv["layers"][0]) == {"text", "core", "secondary", "freed"}
+    assert 0 < kv["bytes_stored"] <= kv["bytes_peak"] < kv["bytes_full"]
+    assert document["usage"]["completion_tokens"] == len(document["token_ids"]) == 30
+
+
+def test_text_streams_the_same_answer(run) -> None:  # type: ignore[no-untyped-def]
+    document = json.loads(run("--json", "--max-new-tokens", "20").out)
+    outcome = run("--max-new-tokens", "20")
+    assert outcome.out == document["text"] + "\n"
+    assert outcome.err == ""
+
+
+def test_stats_go_to_stderr(run) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--stats", "--max-new-tokens", "5")
+    assert outcome.code == 0
+    assert "KV stored / peak / full" in outcome.err
+    assert "KV" not in outcome.out
+
+
+def test_a_budget_picks_and_says_so(run) -> None:  # type: ignore[no-untyped-def]
+    full = json.loads(run("--json", "--max-new-tokens", "40").out)["kv"]["bytes_peak"]
+    budget = int(0.7 * full)
+    outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(budget))
+    document = json.loads(outcome.out)
+    assert document["method"] == "avl"
+    assert re.match(
+        r"avl-edge: avl P \d+ S \d+ C \d+ K 3 T \d+ holds at most [\d.]+ kB of the [\d.]+ kB budget", outcome.err
+    )
+    assert document["kv"]["bytes_peak"] <= budget == document["kv"]["bytes_budget"]
+    assert document["settings"]["secondary"] < 100
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_that_does(run) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--kv-budget", "10kB", "--json")
+    assert (outcome.code, outcome.out) == (3, "")
+    smallest = re.search(r"smallest that would do is .*? \((\d+) bytes\)", outcome.err)
+    assert smallest
+    assert run("--kv-budget", smallest.group(1), "--json").code == 0
+    assert run("--kv-budget", str(int(smallest.group(1)) - 1), "--json").code == 3
+    assert run("--kv-budget", smallest.group(1), "--method", "full").code == 3
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+BAD_PICTURES = {
+    "empty.jpg": (b"", "is empty"),
+    "note.jpg": (b"not a picture at all\n", "holds text, not a picture"),
+    "cut.jpg": (_encoded(random_image(1, (200, 200)), "JPEG")[:2000], "is damaged"),
+    "huge.png": (_png_header(50_000, 50_000), "too large: 50000 x 50000"),
+    "thin.png": (_encoded(random_image(1, (1, 4000)), "PNG"), "too narrow: 1 x 4000"),
+    "moving.gif": (
+        _encoded(random_image(1, 20), "GIF", save_all=True, append_images=[random_image(2, 20)]),
+        "GIF is not supported: use JPEG, PNG, WebP or BMP",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures(run, tmp_path: Path, name: str) -> None:  # type: ignore[no-untyped-def]
+    content, message = BAD_PICTURES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    _refused(run(image=str(path)), message, name)
+
+
+def _refused(outcome: Outcome, *messages: str) -> None:
+    """Exit code 2, one line on stderr that says why, nothing on stdout."""
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("avl-edge: ")
+    assert outcome.err.count("\n") == 1
+    for message in messages:
+        assert message in outcome.err
+
+
+def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _refused(run(image=str(tmp_path / "none.jpg")), "does not exist", "none.jpg")
+    _refused(run(image=str(tmp_path)), "is a directory")
+    _refused(run(model=str(tmp_path / "nothing")), "there is no model")
+    _refused(run(model=str(tmp_path)), "has no config.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--secondary", "0", "--method", "avl"], "secondary (S) must be above 0"),
+        (["--core", "101", "--method", "avl"], "core (C) must be above 0 and at most 100"),
+        (["--core", "50", "--method", "avl"], "P >= S >= C"),
+        (["--refresh", "-1", "--method", "avl"], "refresh (K)"),
+        (["--text-keep", "0", "--method", "avl"], "text_keep (T)"),
+        (["--core", "20"], "it belongs to avl"),
+        (["--method", "best"], "choose one of full, avl"),
+        (["--kv-budget", "0"], "must be more than 0"),
+        (["--kv-budget", "lots"], "like 160MB"),
+        (["--max-new-tokens", "0"], "at least 1"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--refresh", "x"], "--help"),
+        (["--frobnicate"], "--help"),
+    ],
+)
+def test_options_out_of_range(run, options: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    _refused(run(*options), message)
+
+
+def test_bad_prompts(run) -> None:  # type: ignore[no-untyped-def]
+    _refused(run(prompt=""), "prompt is empty")
+    _refused(run(prompt=" \n"), "prompt is empty")
+    _refused(run(prompt=None), "--prompt")
+    _refused(run(prompt="boat " * 600), "context ends at 512")
+    _refused(run(prompt="<image> what?"), "contains <image>")
+
+
+def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def fail(*_: object) -> None:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr("avl_edge.runtime.Llava", fail)
+    outcome = run()
+    assert outcome.code == 1
+    assert (
+        outcome.err == "avl-edge: internal error: RuntimeError: disk on fire (run again with --debug for the trace)\n"
+    )
+    with pytest.raises(RuntimeError, match="on fire"):
+        run("--debug")
+
+
+def test_help_and_version(run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
+    assert run_app(["--version"]) == 0
+    assert re.fullmatch(r"avl-edge \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert run_app(["run", "--help"]) == 0
+    assert "--kv-budget" in capsys.readouterr().out
+
+
+def test_a_picture_from_stdin(model: str, picture: str) -> None:
+    options = ["--model", model, "--prompt", PROMPT, "--max-new-tokens", "8"]
+    piped = subprocess.run(
+        [*COMMAND, *options, "--image", "-"], input=Path(picture).read_bytes(), capture_output=True, timeout=120
+    )
+    direct = subprocess.run([*COMMAND, *options, "--image", picture], capture_output=True, timeout=120)
+    assert piped.returncode == direct.returncode == 0
+    assert piped.stdout == direct.stdout != b"\n"
+    assert direct.stderr == b""
+
+
+def test_interrupt_stops_with_130_and_no_trace(model: str, picture: str) -> None:
+    options = ["--model", model, "--image", picture, "--prompt", PROMPT, "--max-new-tokens", "100000"]
+    process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert time.monotonic() - start < 30
+
+
+def test_a_reader_that_leaves_is_no_fault(model: str, picture: str) -> None:
+    """``avl-edge run ... | head -c 1``: the pipe breaks, which ends the run quietly."""
+    options = ["--model", model, "--image", picture, "--prompt", PROMPT, "--max-new-tokens", "300"]
+    process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert b"Traceback" not in errors
+    assert b"internal error" not in errors

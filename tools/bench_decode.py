@@ -1,0 +1,180 @@
+"""What a decode step costs under full attention and under A-VL, on random weights at LLaVA-1.5-7B's layer shape.
+
+    python -m tools.bench_decode [--layers 2] [--steps 30] [--out docs/measurements/decode.json]
+
+Per case: ``ms_per_token`` of the whole step, ``attention_ms_per_token`` of its attention alone, rows and KV bytes
+read per step, all layers together. The methods take turns step by step, so that a slow moment of the machine falls
+on all of them; each figure is the mean over the fastest half of A-VL's refresh cycles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from avl_edge.kernels import attend
+from torch import Tensor
+
+from avl_edge.backend import TorchBackend
+from avl_edge.cache import SequenceCache, prompt_shape
+from avl_edge.checkpoint import Weights
+from avl_edge.models import Llava
+from avl_edge.policies import Avl, Full, Method
+from avl_edge.pool import RowPool, RowStore
+from avl_edge.request import ImageSpan, Prompt
+from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
+
+PREFIX, SUFFIX = 35, 36
+VOCABULARY = 1024  # the head is not what is measured
+
+
+@dataclass
+class Case:
+    """One method on one prompt, and the times of its steps in milliseconds."""
+
+    method: Method
+    cache: SequenceCache
+    steps: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+
+
+def layer_shape(layers: int) -> ModelSpec:
+    """LLaVA-1.5-7B's decoder cut to ``layers``; a token-sized vision tower, since prompts here are random."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = TextSpec(4096, 11008, layers, 32, 32, 128, "silu", 1e-5, VOCABULARY, 4096, False, rope)
+    return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu")
+
+
+class RandomWeights(Weights):
+    """Draws each tensor when it is asked for, at a scale that keeps activations finite."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._generator = torch.Generator().manual_seed(0)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self.dtype)
+        drawn = torch.empty(shape, dtype=self.dtype).normal_(generator=self._generator)
+        return drawn.mul_(shape[-1] ** -0.5)
+
+    def take_optional(self, name: str, *shape: int) -> Tensor | None:  # noqa: ARG002
+        return None
+
+
+class Stopwatch:
+    """Adds up the time spent in a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self._function(*arguments, **options)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[dict[str, Any]]:
+    """The cases of one prompt: full attention and the published A-VL, step by step in turn."""
+    length = PREFIX + image_rows + SUFFIX
+    prompt = Prompt((1,) * length, (ImageSpan("", PREFIX, image_rows),), None)
+    shape = spec.text.kv_shape(model.dtype.itemsize)
+    methods: tuple[Method, ...] = (Full(), Avl())
+    counted = prompt_shape(length, prompt.spans)
+    peaks = [method.peak_rows(counted, steps, shape.layers) for method in methods]
+    pool = RowPool(sum(peaks))
+    watch = Stopwatch(attend)
+    backend = TorchBackend(model, RowStore(pool.capacity, shape, model.dtype), attend=watch)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.empty(1, image_rows, spec.text.hidden_size, dtype=model.dtype).normal_(generator=generator)
+    cases = []
+    for method, peak in zip(methods, peaks, strict=True):
+        cache = SequenceCache(pool, method, length, prompt.spans, shape.layers, peak)
+        backend.prefill(prompt, features, cache)
+        cases.append(Case(method, cache))
+    for _ in range(steps):
+        for case in cases:
+            before, start = watch.seconds, time.perf_counter()
+            backend.decode([1], [case.cache])
+            case.steps.append(1000 * (time.perf_counter() - start))
+            case.attention.append(1000 * (watch.seconds - before))
+    return [_row(case, image_rows, steps, shape.row_bytes) for case in cases]
+
+
+def _row(case: Case, image_rows: int, steps: int, row_bytes: int) -> dict[str, Any]:
+    rows = case.cache.rows_read / steps
+    return {
+        "image_rows": image_rows,
+        "method": case.method.name,
+        "ms_per_token": round(_fast_half(case.steps), 3),
+        "attention_ms_per_token": round(_fast_half(case.attention), 3),
+        "rows_read_per_step": round(rows, 1),
+        "kv_bytes_read_per_step": round(rows * row_bytes),
+    }
+
+
+def _fast_half(times: list[float]) -> float:
+    """The mean over the faster half of the refresh cycles, each cycle whole."""
+    cycle = Avl().refresh
+    cycles = np.sort(np.reshape(times[: len(times) // cycle * cycle], (-1, cycle)).mean(axis=1))
+    return float(cycles[: max(1, len(cycles) // 2)].mean())
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
+    steps: Annotated[int, typer.Option(help="Decode steps per case.")] = 48,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
+) -> None:
+    """Time decode steps and print one JSON document."""
+    spec = layer_shape(layers)
+    model = Llava(spec, RandomWeights(getattr(torch, dtype)))
+    cases = [row for image_rows in (576, 2340) for row in measure(spec, model, image_rows, steps)]
+    ratios = {
+        f"{part}_avl_to_full_at_{full['image_rows']}": round(avl[part] / full[part], 3)
+        for full, avl in zip(cases[::2], cases[1::2], strict=True)
+        for part in ("ms_per_token", "attention_ms_per_token")
+    }
+    command = f"python -m tools.bench_decode --layers {layers} --steps {steps} --dtype {dtype}"
+    document = {
+        "command": command,
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "model": f"random weights, LLaVA-1.5-7B's layer shape, {layers} layers, {dtype}",
+        "cases": cases,
+        "ratios": ratios,
+    }
+    text = json.dumps(document, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
