@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,6 +20,7 @@ from rich.table import Table
 from .checkpoint import Progress as Report
 from .config import Options, format_size, parse_size
 from .errors import AvlEdgeError, BadInput
+from .policies import METHODS, Avl
 from .prompt import ImageSource
 from .request import Result
 from .runtime import Runtime
@@ -43,12 +45,8 @@ def run_app(arguments: list[str]) -> int:
         return app(arguments, standalone_mode=False, prog_name="avl-edge") or 0
     except typer.Exit as end:
         return end.exit_code
-    except (KeyboardInterrupt, typer.Abort):  # Typer makes an Abort of Ctrl-C
+    except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # Who read the answer has left. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     except Exception as error:
         if debug:
             raise
@@ -97,25 +95,35 @@ def run(
     ] = Options.top_p,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = Options.seed,
     method: Annotated[
-        str | None, typer.Option(help="full or avl. Default: full; with --kv-budget, avl where full does not fit.")
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(METHODS)}. Default: full; with --kv-budget, avl where full does not fit."
+        ),
     ] = None,
     prefill_keep: Annotated[
-        float | None, typer.Option(help="avl, P: percent of image tokens beyond the early layers. [90]")
+        float | None,
+        typer.Option(help=f"avl, P: percent of image tokens beyond the early layers. [{Avl.prefill_keep}]"),
     ] = None,
     secondary: Annotated[
-        float | None, typer.Option(help="avl, S: percent of image rows stored per layer. [45]")
+        float | None, typer.Option(help=f"avl, S: percent of image rows stored per layer. [{Avl.secondary}]")
     ] = None,
     core: Annotated[
-        float | None, typer.Option(help="avl, C: percent of image rows read on an ordinary step. [30]")
+        float | None, typer.Option(help=f"avl, C: percent of image rows read on an ordinary step. [{Avl.core}]")
     ] = None,
     refresh: Annotated[
-        int | None, typer.Option(help="avl, K: every K-th step reads all stored rows; 0: never. [3]")
+        int | None, typer.Option(help=f"avl, K: every K-th step reads all stored rows; 0: never. [{Avl.refresh}]")
     ] = None,
     text_keep: Annotated[
-        float | None, typer.Option(help="avl, T: percent of text rows kept after the image. [70]")
+        float | None, typer.Option(help=f"avl, T: percent of text rows kept after the image. [{Avl.text_keep}]")
+    ] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--set", help="Any parameter of the method, as NAME=VALUE; may be repeated.")
     ] = None,
     kv_budget: Annotated[
         str | None, typer.Option(help="The most KV memory for this request, like 160MB or 1.5GiB.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; fewer are faster where others keep the cores busy.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a table of times and memory to stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
@@ -128,6 +136,7 @@ def run(
         "core": core,
         "refresh": refresh,
         "text_keep": text_keep,
+        **dict(map(_parameter, parameters or [])),
     }
     options = Options(
         method=method,
@@ -138,17 +147,34 @@ def run(
         top_p=top_p,
         seed=seed,
     )
+    if threads is not None:
+        torch.set_num_threads(threads)
     runtime = Runtime.open(model)
     request = runtime.prepare(_images(image or []), prompt, options)
     if options.kv_budget is not None:
         _say_plan(request)
     with _progress("loading") as report:
         runtime.load_weights(pool_bytes=request.plan.peak_bytes, progress=report)
-    result = _answer(runtime, request, quiet=as_json)
-    if as_json:
-        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    try:
+        result = _answer(runtime, request, quiet=as_json)
+        if as_json:
+            print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
+    except BrokenPipeError:
+        # Who read the answer has left. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
     if stats:
         _stderr.print(_table(result))
+
+
+def _parameter(text: str) -> tuple[str, float]:
+    """The name and value of ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        raise BadInput(f"cannot read --set {text!r}: give NAME=VALUE with a number, like --set text_floor=8") from None
+    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 
 def _images(names: list[str]) -> list[ImageSource]:

@@ -89,6 +89,12 @@ def test_json_is_one_document_and_nothing_else(run) -> None:  # type: ignore[no-
     assert document["usage"]["completion_tokens"] == len(document["token_ids"]) == 30
 
 
+def test_any_parameter_can_be_set(run) -> None:  # type: ignore[no-untyped-def]
+    options = ["--json", "--method", "avl", "--max-new-tokens", "3", "--core", "10"]
+    settings = json.loads(run(*options, "--set", "text-floor=5", "--set", "heavy=12.5").out)["settings"]
+    assert (settings["text_floor"], settings["heavy"], settings["core"]) == (5, 12.5, 10)
+
+
 def test_text_streams_the_same_answer(run) -> None:  # type: ignore[no-untyped-def]
     document = json.loads(run("--json", "--max-new-tokens", "20").out)
     outcome = run("--max-new-tokens", "20")
@@ -189,6 +195,9 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--text-keep", "0", "--method", "avl"], "text_keep (T)"),
         (["--core", "20"], "it belongs to avl"),
         (["--method", "best"], "choose one of full, avl"),
+        (["--set", "text_floor"], "give NAME=VALUE"),
+        (["--set", "text_floor=many"], "give NAME=VALUE"),
+        (["--method", "avl", "--set", "floor=3"], "has no parameter 'floor'"),
         (["--kv-budget", "0"], "must be more than 0"),
         (["--kv-budget", "lots"], "like 160MB"),
         (["--max-new-tokens", "0"], "at least 1"),
@@ -251,7 +260,7 @@ def test_interrupt_stops_with_130_and_no_trace(model: str, picture: str) -> None
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert b"Traceback" not in errors
     assert time.monotonic() - start < 30
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SPECS, TOKENIZER_SIZE, make_checkpoint, random_image
-from oracle import AvlSettings, OracleStep, generate, keep_text, load_model, text_budget, top
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
+
+from tests.checkpoints import SPECS, TOKENIZER_SIZE, make_checkpoint, random_image
+from tests.oracle import AvlSettings, OracleStep, generate, keep_text, load_model, text_budget, top
 
 EVERYTHING = AvlSettings(prefill_keep=100, secondary=100, core=100, text_keep=100)
 TIGHT = AvlSettings(text_keep=50, text_floor=6)

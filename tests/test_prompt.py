@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_prompt_detokenizer import byte_level, llama, llama_legacy, unigram
 from tokenizers import Tokenizer
 
 from avl_edge.errors import BadImage, BadInput, BadModel
 from avl_edge.prompt import Processor
 from avl_edge.prompt.preprocess import digest
+from tests.small_tokenizers import byte_level, llama, llama_legacy, unigram
 
 VOCAB_SIZE = 420
 PATCH, EDGE = 14, 56

@@ -1,0 +1,14 @@
+"""Ask one question about one picture, and print the answer as it is made.
+
+python examples/ask.py examples/cockpit.png "What is the speed?"
+"""
+
+import sys
+
+from avl_edge import Options, Runtime
+
+picture, question = sys.argv[1:]
+runtime = Runtime.load("demo")
+for event in runtime.generate([picture], question, Options(max_new_tokens=120)):
+    print(event.text, end="", flush=True)
+print()
