@@ -61,13 +61,11 @@ class TorchBackend:
         decoder = self._model.decoder
         hidden = self._model.embed(prompt.token_ids, prompt.spans, features)
         positions = torch.arange(len(prompt))
-        # Where the suffix's queries stand among the tokens still in the layer; pruning moves them.
-        queries = torch.from_numpy(cache.suffix_positions)
         angles = decoder.angles(positions)
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            last, total = self._score(query, key, queries, cache)
+            last, total = self._score(query, key, cache.prompt_queries(index))
             chosen, ids = cache.store_prompt(index, last, total)
             self._write(ids, key[chosen], value[chosen])
             hidden = layer.finish(hidden, attended.transpose(0, 1))
@@ -75,16 +73,15 @@ class TorchBackend:
             if survivors is not None:
                 hidden, positions = hidden[survivors], positions[survivors]
                 angles = decoder.angles(positions)
-                queries = torch.from_numpy(np.searchsorted(positions.numpy(), cache.suffix_positions))
         return decoder.logits(hidden[-1:])[0]
 
     def _score(
-        self, query: Tensor, key: Tensor, queries: Tensor, cache: SequenceCache
+        self, query: Tensor, key: Tensor, queries: npt.NDArray[np.int64] | None
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-        if not cache.policy.prompt_scores:
+        if queries is None:
             nothing = np.zeros(len(query), dtype=np.float32)
             return nothing, nothing
-        last, total = prompt_scores(query.transpose(0, 1), key.transpose(0, 1), queries, self._scale)
+        last, total = prompt_scores(query.transpose(0, 1), key.transpose(0, 1), torch.from_numpy(queries), self._scale)
         return last.numpy(), total.numpy()
 
     @torch.inference_mode()
@@ -110,10 +107,9 @@ class TorchBackend:
                 scores=wants_scores,
             )
             hidden = layer.finish(hidden, attended)
-            if scores is not None:
-                for cache, own in zip(caches, np.split(scores.numpy(), offsets[1:-1]), strict=True):
-                    if cache.wants_scores:
-                        cache.settle(index, own)
+            own = [None] * len(caches) if scores is None else np.split(scores.numpy(), offsets[1:-1])
+            for cache, weights in zip(caches, own, strict=True):
+                cache.settle(index, weights if cache.wants_scores else None)
         return decoder.logits(hidden)
 
     def _write(self, ids: npt.NDArray[np.int64], keys: Tensor, values: Tensor) -> None:

@@ -15,6 +15,8 @@ from .request import ImageSpan
 
 Index = npt.NDArray[np.int64]
 
+_NO_SCORES: npt.NDArray[np.floating] = np.empty(0)
+
 
 def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
     """Count the tokens of a prompt of ``length`` with its image ``spans``."""
@@ -48,11 +50,19 @@ class SequenceCache:
             self._is_image[span.start : span.start + span.length] = True
         self._positions = np.arange(length, dtype=np.int32)
 
-    @property
-    def suffix_positions(self) -> Index:
-        """Prompt positions of the text after the first image began, int64."""
-        after = np.arange(self.length) >= self._first_image
-        return np.flatnonzero(after & ~self._is_image)
+    def prompt_queries(self, layer: int) -> Index | None:
+        """The queries whose attention is summed in ``layer``: int64 indices into the tokens still in it.
+
+        None: the policy asks for no scores at all, the last query's neither.
+        """
+        queries = self.policy.prompt_queries(layer)
+        if queries == "none":
+            return None
+        if queries == "last":
+            return np.empty(0, dtype=np.int64)
+        if queries == "all":
+            return np.arange(len(self._positions))
+        return np.flatnonzero(self._is_suffix())
 
     def store_prompt(
         self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]
@@ -83,9 +93,10 @@ class SequenceCache:
         return np.flatnonzero(keep)
 
     def _view(self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]) -> PromptLayer:
-        is_image = self._is_image[self._positions]
-        is_suffix = ~is_image & (self._positions >= self._first_image)
-        return PromptLayer(layer, self._positions, is_image, is_suffix, last, total)
+        return PromptLayer(layer, self._positions, self._is_image[self._positions], self._is_suffix(), last, total)
+
+    def _is_suffix(self) -> Mask:
+        return ~self._is_image[self._positions] & (self._positions >= self._first_image)
 
     def begin_step(self) -> tuple[int, Index]:
         """Room for the next token: its position, and the row id that it takes in each layer (int64)."""
@@ -106,15 +117,20 @@ class SequenceCache:
         """Whether this step's scores have to be given to :meth:`settle`."""
         return self.policy.wants_scores(self.step)
 
-    def settle(self, layer: int, scores: npt.NDArray[np.floating]) -> None:
-        """Apply the policy to one layer after a step; ``scores`` in the order of :meth:`ids_to_read`."""
+    def settle(self, layer: int, scores: npt.NDArray[np.floating] | None) -> None:
+        """Apply the policy to one layer after a step.
+
+        ``scores`` in the order of :meth:`ids_to_read`; None where the policy does not want them.
+        """
         rows = self.rows.layers[layer]
+        scores = _NO_SCORES if scores is None else scores
         texts = len(rows.text_ids)
         is_suffix: Mask = rows.text_positions >= self._first_image
-        view = StepLayer(layer, self.step, scores[:-texts], scores[-texts:], is_suffix)
-        settled = self.policy.settle(view)
+        settled = self.policy.settle(StepLayer(layer, self.step, scores[:-texts], scores[-texts:], is_suffix))
         if settled.core is not None:
             self.rows.set_core(layer, settled.core)
+        if settled.image is not None:
+            self.rows.keep_image(layer, settled.image)
         if settled.text is not None:
             self.rows.keep_text(layer, settled.text)
 

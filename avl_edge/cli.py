@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from . import device
 from .checkpoint import Progress as Report
 from .config import Options, format_size, parse_size
 from .errors import AvlEdgeError, BadInput
@@ -165,6 +166,19 @@ def run(
         raise typer.Exit(BROKEN_PIPE) from None
     if stats:
         _stderr.print(_table(result))
+
+
+@app.command()
+def doctor(
+    root: Annotated[str, typer.Option(help="Read a recorded file tree instead of this machine.")] = "/",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the checklist.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Say what machine this is and what to mend on it. Exit code 1 when a check failed."""
+    facts = device.probe(root)
+    checks = device.diagnose(facts)
+    print(json.dumps(device.to_dict(facts, checks)) if as_json else device.report(facts, checks).rstrip("\n"))
+    raise typer.Exit(device.exit_code(checks))
 
 
 def _parameter(text: str) -> tuple[str, float]:

@@ -34,7 +34,7 @@ class KvShape:
 class PromptShape:
     """How many tokens of each kind a prompt has, in tokens.
 
-    ``prefix`` is the text before the first image (all text, if there is no image), which is never evicted;
+    ``prefix`` is the text before the first image (all text, if there is no image), which A-VL never evicts;
     ``images`` the total of all images; ``suffix`` the text after the first image began.
     """
 

@@ -102,7 +102,7 @@ def test_without_a_budget_parameters_take_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("avll", {}, "choose one of full, avl"),
+        ("avll", {}, "choose one of full"),
         ("full", {"core": 3}, "it belongs to avl"),
         (None, {"core": 3}, "it belongs to avl"),
         ("avl", {"cores": 3}, "it takes core, heavy"),

@@ -194,7 +194,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--refresh", "-1", "--method", "avl"], "refresh (K)"),
         (["--text-keep", "0", "--method", "avl"], "text_keep (T)"),
         (["--core", "20"], "it belongs to avl"),
-        (["--method", "best"], "choose one of full, avl"),
+        (["--method", "best"], "choose one of full"),
         (["--set", "text_floor"], "give NAME=VALUE"),
         (["--set", "text_floor=many"], "give NAME=VALUE"),
         (["--method", "avl", "--set", "floor=3"], "has no parameter 'floor'"),
@@ -232,6 +232,18 @@ def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytes
     )
     with pytest.raises(RuntimeError, match="on fire"):
         run("--debug")
+
+
+def test_doctor_reads_a_recorded_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    trees = Path(__file__).parent / "trees"
+    for tree in sorted(path for path in trees.iterdir() if path.is_dir()):
+        code = run_app(["doctor", "--root", str(tree), "--json"])
+        document = json.loads(capsys.readouterr().out)
+        assert code == (0 if document["ok"] else 1)
+        assert run_app(["doctor", "--root", str(tree)]) == code
+        assert len(capsys.readouterr().out.splitlines()) > len(document["checks"])
+    assert run_app(["doctor", "--root", "/nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("avl-edge: ")
 
 
 def test_help_and_version(run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001

@@ -13,7 +13,7 @@ from avl_edge.budget import fit
 from avl_edge.cache import SequenceCache
 from avl_edge.config import KvShape, PromptShape
 from avl_edge.errors import DoesNotFit, PoolExhausted
-from avl_edge.policies import Avl, Full, Method
+from avl_edge.policies import H2O, Avl, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore, SequenceRows
 from avl_edge.request import ImageSpan
 
@@ -31,7 +31,10 @@ def _methods() -> st.SearchStrategy[Method]:
         percent,
         st.integers(1, 8),
     )
-    return st.one_of(st.just(Full()), avl)
+    h2o = st.builds(H2O, budget=percent, heavy=st.integers(0, 100), grow=st.integers(0, 1))
+    fastv = st.builds(FastV, layer=st.integers(1, LAYERS + 1), drop=st.integers(0, 100))
+    streaming = st.builds(Streaming, sinks=st.integers(0, 8), window=st.integers(1, 60))
+    return st.one_of(st.just(Full()), avl, h2o, fastv, streaming)
 
 
 class PoolLife(RuleBasedStateMachine):
@@ -108,8 +111,7 @@ class PoolLife(RuleBasedStateMachine):
             for row in read.tolist():
                 assert self.pool._references[row] > 0, "read after it was freed"
                 assert self.written[row] == (id(cache), layer, where[row]), "read what another wrote"
-            if cache.wants_scores:
-                cache.settle(layer, self.random.random(len(read)))
+            cache.settle(layer, self.random.random(len(read)) if cache.wants_scores else None)
 
     @precondition(lambda self: bool(self.live))
     @rule(choice=st.integers(0, 10**6))
@@ -140,6 +142,7 @@ class PoolLife(RuleBasedStateMachine):
                 for rows in cache.rows:
                     assert np.all(np.diff(rows.text_positions) > 0)
                     assert np.all(np.diff(rows.image_positions) > 0)
+                    assert len(rows.core) == len(rows.image_ids) == len(rows.image_positions)
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):
@@ -156,7 +159,7 @@ PoolLife.TestCase.settings = settings(max_examples=80, stateful_step_count=30, d
 TestPoolLife = PoolLife.TestCase
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     method=_methods(),
     prefix=st.integers(0, 20),
@@ -179,8 +182,7 @@ def test_the_promised_peak_is_reached_exactly(method: Method, prefix: int, image
         cache.begin_step()
         for layer in range(LAYERS):
             read = cache.ids_to_read(layer)
-            if cache.wants_scores:
-                cache.settle(layer, random.random(len(read)))
+            cache.settle(layer, random.random(len(read)) if cache.wants_scores else None)
     assert cache.rows.lease.peak == promised
 
 

@@ -8,11 +8,29 @@ from dataclasses import fields
 from ..errors import BadInput
 from .avl import Avl
 from .base import Kept, Method, Policy, PromptLayer, Settlement, StepLayer
+from .fastv import FastV
 from .full import Full
+from .h2o import H2O
+from .streaming import Streaming
 
-METHODS: dict[str, type[Full] | type[Avl]] = {method.name: method for method in (Full, Avl)}
+Settings = type[Full] | type[Avl] | type[H2O] | type[FastV] | type[Streaming]
+METHODS: dict[str, Settings] = {method.name: method for method in (Full, Avl, H2O, FastV, Streaming)}
 
-__all__ = ["METHODS", "Avl", "Full", "Kept", "Method", "Policy", "PromptLayer", "Settlement", "StepLayer", "candidates"]
+__all__ = [
+    "H2O",
+    "METHODS",
+    "Avl",
+    "FastV",
+    "Full",
+    "Kept",
+    "Method",
+    "Policy",
+    "PromptLayer",
+    "Settlement",
+    "StepLayer",
+    "Streaming",
+    "candidates",
+]
 
 
 def candidates(name: str | None, parameters: Mapping[str, float], fitted: bool) -> Iterator[Method]:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import Kept, Mask, PromptLayer, Scores, Settlement, StepLayer, share, spread, top
+from .base import Kept, Mask, PromptLayer, Queries, Scores, Settlement, StepLayer, share, spread, top
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,6 @@ class Avl:
 class AvlPolicy:
     """One request under A-VL. Keeps the running sums of the text rows' attention, layer by layer."""
 
-    prompt_scores = True
-
     def __init__(self, settings: Avl, prompt: PromptShape, layers: int) -> None:
         self._settings = settings
         self._stored = share(prompt.images, settings.secondary)
@@ -102,6 +100,9 @@ class AvlPolicy:
         self._survivors = share(prompt.images, settings.prefill_keep)
         self._seen = [prompt.suffix] * layers
         self._sums: list[Scores] = [np.empty(0)] * layers
+
+    def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
+        return "suffix"
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         image = spread(top(view.last[view.is_image], self._stored), view.is_image)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ Scores = npt.NDArray[Any]
 """float32 or float64 attention weights: post-softmax, averaged over the query heads."""
 Mask = npt.NDArray[np.bool_]
 Positions = npt.NDArray[np.int32]
+Queries = Literal["none", "last", "suffix", "all"]
+"""The prompt's queries whose attention a policy looks at: of none, of the last one, or of the last one and the sums
+over the suffix's queries or over all."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class PromptLayer:
     """One layer of prefill: the ``m`` tokens that are still in it, in order of position.
 
     ``positions`` int32 ``[m]``; ``is_image`` and ``is_suffix`` (text after the first image began) bool ``[m]``;
-    ``last`` ``[m]`` is the last token's attention; ``total`` ``[m]`` the summed attention of the suffix's queries.
+    ``last`` ``[m]`` is the last token's attention; ``total`` ``[m]`` the summed attention of the queries that
+    :meth:`Policy.prompt_queries` named for this layer. What it did not ask for is zero.
     """
 
     layer: int
@@ -51,7 +56,8 @@ class StepLayer:
     """One layer of a decode step: scores of the rows that were attended, in order of position.
 
     ``image`` covers the core (or all stored image rows when the step read them); ``text`` all text rows,
-    the new token's own last; ``is_suffix`` bool marks the text rows that may be evicted.
+    the new token's own last; both are empty unless :meth:`Policy.wants_scores`. ``is_suffix`` bool marks the text
+    rows that stand after the first image began.
     """
 
     layer: int
@@ -63,17 +69,23 @@ class StepLayer:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What changes from the next step on: the new core (over stored image rows), the text rows kept. None: as is."""
+    """What changes from the next step on; None: as is.
+
+    ``core`` is the new core and ``image`` the image rows kept, over the stored image rows as the step found them;
+    ``text`` the text rows kept. A core row that is not kept leaves the core too.
+    """
 
     core: Mask | None = None
     text: Mask | None = None
+    image: Mask | None = None
 
 
 class Policy(Protocol):
     """One request's decisions."""
 
-    prompt_scores: bool
-    """Whether prefill has to score the prompt."""
+    def prompt_queries(self, layer: int) -> Queries:
+        """Whose attention in prefill the decisions of ``layer`` depend on."""
+        ...
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         """Which rows this layer stores, asked once per layer in order."""
@@ -88,11 +100,11 @@ class Policy(Protocol):
         ...
 
     def wants_scores(self, step: int) -> bool:
-        """Whether :meth:`settle` needs this step's scores; when False it is not called."""
+        """Whether :meth:`settle` looks at this step's scores."""
         ...
 
     def settle(self, view: StepLayer) -> Settlement:
-        """What one layer changes after a step."""
+        """What one layer changes after a step; asked once per layer and step."""
         ...
 
 
@@ -115,9 +127,14 @@ class Method(Protocol):
         ...
 
 
+def exact(percent: float) -> Fraction:
+    """The decimal number that was written, not the binary one nearest to it: 32.3 % of 1000 are 323."""
+    return Fraction(str(percent))
+
+
 def share(count: int, percent: float) -> int:
     """``percent`` of ``count``, rounded down: the paper's int(S*N)."""
-    return int(count * percent // 100)
+    return int(count * exact(percent) // 100)
 
 
 def top(scores: Scores, count: int) -> Mask:
@@ -132,3 +149,43 @@ def spread(selected: Mask, within: Mask) -> Mask:
     mask = np.zeros(len(within), dtype=np.bool_)
     mask[np.flatnonzero(within)[selected]] = True
     return mask
+
+
+def recent(count: int, budget: int) -> Mask:
+    """The last ``budget`` of ``count`` rows as a mask; all of them when there are no more."""
+    return np.arange(count) >= count - budget
+
+
+class RowOrder:
+    """The rows that each layer holds, image and text together in order of position.
+
+    For policies that treat all rows alike: they decide over one list, the pool keeps two (image and text).
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._is_image: list[Mask] = [np.empty(0, dtype=np.bool_)] * layers
+
+    def store(self, view: PromptLayer, stored: Mask) -> Kept:
+        """Begin with the ``stored`` rows of the prompt (a mask ``[m]``), every image row of them core."""
+        self._is_image[view.layer] = view.is_image[stored]
+        return Kept(stored, stored & view.is_image)
+
+    def append(self, layer: int) -> int:
+        """The new token's row, of which every step has one, comes last; the number of rows now."""
+        self._is_image[layer] = np.append(self._is_image[layer], False)
+        return len(self._is_image[layer])
+
+    def scores(self, view: StepLayer) -> Scores:
+        """The step's scores in one list."""
+        is_image = self._is_image[view.layer]
+        scores = np.empty(len(is_image), dtype=view.text.dtype)
+        scores[is_image], scores[~is_image] = view.image, view.text
+        return scores
+
+    def keep(self, layer: int, keep: Mask) -> Settlement:
+        """Keep the rows in ``keep``, a mask over all rows of ``layer``."""
+        is_image = self._is_image[layer]
+        if keep.all():
+            return Settlement()
+        self._is_image[layer] = is_image[keep]
+        return Settlement(text=keep[~is_image], image=keep[is_image])

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape
-from .base import Kept, Mask, PromptLayer, Settlement, StepLayer
+from .base import Kept, Mask, PromptLayer, Queries, Settlement, StepLayer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Full:
 class FullPolicy:
     """Stores all image rows as core and settles nothing."""
 
-    prompt_scores = False
+    def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
+        return "none"
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         return Kept(stored=np.ones_like(view.is_image), core=view.is_image)

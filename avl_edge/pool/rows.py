@@ -187,6 +187,15 @@ class SequenceRows:
         rows.text_positions = rows.text_positions[keep]
         rows.text_ids = rows.text_ids[keep]
 
+    def keep_image(self, layer: int, keep: Mask) -> None:
+        """Free the image rows that ``keep``, a mask over this layer's image rows, leaves out, of any tier."""
+        rows = self.layers[layer]
+        self.pool.release(rows.image_ids[~keep], self.lease)
+        rows.freed += int((~keep).sum())
+        rows.image_positions = rows.image_positions[keep]
+        rows.image_ids = rows.image_ids[keep]
+        rows.core = rows.core[keep]
+
     def fork(self, limit: int) -> SequenceRows:
         """A second owner of the same rows, with a core set and later text of its own."""
         other = SequenceRows(self.pool, len(self.layers), limit)
