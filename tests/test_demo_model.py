@@ -19,6 +19,8 @@ from tools.demo_model.canvas import GRID, PATCH
 from tools.demo_model.data import IGNORE, Scenes, encode, head_ids, pack, training_questions
 from tools.demo_model.evaluate import Answer, held_out, report
 from tools.demo_model.facts import Facts
+from tools.demo_model.fast import attention, rms_norm
+from tools.demo_model.model import question_mask
 from tools.demo_model.phrases import PATTERNS
 from tools.demo_model.questions import ABSENT, KINDS, MAKERS, Question, ask, ask_any
 from tools.demo_model.schedule import BadPlan, Stage, parse_plan
@@ -240,6 +242,42 @@ class TestEvaluation:
         assert figures["exact_match"] == pytest.approx(1 / 3, abs=1e-4)
         assert figures["by_type"]["gear"] == {"exact_match": 0.5, "character_error_rate": 0.5, "questions": 2}
         assert figures["by_type"]["plate"]["character_error_rate"] == 0.25
+
+
+class TestFast:
+    """The written-out gradients are those of PyTorch's own operations."""
+
+    def test_attention(self) -> None:
+        q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+        bias = torch.zeros(5, 7, dtype=torch.float64)
+        bias[:, 4] = -1e4
+        own = attention(q, k, v, bias)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        _same_with_gradients(own, expected, (q, k, v))
+
+    def test_rms_norm(self) -> None:
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        weight = torch.rand(16, requires_grad=True)
+        _same_with_gradients(
+            rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (16,), weight, 1e-5), (x, weight)
+        )
+
+    def test_a_question_sees_the_picture_and_itself_only(self) -> None:
+        mask = question_mask(torch.tensor([[0, 0, 1, -1]]), 3, torch.float32)[0, 0] == 0
+        assert mask[:, :3].all()
+        assert mask[:3, 3:].tolist() == [
+            [True, False, False, False],
+            [True, True, False, False],
+            [False, False, True, False],
+        ]
+
+
+def _same_with_gradients(own: torch.Tensor, expected: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+    torch.testing.assert_close(own, expected)
+    upstream = torch.randn_like(own)
+    pairs = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (own, expected))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def _options(folder: Path, steps: int):

@@ -1,94 +1,32 @@
-"""The command line: parse, translate, print. What it prints to stdout is the answer and nothing else."""
+"""``avl-edge run``"""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import device
-from .checkpoint import Progress as Report
-from .config import Options, format_size, parse_size
-from .errors import AvlEdgeError, BadInput
-from .policies import METHODS, Avl
-from .prompt import ImageSource
-from .request import Result
-from .runtime import Runtime
-from .scheduler import Request
-
-INTERRUPTED = 128 + signal.SIGINT
-BROKEN_PIPE = 128 + signal.SIGPIPE
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-_stderr = Console(stderr=True, highlight=False)
+from ..config import Options, format_size, parse_size
+from ..errors import BadInput
+from ..policies import METHODS, Avl
+from ..prompt import ImageSource
+from ..request import Result
+from ..runtime import Runtime
+from ..scheduler import Request
+from .terminal import AsJson, Debug, Model, progress, readers_may_leave, stderr
 
 
-def main() -> NoReturn:
-    """The console script."""
-    sys.exit(run_app(sys.argv[1:]))
-
-
-def run_app(arguments: list[str]) -> int:
-    """Run a command line and give its exit code: 0 answer, 1 our fault, 2 bad input, 3 does not fit, 130 Ctrl-C."""
-    debug = "--debug" in arguments
-    try:
-        return app(arguments, standalone_mode=False, prog_name="avl-edge") or 0
-    except typer.Exit as end:
-        return end.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        if debug:
-            raise
-        return _explain(error)
-
-
-def _explain(error: Exception) -> int:
-    """One line on stderr for ``error``, and its exit code."""
-    if isinstance(error, AvlEdgeError):
-        message, code = str(error), error.exit_code
-    elif hasattr(error, "format_message"):  # Typer's own usage errors
-        message, code = f"{error.format_message()} (see --help)", 2
-    else:
-        message, code = f"internal error: {type(error).__name__}: {error} (run again with --debug for the trace)", 1
-    print(f"avl-edge: {message}", file=sys.stderr)
-    return code
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"avl-edge {version('avl-edge')}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    """Ask questions about images, inside a memory budget."""
-
-
-@app.command()
 def run(
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[
         list[str] | None,
         typer.Option(help="A picture (JPEG, PNG, WebP, BMP), or - for stdin; may be given several times."),
     ] = None,
-    model: Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")] = "demo",
+    model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = Options.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = Options.temperature,
     top_p: Annotated[
@@ -127,8 +65,8 @@ def run(
         int | None, typer.Option(min=1, help="CPU threads; fewer are faster where others keep the cores busy.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a table of times and memory to stderr.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,  # noqa: ARG001
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Answer a question about one or more images. The answer streams to stdout."""
     given = {
@@ -154,31 +92,14 @@ def run(
     request = runtime.prepare(_images(image or []), prompt, options)
     if options.kv_budget is not None:
         _say_plan(request)
-    with _progress("loading") as report:
+    with progress("loading") as report:
         runtime.load_weights(pool_bytes=request.plan.peak_bytes, progress=report)
-    try:
+    with readers_may_leave():
         result = _answer(runtime, request, quiet=as_json)
         if as_json:
-            print(json.dumps(result.to_dict(), ensure_ascii=False), flush=True)
-    except BrokenPipeError:
-        # Who read the answer has left. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
+            print(json.dumps(result.to_dict(), ensure_ascii=False))
     if stats:
-        _stderr.print(_table(result))
-
-
-@app.command()
-def doctor(
-    root: Annotated[str, typer.Option(help="Read a recorded file tree instead of this machine.")] = "/",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the checklist.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,  # noqa: ARG001
-) -> None:
-    """Say what machine this is and what to mend on it. Exit code 1 when a check failed."""
-    facts = device.probe(root)
-    checks = device.diagnose(facts)
-    print(json.dumps(device.to_dict(facts, checks)) if as_json else device.report(facts, checks).rstrip("\n"))
-    raise typer.Exit(device.exit_code(checks))
+        stderr.print(_table(result))
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -205,23 +126,6 @@ def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
         if not quiet:
             print()
         return generation.result()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Report | None]:
-    """A bar on stderr while something loads; nothing when stderr is not a terminal."""
-    if not _stderr.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} tensors"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=_stderr, transient=True) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _say_plan(request: Request) -> None:
