@@ -32,7 +32,7 @@ using std::min;
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 // Variables in one named section, whose bounds the linker gives, can be filled together. The address sanitizer guards
 // the borders of variables instead, which only works outside of such a section.
