@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from . import native
 from .cache import SequenceCache
 from .kernels import attend, attend_prompt, prompt_scores
 from .models import Llava
@@ -41,8 +42,6 @@ class Backend(Protocol):
 class TorchBackend:
     """The CPU path: torch, and the native attention kernel where it was built."""
 
-    name = "torch-cpu"
-
     def __init__(
         self, model: Llava, store: RowStore, attend: Callable[..., tuple[Tensor, Tensor | None]] = attend
     ) -> None:
@@ -50,6 +49,7 @@ class TorchBackend:
         self._model = model
         self._store = store
         self._attend = attend
+        self.name = "torch-cpu+native" if native.available() else "torch-cpu"
         self._scale = model.spec.text.head_dim**-0.5
 
     @torch.inference_mode()
@@ -68,12 +68,16 @@ class TorchBackend:
             last, total = self._score(query, key, cache.prompt_queries(index))
             chosen, ids = cache.store_prompt(index, last, total)
             self._write(ids, key[chosen], value[chosen])
-            hidden = layer.finish(hidden, attended.transpose(0, 1))
+            attended = attended.transpose(0, 1)
+            if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
+                hidden = layer.finish(hidden[-1:], attended[-1:])
+                break
+            hidden = layer.finish(hidden, attended)
             survivors = cache.prune_prompt(index, last, total)
             if survivors is not None:
                 hidden, positions = hidden[survivors], positions[survivors]
                 angles = decoder.angles(positions)
-        return decoder.logits(hidden[-1:])[0]
+        return decoder.logits(hidden)[0]
 
     def _score(
         self, query: Tensor, key: Tensor, queries: npt.NDArray[np.int64] | None

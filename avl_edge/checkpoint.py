@@ -5,6 +5,7 @@ Canonical names: ``text.*`` (embed_tokens, layers.N.*, norm), ``head.weight``, `
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,11 +36,16 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Weights:
-    """Tensors by canonical name. :meth:`take` checks shapes, so that a wrong file fails at load, by name."""
+    """Tensors by canonical name, in the dtype of the embedding (``dtype``).
+
+    :meth:`take` checks shapes, so that a wrong file fails at load, by name; what nobody takes does not matter.
+    """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
-        self.dtype = self.take("text.embed_tokens.weight").dtype
+        self.dtype = torch.float32
+        if "text.embed_tokens.weight" in tensors:
+            self.dtype = tensors["text.embed_tokens.weight"].dtype
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor ``name``; :class:`BadModel` when it is not there or not of ``shape``."""
@@ -48,28 +54,32 @@ class Weights:
             raise BadModel(f"the checkpoint has no weights for {name}: is it complete, and does config.json match it?")
         if shape and tuple(tensor.shape) != shape:
             raise BadModel(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
-        return tensor
+        if tensor.dtype not in _DTYPES:
+            raise BadModel(f"{name} is stored as {tensor.dtype}: only float checkpoints are supported")
+        return tensor.to(self.dtype)
 
-    def take_optional(self, name: str, *shape: int) -> Tensor | None:
-        """As :meth:`take`, for what a model may leave out (biases)."""
-        return self.take(name, *shape) if name in self._tensors else None
+    def deny(self, name: str) -> None:
+        """:class:`BadModel` when the file has ``name`` though config.json says that there is none."""
+        if name in self._tensors:
+            raise BadModel(f"the checkpoint has {name}, which config.json says the model does not: they do not match")
 
 
 def load_weights(directory: Path, progress: Progress | None = None) -> Weights:
-    """Memory-map all safetensors of ``directory`` in their stored dtype (that of the embedding, if they differ)."""
+    """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer."""
     names = list(_tensor_files(directory))
     tensors: dict[str, Tensor] = {}
     for done, (name, tensor) in enumerate(_read(names), start=1):
         tensors[_canonical(name)] = tensor
+        _page_in(tensor)
         if progress:
             progress(done, len(names))
-    weights = Weights(tensors)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise BadModel(f"{name} is stored as {tensor.dtype}: only float checkpoints are supported")
-        if tensor.dtype != weights.dtype:
-            tensors[name] = tensor.to(weights.dtype)
-    return weights
+    return Weights(tensors)
+
+
+def _page_in(tensor: Tensor) -> None:
+    """Touch every page of a mapped tensor."""
+    if tensor.is_contiguous():
+        tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, BadModel
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([a-zA-Z]*)\s*")
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,52 @@ class Options:
 
     ``method`` names a policy of :mod:`avl_edge.policies`; None takes ``full`` where it fits ``kv_budget``
     and ``avl`` where it does not. ``parameters`` are that policy's own, by field name; those left out take
-    their defaults, or are picked to fit ``kv_budget`` (bytes; None: no limit but the pool's).
+    their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the pool's).
     ``temperature`` 0 is greedy.
     """
 
     method: str | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
-    kv_budget: int | None = None
+    kv_budget: int | str | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(isinstance(self.method, str | None), f"method must be a name, not {self.method!r}")
+        require(isinstance(self.parameters, Mapping), "parameters must be a mapping from names to numbers")
+        for name, value in self.parameters.items():
+            require(_is_number(value), f"parameter {name!r} must be a number, not {value!r}")
+        for name in ("max_new_tokens", "seed"):
+            require(_is_whole(getattr(self, name)), f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("temperature", "top_p"):
+            require(_is_number(getattr(self, name)), f"{name} must be a number, not {getattr(self, name)!r}")
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        require(0 <= self.temperature <= 100, f"temperature must be from 0 to 100, not {self.temperature}")
+        require(
+            self.temperature == 0 or 0.001 <= self.temperature <= 100,
+            f"temperature must be 0 or from 0.001 to 100, not {self.temperature}",
+        )
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(self.kv_budget is None or self.kv_budget > 0, "the KV budget must be more than 0 bytes")
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+        require(self.kv_budget_bytes != 0, "the KV budget must be more than 0 bytes")
+
+    @property
+    def kv_budget_bytes(self) -> int | None:
+        """``kv_budget`` in bytes."""
+        if self.kv_budget is None or isinstance(self.kv_budget, str):
+            return None if self.kv_budget is None else parse_size(self.kv_budget)
+        require(_is_whole(self.kv_budget), f"kv_budget must be bytes or a size like '160MB', not {self.kv_budget!r}")
+        require(self.kv_budget >= 0, "the KV budget must be more than 0 bytes")
+        return self.kv_budget
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def require(holds: bool, message: str) -> None:
@@ -85,7 +115,9 @@ def parse_size(text: str) -> int:
     unit = match.group(2).lower() if match else None
     if match is None or unit not in _UNITS:
         raise BadInput(f"cannot read {text!r} as a size: give a number with B, kB, MB, GB, KiB, MiB or GiB, like 160MB")
-    return int(float(match.group(1)) * _UNITS[unit])
+    count = int(Fraction(match.group(1)) * _UNITS[unit])
+    require(count < 2**63, f"{text[:40]} is more memory than any machine has")
+    return count
 
 
 def format_size(count: int) -> str:

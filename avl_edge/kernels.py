@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from avl_edge import native
+from . import native
 
 _ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -147,6 +147,8 @@ def attend_prompt(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     heads share keys and values through a stride of zero: nothing is repeated, and the fused kernel is taken also by
     versions of torch whose `enable_gqa` would fall back to the [n, n] matrix on the CPU.
     """
+    if query.dtype == torch.float16 and query.device.type == "cpu":  # the fused kernel adds up in half precision there
+        return attend_prompt(query.float(), key.float(), value.float(), scale).half()
     kv_heads, n, dim = key.shape
     group = query.shape[0] // kv_heads
     if group == 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +27,7 @@ from .pool import RowPool, RowStore
 from .prompt import ImageSource, Processor
 from .request import KvStats, Prompt, Result, Timings, TokenEvent, Usage
 from .sampler import Sampler
-from .scheduler import Request, Scheduler, Work
-from .scheduler import Sequence as Active
+from .scheduler import Request, Running, Scheduler, Work
 from .spec import ModelSpec, read_spec
 
 DEMO = Path(__file__).parent / "demo"
@@ -50,6 +51,8 @@ class Runtime:
         self._directory = directory
         self._processor = processor
         self._lock = threading.RLock()
+        self._stepping = False
+        self._abandoned: deque[Running] = deque()
         self._pool = RowPool(0)
         self._backend: Backend | None = None
         self._scheduler = Scheduler(self._pool, shape.layers)
@@ -58,7 +61,7 @@ class Runtime:
     def open(cls, model: str | os.PathLike[str] = "demo") -> Runtime:
         """Read and check the small files of ``model``: "demo", or a checkpoint directory (:class:`BadModel`)."""
         directory = DEMO if model == "demo" else Path(model)
-        if not directory.is_dir():
+        if not os.fspath(model) or not directory.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
         spec = read_spec(directory)
         shape = spec.text.kv_shape(checkpoint.stored_dtype(directory).itemsize)
@@ -85,42 +88,60 @@ class Runtime:
         return runtime
 
     def load_weights(self, *, pool_bytes: int | None = None, progress: Progress | None = None) -> None:
-        """Map the weights and reserve the pool, once, for all requests: ``pool_bytes``, or four full contexts."""
-        start = time.perf_counter()
-        weights = checkpoint.load_weights(self._directory, progress)
-        rows = self.kv_shape.layers * self.spec.text.context * _DEFAULT_STREAMS
-        limit = _DEFAULT_POOL_LIMIT if pool_bytes is None else pool_bytes
-        rows = limit // self.kv_shape.row_bytes if pool_bytes else min(rows, limit // self.kv_shape.row_bytes)
-        self._pool = RowPool(rows)
-        self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
-        model = Llava(self.spec, weights)
-        self._backend = TorchBackend(model, RowStore(rows, self.kv_shape, model.dtype))
-        self.load_ms = 1000 * (time.perf_counter() - start)
+        """Map and read the weights and reserve the pool, once, for all requests.
+
+        ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most.
+        """
+        with self._lock:
+            if self._backend is not None:
+                raise BadInput("the weights are loaded already: open another Runtime for another pool")
+            start = time.perf_counter()
+            rows = self._pool_rows(pool_bytes)
+            model = Llava(self.spec, checkpoint.load_weights(self._directory, progress))
+            backend = TorchBackend(model, RowStore(rows, self.kv_shape, model.dtype))
+            self._pool = RowPool(rows)
+            self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
+            self._backend = backend
+            self.load_ms = 1000 * (time.perf_counter() - start)
+
+    def _pool_rows(self, pool_bytes: int | None) -> int:
+        row = self.kv_shape.row_bytes
+        if pool_bytes is None:
+            contexts = _DEFAULT_STREAMS * self.spec.text.context * self.kv_shape.layers
+            return min(contexts, _DEFAULT_POOL_LIMIT // row)
+        if not isinstance(pool_bytes, int) or pool_bytes < row:
+            raise BadInput(f"pool_bytes must be a whole number of bytes, at least one row of {row}, not {pool_bytes!r}")
+        return pool_bytes // row
 
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
 
         Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
         """
-        options = options or Options()
-        methods = candidates(options.method, options.parameters, options.kv_budget is not None)
+        options = _checked_options(options)
+        if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
+            raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
+        methods = candidates(options.method, options.parameters, options.kv_budget_bytes is not None)
         first = next(methods)
-        prepared = self._processor(images, prompt)
-        room = self.spec.text.context - len(prepared)
+        token_ids, spans = self._processor.lay_out(len(images), prompt)
+        room = self.spec.text.context - len(token_ids)
         if room < 1:
             raise BadInput(
-                f"the prompt takes {len(prepared)} tokens, images included, but the model's context ends at "
+                f"the prompt takes {len(token_ids)} tokens, images included, but the model's context ends at "
                 f"{self.spec.text.context}: ask a shorter question or give fewer images"
             )
         max_new_tokens = min(options.max_new_tokens, room)
-        shape = prompt_shape(len(prepared), prepared.spans)
-        plan = fit((first, *methods), self.kv_shape, shape, max_new_tokens - 1, options.kv_budget)
-        return Request(prepared, options, plan, max_new_tokens)
+        shape = prompt_shape(len(token_ids), spans)
+        plan = fit(
+            itertools.chain((first,), methods), self.kv_shape, shape, max_new_tokens - 1, options.kv_budget_bytes
+        )
+        return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens)
 
     def submit(self, request: Request) -> Generation:
         """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it."""
-        if self._backend is None:
-            self.load_weights()
+        with self._lock:
+            if self._backend is None:
+                self.load_weights()
         peak = request.plan.peak_rows
         if peak > self._pool.capacity:
             row = self.kv_shape.row_bytes
@@ -128,7 +149,7 @@ class Runtime:
                 f"the request may hold {format_size(peak * row)}, but the whole pool has "
                 f"{format_size(self._pool.capacity * row)}: load with a larger pool or give the request a KV budget"
             )
-        sequence = Active(request, Sampler(request.options), self._processor.detokenizer())
+        sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
         with self._lock:
             self._scheduler.add(sequence)
         return Generation(self, sequence)
@@ -146,41 +167,56 @@ class Runtime:
         return self._pool.rows_in_use * self.kv_shape.row_bytes
 
     def step(self) -> bool:
-        """One prompt or one token for everybody; False when there is nothing to do."""
+        """One prompt, or one token for everybody; False when there is nothing to do.
+
+        What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
+        them too, and goes on.
+        """
         with self._lock:
             work = self._scheduler.next()
             if work is None:
                 return False
+            self._stepping = True
             try:
-                logits = self._forward(work)
-                for sequence, row in zip(work.sequences, logits, strict=True):
-                    self._emit(sequence, sequence.sampler(row))
-            except BaseException:
-                # What was half done cannot be told apart from what was not: all of this step's requests end.
-                for sequence in work.sequences:
-                    self.finish(sequence, "error")
-                raise
+                for sequence, logits in zip(work.sequences, self._forward(work), strict=True):
+                    self._emit(sequence, sequence.sampler(logits))
+            except BaseException as error:
+                self._break_off(work, error)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._stepping = False
+                while self._abandoned:
+                    self.finish(self._abandoned.popleft(), "cancelled")
             return True
 
     def _forward(self, work: Work) -> Sequence[Tensor] | Tensor:
         assert self._backend is not None
         if work.prefill:
-            return [self._prefill(work.sequences[0])]
+            return [self._prefill(self._backend, work.sequences[0])]
         tokens = [sequence.token_ids[-1] for sequence in work.sequences]
         return self._backend.decode(tokens, [_cache(sequence) for sequence in work.sequences])
 
-    def _prefill(self, sequence: Active) -> Tensor:
-        assert self._backend is not None
-        prompt = sequence.request.prompt
+    def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
+        prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
         start = time.perf_counter()
-        features = None if prompt.pixel_values is None else self._backend.encode_images(prompt.pixel_values)
+        features = None if prompt.pixel_values is None else backend.encode_images(prompt.pixel_values)
         encoded = time.perf_counter()
-        logits = self._backend.prefill(prompt, features, _cache(sequence))
+        logits = backend.prefill(prompt, features, cache)
         sequence.encode_seconds = encoded - start
         sequence.prefill_seconds = time.perf_counter() - encoded
         return logits
 
-    def _emit(self, sequence: Active, token: int) -> None:
+    def _break_off(self, work: Work, error: BaseException) -> None:
+        try:
+            for sequence in work.sequences:
+                if sequence.result is None:
+                    sequence.error = error if isinstance(error, Exception) else None
+                    sequence.result = self._result(sequence, "error" if sequence.error else "cancelled")
+        finally:
+            self._scheduler.drop(work.sequences)
+
+    def _emit(self, sequence: Running, token: int) -> None:
         sequence.latest_token = time.perf_counter()
         if not sequence.token_ids:
             sequence.first_token = sequence.latest_token
@@ -198,14 +234,24 @@ class Runtime:
         if reason:
             self.finish(sequence, reason)
 
-    def finish(self, sequence: Active, reason: str) -> None:
-        """End a request for ``reason``: its result is fixed, its rows are free. Safe to call twice."""
+    def finish(self, sequence: Running, reason: str) -> None:
+        """End a request for ``reason``: its result is fixed, its rows are free. Safe to call twice.
+
+        A generation that the garbage collector drops in the middle of a step ends when the step does.
+        """
         with self._lock:
+            if self._stepping and reason == "cancelled":
+                self._abandoned.append(sequence)
+                return
             if sequence.result is None:
                 sequence.result = self._result(sequence, reason)
-            self._scheduler.remove(sequence)
+            try:
+                self._scheduler.remove(sequence)
+            except BaseException:
+                self._scheduler.drop((sequence,))
+                raise
 
-    def _result(self, sequence: Active, reason: str) -> Result:
+    def _result(self, sequence: Running, reason: str) -> Result:
         request = sequence.request
         images = sum(span.length for span in request.prompt.spans)
         method = request.plan.method
@@ -222,7 +268,7 @@ class Runtime:
             kv=_kv_stats(sequence.cache, self.kv_shape, request),
         )
 
-    def _timings(self, sequence: Active) -> Timings:
+    def _timings(self, sequence: Running) -> Timings:
         steps = max(len(sequence.token_ids) - 1, 0)
         seconds = sequence.latest_token - sequence.first_token
         return Timings(
@@ -238,17 +284,24 @@ class Runtime:
 class Generation(Iterator[TokenEvent]):
     """One request's events, in order. Iterating drives the runtime; closing, or dropping it, frees its rows."""
 
-    def __init__(self, runtime: Runtime, sequence: Active) -> None:
+    def __init__(self, runtime: Runtime, sequence: Running) -> None:
         self._runtime = runtime
         self._sequence = sequence
 
     def __next__(self) -> TokenEvent:
-        events = self._sequence.events
-        while not events:
-            if self._sequence.result is not None:
-                raise StopIteration
-            self._runtime.step()
-        return events.popleft()
+        sequence = self._sequence
+        while True:
+            # The result is set after the last event, so it is looked at first: another thread may be stepping.
+            finished = sequence.result is not None
+            if sequence.events:
+                return sequence.events.popleft()
+            if finished:
+                raise sequence.error or StopIteration
+            self._step()
+
+    def _step(self) -> None:
+        if not self._runtime.step() and self._sequence.result is None:
+            raise RuntimeError("this generation belongs to a runtime that no longer knows it")
 
     @property
     def cache(self) -> SequenceCache | None:
@@ -263,7 +316,9 @@ class Generation(Iterator[TokenEvent]):
     def result(self) -> Result:
         """Run to the end, leaving the events that were not taken, and give the whole answer."""
         while self._sequence.result is None:
-            self._runtime.step()
+            self._step()
+        if self._sequence.error:
+            raise self._sequence.error
         return self._sequence.result
 
     def close(self) -> None:
@@ -282,7 +337,13 @@ class Generation(Iterator[TokenEvent]):
         self.close()
 
 
-def _cache(sequence: Active) -> SequenceCache:
+def _checked_options(options: Options | None) -> Options:
+    if not isinstance(options, Options | None):
+        raise BadInput(f"options must be avl_edge.Options, not {type(options).__name__}")
+    return options or Options()
+
+
+def _cache(sequence: Running) -> SequenceCache:
     assert sequence.cache is not None, "a sequence runs only once it was admitted"
     return sequence.cache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .budget import KvPlan
@@ -30,8 +31,11 @@ class Request:
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A request on its way: what it has generated, what it holds, and when things happened (seconds)."""
+class Running:
+    """A request on its way: what it has generated, what it holds, and when things happened (seconds).
+
+    ``result`` is set after the last event; ``error`` is what ended it before its time, for its own caller.
+    """
 
     request: Request
     sampler: Sampler
@@ -41,6 +45,7 @@ class Sequence:
     text: str = ""
     events: deque[TokenEvent] = field(default_factory=deque)
     result: Result | None = None
+    error: Exception | None = None
     submitted: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
     latest_token: float = 0.0
@@ -52,7 +57,7 @@ class Sequence:
 class Work:
     """One step: a prompt to run through, or one token more for each of ``sequences``."""
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[Running, ...]
     prefill: bool
 
 
@@ -62,10 +67,10 @@ class Scheduler:
     def __init__(self, pool: RowPool, layers: int) -> None:
         self._pool = pool
         self._layers = layers
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting: deque[Running] = deque()
+        self._running: list[Running] = []
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Running) -> None:
         """Queue a request."""
         self._waiting.append(sequence)
 
@@ -73,24 +78,34 @@ class Scheduler:
         """What to do now; None when nothing is waiting or running."""
         if self._waiting and self._waiting[0].request.plan.peak_rows <= self._pool.rows_unreserved:
             sequence = self._waiting.popleft()
-            request = sequence.request
-            sequence.cache = SequenceCache(
-                self._pool,
-                request.plan.method,
-                len(request.prompt),
-                request.prompt.spans,
-                self._layers,
-                request.plan.peak_rows,
-            )
             self._running.append(sequence)
             return Work((sequence,), prefill=True)
         return Work(tuple(self._running), prefill=False) if self._running else None
 
-    def remove(self, sequence: Sequence) -> None:
+    def admit(self, sequence: Running) -> SequenceCache:
+        """The cache of a sequence whose prompt runs now, under a lease of its worst case."""
+        request = sequence.request
+        length, spans = len(request.prompt), request.prompt.spans
+        peak = request.plan.peak_rows
+        sequence.cache = SequenceCache(self._pool, request.plan.method, length, spans, self._layers, peak)
+        return sequence.cache
+
+    def remove(self, sequence: Running) -> None:
         """Take a request out, wherever it stands, and free its rows. Safe to call twice."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        if sequence in self._running:
-            self._running.remove(sequence)
+        self._forget((sequence,))
         if sequence.cache:
             sequence.cache.close()
+
+    def drop(self, sequences: Sequence[Running]) -> None:
+        """Take out requests whose step broke off anywhere; the pool's books are made anew from the others."""
+        self._forget(sequences)
+        for sequence in sequences:
+            sequence.cache = None
+        self._pool.rebuild(other.cache.rows for other in self._running if other.cache)
+
+    def _forget(self, sequences: Sequence[Running]) -> None:
+        for sequence in sequences:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            if sequence in self._running:
+                self._running.remove(sequence)

@@ -12,6 +12,12 @@ from .errors import BadModel
 
 # config.json leaves out what equals the family's default, so the defaults are part of the format
 # (transformers' configuration classes of the same names).
+_LLAVA_DEFAULTS: dict[str, Any] = {
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -81,6 +87,9 @@ class TextSpec:
     vocab_size: int
     context: int
     tied_head: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
     rope: Mapping[str, Any]
 
     def kv_shape(self, itemsize: int) -> KvShape:
@@ -98,6 +107,7 @@ class ModelSpec:
     feature_layers: tuple[int, ...]
     drop_class_token: bool
     projector_activation: str
+    projector_bias: bool
 
     @property
     def tokens_per_image(self) -> int:
@@ -112,17 +122,18 @@ def read_spec(directory: Path) -> ModelSpec:
     kind = config.get("model_type")
     if kind != "llava":
         raise BadModel(f"{directory}/config.json has model_type {kind!r}: only 'llava' (LLaVA-1.5) is supported")
-    fields = _Fields(config, {}, "config.json")
+    fields = _Fields(config, _LLAVA_DEFAULTS, "config.json")
     vision = _vision(fields.section("vision_config"))
     strategy = fields.one_of("vision_feature_select_strategy", ("default", "full"), "default")
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = fields.flag("tie_word_embeddings")
     return ModelSpec(
         vision=vision,
         text=_text(fields.section("text_config"), tied),
-        image_token_id=config.get("image_token_id", config.get("image_token_index", 32000)),
+        image_token_id=fields.size("image_token_id" if "image_token_id" in config else "image_token_index"),
         feature_layers=_feature_layers(config.get("vision_feature_layer", -2), vision.layers),
         drop_class_token=strategy == "default",
-        projector_activation=config.get("projector_hidden_act", "gelu"),
+        projector_activation=fields.text("projector_hidden_act"),
+        projector_bias=fields.flag("multimodal_projector_bias"),
     )
 
 
@@ -156,6 +167,18 @@ class _Fields:
             raise BadModel(f"{self.name}: {key} must be a positive number, not {value!r}")
         return float(value)
 
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if not isinstance(value, bool | None):
+            raise BadModel(f"{self.name}: {key} must be true or false, not {value!r}")
+        return bool(value)
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        if not isinstance(value, str):
+            raise BadModel(f"{self.name}: {key} must be a string, not {value!r}")
+        return value
+
     def one_of(self, key: str, known: tuple[str, ...], default: str) -> str:
         value = self.values.get(key, default)
         if value not in known:
@@ -173,7 +196,7 @@ def _vision(fields: _Fields) -> VisionSpec:
         heads=fields.size("num_attention_heads"),
         image_size=fields.size("image_size"),
         patch_size=fields.size("patch_size"),
-        activation=str(fields.get("hidden_act")),
+        activation=fields.text("hidden_act"),
         norm_eps=fields.number("layer_norm_eps"),
     )
     _divides(fields.name, "num_attention_heads", spec.heads, "hidden_size", spec.hidden_size)
@@ -195,11 +218,14 @@ def _text(fields: _Fields, tied: bool) -> TextSpec:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=fields.size("head_dim") if fields.get("head_dim") else hidden // heads,
-        activation=str(fields.get("hidden_act")),
+        activation=fields.text("hidden_act"),
         norm_eps=fields.number("rms_norm_eps"),
         vocab_size=fields.size("vocab_size"),
         context=_context(fields, family),
-        tied_head=tied or bool(fields.get("tie_word_embeddings")),
+        tied_head=tied or fields.flag("tie_word_embeddings"),
+        qkv_bias=family == "qwen2" or fields.flag("attention_bias"),
+        out_bias=family != "qwen2" and fields.flag("attention_bias"),
+        mlp_bias=fields.flag("mlp_bias"),
         rope=_rope(fields),
     )
 
@@ -207,11 +233,12 @@ def _text(fields: _Fields, tied: bool) -> TextSpec:
 def _context(fields: _Fields, family: str) -> int:
     """The context, cut at a sliding window where the model has one: rows beyond it would need masks per query."""
     context = fields.size("max_position_embeddings")
-    explicit = "sliding_window" in fields.values
-    window = fields.values["sliding_window"] if explicit else fields.defaults.get("sliding_window")
-    if family == "qwen2" and not fields.get("use_sliding_window"):
-        window = None
-    return min(context, window) if window else context
+    if family == "qwen2" and not fields.flag("use_sliding_window"):
+        return context
+    # Written as null it means no window; left out, the family's default.
+    if fields.values.get("sliding_window", fields.defaults.get("sliding_window")) is None:
+        return context
+    return min(context, fields.size("sliding_window"))
 
 
 def _rope(fields: _Fields) -> Mapping[str, Any]:
@@ -220,15 +247,15 @@ def _rope(fields: _Fields) -> Mapping[str, Any]:
     if not isinstance(scaling, dict):
         raise BadModel(f"{fields.name}: rope_scaling must be an object, not {scaling!r}")
     rope = {"rope_theta": fields.get("rope_theta") or 10000.0, **scaling}
-    rope["rope_type"] = scaling.get("rope_type") or scaling.get("type") or "default"
+    rope["rope_type"] = str(scaling.get("rope_type") or scaling.get("type") or "default")
     rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
     return rope
 
 
 def _feature_layers(value: Any, layers: int) -> tuple[int, ...]:
-    chosen = value if isinstance(value, list) else [value]
+    chosen = value if isinstance(value, list) and value else [value]
     for layer in chosen:
-        if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not -layers - 1 <= layer <= layers:
             raise BadModel(f"config.json: vision_feature_layer {value!r} is outside a tower of {layers} layers")
     return tuple(layer % (layers + 1) for layer in chosen)
 

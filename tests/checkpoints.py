@@ -65,7 +65,7 @@ class CheckpointSpec:
     layers: int = 4
     head_dim: int = 16
     hidden: int | None = None
-    feature_layer: int = -2
+    feature_layer: int | tuple[int, ...] = -2
     strategy: Literal["default", "full"] = "default"
     tied: bool = False
     attention_bias: bool = False  # Llama only; Qwen2 always has biases on q, k and v
@@ -101,6 +101,7 @@ SPECS: dict[str, CheckpointSpec] = {
     "llama-bias": CheckpointSpec("llama", kv_heads=1, attention_bias=True, layers=5, seed=3),
     "llama-tied": CheckpointSpec("llama", tied=True, seed=4),
     "llama3-rope": CheckpointSpec("llama", kv_heads=2, rope_scaling=LLAMA3_ROPE, image_size=84, seed=5),
+    "llama-features": CheckpointSpec("llama", feature_layer=(-3, -1), strategy="full", seed=14),
     "llama-linear": CheckpointSpec("llama", rope_scaling={"rope_type": "linear", "factor": 2.0}, seed=6),
     "mistral-gqa": CheckpointSpec("mistral", kv_heads=2, layers=5, image_size=84, seed=7),
     "mistral-yarn": CheckpointSpec("mistral", kv_heads=2, feature_layer=-1, rope_scaling=YARN_ROPE, seed=8),
@@ -240,7 +241,7 @@ def make_checkpoint(directory: Path, spec: CheckpointSpec, *, max_shard_size: st
         text_config=_text_config(spec, tokenizer),
         image_token_index=processor.image_token_id,
         image_seq_length=spec.image_tokens,
-        vision_feature_layer=spec.feature_layer,
+        vision_feature_layer=list(spec.feature_layer) if isinstance(spec.feature_layer, tuple) else spec.feature_layer,
         vision_feature_select_strategy=spec.strategy,
         tie_word_embeddings=spec.tied,
     )

@@ -103,8 +103,8 @@ def test_without_a_budget_parameters_take_their_defaults() -> None:
     ("name", "parameters", "message"),
     [
         ("avll", {}, "choose one of full"),
-        ("full", {"core": 3}, "it belongs to avl"),
-        (None, {"core": 3}, "it belongs to avl"),
+        ("full", {"core": 3}, "a parameter of avl"),
+        (None, {"core": 3}, "name the method"),
         ("avl", {"cores": 3}, "it takes core, heavy"),
     ],
 )

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from avl_edge import BadModel, Runtime
+from avl_edge import BadModel, Options, Runtime
 from avl_edge.checkpoint import load_weights
 from avl_edge.spec import read_spec
-from tests.conftest import Checkpoints
+from tests.checkpoints import random_image
+from tests.conftest import Checkpoints, Recorder
 
 
 @pytest.fixture
@@ -156,3 +157,99 @@ def test_a_flipped_byte_in_a_header_is_refused_or_harmless(copy: Path, position:
     with contextlib.suppress(BadModel):
         Runtime.load(copy)
     path.write_bytes(original)
+
+
+LAYOUTS = {
+    "as LLaVA's authors": {"vision_tower.": "vision_tower.vision_model."},
+    "decoder inside": {
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+    "flat tower inside": {
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_names_is_the_same_model(copy: Path, layout: str) -> None:
+    """transformers has written its parts under four sets of names; the checkpoints here have the newest one."""
+
+    def logits() -> torch.Tensor:
+        runtime = Runtime.load(copy)
+        record = Recorder(runtime)
+        runtime.generate([random_image(1, 60)], "What is shown?", Options(max_new_tokens=4)).result()
+        return torch.stack(record.logits)
+
+    expected, file = logits(), copy / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for old, new in LAYOUTS[layout].items():
+        assert any(name.startswith(old) for name in tensors)
+        tensors = {new + name[len(old) :] if name.startswith(old) else name: t for name, t in tensors.items()}
+    save_file(tensors, file)
+    torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-5)  # other places in the file, other alignment
+
+
+def test_biases_that_the_config_does_not_know_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Left out in silence they would give another model; so would biases that are asked for and missing."""
+    copy = Path(shutil.copytree(checkpoint("llama-bias"), tmp_path / "model"))
+    _edit(copy / "config.json", lambda c: c["text_config"].update(attention_bias=False))
+    with pytest.raises(BadModel, match=r"bias, which config\.json says the model does not"):
+        Runtime.load(copy)
+
+
+def test_biases_that_are_missing_are_refused(copy: Path) -> None:
+    _edit(copy / "config.json", lambda c: c["text_config"].update(model_type="qwen2"))
+    with pytest.raises(BadModel, match=r"no weights for .*bias"):
+        Runtime.load(copy)
+
+
+def test_a_sliding_window_that_is_switched_off_does_not_end_the_context(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Qwen2 writes its window down even where it does not use it."""
+    copy = Path(shutil.copytree(checkpoint("qwen2-gqa"), tmp_path / "model"))
+    for used, context in ((False, 512), (True, 100)):
+        _edit(copy / "config.json", lambda c, u=used: c["text_config"].update(sliding_window=100, use_sliding_window=u))
+        assert read_spec(copy).text.context == context
+
+
+def test_progress_counts_every_tensor(copy: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    Runtime.load(copy, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, len(seen)) for i in range(1, len(seen) + 1)]
+    assert len(seen) == len(load_file(copy / "model.safetensors"))
+
+
+WRONG_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=True),
+    st.text(max_size=3),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_of_any_field_is_read_or_refused(copy: Path, data: st.DataObject) -> None:
+    """No config.json ends in anything but a spec or BadModel."""
+    path = copy / "config.json"
+    original = path.read_text()
+    document = json.loads(original)
+    part = data.draw(st.sampled_from([document, document["text_config"], document["vision_config"]]))
+    field = data.draw(st.sampled_from(sorted(part)))
+    part[field] = data.draw(WRONG_VALUES)
+    path.write_text(json.dumps(document))
+    try:
+        with contextlib.suppress(BadModel):
+            read_spec(copy)
+    finally:
+        path.write_text(original)

@@ -182,6 +182,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     _refused(run(image=str(tmp_path / "none.jpg")), "does not exist", "none.jpg")
     _refused(run(image=str(tmp_path)), "is a directory")
     _refused(run(model=str(tmp_path / "nothing")), "there is no model")
+    _refused(run(model=""), "there is no model")
     _refused(run(model=str(tmp_path)), "has no config.json")
 
 
@@ -193,17 +194,23 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--core", "50", "--method", "avl"], "P >= S >= C"),
         (["--refresh", "-1", "--method", "avl"], "refresh (K)"),
         (["--text-keep", "0", "--method", "avl"], "text_keep (T)"),
-        (["--core", "20"], "it belongs to avl"),
+        (["--core", "20"], "'core' is a parameter of avl: name the method"),
+        (["--method", "avl", "--core", "20", "--set", "core=10"], "'core' is given twice"),
+        (["--method", "avl", "--set", "core=10", "--set", "core=10"], "'core' is given twice"),
+        (["--method", "avl", "--set", "refresh=inf"], "refresh (K)"),
+        (["--method", "avl", "--set", "refresh=2.5"], "refresh (K)"),
         (["--method", "best"], "choose one of full"),
         (["--set", "text_floor"], "give NAME=VALUE"),
         (["--set", "text_floor=many"], "give NAME=VALUE"),
-        (["--method", "avl", "--set", "floor=3"], "has no parameter 'floor'"),
+        (["--method", "avl", "--set", "floor=3"], "takes no 'floor', a parameter of no method"),
         (["--kv-budget", "0"], "must be more than 0"),
         (["--kv-budget", "lots"], "like 160MB"),
         (["--max-new-tokens", "0"], "at least 1"),
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top-p", "0"], "top_p"),
+        (["--threads", "0"], "--help"),
+        (["--threads", "1000000000"], "--help"),
         (["--refresh", "x"], "--help"),
         (["--frobnicate"], "--help"),
     ],
@@ -289,3 +296,25 @@ def test_a_reader_that_leaves_is_no_fault(model: str, picture: str) -> None:
     assert process.wait(timeout=60) == 141
     assert b"Traceback" not in errors
     assert b"internal error" not in errors
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_terminal_that_cannot_show_the_answer_is_no_fault(model: str, picture: str, as_json: bool) -> None:
+    """The random model says bytes of every kind; what ASCII lacks is replaced, or escaped in JSON."""
+    options = ["--model", model, "--image", picture, "--prompt", PROMPT, *(["--json"] if as_json else [])]
+    plain = subprocess.run([*COMMAND, *options], capture_output=True, check=True, env=_encoding("utf-8"))
+    ascii_ = subprocess.run([*COMMAND, *options], capture_output=True, check=True, env=_encoding("ascii"))
+    text = plain.stdout.decode()
+    if as_json:
+        assert _without_times(text) == _without_times(ascii_.stdout.decode("ascii"))
+    else:
+        assert not text.isascii()
+        assert text.encode("ascii", "replace") == ascii_.stdout
+
+
+def _encoding(name: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONIOENCODING": name}
+
+
+def _without_times(document: str) -> dict[str, object]:
+    return {name: value for name, value in json.loads(document).items() if name != "timings"}

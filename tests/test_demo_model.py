@@ -287,7 +287,7 @@ def _options(folder: Path, steps: int):
     tiny = ModelConfig(
         vision_width=64, vision_layers=1, vision_heads=1, vision_ff=64, width=64, layers=2, heads=1, ff=64
     )
-    plan = (Stage("vision", steps=1), Stage("half", steps=1), Stage("read", steps=steps))
+    plan = (Stage("vision", steps=1), Stage("find", steps=1), Stage("read", steps=steps))
     return Options(folder, plan, batch=1, workers=0, text_length=128, validation=0, config=tiny)
 
 

@@ -177,7 +177,7 @@ def test_an_error_in_a_step_ends_its_requests_and_frees_their_rows(checkpoint: C
     with pytest.raises(KeyboardInterrupt):
         next(generation)
     assert runtime.kv_bytes_in_use == 0
-    assert generation.result().finish_reason == "error"
+    assert generation.result().finish_reason == "cancelled"
 
 
 def test_threads_may_iterate_their_own_generations(runtime: Runtime) -> None:

@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from avl_edge.kernels import attend
 from torch import Tensor
 
 from avl_edge.backend import TorchBackend
 from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.checkpoint import Weights
+from avl_edge.kernels import attend
 from avl_edge.models import Llava
 from avl_edge.policies import Avl, Full, Method
 from avl_edge.pool import RowPool, RowStore
@@ -51,8 +51,8 @@ class Case:
 def layer_shape(layers: int) -> ModelSpec:
     """LLaVA-1.5-7B's decoder cut to ``layers``; a token-sized vision tower, since prompts here are random."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    text = TextSpec(4096, 11008, layers, 32, 32, 128, "silu", 1e-5, VOCABULARY, 4096, False, rope)
-    return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu")
+    text = TextSpec(4096, 11008, layers, 32, 32, 128, "silu", 1e-5, VOCABULARY, 4096, False, False, False, False, rope)
+    return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
 
 
 class RandomWeights(Weights):
@@ -68,8 +68,8 @@ class RandomWeights(Weights):
         drawn = torch.empty(shape, dtype=self.dtype).normal_(generator=self._generator)
         return drawn.mul_(shape[-1] ** -0.5)
 
-    def take_optional(self, name: str, *shape: int) -> Tensor | None:  # noqa: ARG002
-        return None
+    def deny(self, name: str) -> None:
+        """Nothing is stored, so nothing is there too many."""
 
 
 class Stopwatch:

@@ -6,6 +6,7 @@ stdout holds the answer and nothing else. Exit codes: 0 done, 1 our fault (or a 
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from importlib.metadata import version
@@ -26,6 +27,8 @@ app.command()(doctor)
 
 def main() -> NoReturn:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     sys.exit(run_app(sys.argv[1:]))
 
 

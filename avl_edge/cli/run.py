@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -10,14 +11,28 @@ import torch
 import typer
 from rich.table import Table
 
-from ..config import Options, format_size, parse_size
+from ..config import Options, format_size
 from ..errors import BadInput
-from ..policies import METHODS, Avl
+from ..policies import METHODS
 from ..prompt import ImageSource
 from ..request import Result
 from ..runtime import Runtime
 from ..scheduler import Request
-from .terminal import AsJson, Debug, Model, progress, readers_may_leave, stderr
+from .terminal import (
+    AsJson,
+    Core,
+    Debug,
+    Model,
+    Parameters,
+    PrefillKeep,
+    Refresh,
+    Secondary,
+    TextKeep,
+    given_parameters,
+    progress,
+    readers_may_leave,
+    stderr,
+)
 
 
 def run(
@@ -39,48 +54,35 @@ def run(
             help=f"One of {', '.join(METHODS)}. Default: full; with --kv-budget, avl where full does not fit."
         ),
     ] = None,
-    prefill_keep: Annotated[
-        float | None,
-        typer.Option(help=f"avl, P: percent of image tokens beyond the early layers. [{Avl.prefill_keep}]"),
-    ] = None,
-    secondary: Annotated[
-        float | None, typer.Option(help=f"avl, S: percent of image rows stored per layer. [{Avl.secondary}]")
-    ] = None,
-    core: Annotated[
-        float | None, typer.Option(help=f"avl, C: percent of image rows read on an ordinary step. [{Avl.core}]")
-    ] = None,
-    refresh: Annotated[
-        int | None, typer.Option(help=f"avl, K: every K-th step reads all stored rows; 0: never. [{Avl.refresh}]")
-    ] = None,
-    text_keep: Annotated[
-        float | None, typer.Option(help=f"avl, T: percent of text rows kept after the image. [{Avl.text_keep}]")
-    ] = None,
-    parameters: Annotated[
-        list[str] | None, typer.Option("--set", help="Any parameter of the method, as NAME=VALUE; may be repeated.")
-    ] = None,
+    prefill_keep: PrefillKeep = None,
+    secondary: Secondary = None,
+    core: Core = None,
+    refresh: Refresh = None,
+    text_keep: TextKeep = None,
+    parameters: Parameters = None,
     kv_budget: Annotated[
         str | None, typer.Option(help="The most KV memory for this request, like 160MB or 1.5GiB.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; fewer are faster where others keep the cores busy.")
+        int | None,
+        typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a table of times and memory to stderr.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Answer a question about one or more images. The answer streams to stdout."""
-    given = {
+    named = {
         "prefill_keep": prefill_keep,
         "secondary": secondary,
         "core": core,
         "refresh": refresh,
         "text_keep": text_keep,
-        **dict(map(_parameter, parameters or [])),
     }
     options = Options(
         method=method,
-        parameters={name: value for name, value in given.items() if value is not None},
-        kv_budget=None if kv_budget is None else parse_size(kv_budget),
+        parameters=given_parameters(named, parameters),
+        kv_budget=kv_budget,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -97,19 +99,9 @@ def run(
     with readers_may_leave():
         result = _answer(runtime, request, quiet=as_json)
         if as_json:
-            print(json.dumps(result.to_dict(), ensure_ascii=False))
+            print(json.dumps(result.to_dict()))
     if stats:
         stderr.print(_table(result))
-
-
-def _parameter(text: str) -> tuple[str, float]:
-    """The name and value of ``NAME=VALUE``."""
-    name, _, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        raise BadInput(f"cannot read --set {text!r}: give NAME=VALUE with a number, like --set text_floor=8") from None
-    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 
 def _images(names: list[str]) -> list[ImageSource]:

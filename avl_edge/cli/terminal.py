@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, TypeAlias
 
@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..checkpoint import Progress as Report
+from ..errors import BadInput
+from ..policies import Avl
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
@@ -22,6 +24,45 @@ stderr = Console(stderr=True, highlight=False)
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Debug: TypeAlias = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
+
+PrefillKeep: TypeAlias = Annotated[
+    float | None, typer.Option(help=f"avl, P: percent of image tokens beyond the early layers. [{Avl.prefill_keep}]")
+]
+Secondary: TypeAlias = Annotated[
+    float | None, typer.Option(help=f"avl, S: percent of image rows stored per layer. [{Avl.secondary}]")
+]
+Core: TypeAlias = Annotated[
+    float | None, typer.Option(help=f"avl, C: percent of image rows read on an ordinary step. [{Avl.core}]")
+]
+Refresh: TypeAlias = Annotated[
+    int | None, typer.Option(help=f"avl, K: every K-th step reads all stored rows; 0: never. [{Avl.refresh}]")
+]
+TextKeep: TypeAlias = Annotated[
+    float | None, typer.Option(help=f"avl, T: percent of text rows kept after the image. [{Avl.text_keep}]")
+]
+Parameters: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--set", help="Any parameter of the method, as NAME=VALUE; may be repeated.")
+]
+
+
+def given_parameters(named: Mapping[str, float | None], texts: list[str] | None) -> dict[str, float]:
+    """A method's parameters from options of their own and from ``--set``; :class:`BadInput` for one given twice."""
+    given = {name: value for name, value in named.items() if value is not None}
+    for name, value in map(_parameter, texts or []):
+        if name in given:
+            raise BadInput(f"{name!r} is given twice: keep one of them")
+        given[name] = value
+    return given
+
+
+def _parameter(text: str) -> tuple[str, float]:
+    """The name and value of ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        raise BadInput(f"cannot read --set {text!r}: give NAME=VALUE with a number, like --set text_floor=8") from None
+    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import Weights
 from ..spec import VisionSpec
-from .layers import LayerNorm, Linear, activation
+from .layers import LayerNorm, Linear, activation, slow_half
 
 
 class VisionTower:
@@ -29,12 +29,19 @@ class VisionTower:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """``[images, 3, H, W]`` in the model's dtype to ``[images, 1 + patches, features]``, class token first."""
-        x = F.conv2d(pixels, self._patches, stride=self._spec.patch_size).flatten(2).mT
+        x = self._patchify(pixels).flatten(2).mT
         x = torch.cat([self._class_token.expand(len(x), 1, -1), x], dim=1) + self._positions
         states = [self._pre_norm(x)]
         for layer in self._layers:
             states.append(layer(states[-1]))
         return torch.cat([states[index] for index in self._feature_layers], dim=-1)
+
+    def _patchify(self, pixels: Tensor) -> Tensor:
+        """``[images, hidden, rows, columns]`` of patches."""
+        if slow_half(pixels):
+            patches = F.conv2d(pixels.float(), self._patches.float(), stride=self._spec.patch_size)
+            return patches.to(pixels.dtype)
+        return F.conv2d(pixels, self._patches, stride=self._spec.patch_size)
 
 
 class _Layer:
@@ -43,12 +50,12 @@ class _Layer:
         self._heads = spec.heads
         self._norm1 = LayerNorm.take(weights, f"{name}.layer_norm1", size, spec.norm_eps)
         self._norm2 = LayerNorm.take(weights, f"{name}.layer_norm2", size, spec.norm_eps)
-        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", size, size)
-        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", size, size)
-        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", size, size)
-        self._out = Linear.take(weights, f"{name}.self_attn.out_proj", size, size)
-        self._up = Linear.take(weights, f"{name}.mlp.fc1", inner, size)
-        self._down = Linear.take(weights, f"{name}.mlp.fc2", size, inner)
+        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", size, size, bias=True)
+        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", size, size, bias=True)
+        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", size, size, bias=True)
+        self._out = Linear.take(weights, f"{name}.self_attn.out_proj", size, size, bias=True)
+        self._up = Linear.take(weights, f"{name}.mlp.fc1", inner, size, bias=True)
+        self._down = Linear.take(weights, f"{name}.mlp.fc2", size, inner, bias=True)
         self._activation = activation(spec.activation)
 
     def __call__(self, x: Tensor) -> Tensor:

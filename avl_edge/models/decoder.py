@@ -47,13 +47,13 @@ class DecoderLayer:
         self._head_dim = head_dim
         self._norm1 = RmsNorm.take(weights, f"{name}.input_layernorm", size, spec.norm_eps)
         self._norm2 = RmsNorm.take(weights, f"{name}.post_attention_layernorm", size, spec.norm_eps)
-        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size)
-        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size)
-        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size)
-        self._out = Linear.take(weights, f"{name}.self_attn.o_proj", size, queries)
-        self._gate = Linear.take(weights, f"{name}.mlp.gate_proj", inner, size)
-        self._up = Linear.take(weights, f"{name}.mlp.up_proj", inner, size)
-        self._down = Linear.take(weights, f"{name}.mlp.down_proj", size, inner)
+        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
+        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
+        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
+        self._out = Linear.take(weights, f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
+        self._gate = Linear.take(weights, f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
+        self._up = Linear.take(weights, f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
+        self._down = Linear.take(weights, f"{name}.mlp.down_proj", size, inner, bias=spec.mlp_bias)
         self._activation = activation(spec.activation)
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,8 +23,8 @@ class Llava:
         self.dtype = weights.dtype
         self.decoder = Decoder(spec.text, weights)
         self._tower = VisionTower(spec.vision, spec.feature_layers, weights)
-        self._project1 = Linear.take(weights, "projector.linear_1", size, features)
-        self._project2 = Linear.take(weights, "projector.linear_2", size, size)
+        self._project1 = Linear.take(weights, "projector.linear_1", size, features, bias=spec.projector_bias)
+        self._project2 = Linear.take(weights, "projector.linear_2", size, size, bias=spec.projector_bias)
         self._activation = activation(spec.projector_activation)
 
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:

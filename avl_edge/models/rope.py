@@ -21,8 +21,10 @@ class Rope:
             raise BadModel(f"RoPE scaling {kind!r} is not supported: it must be one of {', '.join(_KINDS)}")
         try:
             self._frequencies, self._magnitude = _KINDS[kind](head_dim, parameters)
-        except (KeyError, TypeError) as error:
-            raise BadModel(f"RoPE scaling {kind!r} lacks a parameter or has one of the wrong kind: {error}") from None
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise BadModel(f"RoPE scaling {kind!r} lacks a parameter or has a wrong one: {error}") from None
+        if not (torch.isfinite(self._frequencies).all() and (self._frequencies > 0).all() and self._magnitude > 0):
+            raise BadModel(f"RoPE scaling {kind!r} gives frequencies that are not positive: check {dict(parameters)}")
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[n, 1, head_dim]`` for int64 ``positions`` ``[n]``."""

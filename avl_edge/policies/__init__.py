@@ -36,11 +36,14 @@ __all__ = [
 def candidates(name: str | None, parameters: Mapping[str, float], fitted: bool) -> Iterator[Method]:
     """The settings to choose from, best answers first.
 
-    ``name`` None means full attention, then A-VL. ``fitted``: parameters that were not given may be picked
-    to fit a budget; otherwise they take their defaults. Raises :class:`BadInput` for an unknown method or parameter.
+    ``name`` None means full attention and, where a budget is to be met, then A-VL. ``fitted``: parameters that were not
+    given may be picked to fit a budget; otherwise they take their defaults. Raises :class:`BadInput` for an unknown
+    method or parameter.
     """
     if name is None:
-        yield from candidates("full", parameters, fitted)
+        for parameter in parameters:
+            raise BadInput(f"{parameter!r} is a parameter {_hint(parameter)}: name the method, as in --method avl")
+        yield from candidates("full", {}, fitted)
         if fitted:
             yield from candidates("avl", {}, fitted)
         return
@@ -50,7 +53,12 @@ def candidates(name: str | None, parameters: Mapping[str, float], fitted: bool) 
     known = {field.name for field in fields(method)}
     for parameter in parameters:
         if parameter not in known:
-            owners = [other for other, kind in METHODS.items() if parameter in {f.name for f in fields(kind)}]
-            hint = f"it belongs to {', '.join(owners)}" if owners else f"it takes {', '.join(sorted(known)) or 'none'}"
-            raise BadInput(f"method {name!r} has no parameter {parameter!r}: {hint}")
+            takes = ", ".join(sorted(known)) or "none"
+            raise BadInput(f"method {name!r} takes no {parameter!r}, a parameter {_hint(parameter)}; it takes {takes}")
     yield from method.ladder(parameters) if fitted else iter([method(**parameters)])  # type: ignore[arg-type]
+
+
+def _hint(parameter: str) -> str:
+    """Whose parameter it is."""
+    owners = [name for name, kind in METHODS.items() if parameter in {field.name for field in fields(kind)}]
+    return f"of {' and '.join(owners)}" if owners else "of no method"

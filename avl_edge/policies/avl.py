@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import Kept, Mask, PromptLayer, Queries, Scores, Settlement, StepLayer, share, spread, top
+from .base import Kept, Mask, PromptLayer, Queries, Scores, Settlement, StepLayer, exact, share, spread, top, whole
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,17 @@ class Avl:
             f"A-VL needs prefill_keep >= secondary >= core (P >= S >= C), but they are {p:g}, {s:g} and {c:g}",
         )
         require(
-            self.refresh >= 0 and self.refresh == int(self.refresh),
+            whole(self.refresh) and self.refresh >= 0,
             f"refresh (K) must be a whole number of steps, 0 for never, not {self.refresh:g}",
         )
         require(0 <= self.heavy <= 100, f"heavy must be from 0 to 100 percent, not {self.heavy:g}")
-        require(self.text_floor >= 1, f"text_floor must be at least 1 row, not {self.text_floor:g}")
-        require(self.prune_layer >= 0, f"prune_layer must be 0 or more, not {self.prune_layer:g}")
+        floor, layer = self.text_floor, self.prune_layer
+        require(whole(floor) and floor >= 1, f"text_floor must be a whole number of rows from 1, not {floor:g}")
+        require(whole(layer) and layer >= 0, f"prune_layer must be a whole number from 0, not {layer:g}")
 
     def text_budget(self, seen: int) -> int:
         """Text rows kept of the ``seen`` ones after the image (halves round to even)."""
-        return min(seen, max(round(self.text_keep * seen / 100), self.text_floor))
+        return min(seen, max(round(exact(self.text_keep) * seen / 100), self.text_floor))
 
     def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
         # Rows grow with every step, and a step's new row is there before the eviction that it causes.

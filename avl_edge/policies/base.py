@@ -7,6 +7,7 @@ positions; it never sees a row id and moves nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -125,6 +126,11 @@ class Method(Protocol):
     def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Method]:
         """Settings to try for a budget, best answers first; ``fixed`` parameters stay as given."""
         ...
+
+
+def whole(value: float) -> bool:
+    """Whether a parameter is a whole number."""
+    return math.isfinite(value) and value == int(value)
 
 
 def exact(percent: float) -> Fraction:

@@ -100,6 +100,23 @@ class RowPool:
         lease.held += count
         lease.peak = max(lease.peak, lease.held)
 
+    def rebuild(self, owners: Iterable[SequenceRows]) -> None:
+        """Make the books anew from what ``owners`` hold; every other row and lease is given up.
+
+        An interrupt may fall between two lines of any method here. After it nobody's half-done change counts: the
+        only truth is who is still there.
+        """
+        owners = list(owners)
+        self._references[:] = 0
+        for owner in owners:
+            ids = np.concatenate([_EMPTY, *(layer.all_ids() for layer in owner.layers)])
+            self._references[ids] += 1
+            owner.lease.held = len(ids)
+        free = np.flatnonzero(self._references == 0)[::-1]
+        self._free[: len(free)] = free
+        self._free_count = len(free)
+        self._leases = {owner.lease for owner in owners}
+
     def check_integrity(self, owners: Iterable[SequenceRows]) -> None:
         """Assert that every row is free or held, as often as it is counted, and in one tier of its owner."""
         owners = list(owners)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,29 +67,39 @@ class Processor:
         )
 
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
-        """One user turn, the images before the text, ready for the answer.
+        """One user turn, the images before the text, ready for the answer: :meth:`lay_out`, then :meth:`read`."""
+        return self.read(images, *self.lay_out(len(images), prompt, system))
 
-        Each image stands as ``tokens_per_image`` placeholder ids. Raises BadImage for a picture that cannot be used,
-        BadInput for a prompt that is empty or holds special tokens, BadModel if the chat template fails.
+    def lay_out(
+        self, images: int, prompt: str, system: str | None = None
+    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        """The token ids of a turn with that many images, and where each image stands (digests still empty).
+
+        Each image stands as ``tokens_per_image`` placeholder ids. Raises BadInput for a prompt that is empty or holds
+        special tokens, BadModel if the chat template fails. No picture is touched.
         """
-        if isinstance(images, str | bytes):
-            raise BadInput("images must be a list of pictures, not a single one")
         self._check_text("prompt", prompt)
         if not prompt.strip():
             raise BadInput("the prompt is empty: ask something about the picture")
         if system is not None:
             self._check_text("system text", system)
-        token_ids = self._tokenize(len(images), prompt, system)
-        starts = self._image_starts(token_ids, len(images))
+        token_ids = self._tokenize(images, prompt, system)
+        starts = self._image_starts(token_ids, images)
+        return token_ids, tuple(ImageSpan("", start, self.tokens_per_image) for start in starts)
+
+    def read(self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]) -> Prompt:
+        """Decode and preprocess the pictures of a turn that was laid out. Raises BadImage for one that is no use."""
         pixels = [preprocess(open_image(image), self.image_config) for image in images]
-        spans = (ImageSpan(digest(p), start, self.tokens_per_image) for p, start in zip(pixels, starts, strict=True))
-        return Prompt(token_ids, tuple(spans), np.stack(pixels) if pixels else None)
+        named = (replace(span, digest=digest(each)) for span, each in zip(spans, pixels, strict=True))
+        return Prompt(token_ids, tuple(named), np.stack(pixels) if pixels else None)
 
     def detokenizer(self) -> Detokenizer:
         """A new one for each sequence."""
         return Detokenizer(self.text.tokenizer, self.text.special)
 
     def _check_text(self, what: str, text: str) -> None:
+        if not isinstance(text, str):
+            raise BadInput(f"the {what} must be a string, not {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

@@ -32,7 +32,7 @@ class TextTokenizer:
         named = _named_tokens(directory, config)
         try:
             _add_tokens(tokenizer, config, named)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise BadModel(f"{directory / 'tokenizer_config.json'} describes its tokens wrongly: {error}") from None
         _check_ids(tokenizer, vocab_size, directory)
         special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
