@@ -197,7 +197,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--core", "20"], "'core' is a parameter of avl: name the method"),
         (["--method", "avl", "--core", "20", "--set", "core=10"], "'core' is given twice"),
         (["--method", "avl", "--set", "core=10", "--set", "core=10"], "'core' is given twice"),
-        (["--method", "avl", "--set", "refresh=inf"], "refresh (K)"),
+        (["--method", "avl", "--set", "refresh=inf"], "must be a number, not inf"),
         (["--method", "avl", "--set", "refresh=2.5"], "refresh (K)"),
         (["--method", "best"], "choose one of full"),
         (["--set", "text_floor"], "give NAME=VALUE"),
