@@ -14,13 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools.demo_model import scenes, vocabulary
+from tools.demo_model import panels, scenes, vocabulary
+from tools.demo_model.attention import holds, overlap
 from tools.demo_model.canvas import GRID, PATCH
-from tools.demo_model.data import IGNORE, Scenes, encode, head_ids, pack, training_questions
+from tools.demo_model.data import (
+    IGNORE,
+    SHOWN,
+    Scenes,
+    encode,
+    head_ids,
+    pack,
+    piece_labels,
+    shown_patches,
+    training_questions,
+)
 from tools.demo_model.evaluate import Answer, held_out, report
 from tools.demo_model.facts import Facts
 from tools.demo_model.fast import attention, rms_norm
-from tools.demo_model.model import question_mask
+from tools.demo_model.model import DemoModel, ModelConfig, Packing, question_mask
 from tools.demo_model.phrases import PATTERNS
 from tools.demo_model.questions import ABSENT, KINDS, MAKERS, Question, ask, ask_any
 from tools.demo_model.schedule import BadPlan, Stage, parse_plan
@@ -390,3 +401,59 @@ def test_samples_do_not_depend_on_where_a_run_begins() -> None:
     tokenizer = SHIPPED / "tokenizer.json"
     late, early = Scenes(5, 1, tokenizer)[0], Scenes(3, 3, tokenizer)[2]
     assert all((late[name] == early[name]).all() for name in late)
+
+
+class TestPatches:
+    @quickly
+    @given(seeds)
+    def test_pieces_are_those_of_the_answer(self, tokenizer, seed: int) -> None:
+        """Every token of a plate's answer labels as many half patches as it has letters."""
+        scene = scenes.compose(seed, [panels.sample_plate])
+        labels = piece_labels(scene.text_labels, tokenizer)
+        assert ((labels != IGNORE) == (scene.text_labels[..., 0] > 0)).all()
+        assert scene.facts.plate is not None
+        pieces = tokenizer.encode(f" {scene.facts.plate}", add_special_tokens=False)
+        row = labels[labels != IGNORE].tolist()
+        expected = [i for i, token in zip(pieces.ids, pieces.tokens, strict=True) for _ in token.removeprefix("Ġ")]
+        assert row == expected
+
+    @quickly
+    @given(seeds)
+    def test_what_is_shown_holds_everything(self, seed: int) -> None:
+        scene = scenes.render(seed)
+        shown = shown_patches(scene.text_labels, scene.object_labels, random.Random(seed))
+        assert len(set(shown.tolist())) == SHOWN
+        assert (np.diff(shown) > 0).all()
+        written = (scene.text_labels[..., 0] > 0).reshape(GRID, GRID, 2).any(-1) | (scene.object_labels > 0)
+        assert set(np.flatnonzero(written).tolist()) <= set(shown.tolist())
+
+    def test_showing_every_patch_is_showing_the_picture(self) -> None:
+        torch.manual_seed(0)
+        model = DemoModel(ModelConfig(vision_width=32, vision_layers=1, vision_heads=1, width=32, heads=1, layers=2))
+        features, rows = torch.randn(2, 576, 32), torch.arange(6).view(2, 3)
+        text, head = Packing(rows, torch.zeros_like(rows), rows % 3), torch.tensor([[1, 2]])
+        every = torch.arange(576).expand(2, -1)
+        expected = model.read(features, head, text, model.all_layers)
+        torch.testing.assert_close(model.read(features, head, text, model.all_layers, every), expected)
+
+
+class TestAttentionFigures:
+    def test_by_hand(self) -> None:
+        scores = np.array([[4, 3, 2, 1, 0, 0, 0, 0, 0, 0], [1] * 10], np.float32)
+        # 4 + 3 is 70 % and 4 + 3 + 2 is 90 % of the first row's ten; even attention needs eight of ten.
+        assert holds(scores).tolist() == pytest.approx([0.3, 0.8])
+        assert overlap(scores[0], scores[0, ::-1].copy(), top=0.4) == 0
+        assert overlap(scores[0], np.roll(scores[0], 1), top=0.4) == pytest.approx(0.75)
+
+    @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.9))
+    def test_of_random_rows(self, seed: int, top: float) -> None:
+        a, b = np.random.default_rng(seed).random((2, 3, 50), np.float32)
+        expected = [
+            len(set(np.argsort(x)[::-1][: int(top * 50)]) & set(np.argsort(y)[::-1][: int(top * 50)])) / int(top * 50)
+            for x, y in zip(a, b, strict=True)
+        ]
+        assert overlap(a, b, top).tolist() == pytest.approx(expected)
+        for row, share in zip(a, holds(a), strict=True):
+            count = round(share * 50)
+            ordered = sorted(row.astype(float), reverse=True)
+            assert sum(ordered[: count - 1]) < 0.8 * sum(ordered) <= sum(ordered[:count]) + 1e-4
