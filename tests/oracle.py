@@ -33,6 +33,7 @@ class AvlSettings:
     heavy: int = 70  # of the text budget: rows kept by their sum of attention, the rest by recency
     text_floor: int = 20  # the least text budget, in rows
     prune_layer: int = 2  # 0-based; the prune takes effect after this whole layer
+    prompt_mean: int = 0  # 1: prefill ranks image tokens by the mean over all text after the image, not the last token
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,18 @@ def generate(
     system = list(range(images[0]))
     text = sorted(set(range(images[0], length)) - set(images))
 
-    # The prune ranks by the last query's score in one shallow layer. A first pass over all rows finds that score.
+    def rank(layer_weights: Tensor) -> list[float]:
+        queries = text if settings.prompt_mean else [length - 1]
+        scores: list[float] = layer_weights[queries].mean(0).tolist()
+        return scores
+
+    # The prune ranks by the score in one shallow layer. A first pass over all rows finds that score.
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     survivors = images
     if settings.prune_layer < depth:
         _, weights, _ = _forward(model, [causal] * depth, prompt, pixel_values)
         kept = settings.prefill_keep * total // 100
-        survivors = top(weights[settings.prune_layer][-1].tolist(), images, kept)
+        survivors = top(rank(weights[settings.prune_layer]), images, kept)
 
     # Prefill: in the layers after that one nobody attends a pruned token. (It attends itself, so that its own
     # row of weights is defined; nothing reads what it computes.)
@@ -166,7 +172,7 @@ def generate(
 
     layers = []
     for index in range(depth):
-        scores = weights[index][-1].tolist()
+        scores = rank(weights[index])
         stored = top(scores, images if index <= settings.prune_layer else survivors, settings.secondary * total // 100)
         sums = dict(zip(text, weights[index][text][:, text].sum(0).tolist(), strict=True))
         layers.append(

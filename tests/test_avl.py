@@ -31,6 +31,7 @@ def _random_settings(seed: int) -> dict[str, int]:
         "text_keep": rng.randint(20, 100),
         "text_floor": rng.choice([4, 20]),
         "prune_layer": rng.choice([0, 1, 2, 2]),
+        "prompt_mean": seed % 2,
     }
 
 
@@ -92,6 +93,7 @@ def test_tokens_and_rows_equal_the_oracle(
         ({"core": 50}, "P >= S >= C"),
         ({"prefill_keep": 40}, "P >= S >= C"),
         ({"core": float("nan")}, "core (C)"),
+        ({"prompt_mean": 2}, "prompt_mean"),
     ],
 )
 def test_symbols_out_of_range_are_refused_by_name(parameters: dict[str, float], word: str) -> None:

@@ -72,7 +72,7 @@ def tokens(steps: list[OracleStep]) -> list[int]:
 def test_the_specs_cover_what_they_should() -> None:
     specs = list(SPECS.values())
     assert {spec.text for spec in specs} == {"llama", "mistral", "qwen2"}
-    assert {spec.feature_layer for spec in specs} == {-1, -2}
+    assert {spec.feature_layer for spec in specs} == {-1, -2, (-3, -1)}
     assert {spec.strategy for spec in specs} == {"default", "full"}
     assert {spec.dtype for spec in specs} == {torch.float32, torch.bfloat16}
     assert {spec.tied for spec in specs} == {spec.kv_heads < spec.heads for spec in specs} == {False, True}

@@ -28,6 +28,10 @@ class Avl:
     step; ``refresh`` K: every K-th step attends all stored rows and picks the core anew (0: never);
     ``text_keep`` T: text rows kept after the image, at least ``text_floor`` of them, ``heavy`` percent of
     which are heavy hitters and the others the most recent.
+
+    ``prompt_mean`` 1 is ours, not the paper's: prefill ranks image tokens by their mean attention from all text after
+    the image, instead of from the last token alone, which looks where the first word of the answer is and evicts what
+    later words need.
     """
 
     prefill_keep: float = 90
@@ -38,6 +42,7 @@ class Avl:
     heavy: float = 70
     text_floor: int = 20
     prune_layer: int = 2
+    prompt_mean: int = 0
 
     name: ClassVar[str] = "avl"
 
@@ -57,6 +62,7 @@ class Avl:
         require(0 <= self.heavy <= 100, f"heavy must be from 0 to 100 percent, not {self.heavy:g}")
         floor, layer = self.text_floor, self.prune_layer
         require(whole(floor) and floor >= 1, f"text_floor must be a whole number of rows from 1, not {floor:g}")
+        require(self.prompt_mean in (0, 1), f"prompt_mean must be 0 or 1, not {self.prompt_mean:g}")
         require(whole(layer) and layer >= 0, f"prune_layer must be a whole number from 0, not {layer:g}")
 
     def text_budget(self, seen: int) -> int:
@@ -106,8 +112,9 @@ class AvlPolicy:
         return "suffix"
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
-        image = spread(top(view.last[view.is_image], self._stored), view.is_image)
-        core = spread(top(view.last[image], self._core), image)
+        scores = self._image_scores(view)
+        image = spread(top(scores[view.is_image], self._stored), view.is_image)
+        core = spread(top(scores[image], self._core), image)
         sums = view.total[view.is_suffix]
         kept = self._keep_suffix(sums, self._seen[view.layer])
         self._sums[view.layer] = sums[kept]
@@ -117,7 +124,11 @@ class AvlPolicy:
     def prune_prompt(self, view: PromptLayer) -> Mask | None:
         if view.layer != self._settings.prune_layer or self._survivors == view.is_image.sum():
             return None
-        return ~view.is_image | spread(top(view.last[view.is_image], self._survivors), view.is_image)
+        scores = self._image_scores(view)[view.is_image]
+        return ~view.is_image | spread(top(scores, self._survivors), view.is_image)
+
+    def _image_scores(self, view: PromptLayer) -> Scores:
+        return view.total if self._settings.prompt_mean else view.last
 
     def reads_secondary(self, step: int) -> bool:
         return self._settings.refresh > 0 and step % self._settings.refresh == 0
