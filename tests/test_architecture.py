@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "avl_edge"
-OPTIONAL = {"tensorrt", "cuda"}
+OPTIONAL = {"onnx", "tensorrt", "cuda"}
 
 
 def _rooms() -> list[tuple[str, bool]]:
@@ -91,6 +91,6 @@ for room in {rooms!r}: importlib.import_module(room)
 
 
 def test_runtime_works_without_optional_packages() -> None:
-    """`tensorrt` and `cuda` are optional: the package imports where they cannot be."""
-    program = "import sys; sys.modules.update(dict.fromkeys(('tensorrt', 'cuda'))); import avl_edge.cli"
+    """`onnx`, `tensorrt` and `cuda` are optional: the package imports where they cannot be."""
+    program = "import sys; sys.modules.update(dict.fromkeys(('onnx', 'tensorrt', 'cuda'))); import avl_edge.cli"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

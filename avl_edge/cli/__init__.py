@@ -16,6 +16,7 @@ import typer
 
 from ..errors import AvlEdgeError
 from .doctor import doctor
+from .evaluate import evaluate
 from .run import run
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -23,6 +24,7 @@ INTERRUPTED = 128 + signal.SIGINT
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(run)
 app.command()(doctor)
+app.command("eval")(evaluate)
 
 
 def main() -> NoReturn:

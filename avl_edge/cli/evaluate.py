@@ -1,0 +1,183 @@
+"""``avl-edge eval``"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..config import format_size, require
+from ..errors import BadInput
+from ..evaluate import (
+    METRICS,
+    REFERENCE,
+    AnswerLog,
+    Asked,
+    Divergence,
+    Interview,
+    Questions,
+    Setting,
+    describe,
+    draw_plots,
+    read_questions,
+    report,
+    require_packages,
+    require_plots,
+    settings_of,
+)
+from ..policies import METHODS
+from ..runtime import DEMO, Runtime
+from .terminal import AsJson, Debug, Model, progress, readers_may_leave, stderr
+
+_MOST_PROBLEMS = 10
+
+
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'demo', a JSONL file of image, question and answers, or the folder of DocVQA, TextVQA, OCRBench, "
+            "VQAv2, Nocaps or Flickr30k."
+        ),
+    ] = "demo",
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the questions.")] = 1,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="How many questions. Default: 200 of the demo's, all others.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}, with commas between them.")] = "full,avl",
+    kv_fraction: Annotated[
+        str, typer.Option(help="Shares of full attention's memory at the end of the prompt, like 0.5,0.25.")
+    ] = "0.5",
+    metric: Annotated[
+        str | None, typer.Option(help=f"The score, of {', '.join(METRICS)}. Default: the data set's own.")
+    ] = None,
+    model: Model = "demo",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 160,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    kl: Annotated[
+        bool, typer.Option("--kl", help="Also compare the predictions token by token with full's: twice the time.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the JSON here too. Answers are kept beside it: the same command goes on where it was."
+        ),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder, as SVG and PNG.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Ask the same questions with several methods: quality against memory."""
+    settings = settings_of(_names(methods), _fractions(kv_fraction))
+    require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
+    require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
+    if plots:
+        require_plots()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    runtime = Runtime.open(model)
+    with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
+        asked_of = read_questions(data, seed, questions, Path(scratch))
+        metric = metric or asked_of.metric
+        require_packages(metric)
+        directory = DEMO if model == "demo" else Path(model)
+        log = AnswerLog(out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, max_new_tokens, kl))
+        with progress("loading") as loading:
+            runtime.load_weights(progress=loading)
+        interview = Interview(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
+        asked = _ask(interview, asked_of, settings, log.path)
+    document = {"command": shlex.join(["avl-edge", *sys.argv[1:]]), **report(runtime, asked_of, asked, metric)}
+    _say_left_out(document)
+    if out:
+        _write(out, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    if plots:
+        draw_plots(document, plots)
+    with readers_may_leave():
+        if as_json:
+            print(json.dumps(document, ensure_ascii=False))
+        else:
+            Console(highlight=False).print(_table(document))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in _names(text)]
+    except ValueError:
+        raise BadInput(f"cannot read --kv-fraction {text!r}: give numbers with commas, like 0.5,0.25") from None
+
+
+def _ask(interview: Interview, questions: Questions, settings: list[Setting], kept: Path | None) -> Asked:
+    try:
+        with progress("asking") as asking:
+            return interview.ask_all(questions, settings, asking)
+    except KeyboardInterrupt:
+        if kept:
+            _say(f"stopped; the answers are in {kept}, and the same command goes on from there")
+        raise
+
+
+def _say_left_out(document: Mapping[str, Any]) -> None:
+    problems = [f"{row['where']} was left out: {row['reason']}" for row in document["problems"]]
+    rest = len(problems) - _MOST_PROBLEMS
+    shown = problems[:_MOST_PROBLEMS] + ([f"{rest} more were left out"] if rest > 0 else [])
+    for line in shown + [f"a setting was left out: {row['reason']}" for row in document["unreachable"]]:
+        _say(line)
+
+
+def _say(line: str) -> None:
+    stderr.print(f"avl-edge: {line}", markup=False, soft_wrap=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the whole file or nothing."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, as JSON escapes it
+        staged.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}): give --out another place") from None
+
+
+def _table(document: Mapping[str, Any]) -> Table:
+    title = f"{document['data']}: {document['questions']} questions, {document['metric'].replace('_', ' ')}"
+    note = "same: tokens as full's; KL: from full's; read: of full's rows a step"
+    table = Table(title=title, caption=note, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for heading in ("KV", "score", "95 %", "CER", "same", "KL", "stored", "read", "ms/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in document["results"]:
+        table.add_row(row["method"], *_cells(row))
+    return table
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = row["score_interval"]
+    return (
+        f"{row['kv_fraction']:.1%}",
+        f"{row['score']:.3f}",
+        f"{low:.2f}..{high:.2f}",
+        f"{row['character_error_rate']:.3f}",
+        _known(row["token_identity"], ".1%"),
+        _known(row["kl_to_full"], ".4f"),
+        format_size(round(row["bytes_stored"])),
+        _known(row["rows_read_fraction"], ".1%"),
+        _known(row["ms_per_token"], ".2f"),
+    )
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

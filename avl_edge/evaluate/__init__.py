@@ -1,0 +1,31 @@
+"""Quality against memory: the same questions asked in many settings, their answers scored and counted."""
+
+from .answers import Answer, AnswerLog, describe
+from .asking import Asked, Interview
+from .data import read_questions
+from .divergence import Divergence
+from .metrics import METRICS, require_packages
+from .plots import draw_plots, require_plots
+from .questions import Question, Questions
+from .report import report
+from .settings import REFERENCE, Setting, settings_of
+
+__all__ = [
+    "METRICS",
+    "REFERENCE",
+    "Answer",
+    "AnswerLog",
+    "Asked",
+    "Divergence",
+    "Interview",
+    "Question",
+    "Questions",
+    "Setting",
+    "describe",
+    "draw_plots",
+    "read_questions",
+    "report",
+    "require_packages",
+    "require_plots",
+    "settings_of",
+]

@@ -1,0 +1,17 @@
+"""Packages of the ``eval`` extra: the runtime works without them, so they are imported where they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ..errors import BadInput
+
+
+def optional(module: str, purpose: str) -> Any:
+    """``module``; :class:`BadInput`, saying what ``purpose`` needs, where its package is not installed."""
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise BadInput(f"{purpose} needs {package}: pip install 'avl-edge[eval]'") from None
