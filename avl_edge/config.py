@@ -120,6 +120,16 @@ def parse_size(text: str) -> int:
     return count
 
 
+def parse_parameter(text: str) -> tuple[str, float]:
+    """The name and value of a method's parameter, written ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        raise BadInput(f"cannot read {text!r} as a parameter: give NAME=VALUE with a number, like refresh=3") from None
+    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
+
+
 def format_size(count: int) -> str:
     """A byte count for people, in decimal units: ``format_size(162_800_000) == '162.8 MB'``."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

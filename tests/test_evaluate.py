@@ -161,6 +161,9 @@ class TestCommand:
         ("options", "code", "message"),
         [
             (["--methods", "full,magic"], 2, "unknown method 'magic'"),
+            (["--methods", "avl:magic=1"], 2, "takes no 'magic'"),
+            (["--methods", "avl:refresh"], 2, "give NAME=VALUE"),
+            (["--methods", "avl:refresh=-1"], 2, "refresh (K)"),
             (["--methods", ","], 2, "name one with --methods"),
             (["--kv-fraction", "half"], 2, "cannot read --kv-fraction 'half'"),
             (["--kv-fraction", "1.5"], 2, "must be above 0 and at most 1"),
@@ -324,6 +327,7 @@ class TestSettings:
             ("avl", {"secondary": 48, "core": 32, "prefill_keep": 90}),  # 276 of 576, and 24 rows of text
             ("fastv", {"layer": 2, "drop": 70}),  # six of eight layers lose 403 or more of 576 tokens
             ("streaming", {"sinks": 4, "window": 296}),
+            ("avl:prompt_mean=1:refresh=1", {"secondary": 48, "core": 32, "prompt_mean": 1, "refresh": 1}),
         ],
     )
     def test_half_of_the_demo_models_prompt(self, method: str, parameters: dict[str, float]) -> None:

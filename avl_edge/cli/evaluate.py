@@ -54,7 +54,12 @@ def evaluate(
     questions: Annotated[
         int | None, typer.Option(min=1, help="How many questions. Default: 200 of the demo's, all others.")
     ] = None,
-    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}, with commas between them.")] = "full,avl",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Of {', '.join(METHODS)}, with commas between them; a parameter may be fixed, as in avl:refresh=1."
+        ),
+    ] = "full,avl",
     kv_fraction: Annotated[
         str, typer.Option(help="Shares of full attention's memory at the end of the prompt, like 0.5,0.25.")
     ] = "0.5",

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..checkpoint import Progress as Report
+from ..config import parse_parameter
 from ..errors import BadInput
 from ..policies import Avl
 
@@ -48,21 +49,11 @@ Parameters: TypeAlias = Annotated[
 def given_parameters(named: Mapping[str, float | None], texts: list[str] | None) -> dict[str, float]:
     """A method's parameters from options of their own and from ``--set``; :class:`BadInput` for one given twice."""
     given = {name: value for name, value in named.items() if value is not None}
-    for name, value in map(_parameter, texts or []):
+    for name, value in map(parse_parameter, texts or []):
         if name in given:
             raise BadInput(f"{name!r} is given twice: keep one of them")
         given[name] = value
     return given
-
-
-def _parameter(text: str) -> tuple[str, float]:
-    """The name and value of ``NAME=VALUE``."""
-    name, _, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        raise BadInput(f"cannot read --set {text!r}: give NAME=VALUE with a number, like --set text_floor=8") from None
-    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 
 @contextmanager

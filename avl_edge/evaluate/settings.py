@@ -14,17 +14,30 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from ..budget import fit
-from ..config import KvShape, Options, PromptShape, require
+from ..config import KvShape, Options, PromptShape, parse_parameter, require
 from ..errors import DoesNotFit
-from ..policies import METHODS, Method, candidates
+from ..policies import Method, candidates
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A ``method`` at ``kv_fraction`` of full attention's memory, above 0 and at most 1."""
+    """A ``method`` at ``kv_fraction`` of full attention's memory, above 0 and at most 1.
+
+    The method's name may be followed by parameters that stay as they are: ``avl:prompt_mean=1:refresh=1``.
+    """
 
     method: str
     kv_fraction: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The method's name alone."""
+        return self.method.partition(":")[0]
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """What is fixed."""
+        return dict(map(parse_parameter, self.method.split(":")[1:]))
 
     def __str__(self) -> str:
         return f"{self.method} at {100 * self.kv_fraction:g} %"
@@ -37,28 +50,27 @@ class Setting:
         # The decimal share that was given, not the binary number nearest to it.
         budget = int(Fraction(str(self.kv_fraction)) * prompt.length * shape.layers * shape.row_bytes)
         try:
-            method = fit(_ladder(self.method), shape, prompt, steps=0, budget=budget).method
+            method = fit(self._ladder(), shape, prompt, steps=0, budget=budget).method
         except DoesNotFit:
-            least = min(rung.peak_rows(prompt, 0, shape.layers) for rung in _ladder(self.method))
+            least = min(rung.peak_rows(prompt, 0, shape.layers) for rung in self._ladder())
             raise DoesNotFit(
                 f"{self.method} cannot hold this prompt in {100 * self.kv_fraction:g} % of full attention's memory: "
                 f"the least is {100 * least / (prompt.length * shape.layers):.1f} %"
             ) from None
         parameters = asdict(method)  # type: ignore[call-overload]
-        return Options(method=self.method, parameters=parameters, max_new_tokens=max_new_tokens)
+        return Options(method=self.name, parameters=parameters, max_new_tokens=max_new_tokens)
+
+    def _ladder(self) -> Iterator[Method]:
+        return candidates(self.name, self.parameters, fitted=True)
 
 
 REFERENCE = Setting("full")
 
 
-def _ladder(method: str) -> Iterator[Method]:
-    return candidates(method, {}, fitted=True)
-
-
 def settings_of(methods: Sequence[str], fractions: Sequence[float]) -> list[Setting]:
     """Each method at each fraction, full attention once and first; :class:`BadInput` for what is not one."""
-    for name in methods:
-        require(name in METHODS, f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    for method in methods:
+        next(Setting(method)._ladder())
     for fraction in fractions:
         require(0 < fraction <= 1, f"a KV fraction must be above 0 and at most 1, not {fraction:g}")
     require(bool(methods), "there is no method to evaluate: name one with --methods")
