@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import signal
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -323,6 +327,21 @@ class TestTraining:
         resumed.run()
         for name, weight in uninterrupted.model.state_dict().items():
             assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+    @pytest.mark.slow
+    def test_ctrl_c_saves_and_stops(self, tmp_path: Path, tokenizer) -> None:
+        """A terminal sends it to the whole process group, the worker that draws included."""
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        options = ["--plan", "vision:1000s", "--batch", "1", "--threads", "1", "--folder", str(tmp_path)]
+        command = [sys.executable, "-m", "tools.demo_model.train", *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout is not None
+        assert '"steps": 20' in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        assert 20 <= state["position"]["steps"] < 1000
 
 
 def _step_until(trainer, stage: int, steps: int) -> None:

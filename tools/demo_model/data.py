@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -144,8 +145,10 @@ class Scenes(Dataset[Sample]):
         return sample | {name: getattr(packed, name) for name in ("ids", "targets", "segments", "positions")}
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group, but it is the trainer who saves and stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader(scenes: Scenes, batch_size: int, workers: int) -> DataLoader[Sample]:
@@ -154,7 +157,7 @@ def loader(scenes: Scenes, batch_size: int, workers: int) -> DataLoader[Sample]:
         scenes,
         batch_size=batch_size,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
         drop_last=True,
         pin_memory=torch.cuda.is_available(),
