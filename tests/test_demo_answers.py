@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -51,3 +56,10 @@ def test_transformers_gives_the_same_answers(count: int) -> None:
         gap = (logits.max() - logits[tokens[parted]]).item()
         assert gap <= 2**-7 * logits.abs().max().item(), (number, question, tokens, answer)
     assert same >= 0.9 * count
+
+
+def test_pictures_of_another_program_are_tried(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.demo_model.foreign", "--json", "--folder", str(tmp_path)]
+    rows = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parent.parent).stdout)
+    assert {row["picture"] for row in rows} == {path.stem for path in tmp_path.iterdir()}
+    assert all(set(row) == {"picture", "question", "truth", "said"} for row in rows)
