@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image
 
 from avl_edge.errors import BadImage, BadModel
@@ -118,6 +120,13 @@ def test_every_kind_of_picture_equals_transformers(tmp_path: Path, name: str) ->
         assert declared_size(file, path.suffix[1:].upper().replace("JPG", "JPEG")) == (90, 70)
 
 
+blends_keys = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="the reference on this Python drops a transparent colour; since 5.23 transformers blends it onto white",
+)
+
+
+@blends_keys
 @pytest.mark.parametrize("transparency", [3, bytes(range(32))], ids=["one colour", "opacity per colour"])
 def test_palette_with_transparency_equals_transformers(tmp_path: Path, transparency: int | bytes) -> None:
     path = tmp_path / "palette.png"
@@ -130,6 +139,7 @@ def test_palette_with_transparency_equals_transformers(tmp_path: Path, transpare
         assert np.array_equal(pixels, reference(path, CLIP))
 
 
+@blends_keys
 def test_colour_key_in_rgb_equals_transformers(tmp_path: Path) -> None:
     path = tmp_path / "key.png"
     array = photograph(90, 70)
