@@ -22,8 +22,8 @@ from tools.demo_model.tokenizer import load_tokenizer
 from tools.demo_model.trainer import Options, Trainer
 
 # Shares of ``--minutes`` when no plan is given.
-FROM_NOTHING = (("vision", 0.25), ("find", 0.20), ("grow", 0.20), ("read", 0.35))
-FROM_WEIGHTS = (("probe", 0.03), ("read", 0.97))
+FROM_NOTHING = (("vision", 0.15), ("find", 0.20), ("grow", 0.25), ("anneal", 0.25), ("read", 0.15))
+FROM_WEIGHTS = (("probe", 0.03), ("anneal", 0.57), ("read", 0.40))
 
 
 def default_plan(minutes: float, from_weights: bool) -> str:
@@ -34,7 +34,7 @@ def default_plan(minutes: float, from_weights: bool) -> str:
 
 def main(
     minutes: Annotated[float, typer.Option(help="Minutes of training in all.")] = 75.0,
-    plan: Annotated[str, typer.Option(help="Stages instead, as vision:20,find:15,read:40 in minutes.")] = "",
+    plan: Annotated[str, typer.Option(help="Stages instead, as vision:20,find:20,anneal:40,read:15 in minutes.")] = "",
     folder: Annotated[Path, typer.Option(help="Where checkpoint, tokenizer and log are.")] = Path("runs/demo"),
     init: Annotated[Path | None, typer.Option(help="An exported directory to begin from.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and the pictures.")] = 0,
