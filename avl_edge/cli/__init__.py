@@ -15,6 +15,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import AvlEdgeError
+from .bench import app as bench_app
+from .build import build
 from .doctor import doctor
 from .evaluate import evaluate
 from .run import run
@@ -25,6 +27,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command()(run)
 app.command()(doctor)
 app.command("eval")(evaluate)
+app.command()(build)
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> NoReturn:

@@ -1,0 +1,38 @@
+"""Packages: what is built from a checkpoint once and opened many times. Only whole ones, and only where they belong."""
+
+from __future__ import annotations
+
+from .errors import BadPackage, BadRecipe, BuildFailed, BuildRunning, Mismatch
+from .fingerprint import Fingerprint, Target, checkpoint_digest, file_digest, require_match
+from .job import TIMINGS, VISION_ENGINE, Job, build
+from .manifest import File, Manifest
+from .recipe import Recipe, read_recipe
+from .store import Package, open_package, publish
+from .tensorrt import Sizes, build_engine, find_tensorrt
+
+__all__ = [
+    "TIMINGS",
+    "VISION_ENGINE",
+    "BadPackage",
+    "BadRecipe",
+    "BuildFailed",
+    "BuildRunning",
+    "File",
+    "Fingerprint",
+    "Job",
+    "Manifest",
+    "Mismatch",
+    "Package",
+    "Recipe",
+    "Sizes",
+    "Target",
+    "build",
+    "build_engine",
+    "checkpoint_digest",
+    "file_digest",
+    "find_tensorrt",
+    "open_package",
+    "publish",
+    "read_recipe",
+    "require_match",
+]

@@ -1,0 +1,143 @@
+"""``avl-edge build``: a checkpoint to a package."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..checkpoint import Progress, stored_dtype
+from ..config import format_size
+from ..device import probe
+from ..errors import BadModel
+from ..export import PRECISIONS, VISION, Plan, Settings, export_model, plan_export, vision_bindings
+from ..spec import ModelSpec, read_spec
+from .errors import BadPackage, BuildFailed
+from .fingerprint import Fingerprint, Target, checkpoint_digest
+from .manifest import Manifest
+from .recipe import STORED, Recipe
+from .store import open_package, publish
+from .tensorrt import build_engine, find_tensorrt
+
+VISION_ENGINE, TIMINGS = "vision.engine", "timing.cache"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a build would do, known from config.json and file headers alone. Sizes in bytes."""
+
+    directory: Path
+    spec: ModelSpec
+    recipe: Recipe
+    settings: Settings
+    plan: Plan
+
+    @classmethod
+    def of(cls, directory: Path, recipe: Recipe) -> Job:
+        """Check the checkpoint in ``directory`` against ``recipe``; :class:`BadModel` names what does not fit."""
+        if not directory.is_dir():
+            raise BadModel(f"there is no model {str(directory)!r}: give 'demo' or the directory of a checkpoint")
+        spec = read_spec(directory)
+        recipe = replace(recipe, prompt_tokens=min(recipe.prompt_tokens, spec.text.context))
+        precision = _stored_precision(directory) if recipe.precision == STORED else recipe.precision
+        # Beyond the last layer there is nothing left to prune for.
+        layer = recipe.prune_after
+        settings = Settings(precision, None if layer == "never" or layer >= spec.text.layers - 1 else layer)
+        return cls(directory, spec, recipe, settings, plan_export(spec, settings))
+
+    @property
+    def export_memory(self) -> int:
+        """Derived: the largest tensor as it is read and as it is written."""
+        return 2 * self.plan.largest
+
+    @property
+    def engine_memory(self) -> int:
+        """Derived: while the largest engine is built, its weights lie in memory as read and as laid out."""
+        return 2 * max(self.plan.weights.values())
+
+    @property
+    def run_memory(self) -> int:
+        """Derived: all weights, and every layer's keys and values of the longest prompt."""
+        dtype: torch.dtype = getattr(torch, self.settings.precision)
+        row = self.spec.text.kv_shape(dtype.itemsize).row_bytes
+        return self.plan.bytes + self.spec.text.layers * row * self.recipe.prompt_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes."""
+        return {
+            "precision": self.settings.precision,
+            "prune_after": self.settings.prune_after,
+            "shapes": self.recipe.shapes,
+            "weights_bytes": self.plan.weights,
+            "disk_bytes": self.plan.bytes,
+            "export_memory_bytes": self.export_memory,
+            "engine_memory_bytes": self.engine_memory,
+            "run_memory_bytes": self.run_memory,
+        }
+
+    def fingerprint(self, target: Target | None = None) -> Fingerprint:
+        """Of the graphs, and of the engines for ``target``; reads the whole checkpoint."""
+        model = checkpoint_digest(self.directory)
+        return Fingerprint(model, self.plan.digest, self.settings.precision, self.recipe.shapes, target)
+
+
+def _stored_precision(directory: Path) -> str:
+    name = str(stored_dtype(directory)).removeprefix("torch.")
+    if name not in PRECISIONS:
+        raise BadModel(f"the checkpoint is stored as {name}: build with --precision {', '.join(PRECISIONS)}")
+    return name
+
+
+def build(job: Job, out: Path, version: str, progress: Progress | None = None) -> tuple[Manifest, bool]:
+    """Build the package ``out``: the graphs, and where TensorRT is installed the engine of the vision tower.
+
+    Gives the manifest, and whether anything had to be done. ``progress`` counts tensors first, then TensorRT's steps.
+    """
+    trt = find_tensorrt()
+    fingerprint = job.fingerprint(Target.of(probe()) if trt else None)
+    try:
+        with open_package(out, fingerprint) as package:
+            return package.manifest, False
+    except BadPackage:
+        pass
+    _require_room(out, job.plan.bytes + (job.plan.weights[VISION] if trt else 0))
+    timings = _old_timings(out)
+
+    def fill(staging: Path) -> Fingerprint:
+        export_model(job.spec, job.directory, staging, job.settings, progress)
+        if trt:
+            _build_vision(job, trt, staging, timings, progress)
+        return fingerprint
+
+    return publish(out, version, fill), True
+
+
+def _build_vision(job: Job, trt: ModuleType, staging: Path, timings: bytes, progress: Progress | None) -> None:
+    inputs = vision_bindings(job.spec, job.settings.precision).inputs
+    sizes = {"I": (1, 1, job.recipe.images)}
+    workspace = job.recipe.workspace_bytes
+    engine, timings = build_engine(trt, staging / VISION, inputs, [sizes], workspace, timings, progress)
+    (staging / VISION_ENGINE).write_bytes(engine)
+    (staging / TIMINGS).write_bytes(timings)
+
+
+def _old_timings(out: Path) -> bytes:
+    """The timing cache of the package that is there, also of one that no longer fits."""
+    try:
+        with open_package(out) as package:
+            return package[TIMINGS].read_bytes()
+    except BadPackage:
+        return b""
+
+
+def _require_room(out: Path, needed: int) -> None:
+    """Refuse before the work what the disk cannot hold."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        sizes = f"{format_size(needed)}, and {format_size(free)} are free"
+        raise BuildFailed(f"{out} needs {sizes}: free some space, or give another --out")

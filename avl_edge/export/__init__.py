@@ -1,0 +1,80 @@
+"""A checkpoint as ONNX graphs: what an engine is built from. This text is the table of their bindings.
+
+Dimensions: I images, S pixels a side, P tokens of an image; B sequences, T new tokens of all of them together, F image
+feature rows, N row ids (room for the longest list of all layers), R rows of the pool, W score queries, M survivors;
+L layers, H_kv key/value heads, d head size, V vocabulary. "model" is the dtype of the weights, which the recipe may
+change; M' is T up to the layer that prunes and M beyond it.
+
+``vision.onnx``: the vision tower and the projector.
+
+| vision | name | shape | dtype |
+|---|---|---|---|
+| in | pixels | I, 3, S, S | float32 |
+| out | features | I, P, hidden | model |
+
+``decoder.onnx``: embedding, layers and head; one graph for the prompt and for a decode step.
+
+| decoder | name | shape | dtype |
+|---|---|---|---|
+| in | token_ids | T | int32 |
+| in | features | F, hidden | model |
+| in | feature_rows | T | int32 |
+| in | positions | T | int32 |
+| in | token_offsets | B + 1 | int32 |
+| in | slots | L, T | int32 |
+| in | rows | L, N | int32 |
+| in | row_offsets | L, B + 1 | int32 |
+| in | score_queries | W | int32 |
+| in | pinned | T | int32 |
+| in | survivors | 1 | int64 |
+| in | pool_keys | R, H_kv, d | model |
+| in | pool_values | R, H_kv, d | model |
+| out | logits | B, V | float32 |
+| out | row_scores | L, N | float32 |
+| out | kept | M | int32 |
+| out | key.N | M', H_kv, d | model |
+| out | value.N | M', H_kv, d | model |
+| out | token_scores.N | 2, M' | float32 |
+
+- Sequence b owns the tokens from ``token_offsets[b]`` up to ``token_offsets[b + 1]``, and in layer l the ids from
+  ``row_offsets[l, b]`` up to ``row_offsets[l, b + 1]`` of ``rows[l]``. What lies past the last offset is room: any id
+  of the pool, read by nobody.
+- ``feature_rows[t]`` is the row of ``features`` that stands in the place of token t's embedding, -1 for text.
+- ``slots[l, t]`` is the pool row that token t takes in layer l, handed out before the step. It is written first, then
+  read where ``rows`` names it: that is a decode step, T = B. A negative slot writes nothing: such a token is read by
+  itself and by the later tokens of its sequence, beside the rows that are listed. That is a prompt, whose rows are
+  chosen when its scores are known, from ``key.N`` and ``value.N`` (after RoPE).
+- ``row_scores[l]`` is the attention that the listed rows received from the last token of their sequence, the mean over
+  heads; ``token_scores.N`` the same for tokens without a slot, and below it the sum over ``score_queries`` (indices of
+  tokens, one given twice counts twice, -1 is nobody). With W = 0 nobody looks at scores, and they may hold anything.
+- After layer ``prune_after`` of the recipe only ``survivors`` tokens go on: those with ``pinned`` 1, then those of most
+  attention from the last token, ties to the lower index; ``kept`` holds their indices, ascending. ``survivors`` = T
+  keeps all, as it must for more than one sequence. Score queries have to survive. Without ``prune_after`` the inputs
+  ``pinned`` and ``survivors`` and the output ``kept`` are not there. TensorRT's TopK ends at 3,840, and so does a
+  prompt in a graph that can prune.
+
+Attention is the node ``avl::CoreAttention``. ``decoder.onnx`` brings its reference body as a function of the model, so
+that any ONNX runtime can run the graph; the body leaves the pool as it is, whoever runs it writes the rows.
+``decoder.plugin.onnx`` is the same graph without the body, over the same weights file, for TensorRT: up to 10.6 its
+parser takes a function of the model before a plugin of the same name. The plugin writes the rows that have a slot.
+"""
+
+from .bindings import Binding, Bindings, decoder_bindings, vision_bindings
+from .files import DECODER, PLUGIN_DECODER, PRECISIONS, VISION, Plan, Settings, export_model, plan_export
+from .onnx_package import MissingPackage
+
+__all__ = [
+    "DECODER",
+    "PLUGIN_DECODER",
+    "PRECISIONS",
+    "VISION",
+    "Binding",
+    "Bindings",
+    "MissingPackage",
+    "Plan",
+    "Settings",
+    "decoder_bindings",
+    "export_model",
+    "plan_export",
+    "vision_bindings",
+]

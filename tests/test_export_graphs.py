@@ -1,0 +1,329 @@
+"""What the exported files are: the table of bindings, valid and repeatable ONNX, the body of the attention node."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import avl_edge.export
+from avl_edge.errors import BadInput, BadModel
+from avl_edge.export import (
+    DECODER,
+    PLUGIN_DECODER,
+    PRECISIONS,
+    VISION,
+    Bindings,
+    MissingPackage,
+    Settings,
+    decoder_bindings,
+    export_model,
+    plan_export,
+    vision_bindings,
+)
+from avl_edge.export.core_attention import INPUTS, OUTPUTS, reference_function
+from avl_edge.spec import ModelSpec, read_spec
+from tests.checkpoints import SPECS, make_checkpoint
+from tests.conftest import Checkpoints
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+Array = npt.NDArray[Any]
+TYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}  # of onnx.TensorProto
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoints) -> Path:
+    return checkpoint("llama-bias")
+
+
+def export(directory: Path, out: Path, settings: Settings) -> ModelSpec:
+    out.mkdir()
+    spec = read_spec(directory)
+    export_model(spec, directory, out, settings)
+    return spec
+
+
+def shape_of(value: Any) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("prune_after", [None, 2])
+def test_graphs_are_valid_and_as_the_bindings_say(
+    model: Path, tmp_path: Path, precision: str, prune_after: int | None
+) -> None:
+    out = tmp_path / "out"
+    spec = export(model, out, Settings(precision, prune_after))
+    bindings = {VISION: vision_bindings(spec, precision), DECODER: decoder_bindings(spec, precision, prune_after)}
+    for name, expected in bindings.items():
+        onnx.checker.check_model(str(out / name), full_check=True)
+        graph = onnx.load(str(out / name), load_external_data=False).graph
+        for values, bound in ((graph.input, expected.inputs), (graph.output, expected.outputs)):
+            found = [(value.name, shape_of(value), TYPES[value.type.tensor_type.elem_type]) for value in values]
+            assert found == [(binding.name, binding.shape, binding.dtype) for binding in bound]
+
+
+def test_table_of_bindings_is_true(model: Path) -> None:
+    """The package's docstring against the bindings, number by number."""
+    spec = read_spec(model)
+    text, side = spec.text, spec.vision.image_size
+    sizes = {
+        "S": side,
+        "P": spec.tokens_per_image,
+        "hidden": text.hidden_size,
+        "L": text.layers,
+        "H_kv": text.kv_heads,
+        "d": text.head_dim,
+        "V": text.vocab_size,
+    }
+    rows = re.findall(r"^\| (in|out) \| (\S+) \| (.+?) \| (\w+) \|$", avl_edge.export.__doc__ or "", re.MULTILINE)
+    table: dict[str, set[Any]] = {"in": set(), "out": set()}
+    for direction, name, shape, dtype in rows:
+        layers = range(text.layers) if name.endswith(".N") else [None]
+        for layer in layers:
+            # M' is T up to the layer that prunes, which here is 2, and M beyond it.
+            tokens = "T" if layer is None or layer <= 2 else "M"
+            dims = [tokens if dim == "M'" else dim for dim in shape.split(", ")]
+            resolved = tuple(int(dim) if dim.isdigit() else sizes.get(dim, dim) for dim in dims)
+            full_name = name if layer is None else name.replace("N", str(layer))
+            table[direction].add((full_name, resolved, "float16" if dtype == "model" else dtype))
+    both = (vision_bindings(spec, "float16"), decoder_bindings(spec, "float16", 2))
+
+    def flat(bindings: Sequence[Bindings], direction: str) -> set[Any]:
+        chosen = [part.inputs if direction == "in" else part.outputs for part in bindings]
+        return {(binding.name, binding.shape, binding.dtype) for part in chosen for binding in part}
+
+    assert table == {direction: flat(both, direction) for direction in ("in", "out")}
+
+
+def test_export_is_repeatable(model: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        export(model, tmp_path / name, Settings("float32", 1))
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted([VISION, f"{VISION}.data", DECODER, f"{DECODER}.data", PLUGIN_DECODER])
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_plugin_graph_differs_by_the_body_alone(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(model, out, Settings("float32", 1))
+    with_body, without = (onnx.load(str(out / name), load_external_data=False) for name in (DECODER, PLUGIN_DECODER))
+    assert [function.name for function in with_body.functions] == ["CoreAttention"]
+    assert not without.functions
+    plugins = [node for node in without.graph.node if node.domain == "avl"]
+    assert [node.op_type for node in plugins] == ["CoreAttention"] * read_spec(model).text.layers
+    for layer, node in enumerate(plugins):
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        assert attributes == {"layer": layer, "plugin_namespace": b"avl", "plugin_version": b"1"}
+        for name in ("plugin_namespace", "plugin_version"):
+            node.attribute.remove(next(attribute for attribute in node.attribute if attribute.name == name))
+    with_body.ClearField("functions")
+    assert with_body == without
+
+
+def test_plan_counts_what_the_files_hold(model: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", Settings("float16", 1)
+    plan = plan_export(export(model, out, settings), settings)
+    sizes = {}
+    for name in plan.weights:
+        weights = onnx.load(str(out / name), load_external_data=False).graph.initializer
+        sizes[name] = [
+            int(entry.value) for tensor in weights for entry in tensor.external_data if entry.key == "length"
+        ]
+    assert plan.weights == {name: sum(each) for name, each in sizes.items()}
+    every = [size for each in sizes.values() for size in each]
+    assert (plan.tensors, plan.largest, plan.bytes) == (len(every), max(every), sum(every))
+
+
+def test_plan_digest_tells_graphs_apart(checkpoint: Checkpoints) -> None:
+    specs = [read_spec(checkpoint(name)) for name in ("llama-bias", "llama-mha", "llama-gqa-full")]
+    variants = [
+        (spec, Settings(precision, layer)) for spec in specs for precision in PRECISIONS for layer in (None, 0, 1)
+    ]
+    digests = {plan_export(*variant).digest for variant in variants}
+    assert len(digests) == len(variants)
+    assert digests == {plan_export(*variant).digest for variant in variants}
+
+
+def test_progress_counts_every_tensor(model: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    export_model(read_spec(model), model, tmp_path, Settings("float32"), lambda *step: seen.append(step))
+    assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+
+
+def test_tied_embedding_is_stored_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    directory = checkpoint("llama-tied")
+    spec = export(directory, tmp_path / "out", Settings("float32"))
+    weights = onnx.load(str(tmp_path / "out" / DECODER), load_external_data=False).graph.initializer
+    tables = [tensor.name for tensor in weights if spec.text.vocab_size in tensor.dims]
+    assert tables == ["text.embed_tokens.weight"]
+
+
+class TestErrors:
+    def test_pruning_needs_a_layer_with_one_behind_it(self, model: Path, tmp_path: Path) -> None:
+        for layer in (-1, SPECS["llama-bias"].layers - 1):
+            with pytest.raises(BadInput, match=f"after layer {layer}"):
+                export_model(read_spec(model), model, tmp_path, Settings("float32", layer))
+
+    def test_weights_beyond_float16(self, tmp_path: Path) -> None:
+        directory = make_checkpoint(tmp_path / "model", SPECS["llama-mha"])
+        path = directory / "model.safetensors"
+        tensors = dict(_tensors(path))
+        name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+        tensors[name][0, 0] = 1e6
+        _save(tensors, path)
+        with pytest.raises(BadModel, match=r"layers\.1\.mlp\.up_proj\.weight .* float16: .* --precision"):
+            export_model(read_spec(directory), directory, tmp_path, Settings("float16"))
+
+    def test_bias_that_the_config_denies(self, tmp_path: Path) -> None:
+        directory = make_checkpoint(tmp_path / "model", SPECS["llama-bias"])
+        config = directory / "config.json"
+        config.write_text(config.read_text().replace('"attention_bias": true', '"attention_bias": false'))
+        with pytest.raises(BadModel, match="bias, which config"):
+            export_model(read_spec(directory), directory, tmp_path, Settings("float32"))
+
+    def test_without_onnx(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        with pytest.raises(MissingPackage, match=r"pip install 'avl-edge\[export\]'") as error:
+            export_model(read_spec(model), model, tmp_path, Settings("float32"))
+        assert "\n" not in str(error.value)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+def body_session(heads: int, kv_heads: int, dim: int) -> Any:
+    """One node with its body, on its own; layer 1 of 2."""
+    shapes = {
+        "query": ("t", heads, dim),
+        **dict.fromkeys(("key", "value"), ("t", kv_heads, dim)),
+        **dict.fromkeys(("pool_keys", "pool_values"), ("R", kv_heads, dim)),
+        "rows": (2, "N"),
+        "row_offsets": (2, "B1"),
+        "slots": (2, "t"),
+        "token_offsets": ("B1",),
+        "score_queries": ("W",),
+    }
+    kinds = {name: 1 if name == "query" or "key" in name or "value" in name else 6 for name in INPUTS}
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("CoreAttention", list(INPUTS), list(OUTPUTS), domain="avl", layer=1)],
+        "body",
+        [info(name, kinds[name], shapes[name]) for name in INPUTS],
+        [info("attended", 1, ("t", heads, dim)), info("row_scores", 1, ("N",)), info("token_scores", 1, (2, "t"))],
+    )
+    opsets = [onnx.helper.make_opsetid("", 19), onnx.helper.make_opsetid("avl", 1)]
+    model = onnx.helper.make_model(
+        graph, opset_imports=opsets, functions=[reference_function(heads, kv_heads, dim)], ir_version=9
+    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def attention_by_hand(feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """What the node is documented to do, one token at a time, in float64."""
+    query, key, value = (feeds[name].astype(np.float64) for name in ("query", "key", "value"))
+    pool_keys, pool_values = feeds["pool_keys"].astype(np.float64), feeds["pool_values"].astype(np.float64)
+    rows, row_offsets, slots = feeds["rows"][1], feeds["row_offsets"][1], feeds["slots"][1]
+    for t, slot in enumerate(slots):
+        if slot >= 0:
+            pool_keys[slot], pool_values[slot] = key[t], value[t]
+    group = query.shape[1] // key.shape[1]
+    attended, row_scores, token_scores = np.zeros_like(query), np.zeros(len(rows)), np.zeros((2, len(query)))
+    for first, last, row, row_end in zip(*_bounds(feeds["token_offsets"]), *_bounds(row_offsets), strict=True):
+        ids = rows[row:row_end]
+        for t in range(first, last):
+            tokens = [u for u in range(first, t + 1) if slots[u] < 0]
+            keys = np.concatenate([pool_keys[ids], key[tokens]]).repeat(group, axis=1)
+            values = np.concatenate([pool_values[ids], value[tokens]]).repeat(group, axis=1)
+            if not len(keys):
+                continue
+            logits = np.einsum("hd,chd->hc", query[t], keys) / np.sqrt(query.shape[2])
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            attended[t] = np.einsum("hc,chd->hd", weights, values)
+            mean = weights.mean(0)
+            if t == last - 1:
+                row_scores[row:row_end] = mean[: len(ids)]
+                token_scores[0, tokens] = mean[len(ids) :]
+            token_scores[1, tokens] += mean[len(ids) :] * np.count_nonzero(feeds["score_queries"] == t)
+    return attended, row_scores, token_scores
+
+
+def _bounds(offsets: Array) -> tuple[list[int], list[int]]:
+    return offsets[:-1].tolist(), offsets[1:].tolist()
+
+
+SHAPES = {shape: body_session(*shape) for shape in ((4, 4, 8), (6, 2, 5), (3, 1, 16))}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.sampled_from(list(SHAPES)),
+    sequences=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9), st.booleans()), min_size=1, max_size=4),
+    room=st.integers(0, 4),
+    queries=st.lists(st.integers(-1, 23), max_size=6),
+    seed=st.integers(0, 10**6),
+)
+def test_reference_body(
+    shape: tuple[int, int, int],
+    sequences: list[tuple[int, int, bool]],
+    room: int,
+    queries: list[int],
+    seed: int,
+) -> None:
+    """Sequences of new tokens and listed rows in any mixture, with slots and without; room that holds no numbers."""
+    heads, kv_heads, dim = shape
+    random = np.random.default_rng(seed)
+    pool = 12 + 24 + 1
+    token_offsets = np.cumsum([0, *(tokens for tokens, _, _ in sequences)], dtype=np.int32)
+    total = int(token_offsets[-1])
+    slots, ids = np.full(total, -1, dtype=np.int32), []
+    free = random.permutation(np.arange(12, 36)).tolist()
+    for (tokens, listed, has_slots), first in zip(sequences, token_offsets, strict=False):
+        chosen = random.choice(12, listed).tolist()
+        if has_slots:
+            # The new rows are among those that are read, as in a decode step; here also several of one sequence.
+            slots[first : first + tokens] = [free.pop() for _ in range(tokens)]
+            chosen += slots[first : first + tokens].tolist()
+        ids.append(chosen)
+    row_offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    rows = np.array([*(row for chosen in ids for row in chosen), *[pool - 1] * room], dtype=np.int32)
+    draw = lambda *size: random.standard_normal(size, dtype=np.float32)  # noqa: E731
+    pool_keys, pool_values = draw(pool, kv_heads, dim), draw(pool, kv_heads, dim)
+    pool_keys[12:], pool_values[12:] = np.nan, np.nan
+    feeds = {
+        "query": draw(total, heads, dim),
+        "key": draw(total, kv_heads, dim),
+        "value": draw(total, kv_heads, dim),
+        "pool_keys": pool_keys,
+        "pool_values": pool_values,
+        # Another layer's lists lie before this one's.
+        "rows": np.stack([np.zeros_like(rows), rows]),
+        "row_offsets": np.stack([np.zeros_like(row_offsets), row_offsets]),
+        "slots": np.stack([np.full_like(slots, -1), slots]),
+        "token_offsets": token_offsets,
+        "score_queries": np.array([query for query in queries if query < total], dtype=np.int32),
+    }
+    for ours, expected in zip(SHAPES[shape].run(None, feeds), attention_by_hand(feeds), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
