@@ -14,7 +14,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from . import checkpoint
+from . import allocator, checkpoint
 from .backend import Backend, TorchBackend
 from .budget import fit
 from .cache import SequenceCache, prompt_shape
@@ -95,6 +95,7 @@ class Runtime:
         with self._lock:
             if self._backend is not None:
                 raise BadInput("the weights are loaded already: open another Runtime for another pool")
+            allocator.bound()
             start = time.perf_counter()
             rows = self._pool_rows(pool_bytes)
             model = Llava(self.spec, checkpoint.load_weights(self._directory, progress))

@@ -19,6 +19,8 @@ from .bench import app as bench_app
 from .build import build
 from .doctor import doctor
 from .evaluate import evaluate
+from .plan import plan
+from .profile import app as profile_app
 from .run import run
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -26,6 +28,8 @@ INTERRUPTED = 128 + signal.SIGINT
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(run)
 app.command()(doctor)
+app.command()(plan)
+app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
 app.command()(build)
 app.add_typer(bench_app, name="bench")

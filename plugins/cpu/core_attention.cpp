@@ -168,11 +168,15 @@ template <class Row, int Dim> INLINE inline void attend(const Step& step, int it
         (ahead > r ? step.keys : step.values).prefetch<Row>(rows[ahead], begin, end, dim);
         for (int kv = begin; kv < end; ++kv) {
             const Row* key = step.keys.at<Row>(rows[r], kv);
+            Floats wide[Dim ? Dim / kLanes : 1];  // a known head size is whole vectors: they are widened once for a group
+            if (Dim) each_vector(dim, [&](int i, int) INLINE { wide[i / kLanes] = load(key + i); });
             for (int head = kv * group; head < (kv + 1) * group; ++head) {
                 const float* query = step.query + step.cell(split.sequence, head) * dim;
-                Floats dot = {};
-                each_vector(dim, [&](int i, int n) INLINE { dot += load(query + i, n) * load(key + i, n); });
-                step.weights_at(head, split.begin)[r] = sum(dot) * step.scale;
+                Floats dot[2] = {};
+                each_vector(dim, [&](int i, int n) INLINE {
+                    dot[i / kLanes % 2] += load(query + i, n) * (Dim ? wide[i / kLanes] : load(key + i, n));
+                });
+                step.weights_at(head, split.begin)[r] = sum(dot[0] + dot[1]) * step.scale;
             }
         }
     }

@@ -1,0 +1,139 @@
+"""``avl-edge plan``"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import planner, profile
+from ..config import Options, parse_size
+from ..errors import BadInput
+from ..planner import PlanRequest
+from ..policies import METHODS
+from ..runtime import DEMO
+from ..shapes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
+from .profile import open_profile
+from .terminal import (
+    AsJson,
+    Core,
+    Debug,
+    Parameters,
+    PrefillKeep,
+    Refresh,
+    Secondary,
+    TextKeep,
+    given_parameters,
+    readers_may_leave,
+)
+
+_SIZE = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="'demo', the directory of a checkpoint, or the name of a published model.")
+    ],
+    device_name: Annotated[
+        str | None,
+        typer.Option("--device", help="Like agx-orin-64, or the file of a profile. [default: this machine]"),
+    ] = None,
+    power: Annotated[str | None, typer.Option(help="The power mode, like 30W. [the device's default]")] = None,
+    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = PlanRequest.images,
+    image_size: Annotated[str, typer.Option(help="Their size in pixels, WIDTHxHEIGHT.")] = "1280x960",
+    image_tokens: Annotated[
+        int | None, typer.Option(help="All image tokens of the prompt, instead of what the pictures give.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = PlanRequest.prompt_tokens,
+    system_tokens: Annotated[
+        int | None, typer.Option(help=f"How many of them stand before the image. [{PlanRequest.system_tokens}]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"The longest answer, in tokens. [{Options.max_new_tokens}; with --image-tokens 1: the prompt alone]"
+        ),
+    ] = None,
+    streams: Annotated[int, typer.Option(help="Requests at a time.")] = PlanRequest.streams,
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [full; avl where full does not fit]")
+    ] = None,
+    prefill_keep: PrefillKeep = None,
+    secondary: Secondary = None,
+    core: Core = None,
+    refresh: Refresh = None,
+    text_keep: TextKeep = None,
+    parameters: Parameters = None,
+    weights: Annotated[
+        str | None, typer.Option(help=f"Format of the decoder's matrices: {', '.join(PRECISIONS)}. [as stored]")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Format of the decoder's head, likewise. [as stored]")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="The most memory for the whole process, like 12GB. [what the device has]")
+    ] = None,
+    target_ms_per_token: Annotated[
+        float | None, typer.Option(help="The longest that a decode step of all streams may take, on average.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Say what a request would cost on a device: memory, tiers and times, or how to make it fit. Loads nothing."""
+    symbols = {
+        "prefill_keep": prefill_keep,
+        "secondary": secondary,
+        "core": core,
+        "refresh": refresh,
+        "text_keep": text_keep,
+    }
+    shape, of_device = _shape(model), open_profile(device_name, power)
+    request = PlanRequest(
+        images=images,
+        image_size=_image_size(image_size),
+        image_tokens=image_tokens,
+        prompt_tokens=prompt_tokens,
+        system_tokens=min(PlanRequest.system_tokens, prompt_tokens) if system_tokens is None else system_tokens,
+        max_new_tokens=_max_new_tokens(max_new_tokens, image_tokens),
+        streams=streams,
+        method=method,
+        parameters=given_parameters(symbols, parameters),
+        weights=Precision(weights or shape.stored.body, head or shape.stored.head) if weights or head else None,
+        max_memory=None if max_memory is None else parse_size(max_memory),
+        target_ms_per_token=target_ms_per_token,
+    )
+    try:
+        found = planner.plan(shape, of_device, request, profile.shipped().values())
+    except planner.Refused as refusal:
+        if as_json:
+            ways = [asdict(way) for way in refusal.ways]
+            _print(json.dumps({"fits": False, "reason": refusal.reason, "ways": ways}))
+        raise
+    _print(json.dumps(found.to_dict()) if as_json else planner.report(found).rstrip("\n"))
+
+
+def _max_new_tokens(given: int | None, image_tokens: int | None) -> int:
+    """Counts of tokens are given to ask what a prompt holds, as papers do; a picture is given to be asked about."""
+    return given if given is not None else 1 if image_tokens is not None else Options.max_new_tokens
+
+
+def _print(text: str) -> None:
+    with readers_may_leave():
+        print(text)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise BadInput(f"cannot read --image-size {text!r}: give WIDTHxHEIGHT in pixels, like 1280x960")
+    return int(match.group(1)), int(match.group(2))
+
+
+def _shape(model: str) -> ModelShape:
+    if model == "demo":
+        return shape_of_checkpoint(DEMO, "demo")
+    if model.lower() not in KNOWN and Path(model).is_dir():
+        return shape_of_checkpoint(Path(model), Path(model).resolve().name)
+    return known_shape(model)

@@ -1,0 +1,143 @@
+"""``avl-edge profile`` and ``avl-edge profile show``"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from .. import device, profile, profiler
+from ..device import DeviceFacts
+from ..errors import BadModel
+from ..profile import BadProfile, DeviceProfile
+from ..runtime import DEMO
+from .terminal import AsJson, Debug, Model, progress, readers_may_leave
+
+OWN_PROFILES = Path("profiles")
+"""Where profiles of this machine are written and looked for: a folder beside the work."""
+
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    model: Model = "demo",
+    out: Annotated[
+        Path | None, typer.Option(help="The profile's file. [profiles/MACHINE.yaml in the current folder]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 120.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads, as they will be in use.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Write over a profile of another device or power mode.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Measure nothing new: hold the profile against random requests.")
+    ] = False,
+    requests: Annotated[int, typer.Option(min=1, max=1000, help="How many, for --verify.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Which, for --verify.")] = 7,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Measure what this machine can do, into a profile that plans are made from; running it again adds to it."""
+    if context.invoked_subcommand:
+        return
+    facts = device.probe()
+    path = out or OWN_PROFILES / f"{profile.name_of(facts)}.yaml"
+    old = _matching(path, facts, replace and not verify)
+    if verify and old is None:
+        raise BadProfile(f"there is no profile {path}: measure first, without --verify")
+    torch.set_num_threads(_threads(old, threads))
+    bench = _open(model)
+    if verify and old is not None:
+        _verify(bench, old, requests, seed, as_json)
+        return
+    with progress("measuring") as report:
+        measured = profiler.measure(bench, facts, seconds, report)
+    merged = profile.merged(old, measured) if old else measured
+    profile.save(merged, path)
+    with readers_may_leave():
+        print(json.dumps({"profile": str(path)}) if as_json else f"{profile.report(merged)}\nwritten to {path}")
+
+
+@app.command()
+def show(
+    file: Annotated[
+        str | None, typer.Argument(help="A profile's file or a device like agx-orin-64. [this machine's]")
+    ] = None,
+    power: Annotated[str | None, typer.Option(help="The power mode of a named device, like 30W.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw it into this file too.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Print a profile, every number with its unit and whether it was measured."""
+    found = open_profile(file, power)
+    if svg is not None:
+        try:
+            svg.write_text(profile.svg(found), encoding="utf-8")
+        except OSError as error:
+            raise BadProfile(f"the plot {svg} cannot be written ({error.strerror})") from None
+    with readers_may_leave():
+        print(json.dumps(profile.to_plain(found)) if as_json else profile.report(found).rstrip("\n"))
+
+
+def open_profile(name: str | None, power: str | None) -> DeviceProfile:
+    """A named device's profile, a file's, or (None) this machine's own, with the memory that it has now."""
+    if name is None:
+        facts = device.probe()
+        found = profile.for_machine(facts, profile.own(OWN_PROFILES))
+        if power is not None and (
+            found.power_mode is None or profile.short(found.power_mode.name) != profile.short(power)
+        ):
+            raise BadProfile(
+                f"{found.device.name} is not in power mode {power}: name a device to plan for another mode"
+            )
+        return profile.with_memory(found, facts)
+    if Path(name).suffix in (".yaml", ".yml"):
+        return profile.read(name)
+    return profile.named(name, power)
+
+
+def _matching(path: Path, facts: DeviceFacts, replace: bool) -> DeviceProfile | None:
+    """The profile in ``path`` that measurements are added to; None to begin a new one."""
+    if not path.exists() or replace:
+        return None
+    old = profile.read(path)
+    profile.require_match(old, facts, "--replace")
+    return old
+
+
+def _threads(old: DeviceProfile | None, given: int | None) -> int:
+    """The threads to measure with: those of the profile that is added to, or held against requests."""
+    before = old.versions.get("threads", "") if old else ""
+    if not before.isdecimal():
+        return given or torch.get_num_threads()
+    if given is not None and given != int(before):
+        raise BadProfile(f"the profile was measured with {before} threads, not {given}: give those, or --replace")
+    return min(int(before), os.cpu_count() or 1)
+
+
+def _open(model: str) -> profiler.Bench:
+    directory = DEMO if model == "demo" else Path(model)
+    if not directory.is_dir():
+        raise BadModel(f"there is no model {model!r}: give 'demo' or the directory of a checkpoint")
+    with progress("loading") as report:
+        return profiler.Bench(directory, "demo" if model == "demo" else directory.resolve().name, report)
+
+
+def _verify(bench: profiler.Bench, of_machine: DeviceProfile, requests: int, seed: int, as_json: bool) -> None:
+    with progress("verifying") as report:
+        verdict = profiler.verify(bench, of_machine, requests, seed, report)
+    with readers_may_leave():
+        print(
+            json.dumps(profiler.to_dict(verdict, bench.shape.name, of_machine))
+            if as_json
+            else profiler.report(verdict).rstrip("\n")
+        )
+    raise typer.Exit(0 if verdict.holds else 1)

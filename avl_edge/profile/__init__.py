@@ -1,0 +1,81 @@
+"""A device's profile: what it can do in one power mode, in a file that says where each number comes from."""
+
+from __future__ import annotations
+
+from .files import SHIPPED, dumps, loads, own, read, save, shipped
+from .match import (
+    device_of,
+    for_machine,
+    merged,
+    mismatch,
+    mode_of,
+    name_of,
+    named,
+    require_match,
+    reserve_bytes,
+    short,
+    with_memory,
+)
+from .plot import svg
+from .reader import to_plain
+from .report import report
+from .schema import (
+    ANY,
+    COSTS,
+    VERSION,
+    BadProfile,
+    Basis,
+    Budgets,
+    Costs,
+    Device,
+    DeviceProfile,
+    Figure,
+    Fit,
+    Memory,
+    Peaks,
+    PowerMode,
+    Record,
+    Sample,
+    unit_ms,
+)
+
+__all__ = [
+    "ANY",
+    "COSTS",
+    "SHIPPED",
+    "VERSION",
+    "BadProfile",
+    "Basis",
+    "Budgets",
+    "Costs",
+    "Device",
+    "DeviceProfile",
+    "Figure",
+    "Fit",
+    "Memory",
+    "Peaks",
+    "PowerMode",
+    "Record",
+    "Sample",
+    "device_of",
+    "dumps",
+    "for_machine",
+    "loads",
+    "merged",
+    "mismatch",
+    "mode_of",
+    "name_of",
+    "named",
+    "own",
+    "read",
+    "report",
+    "require_match",
+    "reserve_bytes",
+    "save",
+    "shipped",
+    "short",
+    "svg",
+    "to_plain",
+    "unit_ms",
+    "with_memory",
+]

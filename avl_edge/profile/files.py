@@ -1,0 +1,91 @@
+"""Profiles as files: read whole or not at all, written beside and moved into place, found by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+from .reader import build, parse, write
+from .schema import ANY, VERSION, BadProfile, DeviceProfile
+
+SHIPPED = Path(__file__).resolve().parent / "data"
+"""The profiles that come with the package."""
+
+_END = "# end of profile\n"
+_MAX_BYTES = 8 * 2**20
+
+
+def read(path: str | Path) -> DeviceProfile:
+    """The profile in a file. :class:`BadProfile` for one that is missing, cut off, of another version or wrong."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise BadProfile(f"{path} is larger than any profile")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadProfile(f"there is no profile {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadProfile(f"the profile {path} cannot be read ({error})") from None
+    return loads(text, str(path))
+
+
+def loads(text: str, where: str) -> DeviceProfile:
+    """The profile in ``text``; ``where`` names its origin in errors."""
+    data = parse(text, where)
+    if not text.endswith(_END):
+        raise BadProfile(f"{where} is cut off: its last line must be {_END.strip()!r}; restore it or profile again")
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != VERSION or isinstance(version, bool):
+        raise BadProfile(
+            f"{where} is of profile version {version!r}, but this program reads version {VERSION}: profile again"
+        )
+    profile = build(DeviceProfile, data, where)
+    if ANY not in profile.models:
+        raise BadProfile(f"{where}.models lacks {ANY!r}: the costs that hold for every model")
+    memory = profile.memory
+    for part in ("available_bytes", "reserve_bytes"):
+        size, total = getattr(memory, part).value, memory.total_bytes.value
+        if size > total:
+            raise BadProfile(f"{where}.memory.{part} is {size:g}, more than the total_bytes of {total:g}")
+    return profile
+
+
+def dumps(profile: DeviceProfile) -> str:
+    """The profile as the text of its file."""
+    return write(profile) + _END
+
+
+def save(profile: DeviceProfile, path: str | Path) -> None:
+    """Write ``profile`` to ``path`` in one step: a file beside it is written, read back and moved into place.
+
+    Raises :class:`BadProfile` when that cannot be done; what stood at ``path`` is untouched then.
+    """
+    path = Path(path)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(dumps(profile))
+            file.flush()
+            os.fsync(file.fileno())
+        if read(staged) != profile:
+            raise BadProfile(f"what was written for {path} does not read back as it was: the disk may be failing")
+        os.replace(staged, path)
+    except OSError as error:
+        raise BadProfile(f"the profile {path} cannot be written ({error.strerror})") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@cache
+def shipped() -> Mapping[str, DeviceProfile]:
+    """All profiles that come with the package, by name."""
+    return MappingProxyType({profile.name: profile for profile in map(read, sorted(SHIPPED.glob("*.yaml")))})
+
+
+def own(folder: Path) -> list[DeviceProfile]:
+    """The profiles in ``folder``, the newest first. One that is damaged is an error, not skipped over."""
+    return sorted(map(read, sorted(folder.glob("*.yaml"))), key=lambda profile: profile.date, reverse=True)
