@@ -31,3 +31,17 @@ def test_bench_decode(tmp_path: Path) -> None:
         for case in (full, avl):
             assert case["kv_bytes_read_per_step"] == pytest.approx(case["rows_read_per_step"] * 2 * 32 * 128 * 2, 1e-3)
             assert 0 < case["attention_ms_per_token"] < case["ms_per_token"]
+
+
+def test_a_figure_is_kept_with_where_it_comes_from(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "figure.json"
+    command = [sys.executable, "-m", "tools.record", str(out), "--", "python", "-c"]
+    subprocess.run([*command, "print('{\"answer\": 42}')"], cwd=ROOT, check=True, timeout=60)
+    document = json.loads(out.read_text())
+    assert document["result"] == {"answer": 42}
+    assert document["command"].startswith("python -c ")
+    assert {"cpu", "python", "torch"} <= set(document["machine"])
+    before = out.read_text()
+    failed = subprocess.run([*command, "import sys; sys.exit(3)"], cwd=ROOT, check=False, timeout=60)
+    assert failed.returncode == 3
+    assert out.read_text() == before

@@ -10,8 +10,6 @@ on all of them; each figure is the mean over the fastest half of A-VL's refresh 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +31,7 @@ from avl_edge.policies import Avl, Full, Method
 from avl_edge.pool import RowPool, RowStore
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
+from tools.record import machine
 
 PREFIX, SUFFIX = 35, 36
 VOCABULARY = 1024  # the head is not what is measured
@@ -133,19 +132,6 @@ def _fast_half(times: list[float]) -> float:
     return float(cycles[: max(1, len(cycles) // 2)].mean())
 
 
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main(
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
     steps: Annotated[int, typer.Option(help="Decode steps per case.")] = 48,
@@ -165,7 +151,7 @@ def main(
     document = {
         "command": command,
         "date": date.today().isoformat(),
-        "machine": machine(),
+        "machine": {**machine(), "threads": torch.get_num_threads()},
         "model": f"random weights, LLaVA-1.5-7B's layer shape, {layers} layers, {dtype}",
         "cases": cases,
         "ratios": ratios,
