@@ -176,6 +176,8 @@ class TestCommand:
             (["--out", "no/such/folder/r.json"], 2, "cannot be written"),
             (["--plots", "/dev/null/plots"], 2, "no plots can be written"),
             (["--questions", "0"], 2, "--questions"),
+            (["--threads", "100000"], 2, "--threads"),
+            (["--out", "."], 2, "is a folder"),
         ],
     )
     def test_mistakes_are_one_line(self, evaluate, options: list[str], code: int, message: str) -> None:

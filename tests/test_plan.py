@@ -91,7 +91,7 @@ def test_published_rooflines(
 
 
 def test_the_quarter_of_a_step_that_is_cache() -> None:
-    """LLaVA-1.6-7B at 2,250 rows reads 1.18 GB of rows per token; A-VL's 35 % of them take 0.77 GB off."""
+    """LLaVA-1.6-7B at 2,250 rows reads 1.18 GB of rows per token."""
     request = PlanRequest(images=0, prompt_tokens=2249, max_new_tokens=2)
     step = Answer(Full(), request.prompt(known_shape("llava-1.6-vicuna-7b")), 32, 1).mean()
     assert step.rows * 16384 / 1e9 == pytest.approx(1.18, rel=0.002)
@@ -286,11 +286,37 @@ def test_tighter_memory_costs_quality_not_more() -> None:
         ({"max_memory": 0}, "max_memory"),
         ({"target_ms_per_token": 0.0}, "target_ms_per_token"),
         ({"target_ms_per_token": float("nan")}, "target_ms_per_token"),
+        ({"target_ms_per_token": float("inf")}, "above 0 and finite"),
+        ({"image_tokens": -1}, "image_tokens must be from 0 to"),
+        ({"prompt_tokens": 0, "system_tokens": 0}, "prompt_tokens must be from 1 to"),
+        ({"prompt_tokens": 10**14}, "prompt_tokens must be from 1 to"),
+        ({"max_new_tokens": 10**14}, "max_new_tokens must be from 1 to"),
     ],
 )
 def test_absurd_requests_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         replace(PlanRequest(), **changes)  # type: ignore[arg-type]
+
+
+def test_a_prompt_without_image_tokens_encodes_no_picture() -> None:
+    found = plan(known_shape("llava-1.5-7b"), ORIN, PlanRequest(image_tokens=0))
+    assert (found.memory.vision_bytes, found.time.encode_ms) == (0, 0)
+
+
+def test_what_follows_from_measurements_of_another_format_is_derived() -> None:
+    """A profile whose every cost but vision's was measured, as a profiler's is for models that it did not see."""
+    costs = ORIN.models[profile.ANY].costs
+    measured = {
+        name: replace(getattr(costs, name), basis="measured") for name in profile.COSTS if not name.startswith("vision")
+    }
+    record = replace(ORIN.models[profile.ANY], costs=replace(costs, **measured))
+    of = replace(ORIN, models={profile.ANY: record})
+    model = known_shape("llava-1.5-7b")
+    stored = plan(model, of, PlanRequest()).time
+    assert (stored.basis, stored.ms_per_token_basis) == ("derived", "measured")
+    assert plan(model, of, PlanRequest(images=0)).time.basis == "measured"
+    packed = plan(model, of, PlanRequest(images=0, weights=Precision("int4", "fp16"))).time
+    assert (packed.basis, packed.ms_per_token_basis) == ("derived", "derived")
 
 
 @pytest.mark.parametrize("of", SHIPPED, ids=lambda each: each.name)
@@ -347,6 +373,13 @@ def test_the_command_of_the_handbook(capsys: pytest.CaptureFixture[str]) -> None
     assert document["prompt"] == {"prefix": 35, "images": 1728, "suffix": 36, "length": 1799}
     assert document["kv"]["bytes_full"] == (1799 + 255) * 524_288
     assert document["memory"]["kv_bytes"] == 4 * document["kv"]["bytes_peak"]
+
+
+@pytest.mark.parametrize(("tokens", "before"), [("71", 35), ("100", 35), ("20", 10), ("1", 0)])
+def test_some_text_stands_after_the_image(capsys: pytest.CaptureFixture[str], tokens: str, before: int) -> None:
+    options = ["--model", "llava-1.5-7b", "--device", "agx-orin-64", "--prompt-tokens", tokens, "--json"]
+    prompt = json.loads(_run(capsys, *options)[1])["prompt"]
+    assert (prompt["prefix"], prompt["suffix"]) == (before, int(tokens) - before)
 
 
 def test_a_refusal_has_its_exit_code_and_its_ways(capsys: pytest.CaptureFixture[str]) -> None:

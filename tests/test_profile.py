@@ -86,13 +86,17 @@ def test_shipped_files_are_what_the_tool_derives(each: DeviceProfile) -> None:
 
 
 def test_derived_numbers_by_hand() -> None:
-    """204.8 GB/s at 3199 MHz, 136.5 at 2133 MHz; of it 156/204.8; 62,780 MB; 42.6 TFLOPS at MAXN, half of it."""
+    """204.8 GB/s at 3199 MHz, 136.5 at 2133 MHz; of it 156/204.8; 62,780 MB; 42.6 TFLOPS at MAXN, half of it.
+
+    At 15 W 3 of 8 TPCs are left, at 408 of 1300.5 MHz: 5.01 TFLOPS.
+    """
     slow, fast = SHIPPED["agx-orin-64-15w"], SHIPPED["agx-orin-64-maxn"]
     papers = [each.memory.paper_bandwidth_bytes_per_s for each in (fast, slow)]
     assert [paper.value / 1e9 for paper in papers if paper] == pytest.approx([204.8, 136.5], rel=1e-3)
     assert fast.memory.bandwidth_bytes_per_s.value / 1e9 == pytest.approx(156, rel=1e-3)
     assert fast.memory.total_bytes.value / 2**20 == pytest.approx(62_780, rel=1e-4)
     assert fast.models[ANY].costs.prefill_ms_per_tflop.value == pytest.approx(1000 / 21.3, rel=2e-3)
+    assert slow.models[ANY].costs.prefill_ms_per_tflop.value == pytest.approx(2 * 1000 / 5.01, rel=2e-3)
     assert slow.models[ANY].costs.decode_ms_per_gb_of_rows.value == pytest.approx(1000 / 104, rel=2e-3)
 
 
@@ -151,6 +155,9 @@ def test_damaged_files_are_refused_by_name_or_read(start: int, length: int, patc
         (r"decode_us_per_layer: {value: 0.0", "decode_us_per_layer: {value: -3", "0 or more"),
         (r"decode_us_per_layer: {value: 0.0", "decode_us_per_layer: {value: 1e30", "another unit|must be a number"),
         (r"decode_us_per_layer: {value: 0.0", "decode_us_per_layer: {value: 3 ms", "must be a number"),
+        (r"decode_us_per_layer: {value: 0.0", f"decode_us_per_layer: {{value: 1{'0' * 400}", "finite"),
+        (r"samples: \[\]", "samples: [{phase: decode, label: x, ms: 0, runs: 1, amounts: {}}]", "a time of 0 ms"),
+        (r"samples: \[\]", "samples: [{phase: decode, label: x, ms: 1, runs: 1, amounts: {beer: 1}}]", "beer"),
         (r"workspace_percent: {value: 100.0", "workspace_percent: {value: 0.5", "another unit"),
         ("basis: derived", "basis: guessed", "must be one of measured, derived, not 'guessed'"),
         ("kind: jetson", "kind: toaster", "must be one of jetson, linux"),
@@ -248,6 +255,15 @@ def test_another_machine_or_power_mode_is_refused_by_name() -> None:
         profile.require_match(SHIPPED["cpu-x86"], facts, "--replace")
 
 
+def test_a_jetson_that_does_not_tell_its_module_finds_its_own_profile() -> None:
+    facts = device.probe(TREES / "agx-orin-64-jp62")
+    facts = replace(facts, identity=replace(facts.identity, module_id=None))
+    mine = replace(ORIN, device=profile.device_of(facts), power_mode=profile.mode_of(facts))
+    profile.require_match(mine, facts, "--replace")
+    with pytest.raises(BadProfile, match="agx-orin-32"):
+        profile.require_match(SHIPPED["agx-orin-32-maxn"], facts, "--replace")
+
+
 def test_own_profiles_come_before_shipped_ones(tmp_path: Path) -> None:
     facts = device.probe(TREES / "pc-no-gpu")
     mine = replace(SHIPPED["cpu-x86"], name="mine", device=profile.device_of(facts))
@@ -287,6 +303,9 @@ def test_profiling_again_adds_to_what_is_known() -> None:
 def test_show_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, plot = tmp_path / "mine.yaml", tmp_path / "mine.svg"
     profile.save(_measured(), path)
+    profile.save(_measured(), path.with_suffix(""))
+    assert run_app(["profile", "show", str(path.with_suffix(""))]) == 0  # a file of any name is a file
+    capsys.readouterr()
     assert run_app(["profile", "show", str(path), "--svg", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "1.5 us  measured  fit" in out
@@ -294,6 +313,9 @@ def test_show_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(ElementTree.fromstring(plot.read_text()).findall(".//{*}circle")) == 2
     assert run_app(["profile", "show", "agx-orin-64", "--power", "50W", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["power_mode"] == {"id": 3, "name": "MODE_50W"}
+    assert run_app(["profile", "show", str(path), "--power", "30W"]) == 0
+    assert run_app(["profile", "show", str(path), "--power", "50W"]) == 2
+    assert "mine is not of power mode 50W" in capsys.readouterr().err
     assert yaml.safe_load(TEXT)["name"] == "agx-orin-64-30w"
 
 
@@ -305,6 +327,8 @@ def test_show_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--model", "missing"], "no model 'missing'"),
         (["--verify", "--out", "missing.yaml"], "measure first"),
         (["--seconds", "0"], "--help"),
+        (["--out", "/dev/null/mine.yaml"], "cannot be written"),
+        (["--out", ".", "--replace"], "cannot be written (it is a folder)"),
     ],
 )
 def test_bad_arguments_are_one_line(

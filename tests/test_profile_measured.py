@@ -130,6 +130,9 @@ def test_the_profile_says_what_was_measured(path: Path, model: Path) -> None:
     record = found.models[model.name]
     assert set(found.models) == {ANY, model.name}
     assert {getattr(record.costs, name).basis for name in COSTS} == {"measured"}
+    # No vision block is measured alone: for other models its price is taken from prefill's matrices.
+    unmeasured = {name for name in COSTS if getattr(found.models[ANY].costs, name).basis == "derived"}
+    assert unmeasured == {"vision_ms_per_tflop"}
     assert set(record.fit) == {"decode", "prefill", "vision"}
     assert record.fit["decode"].fitted_points + record.fit["decode"].held_out_points >= 8
     assert {sample.phase for sample in found.models[ANY].samples} == {"attention", "linear"}

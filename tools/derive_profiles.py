@@ -45,44 +45,47 @@ def derived(value: float, origin: str) -> Figure:
 
 @dataclass(frozen=True)
 class Module:
-    """A Jetson module: its SMs, its memory on the label in GiB, and GPU clocks (MHz) by power mode in order of id."""
+    """A Jetson module: its memory on the label in GiB; SMs and GPU clock (MHz) by power mode in order of id.
+
+    The lower modes switch SMs off: 3 and 4 of the 64 GB module's 8 TPCs, of two SMs each, are left at 15 and 30 W
+    (NVIDIA, Jetson Linux Developer Guide, supported modes and power efficiency).
+    """
 
     device: Device
-    sms: int
     label_gib: int
-    gpu_mhz: dict[str, float]
+    gpu: dict[str, tuple[int, float]]
 
 
 MODULES = (
     Module(
         Device("agx-orin-64", "jetson", "aarch64", ("p3701-0005",)),
-        16,
         64,
-        {"MAXN": 1300.5, "MODE_15W": 408, "MODE_30W": 612, "MODE_50W": 816},
+        {"MAXN": (16, 1300.5), "MODE_15W": (6, 408), "MODE_30W": (8, 612), "MODE_50W": (16, 816)},
     ),
     Module(
         Device("agx-orin-32", "jetson", "aarch64", ("p3701-0004",)),
-        14,
         32,
-        {"MAXN": 930.75, "MODE_15W": 408, "MODE_30W": 612, "MODE_40W": 816},
+        {"MAXN": (14, 930.75), "MODE_15W": (6, 408), "MODE_30W": (8, 612), "MODE_40W": (14, 816)},
     ),
 )
 
 
 def jetson(module: Module, mode: str) -> DeviceProfile:
     """One module in one power mode."""
-    clock, emc = module.gpu_mhz[mode], EMC_15W_MHZ if mode == "MODE_15W" else EMC_MHZ
+    sms, clock = module.gpu[mode]
+    emc = EMC_15W_MHZ if mode == "MODE_15W" else EMC_MHZ
     paper = emc * 1e6 * BUS_BYTES
     bandwidth = paper * REACHED_BANDWIDTH
-    teraflops = module.sms * TENSOR_OPERATIONS * clock * REACHED_ARITHMETIC / 1e6
+    teraflops = sms * TENSOR_OPERATIONS * clock * REACHED_ARITHMETIC / 1e6
     read = f"1000 ms / ({bandwidth / 1e9:.4g} GB/s)"
-    compute = f"{module.sms} SMs x 2048 FP16 operations x {clock:g} MHz, half of it reached"
+    compute = f"{sms} SMs x 2048 FP16 operations x {clock:g} MHz, half of it reached"
     total = module.label_gib * GIB * 62780 / 65536
+    peaks = _peaks(1.0, "program, libraries and GPU context")
     return DeviceProfile(
         version=VERSION,
         name=f"{module.device.name}-{mode.lower().removeprefix('mode_')}",
         device=module.device,
-        power_mode=PowerMode(list(module.gpu_mhz).index(mode), mode),
+        power_mode=PowerMode(list(module.gpu).index(mode), mode),
         date=DATE,
         versions={"tools.derive_profiles": "1"},
         memory=Memory(
@@ -94,7 +97,7 @@ def jetson(module: Module, mode: str) -> DeviceProfile:
             ),
             paper_bandwidth_bytes_per_s=derived(paper, f"EMC {emc:g} MHz x 2 x 256 bit"),
         ),
-        models={ANY: Record(_costs(bandwidth, teraflops, 0, read, compute, "roofline: not counted"), _peaks(1.0))},
+        models={ANY: Record(_costs(bandwidth, teraflops, 0, read, compute, "roofline: not counted"), peaks)},
     )
 
 
@@ -118,9 +121,9 @@ def _costs(
     return Costs(**values)
 
 
-def _peaks(overhead_gib: float) -> Peaks:
+def _peaks(overhead_gib: float, what: str) -> Peaks:
     return Peaks(
-        derived(overhead_gib * GIB, "program, libraries and GPU context (assumption)"),
+        derived(overhead_gib * GIB, f"{what} (assumption)"),
         derived(100, "live tensors by their shapes"),
     )
 
@@ -129,6 +132,7 @@ def cpu(architecture: str, cores: int, ghz: float, lanes: int, paper: float, wha
     """Any machine of an architecture: assumptions, until it is profiled."""
     bandwidth = 0.6 * paper
     teraflops = cores * ghz * lanes * REACHED_ARITHMETIC / 1e3
+    peaks = _peaks(0.4, "program and libraries")
     name = "cpu-x86" if architecture == "x86_64" else "cpu-arm64"
     read, compute = (
         f"1000 ms / ({bandwidth / 1e9:.4g} GB/s)",
@@ -148,14 +152,14 @@ def cpu(architecture: str, cores: int, ghz: float, lanes: int, paper: float, wha
             bandwidth_bytes_per_s=derived(bandwidth, "six tenths of paper (assumption)"),
             paper_bandwidth_bytes_per_s=derived(paper, f"{what} (assumption)"),
         ),
-        models={ANY: Record(_costs(bandwidth, teraflops, 150, read, compute, "assumption", waits=False), _peaks(0.4))},
+        models={ANY: Record(_costs(bandwidth, teraflops, 150, read, compute, "assumption", waits=False), peaks)},
     )
 
 
 def profiles() -> list[DeviceProfile]:
     """All that come with the package."""
     return [
-        *(jetson(module, mode) for module in MODULES for mode in module.gpu_mhz),
+        *(jetson(module, mode) for module in MODULES for mode in module.gpu),
         cpu("x86_64", 4, 3.0, 32, 25.6e9, "AVX2, one channel of DDR4-3200"),
         cpu("aarch64", 4, 2.0, 16, 17.1e9, "NEON, 64 bits of LPDDR4-2133"),
     ]

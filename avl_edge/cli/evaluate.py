@@ -68,7 +68,7 @@ def evaluate(
     ] = None,
     model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 160,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads.")] = None,
     kl: Annotated[
         bool, typer.Option("--kl", help="Also compare the predictions token by token with full's: twice the time.")
     ] = False,
@@ -86,8 +86,9 @@ def evaluate(
     settings = settings_of(_names(methods), _fractions(kv_fraction))
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
+    require(out is None or not (out.is_dir() or not out.name), f"{out} is a folder: give --out the name of a file")
     if plots:
-        require_plots()
+        require_plots(plots)
     if threads is not None:
         torch.set_num_threads(threads)
     runtime = Runtime.open(model)

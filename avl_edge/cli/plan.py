@@ -50,7 +50,8 @@ def plan(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = PlanRequest.prompt_tokens,
     system_tokens: Annotated[
-        int | None, typer.Option(help=f"How many of them stand before the image. [{PlanRequest.system_tokens}]")
+        int | None,
+        typer.Option(help=f"How many of them stand before the image. [{PlanRequest.system_tokens}, at most half]"),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -95,7 +96,7 @@ def plan(
         image_size=_image_size(image_size),
         image_tokens=image_tokens,
         prompt_tokens=prompt_tokens,
-        system_tokens=min(PlanRequest.system_tokens, prompt_tokens) if system_tokens is None else system_tokens,
+        system_tokens=_system_tokens(system_tokens, prompt_tokens),
         max_new_tokens=_max_new_tokens(max_new_tokens, image_tokens),
         streams=streams,
         method=method,
@@ -112,6 +113,11 @@ def plan(
             _print(json.dumps({"fits": False, "reason": refusal.reason, "ways": ways}))
         raise
     _print(json.dumps(found.to_dict()) if as_json else planner.report(found).rstrip("\n"))
+
+
+def _system_tokens(given: int | None, prompt_tokens: int) -> int:
+    """A question stands after its picture, however short the prompt."""
+    return given if given is not None else min(PlanRequest.system_tokens, max(prompt_tokens, 0) // 2)
 
 
 def _max_new_tokens(given: int | None, image_tokens: int | None) -> int:

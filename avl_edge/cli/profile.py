@@ -55,6 +55,8 @@ def root(
         raise BadProfile(f"there is no profile {path}: measure first, without --verify")
     torch.set_num_threads(_threads(old, threads))
     bench = _open(model)
+    if not verify:
+        profile.require_writable(path)
     if verify and old is not None:
         _verify(bench, old, requests, seed, as_json)
         return
@@ -92,16 +94,21 @@ def open_profile(name: str | None, power: str | None) -> DeviceProfile:
     if name is None:
         facts = device.probe()
         found = profile.for_machine(facts, profile.own(OWN_PROFILES))
-        if power is not None and (
-            found.power_mode is None or profile.short(found.power_mode.name) != profile.short(power)
-        ):
-            raise BadProfile(
-                f"{found.device.name} is not in power mode {power}: name a device to plan for another mode"
-            )
+        _require_mode(found, power)
         return profile.with_memory(found, facts)
-    if Path(name).suffix in (".yaml", ".yml"):
-        return profile.read(name)
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        found = profile.read(name)
+        _require_mode(found, power)
+        return found
     return profile.named(name, power)
+
+
+def _require_mode(found: DeviceProfile, power: str | None) -> None:
+    mode = found.power_mode
+    if power is not None and (mode is None or profile.short(mode.name) != profile.short(power)):
+        raise BadProfile(
+            f"the profile {found.name} is not of power mode {power}: name a device to plan for another mode"
+        )
 
 
 def _matching(path: Path, facts: DeviceFacts, replace: bool) -> DeviceProfile | None:

@@ -14,9 +14,13 @@ _PLOTS = {"quality": "score", "latency": "ms_per_token"}
 _DPI = 150
 
 
-def require_plots() -> None:
-    """Raise :class:`BadInput` where matplotlib is missing, before any work is done."""
+def require_plots(folder: Path) -> None:
+    """Raise :class:`BadInput` where matplotlib or ``folder`` cannot be used, before any work is done."""
     optional("matplotlib", "--plots")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
 
 
 def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -30,8 +34,12 @@ def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
                 written.append(folder / f"{name}_bytes.{suffix}")
                 figure.savefig(written[-1], dpi=_DPI)
     except OSError as error:
-        raise BadInput(f"no plots can be written to {folder} ({error.strerror})") from None
+        raise _unwritable(folder, error) from None
     return written
+
+
+def _unwritable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(f"no plots can be written to {folder} ({error.strerror})")
 
 
 def _figure(report: Mapping[str, Any], key: str) -> Any:

@@ -56,12 +56,14 @@ class KvPlan:
 @dataclass(frozen=True)
 class TimePlan:
     """Predicted milliseconds. ``ttft_ms``: one request alone, from the picture to its first token, so
-    ``encode_ms`` and ``prefill_ms``. ``ms_per_token``: the average step of all streams together; ``basis`` is
-    ``measured`` where all costs were measured on the device."""
+    ``encode_ms`` and ``prefill_ms``. ``ms_per_token``: the average step of all streams together. A basis is
+    ``measured`` where all costs were measured on the device and the weights are as stored; ``basis`` is that of all
+    times together."""
 
     encode_ms: float
     prefill_ms: float
     ms_per_token: float
+    ms_per_token_basis: Basis
     basis: Basis
 
     @property
@@ -149,8 +151,14 @@ class Plan:
             encode_ms=costs.milliseconds(vision),
             prefill_ms=costs.milliseconds(prefill),
             ms_per_token=self.ms_per_token,
-            basis=costs.basis({**vision, **prefill, **self._step_work}),
+            ms_per_token_basis=self._basis(self._step_work),
+            basis=self._basis({**vision, **prefill, **self._step_work}),
         )
+
+    def _basis(self, amounts: Amounts) -> Basis:
+        if self.weights != self.model.stored:
+            return "derived"  # from the bytes of another format: nothing was measured in this one
+        return self.profile.record(self.model.name).costs.basis(amounts)
 
     @property
     def fits(self) -> bool:

@@ -86,13 +86,11 @@ def _layers(layers: tuple[Tiers, ...]) -> list[tuple[str, str]]:
 def _time(plan: Plan) -> list[tuple[str, str]]:
     time, streams = plan.time, plan.request.streams
     together = f", {streams * time.tokens_per_s:.1f} with all streams" if streams > 1 else ""
-    basis = _basis(plan, time.basis)
+    first = f"{time.ttft_ms:.0f} ms (pictures {time.encode_ms:.0f}, prompt {time.prefill_ms:.0f})"
+    per_token = f"{time.ms_per_token:.2f} ms, {time.tokens_per_s:.1f} tokens/s{together}"
     return [
-        (
-            "first token",
-            f"{time.ttft_ms:.0f} ms (pictures {time.encode_ms:.0f}, prompt {time.prefill_ms:.0f}) {basis}",
-        ),
-        ("per token", f"{time.ms_per_token:.2f} ms, {time.tokens_per_s:.1f} tokens/s{together} {basis}"),
+        ("first token", f"{first} {_basis(plan, time.basis)}"),
+        ("per token", f"{per_token} {_basis(plan, time.ms_per_token_basis)}"),
     ]
 
 

@@ -9,6 +9,8 @@ from ..config import Options, PromptShape, require
 from ..errors import BadInput
 from ..shapes import ModelShape, Picture, Precision
 
+_MOST_TOKENS = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -38,22 +40,22 @@ class PlanRequest:
     def __post_init__(self) -> None:
         require(0 <= self.images <= 1000, f"images must be from 0 to 1000, not {self.images}")
         require(1 <= min(self.image_size) <= max(self.image_size) <= 2**16, "image_size must be from 1 to 65536 pixels")
-        require(0 <= (self.image_tokens or 0) < 2**31, f"image_tokens must be 0 or more, not {self.image_tokens}")
+        tokens = (("image_tokens", self.image_tokens or 0, 0), ("prompt_tokens", self.prompt_tokens, 1))
+        for name, count, least in (*tokens, ("max_new_tokens", self.max_new_tokens, 1)):
+            require(least <= count <= _MOST_TOKENS, f"{name} must be from {least} to {_MOST_TOKENS}, not {count}")
         require(
-            0 <= self.system_tokens <= self.prompt_tokens < 2**31,
+            0 <= self.system_tokens <= self.prompt_tokens,
             f"system_tokens ({self.system_tokens}) are those of the prompt_tokens ({self.prompt_tokens}) that stand "
             f"before the first image: there must be 0 or more, and no more than in all",
         )
-        require(self.prompt_tokens >= 1, "prompt_tokens must be at least 1")
-        require(1 <= self.max_new_tokens < 2**31, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         require(1 <= self.streams <= 10_000, f"streams must be from 1 to 10000, not {self.streams}")
         require(self.max_memory is None or self.max_memory > 0, "max_memory must be more than 0 bytes")
         target = self.target_ms_per_token
-        require(target is None or 0 < target < 1e9, f"target_ms_per_token must be above 0, not {target}")
+        require(target is None or 0 < target < 1e9, f"target_ms_per_token must be above 0 and finite, not {target}")
 
     def pictures(self, model: ModelShape) -> tuple[Picture, ...]:
-        """What the vision encoder gets."""
-        return (model.picture(*self.image_size),) * self.images
+        """What the vision encoder gets: nothing where the prompt is said to hold no image tokens."""
+        return () if self.image_tokens == 0 else (model.picture(*self.image_size),) * self.images
 
     def prompt(self, model: ModelShape) -> PromptShape:
         """The prompt's tokens; :class:`BadInput` when not one new token fits the model's context after them."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import format_size
 from ..errors import BadInput, DoesNotFit
-from ..profile import DeviceProfile
+from ..profile import DeviceProfile, PowerMode, short
 from ..shapes import KNOWN, PRECISIONS, ModelShape, Precision
 from .plan import Plan, first_fit, plans
 from .request import PlanRequest
@@ -76,7 +76,7 @@ def _reason(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> 
     offered = list(plans(model, profile, request))
     smallest = min(offered, key=lambda plan: plan.memory.peak_bytes).memory
     fastest = min(plan.ms_per_token for plan in offered)
-    mode = f" in {profile.power_mode.name}" if profile.power_mode else ""
+    mode = f" in {_spoken(profile.power_mode)}" if profile.power_mode else ""
     who = f"{model.name} on {profile.device.name}{mode}"
     if smallest.peak_bytes > smallest.limit_bytes:
         return (
@@ -198,10 +198,15 @@ def _other_profiles(
     modes = [each.power_mode for each in fitting if each.device == profile.device and each.power_mode]
     devices = [each for each in fitting if each.device != profile.device]
     if modes and modes[0] != profile.power_mode:
-        yield Way(f"--power {modes[0].name}", "another power mode", _POWER_PRICE)
+        yield Way(f"--power {_spoken(modes[0])}", "another power mode", _POWER_PRICE)
     if devices:
-        mode = f" --power {devices[0].power_mode.name}" if devices[0].power_mode else ""
+        mode = f" --power {_spoken(devices[0].power_mode)}" if devices[0].power_mode else ""
         yield Way(f"--device {devices[0].device.name}{mode}", "another device", _DEVICE_PRICE)
+
+
+def _spoken(mode: PowerMode) -> str:
+    """As people write it: ``30W``."""
+    return short(mode.name).upper()
 
 
 def _largest(asked: int, least: int, fits: Callable[[int], bool]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .files import SHIPPED, dumps, loads, own, read, save, shipped
+from .files import SHIPPED, dumps, loads, own, read, require_writable, save, shipped
 from .match import (
     device_of,
     for_machine,
@@ -70,6 +70,7 @@ __all__ = [
     "read",
     "report",
     "require_match",
+    "require_writable",
     "reserve_bytes",
     "save",
     "shipped",

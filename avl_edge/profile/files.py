@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
 from .reader import build, parse, write
-from .schema import ANY, VERSION, BadProfile, DeviceProfile
+from .schema import ANY, COSTS, VERSION, BadProfile, DeviceProfile
 
 SHIPPED = Path(__file__).resolve().parent / "data"
 """The profiles that come with the package."""
@@ -50,12 +51,34 @@ def loads(text: str, where: str) -> DeviceProfile:
         size, total = getattr(memory, part).value, memory.total_bytes.value
         if size > total:
             raise BadProfile(f"{where}.memory.{part} is {size:g}, more than the total_bytes of {total:g}")
+    _check_samples(profile, where)
     return profile
+
+
+def _check_samples(profile: DeviceProfile, where: str) -> None:
+    for name, record in profile.models.items():
+        for sample in record.samples:
+            unknown = sorted(set(sample.amounts) - set(COSTS))
+            if sample.ms == 0 or unknown:
+                wrong = f"amounts of {', '.join(unknown)}, which no cost is for" if unknown else "a time of 0 ms"
+                raise BadProfile(f"{where}.models.{name} has a sample {sample.label!r} with {wrong}")
 
 
 def dumps(profile: DeviceProfile) -> str:
     """The profile as the text of its file."""
     return write(profile) + _END
+
+
+def require_writable(path: Path) -> None:
+    """Raise :class:`BadProfile` where :func:`save` could not write, before any work is done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BadProfile(f"the profile {path} cannot be written ({error.strerror})") from None
+    if path.is_dir():
+        raise BadProfile(f"the profile {path} cannot be written (it is a folder)")
 
 
 def save(profile: DeviceProfile, path: str | Path) -> None:

@@ -41,8 +41,11 @@ def mismatch(profile: DeviceProfile, device: Device, mode: PowerMode | None) -> 
     if mine.kind != device.kind:
         return f"the profile is for {mine.name} ({mine.kind}), this machine is {device.name} ({device.kind})"
     if mine.kind == "jetson":
-        if not set(mine.modules) & set(device.modules):
-            return f"the profile is for {mine.name} ({', '.join(mine.modules)}), this machine is {device.name}"
+        # A Jetson that does not tell its module is known by its name.
+        same = set(mine.modules) & set(device.modules) if mine.modules else mine == device
+        if not same:
+            modules = f" ({', '.join(mine.modules)})" if mine.modules else ""
+            return f"the profile is for {mine.name}{modules}, this machine is {device.name}"
         if profile.power_mode and (mode is None or short(mode.name) != short(profile.power_mode.name)):
             present = mode.name if mode else "an unknown one"
             return f"the profile is for power mode {profile.power_mode.name}, this machine is in {present}"

@@ -6,7 +6,6 @@ Nothing is guessed and nothing is converted, but for whole numbers where a decim
 from __future__ import annotations
 
 import difflib
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -143,7 +142,7 @@ def _number(kind: type[float], value: Any, where: str) -> float:
     if not (whole or (kind is float and isinstance(value, float))):
         wanted = "a whole number" if kind is int else "a number; its unit is in its name"
         raise BadProfile(f"{where} must be {wanted}, not {_show(value)}")
-    if not math.isfinite(value) or value < 0 or value > 1e30:
+    if not 0 <= value <= 1e30:  # not a number is neither; whole numbers may be larger than any float
         raise BadProfile(f"{where} must be a finite number, 0 or more, not {_show(value)}")
     return kind(value)
 

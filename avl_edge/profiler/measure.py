@@ -138,10 +138,16 @@ def _fits(samples: Sequence[Sample], known: Prices) -> tuple[Prices, dict[str, F
 
 
 def _costs(first: Prices, first_origin: str, second: Prices, second_origin: str) -> Costs:
-    """Prices of ``second`` before those of ``first``. What no sample needed is free."""
-    figures = {name: Figure(price, "measured", first_origin) for name, price in first.items()}
-    figures |= {name: Figure(price, "measured", second_origin) for name, price in second.items()}
-    return Costs(**{name: figures.get(name, Figure(0.0, "measured", "no sample needed it")) for name in COSTS})
+    """Prices of ``second`` before those of ``first``. What no sample needed is taken as free, which nobody measured."""
+    figures = {name: _figure(name, price, first_origin) for name, price in first.items()}
+    figures |= {name: _figure(name, price, second_origin) for name, price in second.items()}
+    return Costs(**{name: figures.get(name, Figure(0.0, "derived", "no sample needed it")) for name in COSTS})
+
+
+def _figure(name: str, price: float, origin: str) -> Figure:
+    if name == "vision_ms_per_tflop" and origin == _BLOCKS:
+        return Figure(price, "derived", f"prefill_ms_per_tflop of {_BLOCKS}")
+    return Figure(price, "measured", origin)
 
 
 def _rounded(sample: Sample) -> Sample:

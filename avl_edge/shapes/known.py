@@ -43,13 +43,14 @@ def _qwen3(width: int, inner: int, layers: int, hidden: int) -> VisionShape:
     return VisionShape(width, inner, layers, 16, outside, 4 * width + inner + width + 4 * width)
 
 
-# ViT-bigG, and a cross-attention of 256 queries that brings its patches to the decoder's width.
+# ViT-bigG, whose 256 positions are stretched to 1024 patches, and a cross-attention that brings them to the decoder's
+# width: 256 queries with their positions, the projection of what they read, four matrices, three norms, a last matrix.
 _QWEN_VL_VISION = VisionShape(
     1664,
     8192,
     48,
     14,
-    outside=1664 * (3 * 14**2 + 1024) + 2 * 1664 + 256 * 4096 + 1664 * 4096 + 4 * (4096**2 + 4096) + 6 * 4096 + 4096**2,
+    outside=1664 * (3 * 14**2 + 256 + 2) + (2 * 256 + 1664 + 4 * (4096 + 1) + 6 + 4096) * 4096,
     layer_small=4 * 1664 + 8192 + 1664 + 4 * 1664,
 )
 
