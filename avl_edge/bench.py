@@ -39,11 +39,18 @@ class Case:
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
         require(0 < fraction <= 1, f"the core fraction must be above 0 and at most 1, not {fraction}")
         require(heads % kv_heads == 0, f"{heads} heads cannot be shared by {kv_heads} key/value heads")
+        require(self.batch * self.rows < 2**31, f"{self.batch} * {self.rows} rows are more than a pool can number")
 
     @property
     def core_rows(self) -> int:
         """Rows that a sequence reads."""
         return max(1, int(self.rows * Fraction(str(self.core_fraction))))
+
+    @property
+    def bytes(self) -> int:
+        """Derived: all rows as the pool has them and as torch likes them, and the selected ones gathered twice."""
+        row = 2 * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
+        return 2 * self.batch * (self.rows + self.core_rows) * row + _CACHES
 
 
 def machine() -> dict[str, Any]:
@@ -58,8 +65,9 @@ def attention(case: Case, rounds: int) -> dict[str, Any]:
     ``native``: :func:`avl_edge.kernels.attend` on the selected rows of the pool; ``slice_then_multiply``: torch gathers
     them, then attends; ``full``: torch attends to all rows; ``contiguous``: torch on selected rows gathered before. For
     torch, rows lie apart for each head, as it likes them; it attends by its fused kernel or by two matrix products, and
-    slices there or from the pool: the fastest counts. All take turns, so that a slow moment falls on all of them, and
-    find nothing in the caches, as in a decode step, which reads all other layers and their weights in between.
+    slices there or from the pool, into memory that it was given before: the fastest counts. All take turns, so that a
+    slow moment falls on all of them, and find nothing in the caches, as in a decode step, which reads all other layers
+    and their weights in between.
     """
     ways, others = _ways(case), torch.zeros(_CACHES // 8, dtype=torch.int64)
     best = dict.fromkeys(ways, float("inf"))
@@ -92,16 +100,20 @@ def _ways(case: Case) -> dict[str, Sequence[Callable[[], object]]]:
     ids = (chosen + rows * torch.arange(batch)[:, None]).flatten()
     everything = [_apart(pool, batch).contiguous() for pool in pools]
     selected = [_apart(pool[ids], batch).contiguous() for pool in pools]
+    room = [torch.empty_like(each) for each in selected]
     heads = torch.arange(batch * kv_heads).view(batch, kv_heads, 1)
     ids_apart = (chosen[:, None] + rows * heads).flatten()
     offsets = torch.arange(batch + 1, dtype=torch.int32) * case.core_rows
 
     def slice_pool() -> Tensor:
-        return _fused(query, *(_apart(pool.index_select(0, ids), batch) for pool in pools))
+        return _fused(
+            query, *(_apart(_slice(*pair, ids, kv_heads, dim), batch) for pair in zip(pools, room, strict=True))
+        )
 
     def slice_apart(multiply: Callable[..., Tensor]) -> Tensor:
         shape = batch, kv_heads, case.core_rows, dim
-        return multiply(query, *(each.view(-1, dim).index_select(0, ids_apart).view(shape) for each in everything))
+        pairs = zip(everything, room, strict=True)
+        return multiply(query, *(_slice(*pair, ids_apart, dim).view(shape) for pair in pairs))
 
     both = (_fused, _products)
     return {
@@ -110,6 +122,11 @@ def _ways(case: Case) -> dict[str, Sequence[Callable[[], object]]]:
         "full": [partial(multiply, query, *everything) for multiply in both],
         "contiguous": [partial(multiply, query, *selected) for multiply in both],
     }
+
+
+def _slice(rows: Tensor, into: Tensor, ids: Tensor, *shape: int) -> Tensor:
+    """The rows ``ids`` of ``rows``, each of ``shape``, copied; new memory for them would cost more than the copy."""
+    return torch.index_select(rows.view(-1, *shape), 0, ids, out=into.view(-1, *shape))
 
 
 def _apart(rows: Tensor, batch: int) -> Tensor:

@@ -115,7 +115,7 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise BadModel(f"{path} is missing: the checkpoint's index names it") from None
+        raise BadModel(f"{path} is missing or may not be read: the checkpoint's index names it") from None
     except (SafetensorError, OSError) as error:
         raise BadModel(f"{path} is damaged or cut off; copy the checkpoint again ({error})") from None
 

@@ -200,7 +200,10 @@ class TestDamage:
 
         path = out / "manifest.json"
         honest = loads(path.read_text(), path)
-        for forged in (replace(honest, directory="../other"), replace(honest, files={"../../x": File(1, "0")})):
+        names = ("../other", "..", ".", "", "a\0b", "/etc")
+        forgeries = [replace(honest, directory=name) for name in names]
+        forgeries += [replace(honest, files={name: File(1, "0")}) for name in names]
+        for forged in forgeries:
             assert isinstance(forged, Manifest)
             path.write_text(forged.dumps())
             with pytest.raises(BadPackage, match="does not describe a package"):
@@ -286,11 +289,29 @@ class TestFailedBuild:
         with pytest.raises(BadPackage, match="holds no package"):
             open_package(tmp_path / "out")
 
-    def test_files_of_someone_else_are_left_alone(self, tmp_path: Path) -> None:
-        (tmp_path / "holiday.jpg").touch()
+    @pytest.mark.parametrize(
+        "others", [{"holiday.jpg"}, {"manifest.json", "build-page"}, {"lock", "manifest.json", "page.html"}]
+    )
+    def test_files_of_someone_else_are_left_alone(self, tmp_path: Path, others: set[str]) -> None:
+        """Also where they have the names that a package has: a web page has a manifest.json, too."""
+        for name in others:
+            (tmp_path / name).write_text("precious")
         with pytest.raises(BadPackage, match="new or empty directory"):
             publish(tmp_path, "1.0", fill())
-        assert names(tmp_path) == {"holiday.jpg"}
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(others, "precious")
+
+    def test_old_package_that_cannot_be_removed(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The new one is published all the same, and the next build removes both."""
+
+        def fail(path: Path) -> None:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+        monkeypatch.setattr("avl_edge.engine.store.shutil.rmtree", fail)
+        publish(out, "1.0", fill("new"))
+        assert contents(out) == "new"
+        monkeypatch.undo()
+        publish(out, "1.0", fill("newer"))
+        assert len(list(out.glob("build-*"))) == 1
 
     def test_out_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -61,8 +62,11 @@ class TestRecipe:
             ("prompt_tokens: 4096", "prompt_tokens 4096 must be at most 3840, or prune_after never"),
             ("- images", "must hold names with values"),
             ("workspace: much", "workspace: cannot read 'much' as a size"),
-            ("workspace: 0", "workspace must be more than nothing"),
-            ("images: [", "is not YAML"),
+            ("workspace: 0", "workspace: it must be more than nothing"),
+            ("images: [", "is not valid YAML"),
+            ("images: 2020-13-45", "is not valid YAML"),
+            ("images: 1\nimages: 2", "a key stands twice"),
+            ("[" * 3000, "is not valid YAML"),
         ],
     )
     def test_errors_name_file_and_key(self, tmp_path: Path, text: str, message: str) -> None:
@@ -169,6 +173,20 @@ class TestBuild:
         with pytest.raises(BuildFailed, match=r"needs 1\.\d MB, and 1\.0 MB are free: free some space"):
             build(Job.of(model, Recipe()), tmp_path / "out", "1.0")
         assert not (tmp_path / "out").exists()
+
+    def test_folder_that_cannot_be_entered(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python tells of such a folder by an error rather than by False."""
+
+        def refuse(path: Path, **_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        job = Job.of(model, Recipe())
+        monkeypatch.setattr("avl_edge.engine.job.shutil.disk_usage", refuse)
+        with pytest.raises(BuildFailed, match=r"cannot be reached \(Permission denied\): give another --out"):
+            build(job, tmp_path / "out", "1.0")
+        monkeypatch.setattr(Path, "stat", refuse)
+        with pytest.raises(BadModel, match="there is no model"):
+            Job.of(tmp_path / "secret" / "model", Recipe())
 
 
 # The kernel refuses to let a file grow beyond a limit: a real write that fails in the middle.

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
-from avl_edge.engine import TIMINGS, VISION_ENGINE, find_tensorrt, open_package
+from avl_edge.engine import TIMINGS, VISION_ENGINE, BuildFailed, build_engine, find_tensorrt, open_package
 from tests.conftest import Checkpoints
 
 pytestmark = pytest.mark.skipif(
@@ -88,6 +89,32 @@ def test_command_builds_the_vision_engine(checkpoint: Checkpoints, tmp_path: Pat
         assert package[VISION_ENGINE].stat().st_size > 10_000
         assert package[TIMINGS].is_file()
         assert package.manifest.fingerprint.target is not None
+
+
+class TestWithoutDevice:
+    """What TensorRT proper answers and RTX does not, played by a stand-in."""
+
+    @pytest.fixture
+    def trt(self) -> MagicMock:
+        fake = MagicMock(ILogger=type("ILogger", (), {"__init__": lambda _: None}))
+        fake.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda _: None})
+        fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+        fake.Builder.return_value.create_network.return_value.num_inputs = 0
+        fake.Builder.return_value.build_serialized_network.return_value = b"engine"
+        return fake
+
+    def test_no_cuda(self, trt: MagicMock) -> None:
+        trt.Builder.side_effect = TypeError("pybind11::init(): factory function returned nullptr")
+        with pytest.raises(BuildFailed, match=r"TensorRT cannot build vision\.onnx: no reason was given"):
+            build_engine(trt, Path("vision.onnx"), (), (), 2**20)
+
+    @pytest.mark.parametrize("accepts", [True, False])
+    def test_timings_of_another_machine_are_dropped(self, trt: MagicMock, accepts: bool) -> None:
+        config = trt.Builder.return_value.create_builder_config.return_value
+        config.create_timing_cache.side_effect = lambda content: MagicMock(serialize=lambda: content + b" and new")
+        config.set_timing_cache.side_effect = [accepts, True]
+        _, timings = build_engine(trt, Path("vision.onnx"), (), (), 2**20, b"old")
+        assert timings == (b"old and new" if accepts else b" and new")
 
 
 def test_tensorrt_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

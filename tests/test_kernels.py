@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,19 @@ def test_half_special_values() -> None:
     for row in range(4):
         out, _ = attend(query, keys, values, torch.tensor([row], dtype=torch.int32), offsets_of([1]), 1.0)
         torch.testing.assert_close(out[0], values[row], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -0x400000])
+def test_a_nan_stays_one_whatever_its_payload(bits: int) -> None:
+    """A broken row has to be seen in the answer and in its score, not turned into a weight."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    keys, values, query = torch.zeros(3, 1, 64), torch.ones(3, 1, 64), torch.ones(1, 1, 64)
+    keys[1] = nan
+    rows, offsets = torch.arange(3, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    out, scores = attend(query, keys, values, rows, offsets, 1.0, scores=True)
+    assert out.isnan().all()
+    assert scores is not None
+    assert scores[1].isnan()
 
 
 @needs_native
@@ -474,15 +488,27 @@ int main() {
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sanitizers", ["address", "thread"])
-def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
+def run_driver(tmp_path: Path, *flags: str) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or not SOURCE.is_file():
         pytest.skip("needs a C++ compiler and the source tree")
     driver = tmp_path / "driver.cpp"
     driver.write_text(DRIVER.replace("SOURCE", str(SOURCE)))
-    flags = ["-std=c++17", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    subprocess.run([compiler, *flags, str(driver), "-o", str(tmp_path / "driver")], check=True, timeout=300)
+    command = [compiler, "-std=c++17", "-pthread", *flags, str(driver), "-o", str(tmp_path / "driver")]
+    subprocess.run(command, check=True, timeout=300)
     done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address", "thread"])
+def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
+    run_driver(tmp_path, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
+@pytest.mark.parametrize("supported", ["0", 'sizeof(name) <= sizeof("avx2")'], ids=["baseline", "avx2"])
+def test_instruction_sets_of_lesser_processors(tmp_path: Path, supported: str) -> None:
+    """The processor at hand chooses one of the item functions: here it says that it knows less than it does."""
+    run_driver(tmp_path, "-O3", f"-D__builtin_cpu_supports(name)=({supported})")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from .. import bench, device
+from ..config import format_size, require
+from ..evaluate import draw_attention, require_plot
 from .terminal import AsJson, Debug, progress, readers_may_leave
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Time the parts that decide the speed.")
@@ -29,25 +34,40 @@ def attention(
     core: Annotated[float, typer.Option(help="Percent of the rows that are read.")] = 30,
     dtype: Annotated[str, typer.Option(help=f"Of the rows: {', '.join(bench.DTYPES)}.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each way, of which the fastest counts.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency over batch size into this file, SVG or PNG.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Decode attention of one layer: selected rows where they lie, beside torch's ways. LLaVA-1.6-7B's shape."""
+    if plot:
+        require_plot(plot)
+    fraction = float(Decimal(str(core)) / 100)  # exact: 33.3 / 100 in binary is less than 0.333
+    shapes = [(count, kv) for kv in kv_heads for count in batch]
+    todo = [bench.Case(count, heads, kv, head_dim, rows, fraction, dtype) for count, kv in shapes]
+    facts = device.probe()
+    _require_memory(max(case.bytes for case in todo), facts.memory.usable_bytes)
     if threads is not None:
         torch.set_num_threads(threads)
-    shapes = [(count, kv) for kv in kv_heads for count in batch]
-    todo = [bench.Case(count, heads, kv, head_dim, rows, core / 100, dtype) for count, kv in shapes]
     cases = []
     with progress("timing") as report:
         for case in todo:
             cases.append(bench.attention(case, rounds))
             if report:
                 report(len(cases), len(todo))
-    facts = device.probe()
     machine = {"cpu": facts.cpu.name, "cores": facts.cpu.cores, **bench.machine()}
+    document = {"machine": machine, "cases": cases}
     with readers_may_leave():
-        print(json.dumps({"machine": machine, "cases": cases}) if as_json else _table(cases))
+        print(json.dumps(document) if as_json else _table(cases))
+    if plot:
+        draw_attention(document, plot)
+
+
+def _require_memory(needed: int, usable: int | None) -> None:
+    require(
+        usable is None or needed <= usable,
+        f"the rows take {format_size(needed)}, and {format_size(usable or 0)} are free: give fewer or smaller ones",
+    )
 
 
 def _table(cases: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ class Job:
     @classmethod
     def of(cls, directory: Path, recipe: Recipe) -> Job:
         """Check the checkpoint in ``directory`` against ``recipe``; :class:`BadModel` names what does not fit."""
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # unlike Path.is_dir, also where a parent cannot be entered
             raise BadModel(f"there is no model {str(directory)!r}: give 'demo' or the directory of a checkpoint")
         spec = read_spec(directory)
         recipe = replace(recipe, prompt_tokens=min(recipe.prompt_tokens, spec.text.context))
@@ -105,7 +106,7 @@ def build(job: Job, out: Path, version: str, progress: Progress | None = None) -
     except BadPackage:
         pass
     _require_room(out, job.plan.bytes + (job.plan.weights[VISION] if trt else 0))
-    timings = _old_timings(out)
+    timings = _old_timings(out) if trt else b""
 
     def fill(staging: Path) -> Fingerprint:
         export_model(job.spec, job.directory, staging, job.settings, progress)
@@ -136,8 +137,11 @@ def _old_timings(out: Path) -> bytes:
 
 def _require_room(out: Path, needed: int) -> None:
     """Refuse before the work what the disk cannot hold."""
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise BuildFailed(f"{out} cannot be reached ({error.strerror}): give another --out") from None
     if needed > free:
         sizes = f"{format_size(needed)}, and {format_size(free)} are free"
         raise BuildFailed(f"{out} needs {sizes}: free some space, or give another --out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .fingerprint import Fingerprint, Target, file_digest
 
 NAME = "manifest.json"
 FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Of the files and their directory: no separator, no way up."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     fingerprint = dict(content["fingerprint"])
     target = fingerprint.pop("target")
     files = {name: File(**entry) for name, entry in content["files"].items()}
-    if any(Path(name).name != name for name in (*files, content["directory"])):
-        raise ValueError("a file outside of its directory")
+    if not all(_NAME.fullmatch(name) for name in (*files, content["directory"])):
+        raise ValueError("a name that may lead out of the package")
     return Manifest(
         content["version"],
         content["directory"],

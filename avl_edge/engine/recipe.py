@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from ..config import parse_size
 from ..errors import BadInput
 from ..export import PRECISIONS
+from ..profile import BadProfile
+from ..profile.reader import parse
 from .errors import BadRecipe
 
 STORED = "stored"
@@ -46,7 +46,7 @@ class Recipe:
             f"prompt_tokens {self.prompt_tokens} must be at most {_MOST_PRUNED}, or prune_after never",
         )
         try:
-            _require(self.workspace_bytes > 0, "workspace must be more than nothing")
+            _require(self.workspace_bytes > 0, "it must be more than nothing")
         except BadInput as error:
             raise BadRecipe(f"workspace: {error}") from None
 
@@ -63,11 +63,13 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a file; :class:`BadRecipe` names the file and the key that is wrong."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"), f"the recipe {path}")
     except OSError as error:
         raise BadRecipe(f"the recipe {path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"the recipe {path} is not YAML ({' '.join(str(error).split())})") from None
+    except UnicodeDecodeError:
+        raise BadRecipe(f"the recipe {path} is not UTF-8 text") from None
+    except BadProfile as error:
+        raise BadRecipe(str(error)) from None
     if not isinstance(content, dict):
         raise BadRecipe(f"the recipe {path} must hold names with values, like precision: float16")
     known = [field.name for field in fields(Recipe)]

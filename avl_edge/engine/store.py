@@ -142,7 +142,9 @@ def publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Man
             try:
                 return _publish(out, version, fill)
             finally:
-                _sweep(out)
+                # What cannot be removed is left to the next build: it changes nothing of what was published.
+                with suppress(OSError):
+                    _sweep(out)
     except OSError as error:
         reason = _NO_ROOM.get(error.errno or 0, error.strerror or str(error))
         cure = "free some space, or give another --out" if error.errno in _NO_ROOM else "give another --out"
@@ -165,11 +167,19 @@ def _only_builder(out: Path) -> Iterator[None]:
 
 
 def _require_own(out: Path) -> None:
-    """An existing directory has to be empty or a package's: nothing of anyone else's is mixed with it."""
+    """An existing directory has to be empty or a package's: nothing of anyone else's is replaced or swept away.
+
+    Every package has a lock, while others have a manifest.json or a build-something too.
+    """
     names = {path.name for path in out.iterdir()}
-    if names and not names & {_LOCK, manifests.NAME}:
-        raise BadPackage(f"{out} holds other files: give --out a new or empty directory")
+    foreign = sorted(name for name in names if _LOCK not in names or not _is_own(name))
+    if foreign:
+        raise BadPackage(f"{out} holds other files ({foreign[0]}): give --out a new or empty directory")
     out.chmod(0o700)
+
+
+def _is_own(name: str) -> bool:
+    return name in (_LOCK, manifests.NAME) or name.startswith((_STAGING, _BUILT))
 
 
 def _publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Manifest:

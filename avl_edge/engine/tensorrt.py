@@ -46,7 +46,10 @@ def build_engine(
     """
     words: list[str] = []
     logger, monitor = _logger(trt, words), _monitor(trt, progress)  # named here, as TensorRT does not keep them alive
-    builder = trt.Builder(logger)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError:  # how its bindings say that there is no CUDA device, or no driver for it
+        raise _failure(graph, words) from None
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
@@ -56,7 +59,9 @@ def build_engine(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.progress_monitor = monitor
     cache = config.create_timing_cache(timings)
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")  # another machine's would be kept for ever, and never used
+        config.set_timing_cache(cache, ignore_mismatch=False)
     for sizes in profiles:
         config.add_optimization_profile(_profile(builder.create_optimization_profile(), network, inputs, sizes))
     engine = builder.build_serialized_network(network, config)

@@ -2,6 +2,7 @@
 
 from .answers import Answer, AnswerLog, describe
 from .asking import Asked, Interview
+from .attention_plot import draw_attention, require_plot
 from .data import read_questions
 from .divergence import Divergence
 from .metrics import METRICS, require_packages
@@ -22,10 +23,12 @@ __all__ = [
     "Questions",
     "Setting",
     "describe",
+    "draw_attention",
     "draw_plots",
     "read_questions",
     "report",
     "require_packages",
+    "require_plot",
     "require_plots",
     "settings_of",
 ]

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 
 from ..errors import BadInput
-from .optional import optional
+from ..optional import optional
 from .questions import Question
 from .vqa import textvqa_accuracy, vqa_accuracy
 

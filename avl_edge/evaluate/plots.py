@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .optional import optional
+from ..optional import optional
 
 FORMATS = ("svg", "png")
 _PLOTS = {"quality": "score", "latency": "ms_per_token"}

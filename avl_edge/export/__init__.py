@@ -36,10 +36,11 @@ change; M' is T up to the layer that prunes and M beyond it.
 | out | value.N | M', H_kv, d | model |
 | out | token_scores.N | 2, M' | float32 |
 
-- Sequence b owns the tokens from ``token_offsets[b]`` up to ``token_offsets[b + 1]``, and in layer l the ids from
-  ``row_offsets[l, b]`` up to ``row_offsets[l, b + 1]`` of ``rows[l]``. What lies past the last offset is room: any id
-  of the pool, read by nobody.
-- ``feature_rows[t]`` is the row of ``features`` that stands in the place of token t's embedding, -1 for text.
+- Sequence b owns the tokens from ``token_offsets[b]`` up to ``token_offsets[b + 1]``, at least one, and in layer l the
+  ids from ``row_offsets[l, b]`` up to ``row_offsets[l, b + 1]`` of ``rows[l]``. What lies past the last offset is room:
+  any id of the pool, read by nobody.
+- ``feature_rows[t]`` is the row of ``features`` that stands in the place of token t's embedding, -1 for text. Both are
+  looked up for every token: F is at least 1, also without an image, and an image's ids are ids of the vocabulary.
 - ``slots[l, t]`` is the pool row that token t takes in layer l, handed out before the step. It is written first, then
   read where ``rows`` names it: that is a decode step, T = B. A negative slot writes nothing: such a token is read by
   itself and by the later tokens of its sequence, beside the rows that are listed. That is a prompt, whose rows are
@@ -49,9 +50,9 @@ change; M' is T up to the layer that prunes and M beyond it.
   tokens, one given twice counts twice, -1 is nobody). With W = 0 nobody looks at scores, and they may hold anything.
 - After layer ``prune_after`` of the recipe only ``survivors`` tokens go on: those with ``pinned`` 1, then those of most
   attention from the last token, ties to the lower index; ``kept`` holds their indices, ascending. ``survivors`` = T
-  keeps all, as it must for more than one sequence. Score queries have to survive. Without ``prune_after`` the inputs
-  ``pinned`` and ``survivors`` and the output ``kept`` are not there. TensorRT's TopK ends at 3,840, and so does a
-  prompt in a graph that can prune.
+  keeps all, as it must for more than one sequence. Score queries and the last token have to survive. Without
+  ``prune_after`` the inputs ``pinned`` and ``survivors`` and the output ``kept`` are not there. TensorRT's TopK ends at
+  3,840, and so does a prompt in a graph that can prune.
 
 Attention is the node ``avl::CoreAttention``. ``decoder.onnx`` brings its reference body as a function of the model, so
 that any ONNX runtime can run the graph; the body leaves the pool as it is, whoever runs it writes the rows.

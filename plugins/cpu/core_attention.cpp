@@ -102,7 +102,8 @@ INLINE inline Floats exponential(const Floats& argument) {
     const Floats r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     const Floats high = ((r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24;
     const Floats series = ((high * r + 1.0f / 6) * r + 0.5f) * (r * r) + r + 1.0f;
-    return same_bits<Floats>(same_bits<Words>(series) + (same_bits<Words>(shifted) << 23));
+    const Floats power = same_bits<Floats>(same_bits<Words>(series) + (same_bits<Words>(shifted) << 23));
+    return x == x ? power : x;  // a NaN's payload would pass for an exponent
 }
 
 struct Pool {  // [row, kv head, dim]: dim is contiguous, the other strides count elements

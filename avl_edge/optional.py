@@ -1,11 +1,11 @@
-"""Packages of the ``eval`` extra: the runtime works without them, so they are imported where they are used."""
+"""Packages of the extras: the runtime works without them, so they are imported where they are used."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-from ..errors import BadInput
+from .errors import BadInput
 
 
 def optional(module: str, purpose: str) -> Any:
