@@ -45,7 +45,10 @@ def root(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Measure what this machine can do, into a profile that plans are made from; running it again adds to it."""
+    """Measure what this machine can do, into a profile that plans are made from; each run adds or renews its model.
+
+    With one thread the time is the processor's, not the wall's: what other programs take away is not counted.
+    """
     if context.invoked_subcommand:
         return
     facts = device.probe()

@@ -31,6 +31,7 @@ from ..shapes import ModelShape
 from . import machine
 from .bench import Bench, Measured, Trial, threads, trials, warm_up
 from .fit import Prices, fit_prices, predicted, quality
+from .timing import clock
 
 Report = Callable[[int, int], None]
 
@@ -117,6 +118,7 @@ def _profile(
             "avl-edge": version("avl-edge"),
             "torch": version("torch"),
             "threads": str(threads()),
+            "clock": clock(),
             "dtype": str(bench.dtype).removeprefix("torch."),
         },
         memory=memory,

@@ -43,7 +43,12 @@ def timed(function: Callable[[], object]) -> float:
 
 def now() -> float:
     """Seconds of a clock. With one thread it is the processor's, which stands still while others run."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    return time.thread_time() if clock() == "processor" else time.perf_counter()
+
+
+def clock() -> str:
+    """Whose time is measured, as profiles say it: ``processor`` or ``wall``."""
+    return "processor" if torch.get_num_threads() == 1 else "wall"
 
 
 def forget_peak() -> None:
