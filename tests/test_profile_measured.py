@@ -1,12 +1,13 @@
 """The profiler: its arithmetic against made-up machines, and itself on a small random model.
 
-How well a profile predicts is measured by `avl-edge profile --verify`; the test of that is marked slow, since times of
-a busy machine are no invariant. Bytes are: what was seen is never above what is predicted.
+How well a profile predicts is measured by `avl-edge profile --verify`; the test of that waits for a quiet machine.
+Bytes are an invariant: what was seen is never above what is predicted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -212,6 +213,10 @@ def test_predicted_peaks_cover_requests_that_were_not_seen(model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("AVL_EDGE_TIMINGS") != "1",
+    reason="times of a machine that others use are no invariant: set AVL_EDGE_TIMINGS=1 on a quiet one",
+)
 def test_a_profile_of_the_demo_model_keeps_its_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "demo.yaml")
     assert run_app(["profile", "--out", path, "--seconds", "40", "--threads", "1"]) == 0
