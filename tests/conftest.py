@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return made[key]
 
     return make
+
+
+def hear_interrupts() -> None:
+    """For ``preexec_fn``: a shell that runs the tests in its background lets all of them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Recorder:

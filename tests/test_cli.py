@@ -18,7 +18,7 @@ from PIL import Image
 
 from avl_edge.cli import run_app
 from tests.checkpoints import random_image
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, hear_interrupts
 
 COMMAND = [sys.executable, "-c", "from avl_edge.cli import main; main()", "run"]
 PROMPT = "What is shown?"
@@ -273,7 +273,9 @@ def test_a_picture_from_stdin(model: str, picture: str) -> None:
 
 def test_interrupt_stops_with_130_and_no_trace(model: str, picture: str) -> None:
     options = ["--model", model, "--image", picture, "--prompt", PROMPT, "--max-new-tokens", "100000"]
-    process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    )
     assert process.stdout
     os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.conftest import hear_interrupts
 from tools.demo_model import panels, scenes, vocabulary
 from tools.demo_model.attention import holds, overlap
 from tools.demo_model.canvas import GRID, PATCH
@@ -334,7 +335,9 @@ class TestTraining:
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         options = ["--plan", "vision:1000s", "--batch", "1", "--threads", "1", "--folder", str(tmp_path)]
         command = [sys.executable, "-m", "tools.demo_model.train", *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts
+        )
         assert process.stdout is not None
         assert '"steps": 20' in process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
