@@ -47,8 +47,8 @@ def derived(value: float, origin: str) -> Figure:
 class Module:
     """A Jetson module: its memory on the label in GiB; SMs and GPU clock (MHz) by power mode in order of id.
 
-    The lower modes switch SMs off: 3 and 4 of the 64 GB module's 8 TPCs, of two SMs each, are left at 15 and 30 W
-    (NVIDIA, Jetson Linux Developer Guide, supported modes and power efficiency).
+    50 W, 40 W and MAXN leave all SMs on (TPC_PG_MASK 0 in nvpmodel.conf). That 15 and 30 W leave 3 and 4 TPCs, of two
+    SMs each, is an assumption, and those figures say so.
     """
 
     device: Device
@@ -78,7 +78,8 @@ def jetson(module: Module, mode: str) -> DeviceProfile:
     bandwidth = paper * REACHED_BANDWIDTH
     teraflops = sms * TENSOR_OPERATIONS * clock * REACHED_ARITHMETIC / 1e6
     read = f"1000 ms / ({bandwidth / 1e9:.4g} GB/s)"
-    compute = f"{sms} SMs x 2048 FP16 operations x {clock:g} MHz, half of it reached"
+    some = "" if sms == module.gpu["MAXN"][0] else " (assumed to be on in this mode)"
+    compute = f"{sms} SMs{some} x 2048 FP16 operations x {clock:g} MHz, half of it reached"
     total = module.label_gib * GIB * 62780 / 65536
     peaks = _peaks(1.0, "program, libraries and GPU context")
     return DeviceProfile(
