@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from avl_edge import Runtime
 from tests.checkpoints import SPECS, CheckpointSpec, make_checkpoint
 
 Checkpoints = Callable[..., Path]
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 # The models are tiny: a second thread costs more than it computes, many times more on a busy machine.
 torch.set_num_threads(1)

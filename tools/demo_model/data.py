@@ -104,7 +104,7 @@ def piece_labels(text_labels: Labels, tokenizer: Tokenizer) -> Labels:
 
 
 def shown_patches(text_labels: Labels, object_labels: Labels, rng: random.Random) -> Labels:
-    """``[SHOWN]`` ascending patch numbers: those that hold something first, then others by chance."""
+    """``[SHOWN]`` ascending patch numbers: those that hold something, as far as they go in, and others by chance."""
     written = (text_labels[..., 0] > 0).reshape(*object_labels.shape, 2).any(-1)
     filled = np.nonzero((written | (object_labels > 0)).reshape(-1))[0].tolist()
     empty = sorted(set(range(object_labels.size)) - set(filled))
