@@ -71,7 +71,7 @@ def parse(text: str, where: str) -> Any:
 def write(value: Any) -> str:
     """``value`` as YAML, keys in the order of the dataclass."""
     plain = to_plain(value)
-    return yaml.dump(plain, Dumper=_FlowDumper, sort_keys=False, width=10_000, allow_unicode=True)
+    return yaml.dump(plain, Dumper=_FlowDumper, sort_keys=False, width=10_000)
 
 
 def to_plain(value: Any) -> Any:

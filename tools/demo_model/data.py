@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from tools.demo_model.facts import Facts
-from tools.demo_model.questions import LONG, Question, ask, ask_any
+from tools.demo_model.questions import KINDS, LONG, Question, ask, ask_any
 from tools.demo_model.scenes import render
 from tools.demo_model.tokenizer import BOS, EOS, HEAD, PAD, special_id, turn
 from tools.demo_model.vocabulary import CHARACTERS
@@ -24,6 +24,8 @@ IGNORE = -100
 TEXT_LENGTH = 288
 # Patches of a picture that sparse stages show to the decoder: all that hold something, and others up to this number.
 SHOWN = 128
+# What is learned last, because an answer joins two places of the picture or has many characters: every second question.
+SLOW = ("distance", "compare places", "plate", "time", "screen line", "destination", "colour count")
 Labels = npt.NDArray[np.int64]
 Sample = dict[str, npt.NDArray[np.generic]]
 Batch = dict[str, torch.Tensor]
@@ -113,8 +115,9 @@ def shown_patches(text_labels: Labels, object_labels: Labels, rng: random.Random
 
 
 def training_questions(facts: Facts, rng: random.Random, count: int = 18) -> list[Question]:
-    """One long question, then a mixture."""
-    return [ask(facts, rng.choice(LONG), rng), *(ask_any(facts, rng) for _ in range(count))]
+    """One long question, then a mixture in which every second one is of a kind that is learned slowly."""
+    mixture = [ask_any(facts, rng, kinds=SLOW if index % 2 else KINDS) for index in range(count)]
+    return [ask(facts, rng.choice(LONG), rng), *mixture]
 
 
 class Scenes(Dataset[Sample]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tools.demo_model.facts import Facts
@@ -271,14 +271,14 @@ def ask(facts: Facts, kind: str, rng: random.Random) -> Question:
     return Question(kind, word_question(kind, values, rng), answer)
 
 
-def choose_kind(rng: random.Random) -> str:
-    """A kind of question, as often as it is worth asking."""
-    return rng.choices(KINDS, [weight for _, weight in MAKERS.values()])[0]
+def choose_kind(rng: random.Random, kinds: Sequence[str] = KINDS) -> str:
+    """One of ``kinds``, as often as it is worth asking."""
+    return rng.choices(kinds, [MAKERS[kind][1] for kind in kinds])[0]
 
 
-def ask_any(facts: Facts, rng: random.Random, absent: float = 0.3) -> Question:
+def ask_any(facts: Facts, rng: random.Random, absent: float = 0.3, kinds: Sequence[str] = KINDS) -> Question:
     """A question of a random kind; one whose item is absent is kept with probability ``absent``."""
     while True:
-        question = ask(facts, choose_kind(rng), rng)
+        question = ask(facts, choose_kind(rng, kinds), rng)
         if question.answer != ABSENT or rng.random() < absent:
             return question

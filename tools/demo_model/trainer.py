@@ -244,7 +244,11 @@ class Trainer:
             return
         self.optimizers = make_optimizers(self.model, self.stage)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            # The rates are the stage's: the checkpoint of a finished run has those of the stage before.
+            plateaus = [group["plateau"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, plateau in zip(optimizer.param_groups, plateaus, strict=True):
+                group["plateau"] = plateau
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Begin with ``weights`` (names of ``DemoModel``, as exported: without the dense head) and fresh optimizers."""
