@@ -1,9 +1,10 @@
 """avl-edge: answers about camera images on the edge, inside a memory budget that is never exceeded."""
 
-from .config import Options
+from .config import Formats, Options
 from .errors import AvlEdgeError, BadImage, BadInput, BadModel, DoesNotFit
+from .generation import Generation
 from .request import Result, TokenEvent
-from .runtime import Generation, Runtime
+from .runtime import Runtime
 
 __all__ = [
     "AvlEdgeError",
@@ -11,6 +12,7 @@ __all__ = [
     "BadInput",
     "BadModel",
     "DoesNotFit",
+    "Formats",
     "Generation",
     "Options",
     "Result",

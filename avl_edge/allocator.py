@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import sys
 from contextlib import suppress
 
 _MMAP_THRESHOLD = -3  # mallopt's parameter, from glibc's malloc.h
@@ -22,3 +24,18 @@ def bound() -> None:
         os.environ.setdefault(name, _KERNELS)
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+def advise_free(begin: int, end: int) -> int:
+    """Tell the system that nobody reads the memory at the addresses ``begin .. end - 1`` again before writing to it.
+
+    Returns the bytes of the whole pages in between, which are the system's again; 0 where it does not take them. Only
+    for memory that this process has to itself.
+    """
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    if first >= last or advice is None or not sys.platform.startswith("linux"):  # elsewhere it may mean less
+        return 0
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return 0 if madvise(first, last - first, advice) else last - first

@@ -13,12 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import native
-from .cache import SequenceCache
-from .kernels import attend, attend_prompt, prompt_scores
+from . import lowrank, native
+from .cache import SequenceCache, is_low_rank
+from .kernels import attend_parts, attend_prompt, coarse_weights, prompt_scores
 from .models import Llava
 from .pool import RowStore
 from .request import Prompt
+from .stored import StoredRows, in_order, own_scores
+
+Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
 
 class Backend(Protocol):
@@ -42,14 +45,13 @@ class Backend(Protocol):
 class TorchBackend:
     """The CPU path: torch, and the native attention kernel where it was built."""
 
-    def __init__(
-        self, model: Llava, store: RowStore, attend: Callable[..., tuple[Tensor, Tensor | None]] = attend
-    ) -> None:
-        """``attend`` computes the decode attention; its contract is :func:`avl_edge.kernels.attend`'s."""
+    def __init__(self, model: Llava, store: RowStore, attend: Attend = attend_parts) -> None:
+        """``attend`` computes the decode attention; its contract is :func:`avl_edge.kernels.attend_parts`'s."""
         self._model = model
-        self._store = store
+        self._rows = StoredRows(store, model.decoder.angles)
         self._attend = attend
         self.name = "torch-cpu+native" if native.available() else "torch-cpu"
+        self._kv_heads = model.spec.text.kv_heads
         self._scale = model.spec.text.head_dim**-0.5
 
     @torch.inference_mode()
@@ -66,8 +68,7 @@ class TorchBackend:
             query, key, value = layer.project(hidden, *angles)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
             last, total = self._score(query, key, cache.prompt_queries(index))
-            chosen, ids = cache.store_prompt(index, last, total)
-            self._write(ids, key[chosen], value[chosen])
+            self._rows.store_prompt(cache, index, cache.store_prompt(index, last, total), key, value)
             attended = attended.transpose(0, 1)
             if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
                 hidden = layer.finish(hidden[-1:], attended[-1:])
@@ -90,31 +91,48 @@ class TorchBackend:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
-        decoder = self._model.decoder
+        decoder, rows = self._model.decoder, self._rows
         positions, ids = zip(*(cache.begin_step() for cache in caches), strict=True)
-        new_rows = np.stack(ids, axis=1)
         hidden = decoder.embed(torch.tensor(token_ids))
         angles = decoder.angles(torch.tensor(positions))
-        wants_scores = any(cache.wants_scores for cache in caches)
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
-            self._write(new_rows[index], key, value)
-            rows = [cache.ids_to_read(index) for cache in caches]
-            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-            attended, scores = self._attend(
-                query,
-                self._store.keys,
-                self._store.values,
-                torch.from_numpy(np.concatenate(rows)),
-                torch.from_numpy(offsets),
-                self._scale,
-                scores=wants_scores,
-            )
+            rows.append(caches, [each[index] for each in ids], key, value)
+            for number, cache in enumerate(caches):
+                if cache.picks_core:
+                    looked_at = rows.parts([cache.rows_to_look_at(index)])[0]
+                    own = query[number : number + 1]
+                    coarse = coarse_weights(own, looked_at, self._kv_heads, self._scale)
+                    cache.pick_core(index, coarse.numpy())
+            attended, scores = self._attend_step(query, index, caches)
             hidden = layer.finish(hidden, attended)
-            own = [None] * len(caches) if scores is None else np.split(scores.numpy(), offsets[1:-1])
-            for cache, weights in zip(caches, own, strict=True):
-                cache.settle(index, weights if cache.wants_scores else None)
+            for cache, weights in zip(caches, scores, strict=True):
+                rows.move(cache, index, cache.settle(index, weights))
         return decoder.logits(hidden)
 
-    def _write(self, ids: npt.NDArray[np.int64], keys: Tensor, values: Tensor) -> None:
-        self._store.write(torch.from_numpy(ids), keys, values)
+    def _attend_step(
+        self, query: Tensor, layer: int, caches: Sequence[SequenceCache]
+    ) -> tuple[Tensor, list[npt.NDArray[np.floating] | None]]:
+        """A layer's attention ``[B, H, d]``, and each sequence's scores in the order of the places that it reads, where
+        its policy wants them."""
+        read = [cache.rows_to_read(layer) for cache in caches]
+        wants = [cache.wants_scores for cache in caches]
+        scores: list[npt.NDArray[np.floating] | None] = [None] * len(caches)
+        low = [number for number, selected in enumerate(read) if any(map(is_low_rank, selected))]
+        batch = [number for number in range(len(caches)) if number not in low]
+        attended = torch.empty_like(query)
+        if batch:
+            parts = self._rows.parts([read[number] for number in batch])
+            wanted = any(wants[number] for number in batch)
+            own = query if len(batch) == len(caches) else query[batch]
+            out, weights = self._attend(own, parts, self._kv_heads, self._scale, scores=wanted)
+            attended = out if len(batch) == len(caches) else attended.index_copy(0, torch.tensor(batch), out)
+            for place, number in enumerate(batch):
+                if weights is not None and wants[number]:
+                    scores[number] = own_scores(place, read[number], parts, weights)
+        for number in low:
+            pieces = [self._rows.read(caches[number], layer, each) for each in read[number]]
+            attended[number], low_weights = lowrank.attend(query[number], pieces, self._scale)
+            if wants[number]:
+                scores[number] = in_order(read[number], low_weights)
+        return attended, scores

@@ -1,13 +1,34 @@
-"""From a byte budget to a method that keeps it: pure arithmetic, before any work is done."""
+"""From a byte budget to a setting that keeps it: pure arithmetic, before any work is done."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from .config import KvShape, PromptShape, format_size
+from .config import Formats, KvShape, PromptShape, format_size
 from .errors import DoesNotFit
+from .layout import Format, check, packing, page_bytes
+
+
+class Peaks(Protocol):
+    """Bounds of the rows of each tier, over all layers."""
+
+    @property
+    def text(self) -> int: ...
+    @property
+    def core(self) -> int: ...
+    @property
+    def secondary(self) -> int: ...
+
+
+class Rows(NamedTuple):
+    """Rows of each tier, over all layers."""
+
+    text: int
+    core: int
+    secondary: int
 
 
 class Counted(Protocol):
@@ -15,33 +36,85 @@ class Counted(Protocol):
 
     def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int: ...
 
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> Peaks: ...
+
 
 M = TypeVar("M", bound=Counted)
 
 
 @dataclass(frozen=True)
 class KvPlan(Generic[M]):
-    """The method picked for a request and the most that it will hold."""
+    """The setting picked for a request, and the most pages of the pool that it will hold."""
 
     method: M
-    peak_rows: int
+    formats: Formats
+    pages: int
     peak_bytes: int
     budget: int | None
 
 
-def fit(candidates: Iterable[M], shape: KvShape, prompt: PromptShape, steps: int, budget: int | None) -> KvPlan[M]:
-    """The first of ``candidates`` (best answers first) whose peak stays within ``budget`` bytes.
+def peak_pages(method: Counted, formats: Formats, shape: KvShape, prompt: PromptShape, steps: int) -> int:
+    """The most pages that a request holds at any time within ``steps`` decode steps after its prompt."""
+    total, tiers = method.peak_rows(prompt, steps, shape.layers), method.peak_tiers(prompt, steps, shape.layers)
+    used = {name for tier, name in formats.stored.by_tier().items() if total and getattr(tiers, tier)}
+    return _pages(tiers, total, shape.layers * sum(Format(name).basis_rows for name in used), formats, shape)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Image rows that a request holds after its prompt, and basis rows beside them, over all layers."""
+
+    core: int
+    secondary: int
+    basis: int
+
+
+def pages_from_now(
+    method: Counted, formats: Formats, shape: KvShape, prompt: PromptShape, steps: int, held: Held
+) -> int:
+    """:func:`peak_pages` of what is still to come for a request whose rows stand in as few pages as hold them.
+
+    After the prompt there are never more image rows than there are now.
+    """
+    tiers = Rows(method.peak_tiers(prompt, steps, shape.layers).text, held.core, held.secondary)
+    return _pages(tiers, method.peak_rows(prompt, steps, shape.layers), held.basis, formats, shape)
+
+
+def _pages(tiers: Peaks, total: int, basis: int, formats: Formats, shape: KvShape) -> int:
+    """Pages for as many rows in each tier, ``total`` of them at most, and for the ``basis`` rows beside them."""
+    rows: Counter[str] = Counter()
+    for tier, name in formats.stored.by_tier().items():
+        rows[name] += getattr(tiers, tier)
+    bounded = {name: min(count, total) for name, count in rows.items()}
+    bounded["exact"] = bounded.get("exact", 0) + basis
+    return sum(-(-count // packing(Format(name), shape).rows) for name, count in bounded.items())
+
+
+def kv_plan(
+    method: M, formats: Formats, shape: KvShape, prompt: PromptShape, steps: int, budget: int | None = None
+) -> KvPlan[M]:
+    """What one setting holds, whatever the ``budget``. Raises :class:`BadInput` for formats that the rows cannot take.
 
     ``steps`` is the number of decode steps after the prompt: each appends one row per layer.
+    """
+    check(formats, shape)
+    pages = peak_pages(method, formats, shape, prompt, steps)
+    return KvPlan(method, formats, pages, pages * page_bytes(shape), budget)
+
+
+def fit(
+    candidates: Iterable[tuple[M, Formats]], shape: KvShape, prompt: PromptShape, steps: int, budget: int | None
+) -> KvPlan[M]:
+    """The first of ``candidates`` (best answers first) whose peak stays within ``budget`` bytes.
+
     Raises :class:`DoesNotFit`, naming the smallest budget that would do, when none fits.
     """
     smallest = 0
-    for method in candidates:
-        rows = method.peak_rows(prompt, steps, shape.layers)
-        peak = rows * shape.row_bytes
-        if budget is None or peak <= budget:
-            return KvPlan(method, rows, peak, budget)
-        smallest = min(smallest or peak, peak)
+    for method, formats in candidates:
+        found = kv_plan(method, formats, shape, prompt, steps, budget)
+        if budget is None or found.peak_bytes <= budget:
+            return found
+        smallest = min(smallest or found.peak_bytes, found.peak_bytes)
     assert budget is not None, "without a budget the first candidate is taken"
     raise DoesNotFit(
         f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {prompt.length} prompt tokens and "

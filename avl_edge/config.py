@@ -32,6 +32,43 @@ class KvShape:
         return 2 * self.kv_heads * self.head_dim * self.itemsize
 
 
+_FORMAT = re.compile(r"exact|int8|int4|lowrank:[1-9][0-9]{0,4}(@[1-9][0-9]{0,4})?(\+int8)?")
+
+
+@dataclass(frozen=True)
+class Formats:
+    """In which format the rows of each tier are stored (see :mod:`avl_edge.pool.formats`).
+
+    ``exact`` is the model's own dtype, ``int8`` about half of it and ``int4`` about 28 %; ``lowrank:R`` keeps R
+    coefficients of K and V each (AttentionPack), ``lowrank:R+int8`` keeps them in int8, and ``lowrank:R@r`` reads only
+    the first r of them. Text grows by single rows, so it has no low-rank format.
+    """
+
+    text: str = "exact"
+    core: str = "exact"
+    secondary: str = "exact"
+
+    def __post_init__(self) -> None:
+        for tier, name in self.by_tier().items():
+            require(
+                isinstance(name, str) and _FORMAT.fullmatch(name) is not None,
+                f"the {tier} format must be exact, int8, int4, lowrank:R or lowrank:R+int8, not {name!r}",
+            )
+        require(not self.text.startswith("lowrank"), "text rows cannot be low-rank: choose exact, int8 or int4")
+
+    def by_tier(self) -> dict[str, str]:
+        return {"text": self.text, "core": self.core, "secondary": self.secondary}
+
+    @property
+    def stored(self) -> Formats:
+        """The same without what is left unread: ``lowrank:R@r`` is stored as ``lowrank:R``."""
+        return Formats(*(re.sub("@[0-9]+", "", name) for name in self.by_tier().values()))
+
+    @property
+    def all_exact(self) -> bool:
+        return set(self.by_tier().values()) == {"exact"}
+
+
 @dataclass(frozen=True)
 class PromptShape:
     """How many tokens of each kind a prompt has, in tokens.
@@ -53,14 +90,17 @@ class PromptShape:
 class Options:
     """How to answer one request.
 
-    ``method`` names a policy of :mod:`avl_edge.policies`; None takes ``full`` where it fits ``kv_budget``
-    and ``avl`` where it does not. ``parameters`` are that policy's own, by field name; those left out take
+    ``method`` names a policy of :mod:`avl_edge.policies`; None takes ``full`` where it fits ``kv_budget``, and where it
+    does not what answers best by measurement. ``parameters`` are that policy's own, by field name; those left out take
     their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the pool's).
-    ``temperature`` 0 is greedy.
+    ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
+    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.quality`). ``temperature`` 0 is greedy.
     """
 
     method: str | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
+    formats: Formats | None = None
+    preset: str | None = None
     kv_budget: int | str | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -70,6 +110,11 @@ class Options:
     def __post_init__(self) -> None:
         require(isinstance(self.method, str | None), f"method must be a name, not {self.method!r}")
         require(isinstance(self.parameters, Mapping), "parameters must be a mapping from names to numbers")
+        require(isinstance(self.formats, Formats | None), f"formats must be avl_edge.Formats, not {self.formats!r}")
+        own = self.method or self.parameters or self.formats or self.kv_budget is not None
+        require(
+            not (self.preset and own), "a preset stands for method, parameters, formats and budget: give none beside it"
+        )
         for name, value in self.parameters.items():
             require(_is_number(value), f"parameter {name!r} must be a number, not {value!r}")
         for name in ("max_new_tokens", "seed"):
@@ -120,6 +165,16 @@ def parse_size(text: str) -> int:
     return count
 
 
+def format_names(text: str | None, core: str | None, secondary: str | None, every: str | None) -> Formats | None:
+    """Formats from names given for single tiers and for ``every`` other one; None when none is given."""
+    if text is core is secondary is every is None:
+        return None
+    rest = "exact" if every is None else every
+    usual = ("exact" if rest.startswith("lowrank") else rest, rest, rest)
+    given = zip((text, core, secondary), usual, strict=True)
+    return Formats(*(default if name is None else name for name, default in given))
+
+
 def parse_parameter(text: str) -> tuple[str, float]:
     """The name and value of a method's parameter, written ``NAME=VALUE``."""
     name, _, value = text.partition("=")
@@ -127,6 +182,7 @@ def parse_parameter(text: str) -> tuple[str, float]:
         number = float(value)
     except ValueError:
         raise BadInput(f"cannot read {text!r} as a parameter: give NAME=VALUE with a number, like refresh=3") from None
+    require(math.isfinite(number), f"parameter {name.strip()!r} must be a number, not {number}")
     return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 

@@ -20,13 +20,26 @@ import torch  # noqa: F401
 
 _DIRECTORY = Path(__file__).resolve().parent
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class Part(ctypes.Structure):
+    """Rows of one format, as the library's `Part` has them; `format` is a number of FORMATS."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values", "rows", "offsets")),
+        *((name, _LONG) for name in ("key_row", "key_head", "value_row", "value_head", "places")),
+        ("format", _INT),
+    )
+
+
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "coarse int8": 5}
 _ARGUMENTS: tuple[Any, ...] = (
-    *[_POINTER] * 5,  # query, keys, values, rows, offsets
-    *[_INT] * 6,  # row type, batch, heads, kv heads, head size, rows in the pool
-    *[_LONG] * 4,  # strides in elements: key row, key head, value row, value head
+    _POINTER,  # query
+    ctypes.POINTER(Part),
+    *[_INT] * 5,  # parts, batch, heads, kv heads, head size
     _FLOAT,  # scale
     _INT,  # threads
-    *[_POINTER] * 2,  # out, scores or null
+    *[_POINTER] * 2,  # out or null, scores or null
 )
 
 
@@ -51,5 +64,5 @@ def core_attention() -> Any | None:
 
 
 def available() -> bool:
-    """Whether decode attention runs natively for CPU tensors of float32, bfloat16 and float16."""
+    """Whether decode attention runs natively, for CPU tensors of every format but float64."""
     return core_attention() is not None

@@ -8,10 +8,10 @@ from typing import Any
 from .errors import BadInput
 
 
-def optional(module: str, purpose: str) -> Any:
-    """``module``; :class:`BadInput`, saying what ``purpose`` needs, where its package is not installed."""
+def optional(module: str, purpose: str, extra: str = "eval") -> Any:
+    """``module``, of the package's ``extra``; :class:`BadInput`, saying what ``purpose`` needs, where it is missing."""
     try:
         return import_module(module)
     except ImportError:
         package = module.split(".")[0]
-        raise BadInput(f"{purpose} needs {package}: pip install 'avl-edge[eval]'") from None
+        raise BadInput(f"{purpose} needs {package}: pip install 'avl-edge[{extra}]'") from None

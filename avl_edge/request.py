@@ -59,12 +59,27 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class PressureStats:
+    """What a request gave for others while memory was short.
+
+    ``demotions``: how many times its image rows went into a smaller format; ``rows_evicted``: rows given up, over all
+    layers; ``waited_ms``: how long it was not admitted because of it; ``bytes_given_back`` to the operating system.
+    """
+
+    demotions: int = 0
+    rows_evicted: int = 0
+    waited_ms: float = 0.0
+    bytes_given_back: int = 0
+
+
+@dataclass(frozen=True)
 class KvStats:
     """What the pool held for one request, in bytes, measured from the pool.
 
-    ``bytes_full`` is what full attention would hold for the same tokens at the end, ``bytes_stored`` what was
-    held then, ``bytes_peak`` the most at any time. ``rows_read_fraction`` is of full attention's rows over the
-    decode steps (1 when there were none). ``layers`` counts rows per tier at the end.
+    ``bytes_full`` is what full attention would hold for the same tokens at the end, ``bytes_stored`` what the rows
+    held then weigh in their formats, ``bytes_peak`` the pages of the pool that were held at the fullest moment.
+    ``rows_read_fraction`` is of full attention's rows over the decode steps (1 when there were none), and
+    ``bytes_read_fraction`` of its bytes, coarse looks included. ``layers`` counts rows per tier at the end.
     """
 
     bytes_full: int
@@ -72,8 +87,10 @@ class KvStats:
     bytes_peak: int
     bytes_budget: int | None
     rows_read_fraction: float
+    bytes_read_fraction: float
     refreshes: int
     layers: tuple[dict[str, int], ...]
+    pressure: PressureStats = PressureStats()
 
 
 @dataclass(frozen=True)
@@ -86,8 +103,20 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class DeviceStats:
+    """What the machine was when a request was planned: the name of the ``profile`` that it was planned from (None: none
+    is for the machine), the power mode, and the thermal alerts that slow it down. ``changed`` says in words what is
+    other than for the request before."""
+
+    profile: str | None
+    power_mode: str | None = None
+    throttling: tuple[str, ...] = ()
+    changed: str | None = None
+
+
+@dataclass(frozen=True)
 class Result:
-    """A finished (or closed) request."""
+    """A finished (or closed) request. ``formats`` are those at its end; ``device`` is None where none is followed."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -96,9 +125,11 @@ class Result:
     backend: str
     method: str
     settings: dict[str, Any]
+    formats: dict[str, str]
     usage: Usage
     timings: Timings
     kv: KvStats
+    device: DeviceStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document that ``avl-edge run --json`` prints."""

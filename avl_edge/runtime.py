@@ -8,31 +8,43 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor
 
-from . import allocator, checkpoint
+from . import allocator, checkpoint, quality
 from .backend import Backend, TorchBackend
-from .budget import fit
+from .budget import KvPlan, fit, kv_plan
 from .cache import SequenceCache, prompt_shape
 from .checkpoint import Progress
-from .config import KvShape, Options, format_size
+from .config import Formats, KvShape, Options, PromptShape, format_size, require
+from .cuda_backend import CudaBackend, CudaDevice, load_model
 from .errors import BadInput, BadModel, DoesNotFit
+from .features import FeatureCache
+from .follow import Follower, Standing, Wishes
+from .generation import Generation
+from .layout import page_bytes
 from .models import Llava
-from .policies import candidates
+from .outcome import result_of
+from .policies import Choice, Method
 from .pool import RowPool, RowStore
+from .pressure import Limits, Monitor
+from .profile import DeviceProfile
 from .prompt import ImageSource, Processor
-from .request import KvStats, Prompt, Result, Timings, TokenEvent, Usage
+from .relief import Relief
+from .request import Result, TokenEvent
 from .sampler import Sampler
 from .scheduler import Request, Running, Scheduler, Work
+from .shapes import shape_of_checkpoint
 from .spec import ModelSpec, read_spec
+from .stored import StoredRows
 
 DEMO = Path(__file__).parent / "demo"
+DEVICES = ("cpu", "cuda")
 _DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
+_WAIT_SECONDS = 0.02
 
 
 class Runtime:
@@ -43,23 +55,41 @@ class Runtime:
     One lock guards the loop: several threads may iterate their generations.
     """
 
-    def __init__(self, name: str, directory: Path, spec: ModelSpec, processor: Processor, shape: KvShape) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        spec: ModelSpec,
+        processor: Processor,
+        shape: KvShape,
+        gpu: CudaDevice | None = None,
+    ) -> None:
         self.name = name
         self.spec = spec
         self.kv_shape = shape
         self.load_ms = 0.0
         self._directory = directory
         self._processor = processor
+        self._gpu = gpu
         self._lock = threading.RLock()
         self._stepping = False
         self._abandoned: deque[Running] = deque()
-        self._pool = RowPool(0)
+        self._pool = RowPool(0, shape)
         self._backend: Backend | None = None
         self._scheduler = Scheduler(self._pool, shape.layers)
+        self._rows: StoredRows | None = None
+        self._monitor: Monitor | None = None
+        self._follower: Follower | None = None
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str] = "demo") -> Runtime:
-        """Read and check the small files of ``model``: "demo", or a checkpoint directory (:class:`BadModel`)."""
+    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str = "cpu") -> Runtime:
+        """Read and check the small files of ``model``: "demo", or a checkpoint directory (:class:`BadModel`).
+
+        ``device`` is one of :data:`DEVICES`; :class:`~avl_edge.cuda.NoCuda` where that one is not here.
+        """
+        if device not in DEVICES:
+            raise BadInput(f"there is no device {device!r}: choose one of {', '.join(DEVICES)}")
+        gpu = CudaDevice() if device == "cuda" else None
         directory = DEMO if model == "demo" else Path(model)
         if not os.fspath(model) or not directory.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
@@ -72,18 +102,32 @@ class Runtime:
             vocab_size=spec.text.vocab_size,
             image_size=spec.vision.image_size,
         )
-        return cls("demo" if model == "demo" else directory.resolve().name, directory, spec, processor, shape)
+        return cls("demo" if model == "demo" else directory.resolve().name, directory, spec, processor, shape, gpu)
 
     @classmethod
     def load(
         cls,
         model: str | os.PathLike[str] = "demo",
         *,
+        device: str = "cpu",
         pool_bytes: int | None = None,
         progress: Progress | None = None,
+        reserve_bytes: int | None = None,
+        profile: DeviceProfile | Sequence[DeviceProfile] = (),
+        follow_device: bool = False,
+        target_ms_per_token: float | None = None,
+        device_root: str | os.PathLike[str] = "/",
     ) -> Runtime:
-        """:meth:`open` and :meth:`load_weights`."""
-        runtime = cls.open(model)
+        """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
+        ``profile`` or the device; ``device_root`` is where both look at the machine."""
+        runtime = cls.open(model, device=device)
+        profiles = (profile,) if isinstance(profile, DeviceProfile) else profile
+        if reserve_bytes is not None:
+            runtime.keep_free(reserve_bytes, root=device_root)
+        if profiles or follow_device:
+            runtime.follow(
+                profiles, follow_device=follow_device, target_ms_per_token=target_ms_per_token, root=device_root
+            )
         runtime.load_weights(pool_bytes=pool_bytes, progress=progress)
         return runtime
 
@@ -97,33 +141,87 @@ class Runtime:
                 raise BadInput("the weights are loaded already: open another Runtime for another pool")
             allocator.bound()
             start = time.perf_counter()
-            rows = self._pool_rows(pool_bytes)
-            model = Llava(self.spec, checkpoint.load_weights(self._directory, progress))
-            backend = TorchBackend(model, RowStore(rows, self.kv_shape, model.dtype))
-            self._pool = RowPool(rows)
+            pages = self._pool_pages(pool_bytes)
+            model, place = self._load_model(progress)
+            store = RowStore(pages, self.kv_shape, model.dtype, place)
+            backend: Backend = TorchBackend(model, store)
+            if self._gpu is not None:
+                backend = CudaBackend.on_gpu(model, store, self._gpu)
+            self._rows = StoredRows(store, model.decoder.angles)
+            self._pool = RowPool(pages, self.kv_shape)
             self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
             self._backend = backend
+            self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
             self.load_ms = 1000 * (time.perf_counter() - start)
 
-    def _pool_rows(self, pool_bytes: int | None) -> int:
-        row = self.kv_shape.row_bytes
+    def _load_model(self, progress: Progress | None) -> tuple[Llava, str]:
+        weights = checkpoint.load_weights(self._directory, progress)
+        if self._gpu is None:
+            return Llava(self.spec, weights), "cpu"
+        return load_model(self.spec, weights, self._gpu.device), str(self._gpu.device)
+
+    def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
+        """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
+        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
+        require(self._gpu is None, "rows on a GPU cannot be stored smaller while they are read: use the device cpu")
+        self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
+
+    def follow(
+        self,
+        profiles: Sequence[DeviceProfile] = (),
+        *,
+        follow_device: bool = True,
+        streams: int = _DEFAULT_STREAMS,
+        target_ms_per_token: float | None = None,
+        root: str | os.PathLike[str] = "/",
+    ) -> None:
+        """From now on plan requests by a device's profile: one without a KV budget gets what the profile leaves for
+        rows, divided by ``streams``, and settings that keep the target.
+
+        With ``follow_device`` the profile is that of the machine in its present power mode, matched anew for each
+        request: ``profiles`` (of this machine) before those that are shipped. Without it, the first of ``profiles``.
+        """
+        model = shape_of_checkpoint(self._directory, self.name)
+        wishes = Wishes(streams, target_ms_per_token)
+        self._follower = Follower(model, wishes, profiles, follows=follow_device, root=os.fspath(root))
+
+    def _pool_pages(self, pool_bytes: int | None) -> int:
+        page = page_bytes(self.kv_shape)
         if pool_bytes is None:
-            contexts = _DEFAULT_STREAMS * self.spec.text.context * self.kv_shape.layers
-            return min(contexts, _DEFAULT_POOL_LIMIT // row)
-        if not isinstance(pool_bytes, int) or pool_bytes < row:
-            raise BadInput(f"pool_bytes must be a whole number of bytes, at least one row of {row}, not {pool_bytes!r}")
-        return pool_bytes // row
+            context = self.spec.text.context * self.kv_shape.layers * self.kv_shape.row_bytes
+            return min(_DEFAULT_STREAMS * -(-context // page), _DEFAULT_POOL_LIMIT // page)
+        if not isinstance(pool_bytes, int) or pool_bytes < page:
+            raise BadInput(
+                f"pool_bytes must be a whole number of bytes, at least one page of {page}, not {pool_bytes!r}"
+            )
+        return pool_bytes // page
+
+    def _served(self, options: Options) -> Options:
+        """The options as this device serves them: on a GPU a budget packs no rows."""
+        if self._gpu is None or options.preset:
+            return options
+        return replace(options, formats=options.formats or Formats())
+
+    def _check_served(self, plan: KvPlan[Method], shape: PromptShape) -> None:
+        """:class:`BadInput` for a plan that this device cannot carry out."""
+        if self._gpu is None:
+            return
+        require(plan.formats.all_exact, "the GPU reads exact rows only: leave formats and presets out, or use the cpu")
+        picks = plan.method.policy(shape, self.kv_shape.layers).picks_core(1)
+        require(
+            not picks, f"the GPU does not choose rows within a step, as {plan.method.name} does: use the device cpu"
+        )
 
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
 
         Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
         """
-        options = _checked_options(options)
+        options = self._served(_checked_options(options))
         if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
             raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
-        methods = candidates(options.method, options.parameters, options.kv_budget_bytes is not None)
-        first = next(methods)
+        settings = self._settings(options)
+        first = next(settings)
         token_ids, spans = self._processor.lay_out(len(images), prompt)
         room = self.spec.text.context - len(token_ids)
         if room < 1:
@@ -133,22 +231,51 @@ class Runtime:
             )
         max_new_tokens = min(options.max_new_tokens, room)
         shape = prompt_shape(len(token_ids), spans)
-        plan = fit(
-            itertools.chain((first,), methods), self.kv_shape, shape, max_new_tokens - 1, options.kv_budget_bytes
-        )
-        return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens)
+        settings = itertools.chain((first,), settings)
+        standing = self._follower.look() if self._follower else None
+        if standing and options.preset is None:
+            plan = self._plan_on(standing, options, settings, shape, max_new_tokens - 1)
+        else:
+            plan = self._plan(options, settings, shape, max_new_tokens - 1)
+        self._check_served(plan, shape)
+        device = standing.stats if standing else None
+        return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
+
+    def _plan_on(
+        self, standing: Standing, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int
+    ) -> KvPlan[Method]:
+        """By the profile of the device: a method's own defaults where they fit, then what fits."""
+        budget = options.kv_budget_bytes
+        if budget is None and standing.kv_budget is not None:
+            pool = (self._pool.pages or self._pool_pages(None)) * page_bytes(self.kv_shape)
+            budget = min(standing.kv_budget, pool)
+            settings = itertools.chain(settings, self._settings(replace(options, kv_budget=budget)))
+        return fit(standing.in_time(settings, shape, steps), self.kv_shape, shape, steps, budget)
+
+    def _settings(self, options: Options) -> Iterator[Choice]:
+        if options.preset is None:
+            fitted = options.kv_budget_bytes is not None
+            return quality.choices(options.method, options.parameters, fitted, options.formats, self.kv_shape)
+        return quality.preset(options.preset).choices()
+
+    def _plan(self, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int) -> KvPlan[Method]:
+        # A share is one of a picture's rows: of a text alone there is nothing to leave out.
+        share = quality.preset(options.preset).share if options.preset and shape.images else None
+        if share is None:
+            return fit(settings, self.kv_shape, shape, steps, options.kv_budget_bytes)
+        found = quality.at_share(list(settings), share, shape, self.kv_shape, f"the preset {options.preset}")
+        return kv_plan(found.method, found.formats, self.kv_shape, shape, steps)
 
     def submit(self, request: Request) -> Generation:
         """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it."""
         with self._lock:
             if self._backend is None:
                 self.load_weights()
-        peak = request.plan.peak_rows
-        if peak > self._pool.capacity:
-            row = self.kv_shape.row_bytes
+        if request.plan.pages > self._pool.pages:
             raise DoesNotFit(
-                f"the request may hold {format_size(peak * row)}, but the whole pool has "
-                f"{format_size(self._pool.capacity * row)}: load with a larger pool or give the request a KV budget"
+                f"the request may hold {format_size(request.plan.peak_bytes)}, but the whole pool has "
+                f"{format_size(self._pool.pages * self._pool.page_bytes)}: load with a larger pool or give the request "
+                f"a KV budget"
             )
         sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
         with self._lock:
@@ -164,44 +291,76 @@ class Runtime:
 
     @property
     def kv_bytes_in_use(self) -> int:
-        """Bytes of all rows that requests hold now."""
-        return self._pool.rows_in_use * self.kv_shape.row_bytes
+        """Bytes of all rows that requests hold now, each in its format."""
+        return self._pool.bytes_in_use
 
     def step(self) -> bool:
-        """One prompt, or one token for everybody; False when there is nothing to do.
+        """One prompt, or one token for everybody; False when there is nothing to do. Where nobody runs, and requests
+        wait for memory, a moment passes.
 
         What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
         them too, and goes on.
         """
         with self._lock:
+            self._relieve()
             work = self._scheduler.next()
-            if work is None:
-                return False
-            self._stepping = True
-            try:
-                for sequence, logits in zip(work.sequences, self._forward(work), strict=True):
-                    self._emit(sequence, sequence.sampler(logits))
-            except BaseException as error:
-                self._break_off(work, error)
-                if not isinstance(error, Exception):
-                    raise
-            finally:
-                self._stepping = False
-                while self._abandoned:
-                    self.finish(self._abandoned.popleft(), "cancelled")
+            if work:
+                self._run(work)
+        if not work and self.is_waiting:
+            time.sleep(_WAIT_SECONDS)
             return True
+        return work is not None
 
-    def _forward(self, work: Work) -> Sequence[Tensor] | Tensor:
+    @property
+    def is_waiting(self) -> bool:
+        """Whether requests wait because memory is short."""
+        return self._scheduler.is_held and self._scheduler.waits
+
+    def _relieve(self) -> None:
+        """Give memory back where it is short. A request that an error catches in the middle of it ends with it."""
+        if self._monitor is None:
+            return
+        self._stepping = True
+        try:
+            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler)
+            relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
+        finally:
+            self._end_step()
+
+    def _run(self, work: Work) -> None:
+        self._stepping = True
+        try:
+            for sequence, token in zip(work.sequences, self._forward(work), strict=True):
+                self._emit(sequence, token)
+        except BaseException as error:
+            self._break_off(work, error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._stepping = False
+        while self._abandoned:
+            self.finish(self._abandoned.popleft(), "cancelled")
+
+    def _forward(self, work: Work) -> Iterator[int]:
+        """The next token of each sequence."""
         assert self._backend is not None
         if work.prefill:
-            return [self._prefill(self._backend, work.sequences[0])]
+            (sequence,) = work.sequences
+            return iter([sequence.sampler(self._prefill(self._backend, sequence))])
         tokens = [sequence.token_ids[-1] for sequence in work.sequences]
-        return self._backend.decode(tokens, [_cache(sequence) for sequence in work.sequences])
+        caches = [_cache(sequence) for sequence in work.sequences]
+        if isinstance(self._backend, CudaBackend) and all(sequence.sampler.greedy for sequence in work.sequences):
+            return iter(self._backend.decode_greedy(tokens, caches))
+        logits = self._backend.decode(tokens, caches)
+        return (sequence.sampler(own) for sequence, own in zip(work.sequences, logits, strict=True))
 
     def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
         prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
         start = time.perf_counter()
-        features = None if prompt.pixel_values is None else backend.encode_images(prompt.pixel_values)
+        features = self._features(prompt)
         encoded = time.perf_counter()
         logits = backend.prefill(prompt, features, cache)
         sequence.encode_seconds = encoded - start
@@ -253,89 +412,15 @@ class Runtime:
                 raise
 
     def _result(self, sequence: Running, reason: str) -> Result:
-        request = sequence.request
-        images = sum(span.length for span in request.prompt.spans)
-        method = request.plan.method
-        return Result(
-            text=sequence.text,
-            token_ids=tuple(sequence.token_ids),
-            finish_reason=reason,
+        return result_of(
+            sequence,
+            reason,
             model=self.name,
             backend=self._backend.name if self._backend else "",
-            method=method.name,
-            settings=asdict(method),  # type: ignore[call-overload]
-            usage=Usage(len(request.prompt), images, len(sequence.token_ids)),
-            timings=self._timings(sequence),
-            kv=_kv_stats(sequence.cache, self.kv_shape, request),
-        )
-
-    def _timings(self, sequence: Running) -> Timings:
-        steps = max(len(sequence.token_ids) - 1, 0)
-        seconds = sequence.latest_token - sequence.first_token
-        return Timings(
+            shape=self.kv_shape,
             load_ms=self.load_ms,
-            encode_ms=1000 * sequence.encode_seconds,
-            prefill_ms=1000 * sequence.prefill_seconds,
-            ttft_ms=1000 * max(sequence.first_token - sequence.submitted, 0.0),
-            decode_ms_per_token=1000 * seconds / steps if steps else 0.0,
-            tokens_per_s=steps / seconds if seconds else 0.0,
+            waited_ms=self._scheduler.waited_ms(sequence),
         )
-
-
-class Generation(Iterator[TokenEvent]):
-    """One request's events, in order. Iterating drives the runtime; closing, or dropping it, frees its rows."""
-
-    def __init__(self, runtime: Runtime, sequence: Running) -> None:
-        self._runtime = runtime
-        self._sequence = sequence
-
-    def __next__(self) -> TokenEvent:
-        sequence = self._sequence
-        while True:
-            # The result is set after the last event, so it is looked at first: another thread may be stepping.
-            finished = sequence.result is not None
-            if sequence.events:
-                return sequence.events.popleft()
-            if finished:
-                raise sequence.error or StopIteration
-            self._step()
-
-    def _step(self) -> None:
-        if not self._runtime.step() and self._sequence.result is None:
-            raise RuntimeError("this generation belongs to a runtime that no longer knows it")
-
-    @property
-    def cache(self) -> SequenceCache | None:
-        """The rows that this request holds, for traces and tests; None until it is admitted."""
-        return self._sequence.cache
-
-    @property
-    def prompt(self) -> Prompt:
-        """What the model was given: token ids, image spans and pixels."""
-        return self._sequence.request.prompt
-
-    def result(self) -> Result:
-        """Run to the end, leaving the events that were not taken, and give the whole answer."""
-        while self._sequence.result is None:
-            self._step()
-        if self._sequence.error:
-            raise self._sequence.error
-        return self._sequence.result
-
-    def close(self) -> None:
-        """Stop here. Rows are free on return; the result says ``cancelled``. Closing twice is safe."""
-        self._runtime.finish(self._sequence, "cancelled")
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def _checked_options(options: Options | None) -> Options:
@@ -347,18 +432,3 @@ def _checked_options(options: Options | None) -> Options:
 def _cache(sequence: Running) -> SequenceCache:
     assert sequence.cache is not None, "a sequence runs only once it was admitted"
     return sequence.cache
-
-
-def _kv_stats(cache: SequenceCache | None, shape: KvShape, request: Request) -> KvStats:
-    row = shape.row_bytes
-    if cache is None:
-        return KvStats(0, 0, 0, request.plan.budget, 1.0, 0, ())
-    return KvStats(
-        bytes_full=(cache.length + cache.step) * shape.layers * row,
-        bytes_stored=cache.rows.lease.held * row,
-        bytes_peak=cache.rows.lease.peak * row,
-        bytes_budget=request.plan.budget,
-        rows_read_fraction=cache.rows_read / cache.rows_full if cache.rows_full else 1.0,
-        refreshes=cache.refreshes,
-        layers=tuple(layer.counts() for layer in cache.rows.layers),
-    )

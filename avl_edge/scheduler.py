@@ -13,7 +13,7 @@ from .config import Options
 from .policies import Method
 from .pool import RowPool
 from .prompt import Detokenizer
-from .request import Prompt, Result, TokenEvent
+from .request import DeviceStats, PressureStats, Prompt, Result, TokenEvent
 from .sampler import Sampler
 
 
@@ -21,13 +21,14 @@ from .sampler import Sampler
 class Request:
     """A request that was checked and planned; it holds no rows yet.
 
-    ``max_new_tokens`` is the option's, cut where the model's context ends.
+    ``max_new_tokens`` is the option's, cut where the model's context ends. ``device``: what it was planned for.
     """
 
     prompt: Prompt
     options: Options
     plan: KvPlan[Method]
     max_new_tokens: int
+    device: DeviceStats | None = None
 
 
 @dataclass(eq=False)
@@ -35,6 +36,8 @@ class Running:
     """A request on its way: what it has generated, what it holds, and when things happened (seconds).
 
     ``result`` is set after the last event; ``error`` is what ended it before its time, for its own caller.
+    ``pressure``: what it gave while memory was short. ``held``: the scheduler's clock of held time (seconds) when the
+    request came, and when it was admitted.
     """
 
     request: Request
@@ -51,6 +54,8 @@ class Running:
     latest_token: float = 0.0
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
+    pressure: PressureStats = field(default_factory=PressureStats)
+    held: tuple[float, float | None] = (0.0, None)
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,52 @@ class Scheduler:
         self._layers = layers
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
+        self._held_since: float | None = None
+        self._held_seconds = 0.0
+
+    @property
+    def running(self) -> tuple[Running, ...]:
+        """The requests that hold rows."""
+        return tuple(self._running)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether requests wait because of :meth:`hold`."""
+        return self._held_since is not None
+
+    def hold(self) -> None:
+        """Admit nobody until :meth:`resume`. Who runs goes on."""
+        if self._held_since is None:
+            self._held_since = time.perf_counter()
+
+    def resume(self) -> None:
+        """Admit again."""
+        self._held_seconds, self._held_since = self._held_clock(), None
+
+    def _held_clock(self) -> float:
+        """Seconds in which nobody was admitted, so far."""
+        now = 0.0 if self._held_since is None else time.perf_counter() - self._held_since
+        return self._held_seconds + now
+
+    def waited_ms(self, sequence: Running) -> float:
+        """How long a request waited because of :meth:`hold`, milliseconds."""
+        begin, end = sequence.held
+        return 1000 * ((self._held_clock() if end is None else end) - begin)
 
     def add(self, sequence: Running) -> None:
         """Queue a request."""
+        sequence.held = (self._held_clock(), None)
         self._waiting.append(sequence)
 
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits to be admitted."""
+        return bool(self._waiting)
+
     def next(self) -> Work | None:
-        """What to do now; None when nothing is waiting or running."""
-        if self._waiting and self._waiting[0].request.plan.peak_rows <= self._pool.rows_unreserved:
+        """What to do now; None when nothing is running or can be admitted."""
+        fits = self._waiting and self._waiting[0].request.plan.pages <= self._pool.pages_unreserved
+        if fits and not self.is_held:
             sequence = self._waiting.popleft()
             self._running.append(sequence)
             return Work((sequence,), prefill=True)
@@ -85,9 +128,10 @@ class Scheduler:
     def admit(self, sequence: Running) -> SequenceCache:
         """The cache of a sequence whose prompt runs now, under a lease of its worst case."""
         request = sequence.request
-        length, spans = len(request.prompt), request.prompt.spans
-        peak = request.plan.peak_rows
-        sequence.cache = SequenceCache(self._pool, request.plan.method, length, spans, self._layers, peak)
+        sequence.held = (sequence.held[0], self._held_clock())
+        sequence.cache = SequenceCache(
+            self._pool, request.plan, len(request.prompt), request.prompt.spans, self._layers
+        )
         return sequence.cache
 
     def remove(self, sequence: Running) -> None:

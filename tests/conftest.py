@@ -24,6 +24,15 @@ settings.register_profile("tests", deadline=None)
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.load_profile("gate" if os.environ.get("CI") else "tests")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A gate runs the short forms of long tests."""
+    if os.environ.get("CI"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="the gate runs the short form of this test"))
+
+
 # The models are tiny: a second thread costs more than it computes, many times more on a busy machine.
 torch.set_num_threads(1)
 

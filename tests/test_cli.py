@@ -95,6 +95,29 @@ def test_any_parameter_can_be_set(run) -> None:  # type: ignore[no-untyped-def]
     assert (settings["text_floor"], settings["heavy"], settings["core"]) == (5, 12.5, 10)
 
 
+@pytest.mark.parametrize(
+    ("options", "formats"),
+    [
+        ([], ("exact", "exact", "exact")),
+        (["--kv-format", "int8"], ("int8", "int8", "int8")),
+        (["--kv-format", "int4", "--text-format", "exact", "--core-format", "int8"], ("exact", "int8", "int4")),
+        (["--method", "avl", "--secondary-format", "int4"], ("exact", "exact", "int4")),
+        (["--method", "coarse", "--kv-format", "int8", "--set", "mass=90"], ("int8", "int8", "int8")),
+        (["--kv-format", "lowrank:8"], ("exact", "lowrank:8", "lowrank:8")),
+    ],
+)
+def test_formats_of_rows(run, options: list[str], formats: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--json", "--max-new-tokens", "8", *options)
+    document = json.loads(outcome.out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert document["formats"] == dict(zip(("text", "core", "secondary"), formats, strict=True))
+    kv = document["kv"]
+    assert (kv["bytes_stored"] < kv["bytes_full"]) == (kv["bytes_read_fraction"] < 1) == bool(options)
+    table = run("--stats", "--max-new-tokens", "3", *options).err
+    spoken = ", ".join(f"{tier} {name}" for tier, name in document["formats"].items() if name != "exact")
+    assert f"formats                  {spoken or 'exact'}" in table
+
+
 def test_text_streams_the_same_answer(run) -> None:  # type: ignore[no-untyped-def]
     document = json.loads(run("--json", "--max-new-tokens", "20").out)
     outcome = run("--max-new-tokens", "20")
@@ -112,7 +135,7 @@ def test_stats_go_to_stderr(run) -> None:  # type: ignore[no-untyped-def]
 def test_a_budget_picks_and_says_so(run) -> None:  # type: ignore[no-untyped-def]
     full = json.loads(run("--json", "--max-new-tokens", "40").out)["kv"]["bytes_peak"]
     budget = int(0.7 * full)
-    outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(budget))
+    outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(budget), "--method", "avl")
     document = json.loads(outcome.out)
     assert document["method"] == "avl"
     assert re.match(
@@ -120,6 +143,22 @@ def test_a_budget_picks_and_says_so(run) -> None:  # type: ignore[no-untyped-def
     )
     assert document["kv"]["bytes_peak"] <= budget == document["kv"]["bytes_budget"]
     assert document["settings"]["secondary"] < 100
+    assert set(document["formats"].values()) == {"exact"}
+
+
+def test_a_budget_without_a_method_is_kept_and_what_was_picked_is_said(run) -> None:  # type: ignore[no-untyped-def]
+    full = json.loads(run("--json", "--max-new-tokens", "40").out)["kv"]["bytes_peak"]
+    for share in (0.9, 0.5, 0.2):
+        outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(int(share * full)))
+        document = json.loads(outcome.out)
+        assert document["kv"]["bytes_peak"] <= share * full
+        packed = [f"{tier} {name}" for tier, name in document["formats"].items() if name != "exact"]
+        assert packed
+        assert outcome.err.startswith(f"avl-edge: {document['method']} ")
+        assert ", ".join(packed) in outcome.err
+    outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(full))
+    assert outcome.err.startswith("avl-edge: full holds at most ")
+    assert set(json.loads(outcome.out)["formats"].values()) == {"exact"}
 
 
 def test_what_does_not_fit_is_refused_with_the_smallest_that_does(run) -> None:  # type: ignore[no-untyped-def]
@@ -194,7 +233,8 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--core", "50", "--method", "avl"], "P >= S >= C"),
         (["--refresh", "-1", "--method", "avl"], "refresh (K)"),
         (["--text-keep", "0", "--method", "avl"], "text_keep (T)"),
-        (["--core", "20"], "'core' is a parameter of avl: name the method"),
+        (["--core", "20"], "'core' is a parameter of avl"),
+        (["--core", "20"], "name the method, as in --method avl"),
         (["--method", "avl", "--core", "20", "--set", "core=10"], "'core' is given twice"),
         (["--method", "avl", "--set", "core=10", "--set", "core=10"], "'core' is given twice"),
         (["--method", "avl", "--set", "refresh=inf"], "must be a number, not inf"),
@@ -205,6 +245,17 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--method", "avl", "--set", "floor=3"], "takes no 'floor', a parameter of no method"),
         (["--kv-budget", "0"], "must be more than 0"),
         (["--kv-budget", "lots"], "like 160MB"),
+        (["--kv-format", "int9"], "format must be exact, int8, int4, lowrank:R or lowrank:R+int8, not 'int9'"),
+        (["--core-format", "lowrank:"], "the core format must be exact"),
+        (["--kv-format", ""], "the text format must be exact"),
+        (["--text-format", "lowrank:8"], "text rows cannot be low-rank: choose exact, int8 or int4"),
+        (["--secondary-format", "lowrank:33"], "the secondary format lowrank:33 asks for more"),
+        (["--core-format", "lowrank:16", "--secondary-format", "lowrank:8"], "give them the same rank"),
+        (["--method", "coarse", "--core-format", "int8"], "give core and secondary rows the same format"),
+        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse looks at the keys of stored rows"),
+        (["--method", "coarse", "--secondary", "30", "--core", "40", "--kv-budget", "1MB"], "needs secondary >= core"),
+        (["--method", "coarse", "--core", "200", "--kv-budget", "1MB"], "core must be above 0"),
+        (["--method", "streaming", "--set", "window=0", "--kv-budget", "1MB"], "window must be"),
         (["--max-new-tokens", "0"], "at least 1"),
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),

@@ -25,6 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from avl_edge.cuda import NoCuda, digest, nvrtc, source
+
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS, RECORD = ROOT / "plugins", ROOT / "docs" / "measurements" / "cuda_resources.json"
 COMPILER, NVCC = shutil.which("g++") or shutil.which("clang++"), shutil.which("nvcc")
@@ -41,7 +43,10 @@ def _load_resources() -> Any:
 
 
 resources = _load_resources()
-NVRTC = resources.library()
+try:
+    NVRTC: nvrtc.Nvrtc | None = nvrtc.find()
+except NoCuda:
+    NVRTC = None
 
 
 @dataclass(frozen=True)
@@ -434,11 +439,11 @@ def test_the_emulation_notices(tmp_path: Path, sanitizer: str, sound: str, broke
 
 def _device_build(architecture: str, macros: list[str], folder: Path) -> tuple[str, dict[str, dict[str, int]]]:
     if NVRTC:
-        ptx, log = resources.compile_source(NVRTC, architecture, macros)
-        return ptx, resources.resources(log)
+        built = NVRTC.compile(source.read(), source.NAME, architecture, ["--ptxas-options=-v", *macros])
+        return built.ptx, resources.resources(built.log)
     if NVCC is None:
         pytest.skip("neither NVRTC nor nvcc to compile for a GPU with: pip install 'nvidia-cuda-nvrtc-cu12==12.6.*'")
-    command = [NVCC, f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", *macros, str(resources.SOURCE)]
+    command = [NVCC, f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", *macros, str(source.path())]
     built = [
         subprocess.run([*command, kind, "-o", str(folder / kind)], capture_output=True, text=True, check=True)
         for kind in ("-ptx", "-cubin")
@@ -456,13 +461,13 @@ def test_compiles_for_the_device_without_spills(
     assert all(kernel["spills"] == 0 for kernel in used.values()), used
     attend = ptx[ptx.index(".entry avl_attend") :].split(".entry", 2)[1]
     assert attend.count("cp.async.cg.shared.global") >= 8
-    if NVRTC and resources.version(NVRTC) <= (12, 6):
-        assert resources.isa(ptx) <= (8, 5), "JetPack 6 does not take newer PTX"
+    if NVRTC and NVRTC.version <= (12, 6):
+        assert nvrtc.isa(ptx) <= (8, 5), "JetPack 6 does not take newer PTX"
 
 
 def test_the_recorded_resources_are_of_this_source() -> None:
     record = json.loads(RECORD.read_text())
-    assert record["source_sha256"] == resources.digest(), f"record them again: {record['command']}"
+    assert record["source_sha256"] == digest(), f"record them again: {record['command']}"
     assert len(record["cases"]) == 100
     for case in record["cases"]:
         assert tuple(map(int, case["ptx_isa"].split("."))) <= (8, 5)

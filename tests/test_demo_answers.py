@@ -24,7 +24,7 @@ def _pictures(count: int) -> dict[int, str]:
     return {number: question.text for number, question in held_out(SEED, 4 * count)}
 
 
-@pytest.mark.parametrize("count", [pytest.param(50, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("count", [pytest.param(50, marks=[pytest.mark.slow, pytest.mark.long]), 5])
 def test_transformers_gives_the_same_answers(count: int) -> None:
     """Greedy and in the stored bfloat16 on both sides, from the directory as it is shipped.
 

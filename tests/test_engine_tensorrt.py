@@ -36,20 +36,18 @@ COMMAND = """
 DECODER = """
     import json
     from pathlib import Path
-    from avl_edge.engine import BuildFailed, build_engine, find_tensorrt
+    from avl_edge.engine import BuildFailed, Recipe, build_engine, decoder_profiles, find_tensorrt
     from avl_edge.export import DECODER, PLUGIN_DECODER, Settings, decoder_bindings, export_model
     from avl_edge.spec import read_spec
 
     model, out, precision = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     spec = read_spec(model)
     export_model(spec, model, out, Settings(precision, 1))
-    shared = {"F": (1, 64, 64), "W": (1, 8, 100), "R": (512, 512, 512)}
-    prompt = {**shared, "T": (1, 90, 100), "N": (1, 1, 1), "B + 1": (2, 2, 2), "survivors": (1, 80, 100)}
-    step = {**shared, "T": (1, 1, 4), "N": (1, 100, 400), "B + 1": (2, 2, 5), "survivors": (1, 1, 4)}
+    profiles = decoder_profiles(spec, Recipe(prompt_tokens=100, sequences=4, pool_rows=512))
     seen = []
 
     def build(name):
-        arguments = decoder_bindings(spec, precision, 1).inputs, [prompt, step], 2**28, b"", lambda *at: seen.append(at)
+        arguments = decoder_bindings(spec, precision, 1).inputs, profiles, 2**28, b"", lambda *at: seen.append(at)
         return build_engine(find_tensorrt(), out / name, *arguments)
 
     engine, timings = build(DECODER)
@@ -84,7 +82,7 @@ def test_command_builds_the_vision_engine(checkpoint: Checkpoints, tmp_path: Pat
     out = tmp_path / "out"
     done = run(COMMAND, "build", str(checkpoint("llama-bias")), "--out", str(out), "--precision", "bfloat16")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"holds the ONNX graphs and {VISION_ENGINE}; the decoder's engine needs the attention plugin" in done.stderr
+    assert f"holds the ONNX graphs and {VISION_ENGINE}; the decoder's engine needs a TensorRT that" in done.stderr
     with open_package(out) as package:
         assert package[VISION_ENGINE].stat().st_size > 10_000
         assert package[TIMINGS].is_file()

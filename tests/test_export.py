@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from avl_edge.backend import TorchBackend
-from avl_edge.cache import SequenceCache
+from avl_edge.budget import kv_plan
+from avl_edge.cache import Selected, SequenceCache, prompt_shape
 from avl_edge.checkpoint import load_weights
+from avl_edge.config import Formats
 from avl_edge.export import DECODER, VISION, Settings, export_model
-from avl_edge.kernels import attend
+from avl_edge.kernels import Part, attend_parts
 from avl_edge.models import Llava
 from avl_edge.policies import H2O, Avl, FastV, Full, Method
 from avl_edge.pool import RowPool, RowStore
@@ -120,7 +122,7 @@ def _session(path: Path) -> Any:
 
 
 class Recorded:
-    """Stands in for `attend`: what each layer of a step was asked to read, and the scores that it gave."""
+    """Stands in for `attend_parts`: what each layer of a step was asked to read, and the scores that it gave."""
 
     def __init__(self, store: RowStore) -> None:
         self._store = store
@@ -133,24 +135,27 @@ class Recorded:
         self.offsets: list[Array] = []
         self.scores: list[Array] = []
 
-    def __call__(self, *arguments: Any, scores: bool) -> tuple[Tensor, Tensor | None]:
-        out, weights = attend(*arguments, scores=True)
+    def __call__(
+        self, query: Tensor, parts: Sequence[Part], kv_heads: int, scale: float, *, scores: bool
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:
+        out, weights = attend_parts(query, parts, kv_heads, scale, scores=True)
         assert weights is not None
-        rows, offsets = arguments[3:5]
-        self.rows.append(rows.numpy().copy())
-        self.offsets.append(offsets.numpy().copy())
-        self.scores.append(weights.numpy().copy())
+        (part,) = parts
+        assert part.format == "exact"
+        self.rows.append(part.rows.numpy().copy())
+        self.offsets.append(part.offsets.numpy().copy())
+        self.scores.append(weights[0].numpy().copy())
         return out, weights if scores else None
 
 
 class WatchedCache(SequenceCache):
     """Remembers what prefill gave each layer and what was chosen."""
 
-    def store_prompt(self, layer: int, last: Array, total: Array) -> tuple[Array, Array]:
+    def store_prompt(self, layer: int, last: Array, total: Array) -> list[Selected]:
         seen: dict[int, Any] = self.__dict__.setdefault("seen", {})
-        chosen, ids = super().store_prompt(layer, last, total)
-        seen[layer] = (last, total, chosen, ids)
-        return chosen, ids
+        (stored,) = super().store_prompt(layer, last, total)
+        seen[layer] = (last, total, stored.places, stored.ids)
+        return [stored]
 
     def prune_prompt(self, layer: int, last: Array, total: Array) -> Array | None:
         survivors = super().prune_prompt(layer, last, total)
@@ -190,18 +195,20 @@ def prompt_of(exported: Exported, lengths: tuple[int, int], images: int, seed: i
 def start(exported: Exported, method: Method, prompts: Sequence[Prompt], steps: int) -> tuple[Any, ...]:
     """The torch backend after the prompts: itself, its recorder, the caches and the prompts' logits."""
     text = exported.spec.text
-    cache_of = [
-        lambda pool, limit, prompt=prompt: WatchedCache(pool, method, len(prompt), prompt.spans, text.layers, limit)
-        for prompt in prompts
+    shape = text.kv_shape(4)
+    plans = [
+        kv_plan(method, Formats(), shape, prompt_shape(len(prompt), prompt.spans), steps + 1) for prompt in prompts
     ]
-    limits = [text.layers * (len(prompt) + steps + 1) for prompt in prompts]
-    pool = RowPool(sum(limits) + 1)
-    store = RowStore(pool.capacity, text.kv_shape(4), exported.model.dtype)
+    pool = RowPool(sum(plan.pages for plan in plans) + 1, shape)
+    store = RowStore(pool.pages, shape, exported.model.dtype)
     store.keys.fill_(float("nan"))
     store.values.fill_(float("nan"))
     recorded = Recorded(store)
     backend = TorchBackend(exported.model, store, attend=recorded)
-    caches = [make(pool, limit) for make, limit in zip(cache_of, limits, strict=True)]
+    caches = [
+        WatchedCache(pool, plan, len(prompt), prompt.spans, text.layers)
+        for plan, prompt in zip(plans, prompts, strict=True)
+    ]
     logits = []
     for prompt, cache in zip(prompts, caches, strict=True):
         features = None if prompt.pixel_values is None else backend.encode_images(prompt.pixel_values)

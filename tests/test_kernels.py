@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,7 +21,6 @@ from avl_edge import native
 from avl_edge.kernels import attend, attend_prompt, attend_reference, prompt_scores
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "plugins" / "cpu" / "core_attention.cpp"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -414,101 +411,3 @@ def test_install_survives_a_missing_compiler(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))
-
-
-DRIVER = """
-#include <cstdio>
-#include <random>
-#include <thread>
-#include "SOURCE"
-
-// A plain team of threads, which a sanitizer can follow.
-extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
-    std::vector<std::thread> team;
-    for (unsigned i = 1; i < threads; ++i) team.emplace_back(work, data);
-    work(data);
-    for (auto& thread : team) thread.join();
-}
-
-static float narrow(float x, uint16_t* to) {  // bfloat16, and what it then is as a float
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *to = uint16_t(bits >> 16);
-    bits &= 0xffff0000u;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-int main() {
-    std::mt19937 random(1);
-    std::normal_distribution<float> normal;
-    const int kv_heads = 3, group = 2, heads = kv_heads * group, pool = 50;
-    double worst = 0;
-    for (int dim : {1, 20, 64, 80, 128})
-        for (int type : {0, 1, 2})
-            for (int count : {0, 1, 5, 128, 300}) {
-                const int row = kv_heads * dim, size = pool * row;
-                std::vector<float> keys(size), values(size), query(2 * heads * dim), out(query.size());
-                std::vector<float> scores(count + 7);
-                std::vector<uint16_t> narrow_keys(size), narrow_values(size);
-                for (auto& x : query) x = normal(random);
-                for (int i = 0; i < size; ++i) {
-                    keys[i] = narrow(normal(random), &narrow_keys[i]);
-                    values[i] = narrow(normal(random), &narrow_values[i]);
-                }
-                std::vector<int32_t> rows(count + 7), offsets{0, count, count + 7};
-                for (auto& id : rows) id = int32_t(random() % pool);
-                const auto call = [&](float* to) {
-                    const void* k = type ? static_cast<const void*>(narrow_keys.data()) : keys.data();
-                    const void* v = type ? static_cast<const void*>(narrow_values.data()) : values.data();
-                    return avl_core_attention(query.data(), k, v, rows.data(), offsets.data(), type, 2, heads, kv_heads,
-                                              dim, pool, row, dim, row, dim, 0.3f, 3, out.data(), to);
-                };
-                if (call(scores.data())) return 1;
-                for (int i = 0; type < 2 && i < 2 * heads; ++i) {  // as halves the bits are other numbers: only run
-                    std::vector<double> expected(dim);
-                    double mass = 0;
-                    for (int j = offsets[i / heads]; j < offsets[i / heads + 1]; ++j) {
-                        const float* key = &keys[rows[j] * row + i % heads / group * dim];
-                        const float* value = &values[rows[j] * row + i % heads / group * dim];
-                        double logit = 0;
-                        for (int c = 0; c < dim; ++c) logit += double(query[i * dim + c]) * key[c];
-                        mass += std::exp(0.3f * logit);
-                        for (int c = 0; c < dim; ++c) expected[c] += std::exp(0.3f * logit) * value[c];
-                    }
-                    for (int c = 0; c < dim; ++c)
-                        worst = std::max(worst, std::abs(out[i * dim + c] - (mass ? expected[c] / mass : 0)));
-                }
-                rows[0] = pool;
-                if (call(nullptr) != EINVAL) return 2;
-            }
-    std::printf("%g\\n", worst);
-    return worst < 1e-5 ? 0 : 3;
-}
-"""
-
-
-def run_driver(tmp_path: Path, *flags: str) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None or not SOURCE.is_file():
-        pytest.skip("needs a C++ compiler and the source tree")
-    driver = tmp_path / "driver.cpp"
-    driver.write_text(DRIVER.replace("SOURCE", str(SOURCE)))
-    command = [compiler, "-std=c++17", "-pthread", *flags, str(driver), "-o", str(tmp_path / "driver")]
-    subprocess.run(command, check=True, timeout=300)
-    done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sanitizers", ["address", "thread"])
-def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
-    run_driver(tmp_path, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
-@pytest.mark.parametrize("supported", ["0", 'sizeof(name) <= sizeof("avx2")'], ids=["baseline", "avx2"])
-def test_instruction_sets_of_lesser_processors(tmp_path: Path, supported: str) -> None:
-    """The processor at hand chooses one of the item functions: here it says that it knows less than it does."""
-    run_driver(tmp_path, "-O3", f"-D__builtin_cpu_supports(name)=({supported})")

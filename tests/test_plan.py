@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avl_edge import profile
+from avl_edge.budget import kv_plan
 from avl_edge.cache import SequenceCache
 from avl_edge.cli import run_app
-from avl_edge.config import PromptShape
+from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.errors import BadInput
+from avl_edge.layout import page_bytes
 from avl_edge.planner import (
     Answer,
     Plan,
@@ -31,7 +33,7 @@ from avl_edge.planner import (
     tiers,
     tokens_in,
 )
-from avl_edge.policies import H2O, Avl, FastV, Full, Method, Streaming
+from avl_edge.policies import H2O, Avl, Coarse, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan
 from avl_edge.shapes import KNOWN, ModelShape, Precision, known_shape
@@ -60,7 +62,8 @@ def test_published_memory(model: str, image_tokens: int, full_mb: float, stored_
     kv = plan(known_shape(model), ORIN, request).kv
     assert kv.bytes_full / 1e6 == pytest.approx(full_mb, rel=0.005)
     assert kv.bytes_stored / 1e6 == pytest.approx(stored_mb, rel=0.025)
-    assert kv.bytes_stored == kv.bytes_peak
+    page = page_bytes(known_shape(model).kv_shape())
+    assert kv.bytes_peak == -(-kv.bytes_stored // page) * page
     assert [layer.text + layer.core + layer.secondary for layer in kv.layers] == [53 + image_tokens * 45 // 100] * len(
         kv.layers
     )
@@ -93,7 +96,8 @@ def test_published_rooflines(
 def test_the_quarter_of_a_step_that_is_cache() -> None:
     """LLaVA-1.6-7B at 2,250 rows reads 1.18 GB of rows per token."""
     request = PlanRequest(images=0, prompt_tokens=2249, max_new_tokens=2)
-    step = Answer(Full(), request.prompt(known_shape("llava-1.6-vicuna-7b")), 32, 1).mean()
+    model = known_shape("llava-1.6-vicuna-7b")
+    step = Answer(Full(), request.prompt(model), model.kv_shape(), 1).mean()
     assert step.rows * 16384 / 1e9 == pytest.approx(1.18, rel=0.002)
 
 
@@ -112,6 +116,7 @@ _methods = st.one_of(
     st.builds(H2O, st.integers(1, 100), st.integers(0, 100), st.integers(0, 1)),
     st.builds(FastV, st.integers(1, 4), st.integers(0, 100)),
     st.builds(Streaming, st.integers(0, 6), st.integers(1, 60)),
+    st.builds(lambda s, c: Coarse(max(s, c), c, 100), st.integers(1, 100), st.integers(1, 100)),
 )
 
 
@@ -121,13 +126,19 @@ _methods = st.one_of(
     prompt=st.builds(PromptShape, st.integers(1, 20), st.integers(1, 60), st.integers(1, 25)),
     steps=st.integers(0, 12),
     seed=st.integers(0, 2**31),
+    names=st.tuples(*[st.sampled_from(["exact", "int8", "int4"])] * 3),
 )
-def test_tiers_are_what_the_caches_hold(method: Method, prompt: PromptShape, steps: int, seed: int) -> None:
-    """The policies run on random scores: every count is exact, H2O's split between image and text aside."""
+def test_tiers_are_what_the_caches_hold(
+    method: Method, prompt: PromptShape, steps: int, seed: int, names: tuple[str, str, str]
+) -> None:
+    """The policies run on random scores: every count is exact, and every byte that a step reads; H2O's split between
+    image and text aside."""
     layers, chance = 4, np.random.default_rng(seed)
-    limit = method.peak_rows(prompt, steps, layers)
+    shape = KvShape(layers, 2, 16, 2)
+    formats = Formats(*names) if not isinstance(method, Coarse) else Formats(*names[:2], names[1])
+    promise = kv_plan(method, formats, shape, prompt, steps)
     spans = (ImageSpan("", prompt.prefix, prompt.images),)
-    cache = SequenceCache(RowPool(limit), method, prompt.length, spans, layers, limit)
+    cache = SequenceCache(RowPool(promise.pages, shape), promise, prompt.length, spans, layers)
     tokens = prompt.length
     for layer in range(layers):
         assert tokens == tokens_in(method, prompt, layer)
@@ -135,29 +146,69 @@ def test_tiers_are_what_the_caches_hold(method: Method, prompt: PromptShape, ste
         cache.store_prompt(layer, scores, scores)
         survivors = cache.prune_prompt(layer, scores, scores)
         tokens = tokens if survivors is None else len(survivors)
-    answer = Answer(method, prompt, layers, steps)
+    answer = Answer(method, prompt, shape, steps, formats)
     for step in range(1, steps + 1):
+        before = cache.bytes_read
         cache.begin_step()
-        read = [len(cache.ids_to_read(layer)) for layer in range(layers)]
+        for layer in range(layers) if cache.picks_core else ():
+            (seen,) = cache.rows_to_look_at(layer)
+            cache.pick_core(layer, chance.random(len(seen.ids)))
+        read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
         for layer in range(layers):
             cache.settle(layer, chance.random(read[layer]) if cache.wants_scores else None)
         assert answer.step(step).rows == sum(read)
+        if not isinstance(method, H2O) or formats.text == formats.core:
+            assert answer.step(step).nbytes == cache.bytes_read - before
+        assert answer.step(step).looked_rows == sum(len(each.image_ids) for each in cache.rows) * cache.picks_core
         assert answer.step(step).scored_layers == layers * cache.policy.wants_scores(step)
     for layer in range(layers):
         counted, held = tiers(method, prompt, steps, layer), cache.rows.layers[layer].counts()
         assert (counted.stored, counted.freed) == (sum(held.values()) - held["freed"], held["freed"])
-        if not isinstance(method, H2O):
+        # Of coarse's rows the core is picked when a step begins: after the prompt all that is stored is core.
+        if not isinstance(method, H2O) and (steps or not isinstance(method, Coarse)):
             assert (counted.text, counted.core, counted.secondary) == (held["text"], held["core"], held["secondary"])
 
 
 def test_a_mean_step_is_the_mean_of_steps() -> None:
     """By hand, S 50, C 25, K 3, T 100 of 8 + 100 + 2 tokens in one layer: 25 core rows, every third step 50."""
-    answer = Answer(Avl(100, 50, 25, 3, 100), PromptShape(8, 100, 2), 1, 6)
+    shape = KvShape(1, 2, 8, 2)
+    answer = Answer(Avl(100, 50, 25, 3, 100), PromptShape(8, 100, 2), shape, 6)
     by_hand = [10 + step + (50 if step % 3 == 0 else 25) for step in range(1, 7)]
     assert [answer.step(step).rows for step in range(1, 7)] == by_hand
     assert answer.mean().rows == sum(by_hand) / 6
-    long = Answer(Avl(100, 50, 25, 3, 100), PromptShape(8, 100, 2), 1, 3000)
+    long = Answer(Avl(100, 50, 25, 3, 100), PromptShape(8, 100, 2), shape, 3000)
     assert long.mean().rows == pytest.approx(sum(long.step(step).rows for step in range(1, 3001)) / 3000, rel=1e-3)
+
+
+def test_bytes_of_a_step_by_hand() -> None:
+    """LLaVA-1.5-7B's rows: 8192 bytes of K in fp16; in int8 a scale for each of 32 heads and a byte a value, in int4
+    a scale for 32 values and half a byte a value. S 50 C 25 of 100 rows, 10 of text and the new one."""
+    shape, prompt = known_shape("llava-1.5-7b").kv_shape(), PromptShape(8, 100, 2)
+    exact, int8, int4 = 2 * 8192, 2 * (64 + 4096), 2 * (256 + 2048)
+    avl = Answer(Avl(100, 50, 25, 3, 100), prompt, shape, 6, Formats("exact", "int8", "int4"))
+    assert avl.step(1).nbytes == 32 * (11 * exact + 25 * int8)
+    assert avl.step(3).nbytes == 32 * (13 * exact + 25 * int8 + 25 * int4)
+    assert avl.step(3).looked_rows == 0
+    coarse = Answer(Coarse(secondary=50, core=25), prompt, shape, 6, Formats("exact", "int8", "int8"))
+    # Of an int8 key the scales and the high half of every value.
+    assert coarse.step(1).nbytes == 32 * (11 * exact + 25 * int8 + 50 * (64 + 2048))
+    assert (coarse.step(1).rows, coarse.step(1).looked_rows) == (32 * 36, 32 * 50)
+    assert Answer(Full(), prompt, shape, 6).step(1).nbytes == 32 * 111 * exact
+
+
+def test_packed_rows_are_predicted_to_be_faster() -> None:
+    model = known_shape("llava-1.5-7b")
+    packings = (
+        Formats(),
+        Formats("exact", "int8", "int8"),
+        Formats("int8", "int8", "int8"),
+        Formats("int8", *["int4"] * 2),
+    )
+    times = [plan(model, ORIN, PlanRequest(method="full", formats=formats)).time.ms_per_token for formats in packings]
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) == 4
+    coarse = PlanRequest(method="coarse", formats=packings[2])
+    assert plan(model, ORIN, coarse).time.ms_per_token < times[2]
 
 
 def test_work_of_a_prompt_by_hand() -> None:
@@ -222,7 +273,10 @@ def _outcome(model: ModelShape, of: profile.DeviceProfile, request: PlanRequest)
 def _keeps(found: Plan, request: PlanRequest) -> None:
     assert found.memory.peak_bytes <= min(request.max_memory or 2**60, found.profile.memory.budget_bytes)
     assert found.time.ms_per_token <= (request.target_ms_per_token or 1e9)
-    assert found.kv.bytes_stored <= found.kv.bytes_peak <= found.kv.bytes_full
+    assert found.kv.bytes_stored <= found.kv.bytes_peak
+    # What no method exceeds are full attention's rows; those of each format may leave one page part empty.
+    part_empty = len(set(found.formats.by_tier().values())) * page_bytes(found.model.kv_shape())
+    assert found.kv.bytes_peak < found.kv.bytes_full + part_empty
     assert found.memory.kv_bytes == found.request.streams * found.kv.bytes_peak
 
 
@@ -265,14 +319,30 @@ def test_a_refusal_names_three_ways() -> None:
 
 
 def test_tighter_memory_costs_quality_not_more() -> None:
-    """The largest S that fits is taken: one percent more would exceed the limit."""
+    """A method that was named changes as little as will do: the next higher S would exceed the limit."""
     model = known_shape("llava-1.5-7b")
     base = plan(model, ORIN, PlanRequest()).memory
-    limit = base.peak_bytes - base.kv_bytes // 3
-    found = plan(model, ORIN, PlanRequest(max_memory=limit))
-    assert isinstance(found.method, Avl)
-    more = replace(found.method, secondary=found.method.secondary + 1)
-    assert base.peak_bytes - base.kv_bytes + Plan(model, ORIN, found.request, more).kv.bytes_peak > limit
+    spared = base.peak_bytes - base.kv_bytes
+    for formats, limit in (
+        (None, spared + base.kv_bytes * 2 // 3),
+        (Formats("int8", "int8", "int4"), spared + base.kv_bytes // 5),
+    ):
+        found = plan(model, ORIN, PlanRequest(method="avl", formats=formats, max_memory=limit))
+        assert isinstance(found.method, Avl)
+        assert found.formats == (formats or Formats())
+        more = next(each for each in Avl.ladder({}) if each.secondary == found.method.secondary + 1)
+        assert spared + Plan(model, ORIN, found.request, more, found.formats).kv.bytes_peak > limit
+
+
+def test_without_a_method_full_attention_gives_way_only_where_it_must() -> None:
+    model = known_shape("llava-1.5-7b")
+    base = plan(model, ORIN, PlanRequest())
+    assert (base.method, base.formats) == (Full(), Formats())
+    found = plan(model, ORIN, PlanRequest(max_memory=base.memory.peak_bytes))
+    assert (found.method, found.formats) == (Full(), Formats())
+    found = plan(model, ORIN, PlanRequest(max_memory=base.memory.peak_bytes - 1))
+    assert (found.method, found.formats) != (Full(), Formats())
+    assert found.memory.peak_bytes < base.memory.peak_bytes
 
 
 @pytest.mark.parametrize(
@@ -404,6 +474,10 @@ def test_a_refusal_has_its_exit_code_and_its_ways(capsys: pytest.CaptureFixture[
         (["--model", "llava-1.5-7b", "--max-memory", "lots"], "160MB"),
         (["--model", "llava-1.5-7b", "--method", "best"], "choose one of"),
         (["--model", "llava-1.5-7b", "--weights", "int3"], "int4"),
+        (["--model", "llava-1.5-7b", "--kv-format", "int9"], "not 'int9'"),
+        (["--model", "llava-1.5-7b", "--text-format", "lowrank:8"], "text rows cannot be low-rank"),
+        (["--model", "llava-1.5-7b", "--core-format", "lowrank:9999"], "the core format lowrank:9999 asks for more"),
+        (["--model", "llava-1.5-7b", "--method", "coarse", "--core-format", "int8"], "the same format"),
         (["--model", "llava-1.6-vicuna-7b", "--images", "3"], "context"),
         (["--model", "llava-1.5-7b", "--set", "core"], "NAME=VALUE"),
     ],

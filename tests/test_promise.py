@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from avl_edge import BadInput, DoesNotFit, Options, Runtime
+from avl_edge import BadInput, DoesNotFit, Formats, Options, Runtime
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
 
@@ -23,6 +24,7 @@ PARAMETERS = {
     "avl": {"refresh": st.integers(0, 4), "prompt_mean": st.integers(0, 1), "text_floor": st.integers(1, 20)},
     "h2o": {},
     "fastv": {"layer": st.integers(1, 4)},
+    "coarse": {"core": st.integers(1, 60), "mass": st.integers(1, 100)},
     "streaming": {"sinks": st.integers(0, 6)},
 }
 _SMALLEST = re.compile(r"the smallest that would do is .*\((\d+) bytes\)|the smallest that would do is (\d+) B")
@@ -37,7 +39,11 @@ def requests(draw: st.DrawFn) -> tuple[list[int], str, Options]:
     prompt = " ".join(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40)))
     budget = draw(st.integers(1_000, 160_000))
     tokens = draw(st.integers(1, 10))
-    return images, prompt, Options(method, parameters, kv_budget=budget, max_new_tokens=tokens)
+    formats = None
+    if draw(st.booleans()):
+        text, core, secondary = (draw(st.sampled_from(["exact", "int8", "int4"])) for _ in range(3))
+        formats = Formats(text, core, core if method == "coarse" else secondary)
+    return images, prompt, Options(method, parameters, formats, kv_budget=budget, max_new_tokens=tokens)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ def test_no_request_holds_more_than_its_budget_and_every_refusal_is_right(
 
 
 def _peak(runtime: Runtime, pictures: list[object], prompt: str, options: Options, budget: int) -> int:
-    other = Options(options.method, options.parameters, kv_budget=budget, max_new_tokens=options.max_new_tokens)
+    other = replace(options, kv_budget=budget)
     return runtime.generate(pictures, prompt, other).result().kv.bytes_peak  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from avl_edge import BadInput, Generation, Options, Runtime
+from avl_edge.layout import PAGE_ROWS, page_bytes
 from avl_edge.pool import rows
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
@@ -46,16 +47,16 @@ def test_an_error_reaches_its_own_caller_and_nobody_else(runtime: Runtime, monke
     second = _ask(runtime)
 
     def fail(*_: object) -> None:
-        raise MemoryError("no room for features")
+        raise MemoryError("no room for rows")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._backend, "encode_images", fail)
+        patch.setattr(runtime._backend, "prefill", fail)
         next(first)
-        with pytest.raises(MemoryError, match="no room for features"):
+        with pytest.raises(MemoryError, match="no room for rows"):
             next(second)
     _check(runtime, first)
     assert first.result().token_ids == expected
-    with pytest.raises(MemoryError, match="no room for features"):
+    with pytest.raises(MemoryError, match="no room for rows"):
         second.result()
     assert runtime.kv_bytes_in_use == 0
 
@@ -168,15 +169,16 @@ def test_weights_are_loaded_once(runtime: Runtime) -> None:
 
 
 def test_the_peak_is_what_was_held_not_what_was_promised(runtime: Runtime) -> None:
-    row, layers = runtime.kv_shape.row_bytes, runtime.kv_shape.layers
+    layers, page = runtime.kv_shape.layers, page_bytes(runtime.kv_shape)
     generation = _ask(runtime, Options(max_new_tokens=60))
     for _ in range(3):
         next(generation)
     generation.close()
     kv = generation.result().kv
     # Three tokens were chosen, two of them were fed back.
-    assert kv.bytes_peak == (len(generation.prompt) + 2) * layers * row
-    assert generation._sequence.request.plan.peak_bytes == (len(generation.prompt) + 59) * layers * row
+    assert kv.bytes_peak == -(-(len(generation.prompt) + 2) * layers // PAGE_ROWS) * page
+    promised = -(-(len(generation.prompt) + 59) * layers // PAGE_ROWS) * page
+    assert generation._sequence.request.plan.peak_bytes == promised > kv.bytes_peak
 
 
 def test_requests_run_together_in_one_step(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,11 +238,13 @@ def test_rows_add_up_and_the_fraction_is_exact(runtime: Runtime) -> None:
         length = len(generation.prompt) + step
         refresh = step % 4 == 0
         # A step reads the rows that are there before it, and the new token's own.
-        read += sum(len(layer.ids_to_read(refresh)) + 1 for layer in generation.cache.rows)
+        for layer in generation.cache.rows:
+            image = len(layer.image_ids) if refresh else int(layer.core.sum())
+            read += len(layer.text_ids) + image + 1
         full += length * layers
         next(generation)
     kv = generation.result().kv
-    assert kv.rows_read_fraction == read / full
+    assert kv.rows_read_fraction == kv.bytes_read_fraction == read / full
     assert kv.refreshes == 7
     for layer in kv.layers:
         assert layer["text"] + layer["core"] + layer["secondary"] + layer["freed"] == len(generation.prompt) + 29

@@ -23,9 +23,11 @@ import typer
 from torch import Tensor
 
 from avl_edge.backend import TorchBackend
+from avl_edge.budget import kv_plan
 from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.checkpoint import Weights
-from avl_edge.kernels import attend
+from avl_edge.config import Formats
+from avl_edge.kernels import attend_parts
 from avl_edge.models import Llava
 from avl_edge.policies import Avl, Full, Method
 from avl_edge.pool import RowPool, RowStore
@@ -93,17 +95,17 @@ def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[
     shape = spec.text.kv_shape(model.dtype.itemsize)
     methods: tuple[Method, ...] = (Full(), Avl())
     counted = prompt_shape(length, prompt.spans)
-    peaks = [method.peak_rows(counted, steps, shape.layers) for method in methods]
-    pool = RowPool(sum(peaks))
-    watch = Stopwatch(attend)
-    backend = TorchBackend(model, RowStore(pool.capacity, shape, model.dtype), attend=watch)
+    plans = [kv_plan(method, Formats(), shape, counted, steps) for method in methods]
+    pool = RowPool(sum(plan.pages for plan in plans), shape)
+    watch = Stopwatch(attend_parts)
+    backend = TorchBackend(model, RowStore(pool.pages, shape, model.dtype), attend=watch)
     generator = torch.Generator().manual_seed(1)
     features = torch.empty(1, image_rows, spec.text.hidden_size, dtype=model.dtype).normal_(generator=generator)
     cases = []
-    for method, peak in zip(methods, peaks, strict=True):
-        cache = SequenceCache(pool, method, length, prompt.spans, shape.layers, peak)
+    for plan in plans:
+        cache = SequenceCache(pool, plan, length, prompt.spans, shape.layers)
         backend.prefill(prompt, features, cache)
-        cases.append(Case(method, cache))
+        cases.append(Case(plan.method, cache))
     for _ in range(steps):
         for case in cases:
             before, start = watch.seconds, time.perf_counter()

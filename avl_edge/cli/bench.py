@@ -33,6 +33,9 @@ def attention(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a sequence: image tokens of a LLaVA-1.6 picture.")] = 2340,
     core: Annotated[float, typer.Option(help="Percent of the rows that are read.")] = 30,
     dtype: Annotated[str, typer.Option(help=f"Of the rows: {', '.join(bench.DTYPES)}.")] = "bfloat16",
+    formats: Annotated[
+        str, typer.Option(help=f"What our kernel reads rows in, with commas: {', '.join(bench.FORMATS)}.")
+    ] = "exact",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each way, of which the fastest counts.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw latency over batch size into this file, SVG or PNG.")] = None,
@@ -44,7 +47,11 @@ def attention(
         require_plot(plot)
     fraction = float(Decimal(str(core)) / 100)  # exact: 33.3 / 100 in binary is less than 0.333
     shapes = [(count, kv) for kv in kv_heads for count in batch]
-    todo = [bench.Case(count, heads, kv, head_dim, rows, fraction, dtype) for count, kv in shapes]
+    names = formats.split(",")
+    todo = [
+        bench.Case(count, heads, kv, head_dim, rows, fraction, dtype, name) for count, kv in shapes for name in names
+    ]
+    require(not plot or names == ["exact"], "--plot draws exact rows only: leave --formats out")
     facts = device.probe()
     _require_memory(max(case.bytes for case in todo), facts.memory.usable_bytes)
     if threads is not None:
@@ -78,5 +85,6 @@ def _table(cases: list[dict[str, Any]]) -> str:
         ours = ms["native"]
         others = (ms["slice_then_multiply"], ms["full"], ms["contiguous"])
         columns = "".join(f"  {time:9.3f} {ours / time:4.2f}" for time in others)
-        lines.append(f"{case['batch']:5}  {case['kv_heads']:8}  {ours:7.3f}{columns}")
+        packed = "" if case["format"] == "exact" else f"  {case['format']}"
+        lines.append(f"{case['batch']:5}  {case['kv_heads']:8}  {ours:7.3f}{columns}{packed}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .. import engine
+from .. import engine, trt
 from ..config import format_size
 from ..export import PRECISIONS
 from ..runtime import DEMO
@@ -39,7 +39,7 @@ def build(
             print(json.dumps(job.to_dict()) if as_json else _plan(job, out))
         return
     with progress("exporting") as report:
-        manifest, built = engine.build(job, out, version("avl-edge"), report)
+        manifest, built = engine.build(job, out, version("avl-edge"), report, trt.decoder_plugin())
     holds = "holds" if built else "already holds"
     print(f"avl-edge: {out} {holds} the ONNX graphs{_engines(manifest)}", file=sys.stderr)
     with readers_may_leave():
@@ -47,8 +47,10 @@ def build(
 
 
 def _engines(manifest: engine.Manifest) -> str:
+    if engine.DECODER_ENGINE in manifest.files:
+        return f", {engine.VISION_ENGINE} and {engine.DECODER_ENGINE}"
     if engine.VISION_ENGINE in manifest.files:
-        return f" and {engine.VISION_ENGINE}; the decoder's engine needs the attention plugin, which is not there yet"
+        return f" and {engine.VISION_ENGINE}; the decoder's engine needs a TensorRT that takes plugins"
     return "; engines need TensorRT on the device"
 
 

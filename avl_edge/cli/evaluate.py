@@ -34,6 +34,7 @@ from ..evaluate import (
     require_packages,
     require_plots,
     settings_of,
+    watch,
 )
 from ..policies import METHODS
 from ..runtime import DEMO, Runtime
@@ -72,6 +73,9 @@ def evaluate(
     kl: Annotated[
         bool, typer.Option("--kl", help="Also compare the predictions token by token with full's: twice the time.")
     ] = False,
+    attention: Annotated[
+        int, typer.Option(min=0, help="Also watch full attention on so many of the questions: how concentrated it is.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +106,9 @@ def evaluate(
             runtime.load_weights(progress=loading)
         interview = Interview(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
         asked = _ask(interview, asked_of, settings, log.path)
+        seen = _watch(runtime, asked_of, attention, max_new_tokens) if attention else None
     document = {"command": shlex.join(["avl-edge", *sys.argv[1:]]), **report(runtime, asked_of, asked, metric)}
+    document |= {"attention": seen} if seen else {}
     _say_left_out(document)
     if out:
         _write(out, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
@@ -136,6 +142,11 @@ def _ask(interview: Interview, questions: Questions, settings: list[Setting], ke
         raise
 
 
+def _watch(runtime: Runtime, questions: Questions, count: int, max_new_tokens: int) -> dict[str, Any]:
+    with progress("watching") as watching:
+        return watch(runtime, questions, count, max_new_tokens, watching)
+
+
 def _say_left_out(document: Mapping[str, Any]) -> None:
     problems = [f"{row['where']} was left out: {row['reason']}" for row in document["problems"]]
     rest = len(problems) - _MOST_PROBLEMS
@@ -159,31 +170,40 @@ def _write(path: Path, text: str) -> None:
 
 
 def _table(document: Mapping[str, Any]) -> Table:
+    """A row per setting; columns that nobody asked for are left out."""
     title = f"{document['data']}: {document['questions']} questions, {document['metric'].replace('_', ' ')}"
-    note = "same: tokens as full's; KL: from full's; read: of full's rows a step"
+    rows = [_cells(row) for row in document["results"]]
+    columns = [name for name in rows[0] if any(cells[name] != _UNKNOWN for cells in rows)]
+    notes = {"same": "tokens as full's", "KL": "from full's", "read": "of full's bytes a step"}
+    note = "; ".join(f"{name}: {text}" for name, text in notes.items() if name in columns)
     table = Table(title=title, caption=note, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for heading in ("KV", "score", "95 %", "CER", "same", "KL", "stored", "read", "ms/token"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in document["results"]:
-        table.add_row(row["method"], *_cells(row))
+    for name in columns:
+        table.add_column(
+            name, justify="left" if name == "method" else "right", no_wrap=name != "method", overflow="fold"
+        )
+    for cells in rows:
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     low, high = row["score_interval"]
-    return (
-        f"{row['kv_fraction']:.1%}",
-        f"{row['score']:.3f}",
-        f"{low:.2f}..{high:.2f}",
-        f"{row['character_error_rate']:.3f}",
-        _known(row["token_identity"], ".1%"),
-        _known(row["kl_to_full"], ".4f"),
-        format_size(round(row["bytes_stored"])),
-        _known(row["rows_read_fraction"], ".1%"),
-        _known(row["ms_per_token"], ".2f"),
-    )
+    return {
+        "method": row["method"],
+        "KV": f"{row['kv_fraction']:.1%}",
+        "score": f"{row['score']:.3f}",
+        "95 %": f"{low:.2f}..{high:.2f}",
+        "CER": f"{row['character_error_rate']:.3f}",
+        "same": _known(row["token_identity"], ".1%"),
+        "KL": _known(row["kl_to_full"], ".4f"),
+        "stored": format_size(round(row["bytes_stored"])),
+        "read": _known(row["bytes_read_fraction"], ".1%"),
+        "ms/token": _known(row["ms_per_token"], ".2f"),
+    }
+
+
+_UNKNOWN = "-"
 
 
 def _known(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return _UNKNOWN if value is None else format(value, form)

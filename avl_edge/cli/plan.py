@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import planner, profile
-from ..config import Options, parse_size
+from ..config import Options, format_names, parse_size
 from ..errors import BadInput
 from ..planner import PlanRequest
 from ..policies import METHODS
@@ -21,11 +21,15 @@ from .profile import open_profile
 from .terminal import (
     AsJson,
     Core,
+    CoreFormat,
     Debug,
+    KvFormat,
     Parameters,
     PrefillKeep,
     Refresh,
     Secondary,
+    SecondaryFormat,
+    TextFormat,
     TextKeep,
     given_parameters,
     readers_may_leave,
@@ -61,7 +65,8 @@ def plan(
     ] = None,
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = PlanRequest.streams,
     method: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [full; avl where full does not fit]")
+        str | None,
+        typer.Option(help=f"One of {', '.join(METHODS)}. [full; where it does not fit, what was measured best]"),
     ] = None,
     prefill_keep: PrefillKeep = None,
     secondary: Secondary = None,
@@ -69,6 +74,10 @@ def plan(
     refresh: Refresh = None,
     text_keep: TextKeep = None,
     parameters: Parameters = None,
+    kv_format: KvFormat = None,
+    text_format: TextFormat = None,
+    core_format: CoreFormat = None,
+    secondary_format: SecondaryFormat = None,
     weights: Annotated[
         str | None, typer.Option(help=f"Format of the decoder's matrices: {', '.join(PRECISIONS)}. [as stored]")
     ] = None,
@@ -101,6 +110,7 @@ def plan(
         streams=streams,
         method=method,
         parameters=given_parameters(symbols, parameters),
+        formats=format_names(text_format, core_format, secondary_format, kv_format),
         weights=Precision(weights or shape.stored.body, head or shape.stored.head) if weights or head else None,
         max_memory=None if max_memory is None else parse_size(max_memory),
         target_ms_per_token=target_ms_per_token,

@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
 
-from ..config import Options, format_size
+from .. import quality
+from ..config import Options, format_names, format_size
 from ..errors import BadInput
-from ..policies import METHODS
+from ..policies import METHODS, Choice
 from ..prompt import ImageSource
 from ..request import Result
-from ..runtime import Runtime
+from ..runtime import DEVICES, Runtime
 from ..scheduler import Request
+from .reserve import Reserve, reserve_bytes, spoken
 from .terminal import (
     AsJson,
     Core,
+    CoreFormat,
     Debug,
+    KvFormat,
     Model,
     Parameters,
     PrefillKeep,
     Refresh,
     Secondary,
+    SecondaryFormat,
+    TextFormat,
     TextKeep,
     given_parameters,
     progress,
@@ -51,7 +58,8 @@ def run(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(METHODS)}. Default: full; with --kv-budget, avl where full does not fit."
+            help=f"One of {', '.join(METHODS)}. Default: full; where --kv-budget does not hold it, what was "
+            f"measured to answer best."
         ),
     ] = None,
     prefill_keep: PrefillKeep = None,
@@ -60,9 +68,20 @@ def run(
     refresh: Refresh = None,
     text_keep: TextKeep = None,
     parameters: Parameters = None,
+    kv_format: KvFormat = None,
+    text_format: TextFormat = None,
+    core_format: CoreFormat = None,
+    secondary_format: SecondaryFormat = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"A measured setting instead of method, formats and budget: {', '.join(quality.PRESETS)}."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say on stderr why this setting was picked.")] = False,
     kv_budget: Annotated[
         str | None, typer.Option(help="The most KV memory for this request, like 160MB or 1.5GiB.")
     ] = None,
+    reserve: Reserve = None,
+    device: Annotated[str, typer.Option(help=f"Where to compute: {' or '.join(DEVICES)}, a GPU.")] = "cpu",
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
@@ -82,6 +101,8 @@ def run(
     options = Options(
         method=method,
         parameters=given_parameters(named, parameters),
+        formats=format_names(text_format, core_format, secondary_format, kv_format),
+        preset=preset,
         kv_budget=kv_budget,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -90,10 +111,16 @@ def run(
     )
     if threads is not None:
         torch.set_num_threads(threads)
-    runtime = Runtime.open(model)
+    runtime = Runtime.open(model, device=device)
+    # Rows on a GPU cannot give memory back: there a profile's reserve is no default.
+    left = reserve_bytes(reserve) if reserve is not None or device == "cpu" else None
+    if left is not None:
+        runtime.keep_free(left)
     request = runtime.prepare(_images(image or []), prompt, options)
     if options.kv_budget is not None:
         _say_plan(request)
+    if explain:
+        _explain(request)
     with progress("loading") as report:
         runtime.load_weights(pool_bytes=request.plan.peak_bytes, progress=report)
     with readers_may_leave():
@@ -129,9 +156,24 @@ def _say_plan(request: Request) -> None:
     )
     print(
         f"avl-edge: {plan.method.name} {picked}".rstrip()
+        + ("" if plan.formats.all_exact else f", {_spoken(plan.formats.by_tier())},")
         + f" holds at most {format_size(plan.peak_bytes)} of the {format_size(plan.budget)} budget",
         file=sys.stderr,
     )
+
+
+def _explain(request: Request) -> None:
+    plan, preset = request.plan, request.options.preset
+    asked = request.options.method is not None or plan.budget is None
+    why = quality.preset(preset).why if preset else quality.explain(Choice(plan.method, plan.formats), asked=asked)
+    settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]
+    formats = _spoken(plan.formats.by_tier()) or "rows exact"
+    print(f"avl-edge: {preset or plan.method.name} ({settings or plan.method.name}; {formats}): {why}", file=sys.stderr)
+
+
+def _spoken(formats: dict[str, str]) -> str:
+    """``text int8, core int4``: tiers that are not exact."""
+    return ", ".join(f"{tier} {name}" for tier, name in formats.items() if name != "exact")
 
 
 def _table(result: Result) -> Table:
@@ -139,12 +181,14 @@ def _table(result: Result) -> Table:
     settings = " ".join(f"{name}={value:g}" for name, value in result.settings.items())
     rows = (
         ("method", f"{result.method} {settings}".strip()),
+        ("formats", _spoken(result.formats) or "exact"),
         ("tokens", f"{usage.prompt_tokens} prompt ({usage.image_tokens} image), {usage.completion_tokens} new"),
         ("load / encode / prefill", f"{timings.load_ms:.0f} / {timings.encode_ms:.0f} / {timings.prefill_ms:.0f} ms"),
         ("first token", f"{timings.ttft_ms:.0f} ms"),
         ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),
         ("KV stored / peak / full", " / ".join(map(format_size, (kv.bytes_stored, kv.bytes_peak, kv.bytes_full)))),
         ("KV rows read", f"{100 * kv.rows_read_fraction:.1f} % of full attention's, {kv.refreshes} refreshes"),
+        *((("memory pressure", spoken(kv.pressure)),) if spoken(kv.pressure) else ()),
     )
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows:

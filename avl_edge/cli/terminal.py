@@ -41,6 +41,13 @@ Refresh: TypeAlias = Annotated[
 TextKeep: TypeAlias = Annotated[
     float | None, typer.Option(help=f"avl, T: percent of text rows kept after the image. [{Avl.text_keep}]")
 ]
+_FORMAT_NAMES = "exact, int8, int4, lowrank:R or lowrank:R+int8"
+KvFormat: TypeAlias = Annotated[
+    str | None, typer.Option(help=f"How rows are stored: {_FORMAT_NAMES}. Of every tier without a format of its own.")
+]
+TextFormat: TypeAlias = Annotated[str | None, typer.Option(help="Of text rows: exact, int8 or int4.")]
+CoreFormat: TypeAlias = Annotated[str | None, typer.Option(help="Of core rows.")]
+SecondaryFormat: TypeAlias = Annotated[str | None, typer.Option(help="Of secondary rows.")]
 Parameters: TypeAlias = Annotated[
     list[str] | None, typer.Option("--set", help="Any parameter of the method, as NAME=VALUE; may be repeated.")
 ]

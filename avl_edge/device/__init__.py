@@ -21,7 +21,7 @@ from .facts import (
     Temperature,
     Thermal,
 )
-from .probe import probe, read_memory, read_power, read_thermal
+from .probe import probe, read_machine, read_memory, read_power, read_shortage, read_thermal
 from .report import report, to_dict
 
 __all__ = [
@@ -45,8 +45,10 @@ __all__ = [
     "diagnose",
     "exit_code",
     "probe",
+    "read_machine",
     "read_memory",
     "read_power",
+    "read_shortage",
     "read_thermal",
     "report",
     "to_dict",

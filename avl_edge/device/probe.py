@@ -62,6 +62,31 @@ def read_memory(root: str | Path = "/") -> Memory:
     return find_memory(Finder(Tree(root)), Identity(), Telemetry())
 
 
+def read_shortage(root: str | Path = "/") -> Memory:
+    """Only what tells that memory is short, for who asks many times a second: three files, and the control group's."""
+    find = Finder(Tree(root))
+    info = find.quietly("/proc/meminfo", parse_meminfo) or MemInfo(None, None, None, None)
+    stall = find.quietly("/proc/pressure/memory", parse_pressure)
+    return Memory(info.total_bytes, available_bytes=info.available_bytes, cgroup=find_cgroup(find), pressure=stall)
+
+
+def read_machine(root: str | Path = "/") -> DeviceFacts:
+    """Only what tells which profile holds and whether the machine is slowed down: identity, memory, processors, power
+    mode and thermal alerts. No program is asked, but for the power mode where no file tells it."""
+    find = Finder(Tree(root))
+    identity = find_identity(find)
+    return DeviceFacts(
+        root=str(find.tree.root),
+        identity=identity,
+        memory=find_memory(find, Identity(), Telemetry()),
+        cpu=find_cpu(find),
+        power=find_power(find, identity.kind == "jetson", Telemetry()),
+        thermal=find_thermal(find, Telemetry()),
+        unknown=find.unknown,
+        derived=find.derived,
+    )
+
+
 def read_power(root: str | Path = "/") -> Power:
     """Only the power mode and the rails of a Jetson, read anew."""
     return find_power(Finder(Tree(root)), True, Telemetry())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from .decoder import PROMPT, STEP, Plugin, decoder_profiles
 from .errors import BadPackage, BadRecipe, BuildFailed, BuildRunning, Mismatch
 from .fingerprint import Fingerprint, Target, checkpoint_digest, file_digest, require_match
-from .job import TIMINGS, VISION_ENGINE, Job, build
+from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
 from .manifest import File, Manifest
 from .recipe import Recipe, read_recipe
 from .store import Package, open_package, publish
 from .tensorrt import Sizes, build_engine, find_tensorrt
 
 __all__ = [
+    "DECODER_ENGINE",
+    "PROMPT",
+    "STEP",
     "TIMINGS",
     "VISION_ENGINE",
     "BadPackage",
@@ -23,12 +27,14 @@ __all__ = [
     "Manifest",
     "Mismatch",
     "Package",
+    "Plugin",
     "Recipe",
     "Sizes",
     "Target",
     "build",
     "build_engine",
     "checkpoint_digest",
+    "decoder_profiles",
     "file_digest",
     "find_tensorrt",
     "open_package",

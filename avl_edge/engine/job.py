@@ -15,8 +15,20 @@ from ..checkpoint import Progress, stored_dtype
 from ..config import format_size
 from ..device import probe
 from ..errors import BadModel
-from ..export import PRECISIONS, VISION, Plan, Settings, export_model, plan_export, vision_bindings
+from ..export import (
+    DECODER,
+    PLUGIN_DECODER,
+    PRECISIONS,
+    VISION,
+    Plan,
+    Settings,
+    decoder_bindings,
+    export_model,
+    plan_export,
+    vision_bindings,
+)
 from ..spec import ModelSpec, read_spec
+from .decoder import Plugin, decoder_profiles
 from .errors import BadPackage, BuildFailed
 from .fingerprint import Fingerprint, Target, checkpoint_digest
 from .manifest import Manifest
@@ -24,7 +36,9 @@ from .recipe import STORED, Recipe
 from .store import open_package, publish
 from .tensorrt import build_engine, find_tensorrt
 
-VISION_ENGINE, TIMINGS = "vision.engine", "timing.cache"
+VISION_ENGINE, DECODER_ENGINE, TIMINGS = "vision.engine", "decoder.engine", "timing.cache"
+_LARGEST = 2**31 - 1
+"""Elements of a tensor that TensorRT takes for sure."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,12 @@ class Job:
         if not os.path.isdir(directory):  # unlike Path.is_dir, also where a parent cannot be entered
             raise BadModel(f"there is no model {str(directory)!r}: give 'demo' or the directory of a checkpoint")
         spec = read_spec(directory)
-        recipe = replace(recipe, prompt_tokens=min(recipe.prompt_tokens, spec.text.context))
+        rows = _LARGEST // (spec.text.kv_heads * spec.text.head_dim)
+        recipe = replace(
+            recipe,
+            prompt_tokens=min(recipe.prompt_tokens, spec.text.context),
+            pool_rows=min(recipe.pool_rows, rows),
+        )
         precision = _stored_precision(directory) if recipe.precision == STORED else recipe.precision
         # Beyond the last layer there is nothing left to prune for.
         layer = recipe.prune_after
@@ -93,36 +112,49 @@ def _stored_precision(directory: Path) -> str:
     return name
 
 
-def build(job: Job, out: Path, version: str, progress: Progress | None = None) -> tuple[Manifest, bool]:
-    """Build the package ``out``: the graphs, and where TensorRT is installed the engine of the vision tower.
+def build(
+    job: Job, out: Path, version: str, progress: Progress | None = None, plugin: Plugin | None = None
+) -> tuple[Manifest, bool]:
+    """Build the package ``out``: the graphs, and where TensorRT is installed the engine of the vision tower and, with
+    the ``plugin``, that of the decoder.
 
     Gives the manifest, and whether anything had to be done. ``progress`` counts tensors first, then TensorRT's steps.
     """
     trt = find_tensorrt()
-    fingerprint = job.fingerprint(Target.of(probe()) if trt else None)
+    fingerprint = job.fingerprint(Target.of(probe(), plugin.digest if plugin else None) if trt else None)
     try:
         with open_package(out, fingerprint) as package:
             return package.manifest, False
     except BadPackage:
         pass
-    _require_room(out, job.plan.bytes + (job.plan.weights[VISION] if trt else 0))
+    engines = {VISION, DECODER} if plugin else {VISION}
+    _require_room(out, job.plan.bytes + (sum(job.plan.weights[name] for name in engines) if trt else 0))
     timings = _old_timings(out) if trt else b""
 
     def fill(staging: Path) -> Fingerprint:
         export_model(job.spec, job.directory, staging, job.settings, progress)
         if trt:
-            _build_vision(job, trt, staging, timings, progress)
+            _build_engines(job, trt, staging, timings, progress, plugin)
         return fingerprint
 
     return publish(out, version, fill), True
 
 
-def _build_vision(job: Job, trt: ModuleType, staging: Path, timings: bytes, progress: Progress | None) -> None:
-    inputs = vision_bindings(job.spec, job.settings.precision).inputs
+def _build_engines(
+    job: Job, trt: ModuleType, staging: Path, timings: bytes, progress: Progress | None, plugin: Plugin | None
+) -> None:
+    """One after the other, as each takes the memory of its weights; the later one knows the earlier one's times."""
+    workspace, precision = job.recipe.workspace_bytes, job.settings.precision
+    inputs = vision_bindings(job.spec, precision).inputs
     sizes = {"I": (1, 1, job.recipe.images)}
-    workspace = job.recipe.workspace_bytes
     engine, timings = build_engine(trt, staging / VISION, inputs, [sizes], workspace, timings, progress)
     (staging / VISION_ENGINE).write_bytes(engine)
+    if plugin:
+        plugin.register(trt)
+        inputs = decoder_bindings(job.spec, precision, job.settings.prune_after).inputs
+        profiles = decoder_profiles(job.spec, job.recipe)
+        engine, timings = build_engine(trt, staging / PLUGIN_DECODER, inputs, profiles, workspace, timings, progress)
+        (staging / DECODER_ENGINE).write_bytes(engine)
     (staging / TIMINGS).write_bytes(timings)
 
 

@@ -23,13 +23,15 @@ class Recipe:
     """``precision`` of weights and arithmetic, "stored" for the checkpoint's own; ``prune_after`` the decoder layer
     (0-based) after which prompt tokens can be pruned, "never" for nowhere. The largest sizes that are served at once:
     ``images`` of one vision run, ``prompt_tokens`` of one prompt (at most the model's context), ``sequences`` of one
-    decode step. ``workspace``: the memory that TensorRT may give to a layer while it tries out kernels."""
+    decode step, ``pool_rows`` of the pool that they draw from, all layers together (at most what TensorRT addresses in
+    one tensor). ``workspace``: the memory that TensorRT may give to a layer while it tries out kernels."""
 
     precision: str = STORED
     prune_after: int | Literal["never"] = 2
     images: int = 4
     prompt_tokens: int = 3072
     sequences: int = 16
+    pool_rows: int = 262144
     workspace: str = "2GiB"
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Recipe:
     @property
     def shapes(self) -> dict[str, int]:
         """The largest sizes, by name."""
-        return {name: getattr(self, name) for name in ("images", "prompt_tokens", "sequences")}
+        return {name: getattr(self, name) for name in ("images", "prompt_tokens", "sequences", "pool_rows")}
 
 
 def read_recipe(path: Path) -> Recipe:

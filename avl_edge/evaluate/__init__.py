@@ -2,6 +2,7 @@
 
 from .answers import Answer, AnswerLog, describe
 from .asking import Asked, Interview
+from .attention import watch
 from .attention_plot import draw_attention, require_plot
 from .data import read_questions
 from .divergence import Divergence
@@ -31,4 +32,5 @@ __all__ = [
     "require_plot",
     "require_plots",
     "settings_of",
+    "watch",
 ]

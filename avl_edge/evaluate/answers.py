@@ -34,6 +34,7 @@ class Answer:
     bytes_peak: int
     bytes_full: int
     rows_read_fraction: float
+    bytes_read_fraction: float
     prefill_ms: float
     decode_ms_per_token: float
     kl_to_full: float | None = None
@@ -52,6 +53,7 @@ class Answer:
             bytes_peak=result.kv.bytes_peak,
             bytes_full=result.kv.bytes_full,
             rows_read_fraction=result.kv.rows_read_fraction,
+            bytes_read_fraction=result.kv.bytes_read_fraction,
             prefill_ms=result.timings.prefill_ms,
             decode_ms_per_token=result.timings.decode_ms_per_token,
             kl_to_full=kl_to_full,

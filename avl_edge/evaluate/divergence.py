@@ -56,9 +56,9 @@ class Divergence:
         Row ``i`` is what the model expected in the place of token ``i``.
         """
         prompt, plan = request.prompt, request.plan
-        pool = RowPool(plan.peak_rows)
-        backend = TorchBackend(self._model, RowStore(pool.capacity, self._shape, self._model.dtype))
-        cache = SequenceCache(pool, plan.method, len(prompt), prompt.spans, self._shape.layers, plan.peak_rows)
+        pool = RowPool(plan.pages, self._shape)
+        backend = TorchBackend(self._model, RowStore(pool.pages, self._shape, self._model.dtype))
+        cache = SequenceCache(pool, plan, len(prompt), prompt.spans, self._shape.layers)
         logits = [backend.prefill(prompt, features, cache)]
         logits += [backend.decode([token], [cache])[0] for token in token_ids[:-1]]
         return functional.log_softmax(torch.stack(logits).float(), dim=-1)

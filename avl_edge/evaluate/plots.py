@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..optional import optional
+from .attention import draw
 
 FORMATS = ("svg", "png")
 _PLOTS = {"quality": "score", "latency": "ms_per_token"}
@@ -24,7 +25,8 @@ def require_plots(folder: Path) -> None:
 
 
 def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """``quality_bytes`` and ``latency_bytes`` as SVG and PNG in ``folder``: the files that were written."""
+    """``quality_bytes``, ``latency_bytes`` and, where it was watched, ``attention`` as SVG and PNG in ``folder``: the
+    files that were written."""
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,6 +34,12 @@ def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
             figure = _figure(report, key)
             for suffix in FORMATS:
                 written.append(folder / f"{name}_bytes.{suffix}")
+                figure.savefig(written[-1], dpi=_DPI)
+        if report.get("attention"):
+            figure = optional("matplotlib.figure", "--plots").Figure(figsize=(9.6, 4.2), layout="constrained")
+            draw(report["attention"], figure)
+            for suffix in FORMATS:
+                written.append(folder / f"attention.{suffix}")
                 figure.savefig(written[-1], dpi=_DPI)
     except OSError as error:
         raise _unwritable(folder, error) from None

@@ -139,6 +139,7 @@ def _cost(answers: Sequence[Answer]) -> dict[str, Any]:
         "bytes_peak": _mean([answer.bytes_peak for answer in answers]),
         "bytes_stored_fraction": sum(stored) / sum(answer.bytes_full for answer in answers),
         "rows_read_fraction": _mean([answer.rows_read_fraction for answer in answers], steps),
+        "bytes_read_fraction": _mean([answer.bytes_read_fraction for answer in answers], steps),
         "prefill_ms": _mean([answer.prefill_ms for answer in answers]),
         "ms_per_token": _mean([answer.decode_ms_per_token for answer in answers], steps),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .division import Division, divide, kv_pool_bytes
 from .plan import KvPlan, MemoryPlan, Plan, TimePlan, first_fit, plans
 from .report import report
 from .request import PlanRequest
@@ -12,6 +13,7 @@ from .work import Amounts, Answer, Step, prompt_work, step_work, vision_work
 __all__ = [
     "Amounts",
     "Answer",
+    "Division",
     "KvPlan",
     "MemoryPlan",
     "Plan",
@@ -21,7 +23,9 @@ __all__ = [
     "Tiers",
     "TimePlan",
     "Way",
+    "divide",
     "first_fit",
+    "kv_pool_bytes",
     "plan",
     "plans",
     "prompt_work",

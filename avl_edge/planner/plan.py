@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ..config import PromptShape
-from ..policies import Method, candidates
+from ..budget import kv_plan
+from ..config import Formats, PromptShape
+from ..layout import Format, packing
+from ..policies import Method
 from ..profile import Basis, DeviceProfile
+from ..quality import choices
 from ..shapes import ModelShape, Precision
 from .request import PlanRequest
 from .tiers import Tiers
@@ -84,6 +87,7 @@ class Plan:
     profile: DeviceProfile
     request: PlanRequest
     method: Method
+    formats: Formats
 
     @property
     def weights(self) -> Precision:
@@ -101,18 +105,24 @@ class Plan:
     @cached_property
     def kv(self) -> KvPlan:
         shape = self.model.kv_shape()
-        held = tuple(Answer(self.method, self.prompt, shape.layers, self.steps).layers(self.steps))
+        held = tuple(Answer(self.method, self.prompt, shape, self.steps).layers(self.steps))
         return KvPlan(
             bytes_full=shape.layers * (self.prompt.length + self.steps) * shape.row_bytes,
-            bytes_stored=sum(layer.stored for layer in held) * shape.row_bytes,
+            bytes_stored=sum(self._stored_bytes(layer) for layer in held),
             bytes_peak=self._peak_bytes,
             layers=held,
         )
 
+    def _stored_bytes(self, held: Tiers) -> int:
+        shape = self.model.kv_shape()
+        rows = {"text": held.text, "core": held.core, "secondary": held.secondary}
+        tiers = self.formats.stored.by_tier().items()
+        basis = {name: Format(name).basis_rows * shape.row_bytes for tier, name in tiers if rows[tier]}
+        return sum(rows[tier] * packing(Format(name), shape).row_bytes for tier, name in tiers) + sum(basis.values())
+
     @property
     def _peak_bytes(self) -> int:
-        shape = self.model.kv_shape()
-        return self.method.peak_rows(self.prompt, self.steps, shape.layers) * shape.row_bytes
+        return kv_plan(self.method, self.formats, self.model.kv_shape(), self.prompt, self.steps).peak_bytes
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -134,7 +144,7 @@ class Plan:
     @cached_property
     def _step_work(self) -> Amounts:
         # Methods are frozen dataclasses, which their protocol cannot say.
-        step = mean_step(self.method, self.prompt, self.model.decoder.layers, self.steps)  # type: ignore[arg-type]
+        step = mean_step(self.method, self.prompt, self.model.kv_shape(), self.steps, self.formats)  # type: ignore[arg-type]
         return step_work(self.model, [step] * self.request.streams, self.weights)
 
     @cached_property
@@ -180,6 +190,7 @@ class Plan:
             "weights": asdict(self.weights),
             "method": self.method.name,
             "settings": asdict(self.method),  # type: ignore[call-overload]
+            "formats": self.formats.by_tier(),
             "streams": self.request.streams,
             "prompt": {**asdict(self.prompt), "length": self.prompt.length},
             "max_new_tokens": self.steps + 1,
@@ -195,11 +206,12 @@ def plans(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> It
     Without constraints a method's parameters take their defaults where that fits, as in :meth:`Runtime.prepare`;
     otherwise those not given are picked. Without a ``method``, full attention is tried first, then A-VL.
     """
-    name, parameters = request.method, request.parameters
+    name, parameters, formats = request.method, request.parameters, request.formats
     if request.max_memory is None and request.target_ms_per_token is None:
-        yield from (Plan(model, profile, request, method) for method in candidates(name, parameters, fitted=False))
-    for method in candidates(name, parameters, fitted=True):
-        yield Plan(model, profile, request, method)
+        usual = choices(name, parameters, False, formats, model.kv_shape())
+        yield from (Plan(model, profile, request, *each) for each in usual)
+    for each in choices(name, parameters, True, formats, model.kv_shape()):
+        yield Plan(model, profile, request, *each)
 
 
 def first_fit(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Plan | None:

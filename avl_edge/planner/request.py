@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..config import Options, PromptShape, require
+from ..config import Formats, Options, PromptShape, require
 from ..errors import BadInput
 from ..shapes import ModelShape, Picture, Precision
 
@@ -18,10 +18,10 @@ class PlanRequest:
 
     ``image_size``: (width, height) in pixels of each of the ``images``. ``image_tokens``: all image tokens of the
     prompt, where they are known (None: from the pictures). ``prompt_tokens``: text tokens of the prompt, of which
-    ``system_tokens`` stand before the first image. ``method`` and ``parameters`` as in :class:`avl_edge.Options`; what
-    is left out is chosen. ``weights``: formats of the decoder's matrices (None: the checkpoint's own).
-    ``max_memory``: bytes for the whole process (None: what the device has); ``target_ms_per_token``: of one decode
-    step of all streams together, on average (None: as it comes).
+    ``system_tokens`` stand before the first image. ``method``, ``parameters`` and ``formats`` as in
+    :class:`avl_edge.Options`; what is left out is chosen. ``weights``: formats of the decoder's matrices (None: the
+    checkpoint's own). ``max_memory``: bytes for the whole process (None: what the device has);
+    ``target_ms_per_token``: of one decode step of all streams together, on average (None: as it comes).
     """
 
     images: int = 1
@@ -33,6 +33,7 @@ class PlanRequest:
     streams: int = 1
     method: str | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
+    formats: Formats | None = None
     weights: Precision | None = None
     max_memory: int | None = None
     target_ms_per_token: float | None = None

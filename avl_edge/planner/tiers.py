@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, singledispatch
 
 from ..config import PromptShape
-from ..policies import H2O, Avl, FastV, Full, Method, Streaming, base
+from ..policies import H2O, AttentionPack, Avl, Coarse, FastV, Full, Method, Random, Streaming, base
 
 # Exact percents are slow arithmetic, and a search for a plan asks for the same ones over and over.
 share = lru_cache(maxsize=4096)(base.share)
@@ -62,6 +62,25 @@ def _(method: Avl, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noq
 def _(method: Avl, prompt: PromptShape, layer: int) -> int:
     survivors = share(prompt.images, method.prefill_keep)
     return prompt.length - (prompt.images - survivors if layer > method.prune_layer else 0)
+
+
+@tiers.register
+def _(method: AttentionPack, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG001
+    text = prompt.prefix + prompt.suffix + steps
+    return _tiers(prompt, steps, text, prompt.images, share(prompt.images, method.core))
+
+
+@tiers.register
+def _(method: Random, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG001
+    text = prompt.prefix + prompt.suffix + steps
+    return _tiers(prompt, steps, text, share(prompt.images, method.secondary))
+
+
+@tiers.register
+def _(method: Coarse, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG001
+    """At most C of the image rows are read on a step; a nucleus may be smaller, as only scores can tell."""
+    text = prompt.prefix + prompt.suffix + steps
+    return _tiers(prompt, steps, text, share(prompt.images, method.secondary), share(prompt.images, method.core))
 
 
 @tiers.register

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from ..config import PromptShape
+from ..config import Formats, KvShape, PromptShape
+from ..layout import Format
 from ..policies import Method, Policy
 from ..shapes import ModelShape, Picture, Precision
 from .tiers import Tiers, tiers, tokens_in
@@ -54,9 +55,12 @@ def _queries(policy: Policy, prompt: PromptShape, layer: int, tokens: int) -> in
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step of one sequence: rows read and rows whose scores are looked at, over all layers."""
+    """A decode step of one sequence, over all layers: rows attended, rows of which a coarse form of the key was looked
+    at before, bytes read for both, and rows whose scores are looked at."""
 
     rows: float
+    looked_rows: float
+    nbytes: float
     scored_rows: float
     scored_layers: float
 
@@ -66,7 +70,7 @@ def step_work(model: ModelShape, steps: Sequence[Step], weights: Precision) -> A
     decoder = model.decoder
     rows = sum(step.rows for step in steps)
     read = decoder.layers * decoder.layer_parameters + decoder.vocabulary_parameters
-    attention = 4.0 * rows * decoder.query_size
+    attention = (4.0 * rows + 2.0 * sum(step.looked_rows for step in steps)) * decoder.query_size
     return {
         "decode_us_per_layer": decoder.layers,
         "decode_us_per_layer_and_sequence": decoder.layers * len(steps),
@@ -74,16 +78,23 @@ def step_work(model: ModelShape, steps: Sequence[Step], weights: Precision) -> A
         "decode_us_per_thousand_scored_rows": sum(step.scored_rows for step in steps) / 1e3,
         "decode_ms_per_gb_of_weights": model.step_bytes(weights) / 1e9,
         "decode_ms_per_tflop": (2.0 * read * len(steps) + attention) / 1e12,
-        "decode_ms_per_gb_of_rows": rows * model.kv_shape().row_bytes / 1e9,
+        "decode_ms_per_gb_of_rows": sum(step.nbytes for step in steps) / 1e9,
     }
 
 
 class Answer:
     """The decode steps of one request, ``steps`` of them (none is taken as one, the step that would follow)."""
 
-    def __init__(self, method: Method, prompt: PromptShape, layers: int, steps: int) -> None:
+    def __init__(
+        self, method: Method, prompt: PromptShape, shape: KvShape, steps: int, formats: Formats | None = None
+    ) -> None:
+        layers = shape.layers
         self._method, self._prompt, self._steps = method, prompt, max(steps, 1)
         self._policy = method.policy(prompt, layers)
+        forms = {tier: Format(name) for tier, name in (formats or Formats()).by_tier().items()}
+        self._row_bytes = {tier: form.read_bytes(shape) for tier, form in forms.items()}
+        self._basis_bytes = {tier: form.basis_rows * shape.row_bytes for tier, form in forms.items()}
+        self._look_bytes = forms["core"].coarse_bytes(shape)
         # Layers that begin alike stay alike, and there are few kinds: one of each is counted.
         self._kinds = [(tiers(method, prompt, 0, layer), tokens_in(method, prompt, layer)) for layer in range(layers)]
         self._examples = {kind: layer for layer, kind in enumerate(self._kinds)}
@@ -96,8 +107,7 @@ class Answer:
 
     def step(self, number: int) -> Step:
         """Step ``number``, from 1: it reads what was held, and the new token's own row."""
-        always, secondary = self._reads(number)
-        return self._step(always, secondary, *self._kind(number))
+        return self._step(self._reads(number), *self._kind(number))
 
     def mean(self) -> Step:
         """The average step. Of a long answer every kind of step is counted, and rows are looked at here and there."""
@@ -106,33 +116,43 @@ class Answer:
             parts = [(self.step(number), 1) for number in numbers]
         else:
             looked_at = [numbers[(2 * part + 1) * self._steps // (2 * _EXACT_STEPS)] for part in range(_EXACT_STEPS)]
-            always, secondary = (sum(of) / len(looked_at) for of in zip(*map(self._reads, looked_at), strict=True))
+            reads = [sum(of) / len(looked_at) for of in zip(*map(self._reads, looked_at), strict=True)]
             kinds = Counter(map(self._kind, numbers))
-            parts = [(self._step(always, secondary, *kind), count) for kind, count in kinds.items()]
+            parts = [(self._step(reads, *kind), count) for kind, count in kinds.items()]
         return Step(
-            sum(count * step.rows for step, count in parts) / self._steps,
-            sum(count * step.scored_rows for step, count in parts) / self._steps,
-            sum(count * step.scored_layers for step, count in parts) / self._steps,
+            *(sum(count * getattr(step, field.name) for step, count in parts) / self._steps for field in fields(Step))
         )
 
-    def _step(self, always: float, secondary: float, refresh: bool, scored: bool) -> Step:
-        rows = always + refresh * secondary
-        return Step(rows, rows * scored, len(self._kinds) * scored)
+    def _step(self, reads: Sequence[float], refresh: bool, scored: bool, looks: bool) -> Step:
+        core, core_bytes, stored, stored_bytes, images = reads
+        rows, nbytes = (stored, stored_bytes) if refresh else (core, core_bytes)
+        looked = images * looks
+        return Step(rows, looked, nbytes + looked * self._look_bytes, rows * scored, len(self._kinds) * scored)
 
-    def _kind(self, number: int) -> tuple[bool, bool]:
-        return self._policy.reads_secondary(number), self._policy.wants_scores(number)
+    def _kind(self, number: int) -> tuple[bool, bool, bool]:
+        policy = self._policy
+        return policy.reads_secondary(number), policy.wants_scores(number), policy.picks_core(number)
 
-    def _reads(self, number: int) -> tuple[int, int]:
-        """Rows over all layers that step ``number`` reads in any case, and those it reads when it refreshes."""
-        always = secondary = 0
+    def _reads(self, number: int) -> list[int]:
+        """Over all layers: rows that step ``number`` reads and their bytes, the same where it refreshes, and image
+        rows that are stored."""
+        sums = [0] * 5
         for kind, layer in self._examples.items():
             held = tiers(self._method, self._prompt, number - 1, layer)
-            always += self._counts[kind] * (1 + held.text + held.core)
-            secondary += self._counts[kind] * held.secondary
-        return always, secondary
+            core = {"text": 1 + held.text, "core": held.core}
+            stored = {**core, "secondary": held.secondary}
+            reads = (*self._read(core), *self._read(stored), held.core + held.secondary)
+            sums = [total + self._counts[kind] * of for total, of in zip(sums, reads, strict=True)]
+        return sums
+
+    def _read(self, rows: dict[str, int]) -> tuple[int, int]:
+        """Rows of those tiers of one layer, and their bytes with the basis of low-rank ones."""
+        nbytes = sum(count * self._row_bytes[tier] for tier, count in rows.items())
+        basis = max(self._basis_bytes[tier] for tier, count in rows.items() if count)
+        return sum(rows.values()), nbytes + basis
 
 
 @lru_cache(maxsize=2048)
-def mean_step(method: Method, prompt: PromptShape, layers: int, steps: int) -> Step:
+def mean_step(method: Method, prompt: PromptShape, shape: KvShape, steps: int, formats: Formats) -> Step:
     """:meth:`Answer.mean`, remembered: a search asks again for every number of streams and every format."""
-    return Answer(method, prompt, layers, steps).mean()
+    return Answer(method, prompt, shape, steps, formats).mean()

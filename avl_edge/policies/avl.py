@@ -16,7 +16,23 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import Kept, Mask, PromptLayer, Queries, Scores, Settlement, StepLayer, exact, share, spread, top, whole
+from .base import (
+    KeepsCore,
+    Kept,
+    Mask,
+    PromptLayer,
+    Queries,
+    Scores,
+    Settlement,
+    StepLayer,
+    TierPeaks,
+    exact,
+    share,
+    spread,
+    top,
+    whole,
+    without_lowest,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,9 @@ class Avl:
 
     ``prompt_mean`` 1 is ours, not the paper's: prefill ranks image tokens by their mean attention from all text after
     the image, instead of from the last token alone, which looks where the first word of the answer is and evicts what
-    later words need.
+    later words need. ``drift`` is ours too: beside every K-th step, the one after a step on which the core has lost so
+    many percent of its attention (against the text's, since the last refresh, mean of the layers) refreshes as well; 0:
+    never.
     """
 
     prefill_keep: float = 90
@@ -43,6 +61,7 @@ class Avl:
     text_floor: int = 20
     prune_layer: int = 2
     prompt_mean: int = 0
+    drift: float = 0
 
     name: ClassVar[str] = "avl"
 
@@ -63,6 +82,7 @@ class Avl:
         floor, layer = self.text_floor, self.prune_layer
         require(whole(floor) and floor >= 1, f"text_floor must be a whole number of rows from 1, not {floor:g}")
         require(self.prompt_mean in (0, 1), f"prompt_mean must be 0 or 1, not {self.prompt_mean:g}")
+        require(0 <= self.drift <= 100, f"drift must be from 0 to 100 percent, not {self.drift:g}")
         require(whole(layer) and layer >= 0, f"prune_layer must be a whole number from 0, not {layer:g}")
 
     def text_budget(self, seen: int) -> int:
@@ -70,11 +90,15 @@ class Avl:
         return min(seen, max(round(exact(self.text_keep) * seen / 100), self.text_floor))
 
     def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
+        return sum(self.peak_tiers(prompt, steps, layers))
+
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         # Rows grow with every step, and a step's new row is there before the eviction that it causes.
         text = self.text_budget(prompt.suffix)
         if steps:
             text = max(text, self.text_budget(prompt.suffix + steps - 1) + 1)
-        return layers * (prompt.prefix + share(prompt.images, self.secondary) + text)
+        core, stored = share(prompt.images, self.core), share(prompt.images, self.secondary)
+        return TierPeaks(layers * (prompt.prefix + text), layers * core, layers * (stored - core))
 
     def policy(self, prompt: PromptShape, layers: int) -> AvlPolicy:
         return AvlPolicy(self, prompt, layers)
@@ -97,8 +121,12 @@ class Avl:
             yield cls(**{**picked, **fixed})  # type: ignore[arg-type]
 
 
-class AvlPolicy:
-    """One request under A-VL. Keeps the running sums of the text rows' attention, layer by layer."""
+class AvlPolicy(KeepsCore):
+    """One request under A-VL.
+
+    Keeps, layer by layer, the running sums of the text rows' attention, and the scores of the stored image rows when
+    all of them were last scored: in prefill or at a refresh.
+    """
 
     def __init__(self, settings: Avl, prompt: PromptShape, layers: int) -> None:
         self._settings = settings
@@ -107,6 +135,10 @@ class AvlPolicy:
         self._survivors = share(prompt.images, settings.prefill_keep)
         self._seen = [prompt.suffix] * layers
         self._sums: list[Scores] = [np.empty(0)] * layers
+        self._scores: list[Scores] = [np.empty(0)] * layers
+        # The core's attention for one of text's, by layer: at the last refresh, and on the last step.
+        self._fresh, self._odds = np.ones(layers), np.ones(layers)
+        self._drifted_before = 0
 
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
         return "suffix"
@@ -115,10 +147,12 @@ class AvlPolicy:
         scores = self._image_scores(view)
         image = spread(top(scores[view.is_image], self._stored), view.is_image)
         core = spread(top(scores[image], self._core), image)
+        self._scores[view.layer] = scores[image]
         sums = view.total[view.is_suffix]
         kept = self._keep_suffix(sums, self._seen[view.layer])
         self._sums[view.layer] = sums[kept]
         prefix = ~view.is_image & ~view.is_suffix
+        self._fresh[view.layer] = _odds(view.last[core], view.last[~view.is_image])
         return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
 
     def prune_prompt(self, view: PromptLayer) -> Mask | None:
@@ -131,14 +165,38 @@ class AvlPolicy:
         return view.total if self._settings.prompt_mean else view.last
 
     def reads_secondary(self, step: int) -> bool:
-        return self._settings.refresh > 0 and step % self._settings.refresh == 0
+        every = self._settings.refresh
+        return (every > 0 and step % every == 0) or (step > 1 and step == self._drifted_before)
 
     def wants_scores(self, step: int) -> bool:
-        return self._settings.text_keep < 100 or self.reads_secondary(step)
+        return self._settings.text_keep < 100 or self._settings.drift > 0 or self.reads_secondary(step)
 
     def settle(self, view: StepLayer) -> Settlement:
-        core = top(view.image, self._core) if self.reads_secondary(view.step) else None
+        core = None
+        if self.reads_secondary(view.step):
+            core, self._scores[view.layer] = top(view.image, self._core), view.image
+        if self._settings.drift:
+            self._watch(view, core)
         return Settlement(core, self._settle_text(view) if self._settings.text_keep < 100 else None)
+
+    def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
+        return int((~core).sum())
+
+    def give_up(self, layer: int, core: Mask, count: int) -> Mask:
+        keep = without_lowest(self._scores[layer], core, count)
+        self._scores[layer] = self._scores[layer][keep]
+        return keep
+
+    def _watch(self, view: StepLayer, core: Mask | None) -> None:
+        """Note how much of the attention the core has, and after the last layer whether the next step refreshes."""
+        layer = view.layer
+        if core is not None:
+            self._fresh[layer] = self._odds[layer] = _odds(view.image[core], view.text)
+        else:
+            self._odds[layer] = _odds(view.image, view.text)
+        left = np.minimum(self._odds / self._fresh, 1).mean()
+        if layer == len(self._odds) - 1 and 100 * (1 - left) >= self._settings.drift:
+            self._drifted_before = view.step + 1
 
     def _settle_text(self, view: StepLayer) -> Mask | None:
         weights = view.text[view.is_suffix]
@@ -156,3 +214,9 @@ class AvlPolicy:
         heavy = share(budget, self._settings.heavy)
         older = len(sums) - (budget - heavy)
         return np.append(top(sums[:older], heavy), np.ones(budget - heavy, dtype=np.bool_))
+
+
+def _odds(image: Scores, text: Scores) -> float:
+    """Attention to image rows for one of attention to text rows."""
+    tiny = np.finfo(np.float32).tiny
+    return float(image.sum() + tiny) / float(text.sum() + tiny)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +46,14 @@ class PromptLayer:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a layer stores of its prompt, as masks ``[m]``: ``stored`` rows, of whose images ``core`` are core."""
+    """What a layer stores of its prompt, as masks ``[m]``: ``stored`` rows, of whose images ``core`` are core.
+
+    ``earlier``: what layers before it keep from now on of their image rows, as masks over those that they stored.
+    """
 
     stored: Mask
     core: Mask
+    earlier: Mapping[int, Mask] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,14 @@ class Settlement:
     image: Mask | None = None
 
 
+class TierPeaks(NamedTuple):
+    """Upper bounds of the rows that each tier holds at any time, over all layers. They need not be reached together."""
+
+    text: int
+    core: int
+    secondary: int
+
+
 class Policy(Protocol):
     """One request's decisions."""
 
@@ -96,6 +108,14 @@ class Policy(Protocol):
         """Which tokens go on to the deeper layers, as a mask ``[m]``; None: all."""
         ...
 
+    def picks_core(self, step: int) -> bool:
+        """Whether decode step ``step`` (from 1) picks its core by a look at all stored keys, before it attends."""
+        ...
+
+    def pick_core(self, weights: Scores) -> Mask:
+        """The core of this step and layer: a mask over the stored image rows, from their coarse weights."""
+        ...
+
     def reads_secondary(self, step: int) -> bool:
         """Whether decode step ``step`` (from 1) attends the secondary rows too."""
         ...
@@ -108,6 +128,17 @@ class Policy(Protocol):
         """What one layer changes after a step; asked once per layer and step."""
         ...
 
+    def spare(self, layer: int, core: Mask) -> int:
+        """How many secondary rows ``layer`` could give up between two steps; ``core`` is a mask over its image rows."""
+        ...
+
+    def give_up(self, layer: int, core: Mask, count: int) -> Mask:
+        """Give up ``count`` rows, at most :meth:`spare`, those with the lowest scores that were last known.
+
+        Returns the rows that stay, a mask over the stored image rows; no later score or mask counts the others.
+        """
+        ...
+
 
 class Method(Protocol):
     """The settings of a method: a frozen dataclass whose fields are its parameters."""
@@ -118,6 +149,10 @@ class Method(Protocol):
         """The most rows, over all layers, that a request holds at any time within ``steps`` decode steps."""
         ...
 
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        """The same, tier by tier: what each needs where their rows weigh differently."""
+        ...
+
     def policy(self, prompt: PromptShape, layers: int) -> Policy:
         """The policy of one request."""
         ...
@@ -126,6 +161,12 @@ class Method(Protocol):
     def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Method]:
         """Settings to try for a budget, best answers first; ``fixed`` parameters stay as given."""
         ...
+
+
+def mixed_peaks(total: int, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+    """For methods that hold text and image rows to one budget of ``total`` rows: either may fill it."""
+    text = layers * (prompt.prefix + prompt.suffix + steps)
+    return TierPeaks(min(total, text), min(total, layers * prompt.images), 0)
 
 
 def whole(value: float) -> bool:
@@ -150,6 +191,11 @@ def top(scores: Scores, count: int) -> Mask:
     return mask
 
 
+def without_lowest(scores: Scores, core: Mask, count: int) -> Mask:
+    """All rows but the ``count`` lowest-scored ones that are not core; of equals the higher positions go."""
+    return core | spread(top(scores[~core], int((~core).sum()) - count), ~core)
+
+
 def spread(selected: Mask, within: Mask) -> Mask:
     """A mask over the true entries of ``within`` as a mask over all its entries."""
     mask = np.zeros(len(within), dtype=np.bool_)
@@ -160,6 +206,26 @@ def spread(selected: Mask, within: Mask) -> Mask:
 def recent(count: int, budget: int) -> Mask:
     """The last ``budget`` of ``count`` rows as a mask; all of them when there are no more."""
     return np.arange(count) >= count - budget
+
+
+class KeepsRows:
+    """For policies that give up no row but when a step settles: they have no secondary rows, or need all of them."""
+
+    def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
+        return 0
+
+    def give_up(self, layer: int, core: Mask, count: int) -> Mask:  # noqa: ARG002
+        raise AssertionError("this policy has no rows to spare")
+
+
+class KeepsCore(KeepsRows):
+    """For policies whose core changes only when a step settles."""
+
+    def picks_core(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def pick_core(self, weights: Scores) -> Mask:  # noqa: ARG002
+        raise AssertionError("this policy does not pick its core before a step")
 
 
 class RowOrder:

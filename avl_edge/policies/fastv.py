@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import Kept, Mask, PromptLayer, Queries, Settlement, StepLayer, exact, spread, top
+from .base import KeepsCore, Kept, Mask, PromptLayer, Queries, Settlement, StepLayer, TierPeaks, exact, spread, top
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class FastV:
         dropped = prompt.images - self.kept(prompt.images)
         return layers * (prompt.length + steps) - max(layers - int(self.layer), 0) * dropped
 
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        text = layers * (prompt.prefix + prompt.suffix + steps)
+        return TierPeaks(text, self.peak_rows(prompt, steps, layers) - text, 0)
+
     def policy(self, prompt: PromptShape, layers: int) -> FastVPolicy:
         return FastVPolicy(self, prompt, layers)
 
@@ -59,7 +63,7 @@ class FastV:
             yield cls(layer, drops[-1])  # type: ignore[arg-type]
 
 
-class FastVPolicy:
+class FastVPolicy(KeepsCore):
     """One request under FastV: a prune of the prompt, then every row that is there."""
 
     def __init__(self, settings: FastV, prompt: PromptShape, layers: int) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape
-from .base import Kept, Mask, PromptLayer, Queries, Settlement, StepLayer
+from .base import KeepsCore, Kept, Mask, PromptLayer, Queries, Settlement, StepLayer, TierPeaks
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Full:
     def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
         return layers * (prompt.length + steps)
 
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        return TierPeaks(layers * (prompt.prefix + prompt.suffix + steps), layers * prompt.images, 0)
+
     def policy(self, prompt: PromptShape, layers: int) -> FullPolicy:  # noqa: ARG002
         return FullPolicy()
 
@@ -29,7 +32,7 @@ class Full:
         yield cls(**fixed)
 
 
-class FullPolicy:
+class FullPolicy(KeepsCore):
     """Stores all image rows as core and settles nothing."""
 
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002

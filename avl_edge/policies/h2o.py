@@ -21,7 +21,22 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import Kept, Mask, PromptLayer, Queries, RowOrder, Scores, Settlement, StepLayer, recent, share, top
+from .base import (
+    KeepsCore,
+    Kept,
+    Mask,
+    PromptLayer,
+    Queries,
+    RowOrder,
+    Scores,
+    Settlement,
+    StepLayer,
+    TierPeaks,
+    mixed_peaks,
+    recent,
+    share,
+    top,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,9 @@ class H2O:
         held = self.rows(prompt.length, steps - 1) + 1 if steps else self.rows(prompt.length, 0)
         return layers * held
 
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        return mixed_peaks(self.peak_rows(prompt, steps, layers), prompt, steps, layers)
+
     def policy(self, prompt: PromptShape, layers: int) -> H2OPolicy:
         return H2OPolicy(self, prompt, layers)
 
@@ -62,7 +80,7 @@ class H2O:
             yield cls(**{**fixed, "budget": budget})  # type: ignore[arg-type]
 
 
-class H2OPolicy:
+class H2OPolicy(KeepsCore):
     """One request under H2O. Keeps the running sums of the held rows' attention, layer by layer."""
 
     def __init__(self, settings: H2O, prompt: PromptShape, layers: int) -> None:

@@ -17,7 +17,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config import PromptShape, require
-from .base import Kept, Mask, PromptLayer, Queries, RowOrder, Settlement, StepLayer, recent
+from .base import (
+    KeepsCore,
+    Kept,
+    Mask,
+    PromptLayer,
+    Queries,
+    RowOrder,
+    Settlement,
+    StepLayer,
+    TierPeaks,
+    mixed_peaks,
+    recent,
+)
 
 _WIDEST = 2**20
 _FINEST = 128
@@ -44,6 +56,9 @@ class Streaming:
         held = int(self.sinks) + int(self.window) + (1 if steps else 0)
         return layers * min(held, prompt.length + steps)
 
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        return mixed_peaks(self.peak_rows(prompt, steps, layers), prompt, steps, layers)
+
     def policy(self, prompt: PromptShape, layers: int) -> StreamingPolicy:  # noqa: ARG002
         return StreamingPolicy(self, layers)
 
@@ -56,7 +71,7 @@ class Streaming:
             window = 0 if "window" in fixed else window - max(window // _FINEST, 1)
 
 
-class StreamingPolicy:
+class StreamingPolicy(KeepsCore):
     """One request under StreamingLLM. Looks at positions alone, never at scores."""
 
     def __init__(self, settings: Streaming, layers: int) -> None:

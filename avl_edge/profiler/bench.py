@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import allocator, checkpoint
 from ..backend import TorchBackend
+from ..budget import kv_plan
 from ..cache import SequenceCache
-from ..config import Options, PromptShape
+from ..config import Formats, Options, PromptShape
 from ..models import Llava
 from ..policies import H2O, Avl, FastV, Full, Method, Streaming
 from ..pool import RowPool, RowStore
@@ -96,15 +97,12 @@ class Bench:
         """Run the requests of ``trial``: each prompt by itself, then all decoded together."""
         forget_peak()
         prompt, kv = trial.prompt(self.spec.tokens_per_image), self.shape.kv_shape()
-        rows = trial.method.peak_rows(prompt, trial.steps, kv.layers)
-        pool = RowPool(rows * trial.streams)
-        backend = TorchBackend(self._model, RowStore(pool.capacity, kv, self.dtype))
+        plan = kv_plan(trial.method, Formats(), kv, prompt, trial.steps)
+        pool = RowPool(plan.pages * trial.streams, kv)
+        backend = TorchBackend(self._model, RowStore(pool.pages, kv, self.dtype))
         inputs, sampler = self._prompt(trial), Sampler(Options())
         with ExitStack() as open_caches:
-            caches = [
-                SequenceCache(pool, trial.method, prompt.length, inputs.spans, kv.layers, rows)
-                for _ in range(trial.streams)
-            ]
+            caches = [SequenceCache(pool, plan, prompt.length, inputs.spans, kv.layers) for _ in range(trial.streams)]
             for cache in caches:
                 open_caches.callback(cache.close)
             encode, prefill, logits = zip(*(_prefill(backend, inputs, cache) for cache in caches), strict=True)

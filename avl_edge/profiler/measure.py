@@ -10,9 +10,10 @@ from datetime import date
 from importlib.metadata import version
 
 from .. import profile
-from ..config import PromptShape
+from ..budget import kv_plan
+from ..config import Formats, PromptShape
 from ..device import DeviceFacts
-from ..planner import Answer, prompt_work, step_work, vision_work
+from ..planner import Answer, divide, prompt_work, step_work, vision_work
 from ..profile import (
     ANY,
     COSTS,
@@ -73,8 +74,8 @@ def _known(blocks: Sequence[Sample]) -> Prices:
 def samples_of(model: ModelShape, trial: Trial, measured: Measured, held_out: bool) -> list[Sample]:
     """What one trial tells: a decode step, a prefill and, with pictures, an encoding."""
     tokens_per_image = model.picture(336, 336).tokens
-    prompt, layers = trial.prompt(tokens_per_image), model.decoder.layers
-    step = Answer(trial.method, prompt, layers, trial.steps).mean()
+    prompt = trial.prompt(tokens_per_image)
+    step = Answer(trial.method, prompt, model.kv_shape(), trial.steps).mean()
     decode = step_work(model, [step] * trial.streams, model.stored)
     prefill = prompt_work(model, trial.method, prompt, model.stored)
     label = str(trial)
@@ -183,7 +184,7 @@ def _tensors(model: ModelShape, trial: Trial) -> tuple[int, int]:
     """(workspace, weights and rows) in bytes, by the shapes."""
     picture = model.picture(336, 336)
     prompt, kv = trial.prompt(picture.tokens), model.kv_shape()
-    rows = trial.method.peak_rows(prompt, trial.steps, kv.layers) * trial.streams * kv.row_bytes
+    rows = kv_plan(trial.method, Formats(), kv, prompt, trial.steps).peak_bytes * trial.streams
     return workspace_bytes(model, prompt, trial.images), model.weight_bytes(model.stored) + rows
 
 
@@ -218,22 +219,20 @@ def _memory(facts: DeviceFacts, bandwidth: float) -> Memory:
 
 def _budgets(model: ModelShape, memory: Memory, peaks: Peaks) -> Budgets:
     """One longest prompt at a time, of pictures as far as they go; the pool takes what is left."""
-    picture = model.picture(336, 336)
-    images = max(0, model.decoder.context - 1) // picture.tokens
-    percent = peaks.workspace_percent.value / 100
-    pictures_bytes = math.ceil(percent * model.vision.peak_bytes([picture] * images, model.itemsize))
-    activations = math.ceil(percent * model.activation_bytes(model.decoder.context, images * picture.tokens))
-    weights, overhead = model.weight_bytes(model.stored), int(peaks.overhead_bytes.value)
-    rest = memory.budget_bytes - weights - overhead - max(pictures_bytes, activations)
+    parts = divide(model, memory, peaks)
 
     def derived(value: int, origin: str) -> Figure:
         return Figure(value, "derived", origin)
 
     return Budgets(
-        weights_bytes=derived(weights, "the shapes"),
-        vision_bytes=derived(pictures_bytes, f"the shapes of {images} pictures, and what resident memory added"),
-        activations_bytes=derived(activations, "the shapes of a full context, and what resident memory added"),
-        overhead_bytes=derived(overhead, "peaks.overhead_bytes"),
-        kv_pool_bytes=derived(max(0, rest), "what is left; vision and activations are not needed at once"),
+        weights_bytes=derived(parts.weights_bytes, "the shapes"),
+        vision_bytes=derived(
+            parts.vision_bytes, f"the shapes of {parts.images} pictures, and what resident memory added"
+        ),
+        activations_bytes=derived(
+            parts.activations_bytes, "the shapes of a full context, and what resident memory added"
+        ),
+        overhead_bytes=derived(parts.overhead_bytes, "peaks.overhead_bytes"),
+        kv_pool_bytes=derived(parts.kv_pool_bytes, "what is left; vision and activations are not needed at once"),
         reserve_bytes=memory.reserve_bytes,
     )

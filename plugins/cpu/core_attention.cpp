@@ -1,264 +1,319 @@
 // Attention of one decode step over selected rows of a key/value pool, read where they lie.
 //
-// One query token per sequence attends to the rows that a list of row ids names:
+// One query token per sequence attends to the rows that lists of row ids name, one list per format (a part):
 //   p[h][r] = softmax over r of scale * <query[h], key[r]>         out[h] = sum over r of p[h][r] * value[r]
 //   scores[r] = mean over h of p[h][r], when asked
 // The usual way, gathering those rows and multiplying, reads them, writes them and reads them again. A decode step is
-// bound by memory, so the copy costs more than the arithmetic; here every selected row is read from memory once.
+// bound by memory, so the copy costs more than the arithmetic; here every selected row is read from memory once, and
+// packed rows are unpacked in registers.
 //
-// Work is cut into items (split, block): a split is up to kSplit rows of one sequence, a block is as many neighbouring
-// key/value heads as fill kSlice bytes of a row. All query heads of a group share the item's one pass over its rows.
-// Threads take items from a shared counter, so a thread that loses its core for a while delays the others little.
+// Work is cut into items (split, block): a split is up to kSplit rows of one part of one sequence, a block is as many
+// neighbouring key/value heads as fill kSlice bytes of a row. All query heads of a group share the item's one pass over
+// its rows. Threads take items from a shared counter, so a thread that loses its core for a while delays the others
+// little.
 //
 // An item makes two passes, keys then values, rather than one with an online softmax: the logits stay in a near cache
 // meanwhile, no change of maximum rescales the sums, and the exponentials are taken a full vector at a time. What an
-// item leaves is relative to its own maximum; merge() joins a sequence's splits by log-sum-exp, and the exponentials,
-// kept, become the scores by one multiplication each. Results do not depend, to the last bit, on the number of threads
-// or on the other sequences of the batch: splits are counted from a sequence's own first row, sums have a fixed order.
+// item leaves is relative to its own maximum; merge() joins a sequence's splits by log-sum-exp, whatever their formats,
+// and the exponentials, kept, become the scores by one multiplication each. Results do not depend, to the last bit, on
+// the number of threads or on the other sequences of the batch: splits are counted from a sequence's own first row of
+// a part, sums have a fixed order.
 //
-// Rows are widened to float as they are loaded, all sums are in float. Vectors are the GNU vector extension: a vector
-// is one register in AVX-512, two in AVX2, four in SSE and NEON. The x86 build holds each item function for all three.
+// Rows are widened to float as they are loaded, all sums are in float. The x86 build holds each item function for
+// AVX-512, AVX2 and SSE.
 
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // it warns of how calls pass vectors, and all that take one are inlined
-#define INLINE __attribute__((always_inline))
+#include "rows.h"
 
 // The one entry of OpenMP in use, declared here rather than generated from a pragma: GNU's, LLVM's and Intel's runtimes
 // all export it, so this library is linked with none and binds to the one that torch has loaded. A second runtime in
 // the process would keep a second team of threads spinning on the same cores.
 extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-namespace {
-constexpr int kSplit = 128;  // rows of an item: enough to make its start cheap, few enough to share one sequence out
-constexpr int kSlice = 512;  // bytes of a row that an item reads: eight cache lines, side by side
-constexpr int kAhead = 8;    // rows between a prefetch and its use: 8 slices in flight cover the latency of memory
-constexpr int kLanes = 16;   // floats of a vector
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Shorts __attribute__((vector_size(32)));
-struct Bfloat { uint16_t bits; }; struct Half { uint16_t bits; };
-
-template <class To> INLINE inline To read(const void* from) {
-    To to;
-    std::memcpy(&to, from, sizeof to);
-    return to;
-}
-template <class To, class From> INLINE inline To same_bits(const From& from) { return read<To>(&from); }
-INLINE inline Words read_shorts(const void* from) { return __builtin_convertvector(read<Shorts>(from), Words); }
-INLINE inline Floats load(const float* from) { return read<Floats>(from); }
-INLINE inline Floats load(const Bfloat* from) { return same_bits<Floats>(read_shorts(from) << 16); }
-
-// The exponent and mantissa of a half, moved to where a float has them, are the value times 2^-112, subnormals
-// included. Infinity and NaN, the largest exponent, are completed to a float's largest.
-INLINE inline Floats load(const Half* from) {
-    const Words bits = read_shorts(from), magnitude = (bits & 0x7fff) << 13;
-    const Words special = (Words)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
-    const Words scaled = same_bits<Words>(same_bits<Floats>(magnitude) * 0x1p112f);
-    return same_bits<Floats>(scaled | special | ((bits & 0x8000) << 16));
-}
-
-// The first `lanes` elements, and `rest` after them.
-template <class Row> INLINE inline Floats load(const Row* from, int lanes, Row rest = Row()) {
-    if (lanes == kLanes) return load(from);
-    Row padded[kLanes];
-    std::fill(std::copy_n(from, lanes, padded), padded + kLanes, rest);
-    return load(padded);
-}
-
-INLINE inline void store(float* to, const Floats& from, int lanes) { std::memcpy(to, &from, sizeof(float) * lanes); }
-
-// Calls part(first, lanes) for every vector of `count` elements. Only the last may be short, and only there is `lanes`
-// a number that the compiler does not know.
-template <class Part> INLINE inline void each_vector(int count, Part part) {
-    int first = 0;
-    for (; first + kLanes <= count; first += kLanes) part(first, kLanes);
-    if (first < count) part(first, count - first);
-}
-
-INLINE inline float sum(const Floats& lanes) {
-    typedef float Eight __attribute__((vector_size(32))), Four __attribute__((vector_size(16)));
-    struct Eights { Eight low, high; } const eights = same_bits<Eights>(lanes);
-    struct Fours { Four low, high; } const fours = same_bits<Fours>(eights.low + eights.high);
-    const Four four = fours.low + fours.high;
-    return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// e^x for x <= 0 within 2 units in the last place; below -87, e^-87, about the smallest normal float; NaN for NaN.
-// x = k ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves k in the low bits of a float, where a shift makes it an
-// exponent. ln 2 is taken off in two parts, the first so short that its product with k is exact.
-INLINE inline Floats exponential(const Floats& argument) {
-    const Floats lowest = Floats{} - 87.0f, x = argument < lowest ? lowest : argument;
-    const Floats shifted = x * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
-    const Floats r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    const Floats high = ((r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24;
-    const Floats series = ((high * r + 1.0f / 6) * r + 0.5f) * (r * r) + r + 1.0f;
-    const Floats power = same_bits<Floats>(same_bits<Words>(series) + (same_bits<Words>(shifted) << 23));
-    return x == x ? power : x;  // a NaN's payload would pass for an exponent
-}
-
-struct Pool {  // [row, kv head, dim]: dim is contiguous, the other strides count elements
-    const void* data;
-    int64_t row_stride, head_stride;
-    template <class Row> INLINE inline const Row* at(int64_t row, int64_t head) const {
-        return static_cast<const Row*>(data) + row * row_stride + head * head_stride;
-    }
-    template <class Row> INLINE inline void prefetch(int64_t row, int begin, int end, int dim) const {
-        for (int head = begin; head < end; ++head)
-            for (int i = 0; i < dim; i += 64 / sizeof(Row)) __builtin_prefetch(at<Row>(row, head) + i);
-    }
+// Rows of one format that the batch attends: of sequence b, those that rows[offsets[b]] ... rows[offsets[b + 1] - 1]
+// name. `format` is 0 for float, 1 for bfloat16, 2 for half, 3 for int8, 4 for int4 and 5 for a coarse look at int8.
+// Exact rows have strides, in elements; of packed ones an id is where a record begins, in units of 16 bytes. Ids are
+// below `places`.
+struct Part {
+    const void *keys, *values;
+    const int32_t *rows, *offsets;
+    int64_t key_row, key_head, value_row, value_head, places;
+    int32_t format;
 };
 
-struct Split { int sequence, begin, count; };  // `count` entries of the list of rows, from `begin` on
-struct Step {
-    const float* query;  // [batch, heads, dim]
-    Pool keys, values;
-    const int32_t* rows;  // [total]
-    int total, heads, kv_heads, dim, block;  // block: key/value heads of an item
-    float scale;
-    std::vector<Split> splits;  // in the order of `rows`
-    std::vector<int> first;     // [batch + 1]: the first split of each sequence
-    float *weights;             // [heads, total]: logits, then exponentials relative to their split's maximum
-    float *sums;                // [split, heads, dim]: the values weighted by these exponentials
-    float *peak, *mass;         // [split, heads]: the maximum, later the split's share of the softmax; the weights' sum
+namespace {
+constexpr int kSplit = 128;  // rows of an item: enough to make its start cheap, few enough to share one sequence out
+constexpr int kAhead = 8;    // rows between a prefetch and its use: 8 slices in flight cover the latency of memory
 
-    int blocks() const { return (kv_heads + block - 1) / block; }
+struct Step;
+struct Split { int sequence, part, entry, count; const int32_t* rows; };  // `entry`: where its weights begin
+struct Item { int split; Heads heads; };
+struct Reader {  // how rows of a format are attended
+    void (*work)(const Step&, const Item&);
+    int block;               // key/value heads of an item
+    int width, lanes;        // floats of a head, as vectors have them, and of a vector
+    std::vector<int> order;  // where each dimension is among them; empty where all are in place
+};
+struct Source {  // a part, ready to be read
+    Arena keys, values;
+    Reader reader;
+    std::vector<float> ordered;  // the query in the reader's order, or nothing
+    const float* query;          // [batch, heads, width]
+};
+
+struct Step {
+    int heads, kv_heads, dim;
+    float scale;
+    int total = 0;               // rows of all parts
+    int width = 0;               // of the widest reader
+    std::vector<Source> sources;
+    std::vector<Split> splits;   // by sequence, then by part
+    std::vector<int> first{0};   // [batch + 1]: the first split of each sequence
+    std::vector<Item> items;     // in the order of the splits
+    float *weights;              // [heads, total]: logits, then exponentials relative to their split's maximum
+    float *peak, *mass;          // [split, heads]: the maximum, later the share of the softmax; the sum of the weights
+    float *sums;                 // [split, heads, width]: the values weighted by these exponentials; null for none
+
     int64_t cell(int outer, int head) const { return int64_t(outer) * heads + head; }  // in [split or sequence, heads]
+    float* sums_at(int split, int head) const { return sums + cell(split, head) * width; }
     float* weights_at(int head, int entry) const { return weights + int64_t(head) * total + entry; }
 };
 
-// Adds the weighted values of `Count` rows, from entry `r` of the split on, to the sums of the key/value heads [begin,
-// end): several rows at once, so that a sum is loaded and stored once for all, and a row widened once for its group.
-template <class Row, int Dim, int Count>
-INLINE inline void add_values(const Step& step, const Split& split, int r, int begin, int end, float* sums) {
-    const int dim = Dim ? Dim : step.dim, group = step.heads / step.kv_heads;
-    for (int kv = begin; kv < end; ++kv) {
-        const Row* row[Count];
-        for (int j = 0; j < Count; ++j) row[j] = step.values.at<Row>(step.rows[split.begin + r + j], kv);
-        each_vector(dim, [&](int i, int lanes) INLINE {
-            Floats value[Count];
-            for (int j = 0; j < Count; ++j) value[j] = load(row[j] + i, lanes);
-            for (int head = kv * group; head < (kv + 1) * group; ++head) {
-                const float* weights = step.weights_at(head, split.begin + r);
-                float* to = sums + int64_t(head - begin * group) * dim + i;
-                Floats total = load(to, lanes);
-                for (int j = 0; j < Count; ++j) total += value[j] * weights[j];
-                store(to, total, lanes);
+// Calls each(i, lanes) for every vector of a head; or, of a known head size, for the first of `Together` ones.
+template <int Dim, int Together = 1, class Each>
+INLINE inline void each_vector_of_head(const Reader& reader, Each each) {
+    if constexpr (Dim) each_vector<Dim, Together>(each);
+    else each_vector(reader.width, reader.lanes, each);
+}
+
+// Adds the weighted values of `Count` rows, from number `r` of the split on, to the sums of some key/value heads:
+// several rows at once, so that a sum is loaded and stored once for all, and a row widened once for its group. Vectors
+// that come from the same bytes are widened before any of their sums is stored: for all that the compiler knows, a
+// store changes the bytes, and they would be read and taken apart once more.
+template <class Format, int Dim, int Count>
+INLINE inline void add_values(const Step& step, const Split& split, int r, const Item& item) {
+    using Row = Row<Format, Dim>;
+    const Source& source = step.sources[split.part];
+    const int width = step.width, group = step.heads / step.kv_heads, total = step.total;
+    Row rows[Count];
+    for (int j = 0; j < Count; ++j) rows[j].open(source.values, split.rows[r + j], item.heads);
+    for (int kv = item.heads.begin; kv < item.heads.end; ++kv) {
+        const float* first_weights = step.weights_at(kv * group, split.entry + r);
+        float* first_sums = step.sums_at(item.split, kv * group);
+        each_vector_of_head<Dim, Row::together>(source.reader, [&](int i, int lanes) INLINE {
+            Floats value[Count][Row::together];
+#pragma GCC unroll 4
+            for (int j = 0; j < Count; ++j)
+#pragma GCC unroll 4
+                for (int t = 0; t < Row::together; ++t) value[j][t] = rows[j].at(kv, i + t * kLanes, lanes);
+            for (int head = 0; head < group; ++head) {
+                const float* weights = first_weights + int64_t(head) * total;
+                float* sums = first_sums + int64_t(head) * width + i;
+#pragma GCC unroll 4
+                for (int t = 0; t < Row::together; ++t) {
+                    Floats sum = load(sums + t * kLanes, lanes);
+                    for (int j = 0; j < Count; ++j) sum += value[j][t] * splat(weights[j]);
+                    store(sums + t * kLanes, sum, lanes);
+                }
             }
         });
     }
 }
 
-// One item. `Dim` is the head size where the compiler knows it, and unrolls by it, or 0.
-template <class Row, int Dim> INLINE inline void attend(const Step& step, int item) {
-    const int dim = Dim ? Dim : step.dim, group = step.heads / step.kv_heads, index = item / step.blocks();
-    const int begin = item % step.blocks() * step.block, end = std::min(begin + step.block, step.kv_heads);
-    const Split split = step.splits[index];
-    const int32_t* rows = step.rows + split.begin;
+// The logits of a split's rows.
+template <class Format, int Dim>
+INLINE inline void multiply_keys(const Step& step, const Split& split, const Heads& heads) {
+    using Row = Row<Format, Dim>;
+    const Source& source = step.sources[split.part];
+    const int width = Dim ? Dim : source.reader.width, group = step.heads / step.kv_heads, total = step.total;
+    const float scale = step.scale;
     for (int r = 0; r < split.count; ++r) {
         const int ahead = (r + kAhead) % split.count;  // the last keys call up the first values
-        (ahead > r ? step.keys : step.values).prefetch<Row>(rows[ahead], begin, end, dim);
-        for (int kv = begin; kv < end; ++kv) {
-            const Row* key = step.keys.at<Row>(rows[r], kv);
-            Floats wide[Dim ? Dim / kLanes : 1];  // a known head size is whole vectors: they are widened once for a group
-            if (Dim) each_vector(dim, [&](int i, int) INLINE { wide[i / kLanes] = load(key + i); });
-            for (int head = kv * group; head < (kv + 1) * group; ++head) {
-                const float* query = step.query + step.cell(split.sequence, head) * dim;
+        if (ahead > r || step.sums) Row::prefetch(ahead > r ? source.keys : source.values, split.rows[ahead], heads);
+        Row key;
+        key.open(source.keys, split.rows[r], heads);
+        for (int kv = heads.begin; kv < heads.end; ++kv) {
+            Floats wide[Dim ? Dim / kLanes : 1];  // a known head size is whole vectors, widened once for a group
+            if constexpr (Dim) each_vector<Dim>([&](int i, int n) INLINE { wide[i / kLanes] = key.at(kv, i, n); });
+            const float* first_query = source.query + step.cell(split.sequence, kv * group) * width;
+            float* first_logit = step.weights_at(kv * group, split.entry) + r;
+            for (int head = 0; head < group; ++head) {
+                const float* query = first_query + int64_t(head) * width;
                 Floats dot[2] = {};
-                each_vector(dim, [&](int i, int n) INLINE {
-                    dot[i / kLanes % 2] += load(query + i, n) * (Dim ? wide[i / kLanes] : load(key + i, n));
+                each_vector_of_head<Dim>(source.reader, [&](int i, int lanes) INLINE {
+                    dot[i / kLanes % 2] += load(query + i, lanes) * (Dim ? wide[i / kLanes] : key.at(kv, i, lanes));
                 });
-                step.weights_at(head, split.begin)[r] = sum(dot[0] + dot[1]) * step.scale;
+                first_logit[int64_t(head) * total] = sum(dot[0] + dot[1]) * scale;
             }
         }
     }
+}
 
-    for (int head = begin * group; head < end * group; ++head) {
-        float* weights = step.weights_at(head, split.begin);
-        Floats peaks = Floats{} - INFINITY, mass = {};
-        each_vector(split.count, [&](int r, int lanes) INLINE {
-            const Floats logits = load(weights + r, lanes, -INFINITY);
-            peaks = logits > peaks ? logits : peaks;
-        });
-        float peak = peaks[0];
-        for (int lane = 1; lane < kLanes; ++lane) peak = std::max(peak, peaks[lane]);
-        each_vector(split.count, [&](int r, int lanes) INLINE {
-            const Floats exponentials = exponential(load(weights + r, lanes, -INFINITY) - peak);
-            store(weights + r, exponentials, lanes);
-            mass += exponentials;
-        });
-        step.peak[step.cell(index, head)] = peak;
-        step.mass[step.cell(index, head)] = sum(mass);
-    }
+// Turns a split's logits of one head into exponentials.
+INLINE inline void exponentiate(const Step& step, int split, int head) {
+    const int count = step.splits[split].count;
+    float* weights = step.weights_at(head, step.splits[split].entry);
+    Floats peaks = Floats{} - INFINITY, mass = {};
+    each_vector(count, count, [&](int r, int lanes) INLINE {
+        const Floats logits = load(weights + r, lanes, -INFINITY);
+        peaks = logits > peaks ? logits : peaks;
+    });
+    float peak = peaks[0];
+    for (int lane = 1; lane < kLanes; ++lane) peak = std::max(peak, peaks[lane]);
+    each_vector(count, count, [&](int r, int lanes) INLINE {
+        const Floats exponentials = exponential(load(weights + r, lanes, -INFINITY) - peak);
+        store(weights + r, exponentials, lanes);
+        mass += exponentials;
+    });
+    step.peak[step.cell(split, head)] = peak;
+    step.mass[step.cell(split, head)] = sum(mass);
+}
 
-    float* sums = step.sums + step.cell(index, begin * group) * dim;
-    std::fill_n(sums, int64_t(end - begin) * group * dim, 0.0f);
+// The sums of an item's values, weighted by its exponentials.
+template <class Format, int Dim> INLINE inline void sum_values(const Step& step, const Split& split, const Item& item) {
+    const int group = step.heads / step.kv_heads, begin = item.heads.begin * group, end = item.heads.end * group;
+    std::fill(step.sums_at(item.split, begin), step.sums_at(item.split, end), 0.0f);
     int r = 0;
     for (; r + 4 <= split.count; r += 4) {
         for (int ahead = r + kAhead; ahead < std::min(r + kAhead + 4, split.count); ++ahead)
-            step.values.prefetch<Row>(rows[ahead], begin, end, dim);
-        add_values<Row, Dim, 4>(step, split, r, begin, end, sums);
+            Row<Format, Dim>::prefetch(step.sources[split.part].values, split.rows[ahead], item.heads);
+        add_values<Format, Dim, 4>(step, split, r, item);
     }
-    for (; r < split.count; ++r) add_values<Row, Dim, 1>(step, split, r, begin, end, sums);
+    for (; r < split.count; ++r) add_values<Format, Dim, 1>(step, split, r, item);
 }
 
-// out[sequence, head] from the partial results of the sequence's splits. Leaves each split's share in `peak`.
-void merge(const Step& step, int item, float* out) {
-    const int head = item % step.heads, begin = step.first[item / step.heads], end = step.first[item / step.heads + 1];
+// One item. `Dim` is the head size where the compiler knows it, and unrolls by it, or 0.
+template <class Format, int Dim> INLINE inline void attend(const Step& step, const Item& item) {
+    const Split& split = step.splits[item.split];
+    const int group = step.heads / step.kv_heads, begin = item.heads.begin * group, end = item.heads.end * group;
+    multiply_keys<Format, Dim>(step, split, item.heads);
+    for (int head = begin; head < end; ++head) exponentiate(step, item.split, head);
+    if constexpr (!std::is_same_v<Format, Coarse>)  // values are never looked at coarsely
+        if (step.sums) sum_values<Format, Dim>(step, split, item);
+}
+
+// out[sequence, head] from the partial results of the sequence's splits, unless it is null. Leaves each split's share
+// of the softmax in `peak`.
+void merge(const Step& step, int index, float* out) {
+    const int head = index % step.heads, sequence = index / step.heads;
+    const int begin = step.first[sequence], end = step.first[sequence + 1];
     float peak = -INFINITY, mass = 0;
     for (int s = begin; s < end; ++s) peak = std::max(peak, step.peak[step.cell(s, head)]);
     for (int s = begin; s < end; ++s) {
         float& share = step.peak[step.cell(s, head)];
         mass += step.mass[step.cell(s, head)] * (share = std::exp(share - peak));
     }
-    std::fill_n(out += int64_t(item) * step.dim, step.dim, 0.0f);
-    for (int s = begin; s < end; ++s) {
-        const float share = step.peak[step.cell(s, head)] /= mass, *sums = step.sums + step.cell(s, head) * step.dim;
-        for (int i = 0; i < step.dim; ++i) out[i] += share * sums[i];
+    for (int s = begin; s < end; ++s) step.peak[step.cell(s, head)] /= mass;
+    if (!out) return;
+    std::fill_n(out += int64_t(index) * step.dim, step.dim, 0.0f);
+    for (int s = begin; s < end;) {  // those of a part are summed in its order, in the place of its first
+        const Reader& reader = step.sources[step.splits[s].part].reader;
+        float *total = step.sums_at(s, head), share = step.peak[step.cell(s, head)];
+        for (int i = 0; i < reader.width; ++i) total[i] *= share;
+        for (const int part = step.splits[s++].part; s < end && step.splits[s].part == part; ++s) {
+            const float *sums = step.sums_at(s, head), share = step.peak[step.cell(s, head)];
+            for (int i = 0; i < reader.width; ++i) total[i] += share * sums[i];
+        }
+        for (int i = 0; i < step.dim; ++i) out[i] += total[reader.order.empty() ? i : reader.order[i]];
     }
 }
 
 // The scores of one split's rows, once the shares are known.
 void average(const Step& step, int index, float* scores) {
-    const Split split = step.splits[index];
-    std::fill_n(scores + split.begin, split.count, 0.0f);
+    const Split& split = step.splits[index];
+    std::fill_n(scores += split.entry, split.count, 0.0f);
     for (int head = 0; head < step.heads; ++head) {
-        const float share = step.peak[step.cell(index, head)] / step.heads, *weights = step.weights_at(head, 0);
-        for (int r = split.begin; r < split.begin + split.count; ++r) scores[r] += share * weights[r];
+        const float share = step.peak[step.cell(index, head)] / step.heads;
+        const float* weights = step.weights_at(head, split.entry);
+        for (int r = 0; r < split.count; ++r) scores[r] += share * weights[r];
     }
 }
 
-using Item = void (*)(const Step&, int);
-template <class Row, int Dim> void baseline(const Step& step, int item) { attend<Row, Dim>(step, item); }
+template <class Format, int Dim> void baseline(const Step& step, const Item& item) { attend<Format, Dim>(step, item); }
 #ifdef __x86_64__
-template <class Row, int Dim> __attribute__((target("avx2,fma")))
-void avx2(const Step& step, int item) { attend<Row, Dim>(step, item); }
-template <class Row, int Dim> __attribute__((target("avx512bw,avx512vl,fma")))
-void avx512(const Step& step, int item) { attend<Row, Dim>(step, item); }
+template <class Format, int Dim> __attribute__((target("avx2,fma")))
+void avx2(const Step& step, const Item& item) { attend<Format, Dim>(step, item); }
+template <class Format, int Dim> __attribute__((target("avx512bw,avx512vl,fma")))
+void avx512(const Step& step, const Item& item) { attend<Format, Dim>(step, item); }
 #endif
 
-template <class Row, int Dim> Item for_processor() {
+template <class Format, int Dim> Reader reader(int dim) {
+    using Row = Row<Format, Dim>;
+    auto work = baseline<Format, Dim>;
 #ifdef __x86_64__
-    const bool fused = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (fused && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return avx512<Row, Dim>;
-    if (fused) return avx2<Row, Dim>;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        work = wide ? avx512<Format, Dim> : avx2<Format, Dim>;
+    }
 #endif
-    return baseline<Row, Dim>;
+    return {work, std::max(1, kSlice / Row::head_bytes(dim)), Row::width(dim), Row::lanes(dim), Row::order(dim)};
 }
 
-template <class Row> Item for_dim(int dim) {
-    return dim == 64 ? for_processor<Row, 64>() : dim == 80 ? for_processor<Row, 80>()
-         : dim == 96 ? for_processor<Row, 96>() : dim == 128 ? for_processor<Row, 128>()
-         : dim == 256 ? for_processor<Row, 256>() : for_processor<Row, 0>();
+template <class Format, int Dim> Reader unrolled(int dim) {
+    return reader<Format, Row<Format, 0>::unrolls(Dim) ? Dim : 0>(dim);
+}
+template <class Format> Reader reader_for(int dim) {
+    return dim == 64 ? unrolled<Format, 64>(dim) : dim == 80 ? unrolled<Format, 80>(dim)
+         : dim == 96 ? unrolled<Format, 96>(dim) : dim == 128 ? unrolled<Format, 128>(dim)
+         : dim == 256 ? unrolled<Format, 256>(dim) : reader<Format, 0>(dim);
+}
+Reader reader_for(int format, int dim) {
+    switch (format) {
+        case 0: return reader_for<float>(dim);
+        case 1: return reader_for<Bfloat>(dim);
+        case 2: return reader_for<Half>(dim);
+        case 3: return reader_for<Int8>(dim);
+        case 4: return reader_for<Int4>(dim);
+        default: return reader_for<Coarse>(dim);
+    }
+}
+
+// A part as the batch will read it.
+Source source_of(const Step& step, const Part& part, const float* query, int batch) {
+    Source source{{part.keys, part.key_row, part.key_head, step.kv_heads, step.dim},
+                  {part.values, part.value_row, part.value_head, step.kv_heads, step.dim},
+                  reader_for(part.format, step.dim), {}, query};
+    const Reader& reader = source.reader;
+    if (reader.order.empty()) return source;
+    source.ordered.resize(int64_t(batch) * step.heads * reader.width);
+    for (int64_t row = 0; row < int64_t(batch) * step.heads; ++row)
+        for (int i = 0; i < step.dim; ++i)
+            source.ordered[row * reader.width + reader.order[i]] = query[row * step.dim + i];
+    source.query = source.ordered.data();
+    return source;
+}
+
+// Fills in the sources, splits and items of a step. False where a row id leads outside its pool.
+bool cut(Step& step, const Part* parts, int count, const float* query, int batch) {
+    for (int p = 0; p < count; ++p) {
+        const Part& part = parts[p];
+        const auto outside = [&](int row) { return row < 0 || row >= part.places; };
+        if (std::any_of(part.rows, part.rows + part.offsets[batch], outside)) return false;
+        step.sources.push_back(source_of(step, part, query, batch));
+        step.total += part.offsets[batch];
+        step.width = std::max(step.width, step.sources.back().reader.width);
+    }
+    for (int b = 0; b < batch; ++b) {
+        for (int p = 0, entry = 0; p < count; entry += parts[p++].offsets[batch]) {
+            const Part& part = parts[p];
+            for (int begin = part.offsets[b], end = part.offsets[b + 1]; begin < end; begin += kSplit)
+                step.splits.push_back({b, p, entry + begin, std::min(kSplit, end - begin), part.rows + begin});
+        }
+        step.first.push_back(int(step.splits.size()));
+    }
+    for (int s = 0; s < int(step.splits.size()); ++s)
+        for (int block = step.sources[step.splits[s].part].reader.block, head = 0; head < step.kv_heads; head += block)
+            step.items.push_back({s, {head, std::min(head + block, step.kv_heads)}});
+    return true;
 }
 
 // Calls work(0) ... work(items - 1), each once and in any order, on up to `threads` threads of the OpenMP runtime.
@@ -272,32 +327,27 @@ template <class Work> void parallel(int items, int threads, const Work& work) {
 }
 }  // namespace
 
-// `offsets` rise from 0; `type` is 0 for float, 1 for bfloat16, 2 for half; `scores` may be null. Returns 0, EINVAL for
-// a row outside the pool, or ENOMEM. Scratch: heads * (total + splits * (dim + 2)) floats.
+// `offsets` of every part rise from 0. `scores`, those of all parts one after the other, may be null, and so may `out`:
+// then no values are read. Returns 0, EINVAL for a row outside its pool, or ENOMEM. Scratch, in floats:
+// heads * (total + splits * (d + 2)), where packed heads of an odd d / 2 count double.
 extern "C" int32_t avl_core_attention(
-    const float* query, const void* keys, const void* values, const int32_t* rows, const int32_t* offsets,
-    int32_t type, int32_t batch, int32_t heads, int32_t kv_heads, int32_t dim, int32_t pool_rows,
-    int64_t key_row, int64_t key_head, int64_t value_row, int64_t value_head, float scale, int32_t threads,
-    float* out, float* scores) try {
-    const int total = offsets[batch], block = std::max(1, kSlice / (dim * (type == 0 ? 4 : 2)));
-    if (std::any_of(rows, rows + total, [=](int row) { return row < 0 || row >= pool_rows; })) return EINVAL;
-
-    Step step{query, {keys, key_row, key_head}, {values, value_row, value_head}, rows, total, heads, kv_heads, dim,
-              block, scale, {}, {0}, nullptr, nullptr, nullptr, nullptr};
-    for (int sequence = 0; sequence < batch; ++sequence) {
-        for (int begin = offsets[sequence], end = offsets[sequence + 1]; begin < end; begin += kSplit)
-            step.splits.push_back({sequence, begin, std::min(kSplit, end - begin)});
-        step.first.push_back(int(step.splits.size()));
-    }
+    const float* query, const Part* parts, int32_t count, int32_t batch, int32_t heads, int32_t kv_heads, int32_t dim,
+    float scale, int32_t threads, float* out, float* scores) try {
+    Step step{};
+    step.heads = heads, step.kv_heads = kv_heads, step.dim = dim, step.scale = scale;
+    if (!cut(step, parts, count, query, batch)) return EINVAL;
     const int splits = step.first[batch];
-    const std::unique_ptr<float[]> scratch(new float[int64_t(heads) * (total + int64_t(splits) * (dim + 2))]);
+    const int64_t weights = int64_t(heads) * step.total, cells = int64_t(heads) * splits;
+    const std::unique_ptr<float[]> scratch(new float[weights + cells * (out ? step.width + 2 : 2)]);
     step.weights = scratch.get();
-    step.sums = step.weights + int64_t(heads) * total;
-    step.peak = step.sums + step.cell(splits, 0) * dim;
-    step.mass = step.peak + step.cell(splits, 0);
+    step.peak = step.weights + weights;
+    step.mass = step.peak + cells;
+    step.sums = out ? step.mass + cells : nullptr;
 
-    const auto item = type == 0 ? for_dim<float>(dim) : type == 1 ? for_dim<Bfloat>(dim) : for_dim<Half>(dim);
-    parallel(splits * step.blocks(), threads, [&](int i) { item(step, i); });
+    parallel(int(step.items.size()), threads, [&](int i) {
+        const Item& item = step.items[i];
+        step.sources[step.splits[item.split].part].reader.work(step, item);
+    });
     parallel(batch * heads, threads, [&](int i) { merge(step, i, out); });
     if (scores) parallel(splits, threads, [&](int i) { average(step, i, scores); });
     return 0;

@@ -1,0 +1,83 @@
+"""The kernels of ``plugins/cuda/core_attention.cu``, compiled once per shape, architecture and compiler, then cached.
+
+    shape = KernelShape.of(head_dim=128, heads=32, kv_heads=8, dtype="bfloat16")
+    image = cubin("sm_87", shape)          # bytes; needs NVRTC, no GPU
+
+:class:`avl_edge.cuda.launch.Kernels` does this for the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import require
+from . import nvrtc as compilers
+from . import source
+from .store import CubinStore
+
+DTYPES = {"float16": "Half", "bfloat16": "Bfloat"}
+"""By the name that torch and safetensors use: the type of rows, queries and results."""
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """What a set of kernels is compiled for.
+
+    ``head_dim``: elements of a head, a multiple of 8 up to 256; ``group``: query heads per key/value head, 1 to 8;
+    ``row``: "Half" or "Bfloat"; ``warps``: of a block. :class:`~avl_edge.errors.BadInput` for any other.
+    """
+
+    head_dim: int
+    group: int
+    row: str
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        dim, group = self.head_dim, self.group
+        require(8 <= dim <= 256 and dim % 8 == 0, f"the GPU kernels take head sizes of 8, 16, ... 256, not {dim}")
+        require(1 <= group <= 8, f"the GPU kernels take 1 to 8 query heads per key/value head, not {group}")
+        require(self.row in DTYPES.values(), f"the GPU kernels take Half or Bfloat rows, not {self.row!r}")
+        require(self.warps in (1, 2, 4), f"a block of the GPU kernels has 1, 2 or 4 warps, not {self.warps}")
+
+    @classmethod
+    def of(cls, head_dim: int, heads: int, kv_heads: int, dtype: str) -> KernelShape:
+        """For a decoder's sizes and its weights' dtype ("float16" or "bfloat16")."""
+        message = f"the GPU kernels take {' or '.join(DTYPES)}, not {dtype}: convert the checkpoint"
+        require(dtype in DTYPES, message)
+        require(heads % kv_heads == 0, f"{heads} query heads cannot share {kv_heads} key/value heads")
+        return cls(head_dim, heads // kv_heads, DTYPES[dtype])
+
+    @property
+    def tile(self) -> int:
+        """Rows that a warp takes at once, as the source derives it: four 16-byte loads of each lane."""
+        lanes = 1 << (self.head_dim // 8 - 1).bit_length()
+        return 4 * (32 // lanes)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For the compiler."""
+        return f"-DHEAD_DIM={self.head_dim}", f"-DGROUP={self.group}", f"-DROW={self.row}", f"-DWARPS={self.warps}"
+
+
+def cubin(arch: str, shape: KernelShape, *, newest: tuple[int, int] | None = None, folder: Path | None = None) -> bytes:
+    """The kernels as a module for one architecture, from the cache where it is there.
+
+    Args:
+        arch: "sm_87", "sm_90", ...: a compute capability of 8.0 or later.
+        shape: sizes and type of rows.
+        newest: the CUDA version of the driver that will load it; a compiler of a later major version is left out.
+        folder: of the cache; None takes the user's own.
+
+    Raises :class:`~avl_edge.cuda.errors.NoCuda` where no compiler is installed, and
+    :class:`~avl_edge.cuda.errors.CompileFailed` with its log.
+    """
+    compiler = compilers.find(newest)
+    identity = "\n".join((arch, *shape.options, str(compiler), hashlib.sha256(source.read()).hexdigest()))
+    store = CubinStore(folder)
+    image = store.get(identity)
+    if image is None:
+        image = compiler.compile(source.read(), source.NAME, arch, shape.options).cubin
+        store.put(identity, image)
+    return image

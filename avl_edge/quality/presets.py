@@ -1,0 +1,71 @@
+"""Names for settings that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..errors import BadInput
+from ..policies import Choice, candidates
+from ..policies.notation import parse
+from .ranking import INDISTINGUISHABLE
+from .table import Point, table
+
+_SMALL = 0.13
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A ``setting`` in the notation of ``avl-edge eval``, held to ``share`` of full attention's bytes (None: as its
+    parameters say); ``why`` is what it stands for."""
+
+    name: str
+    setting: str
+    share: float | None
+    why: str
+
+    def choices(self) -> Iterator[Choice]:
+        """The setting as its dial goes down; or the one that its parameters say."""
+        notation = parse(self.setting)
+        return candidates(notation.name, notation.parameters, self.share is not None, notation.formats)
+
+
+def _measured(point: Point) -> str:
+    source = table()
+    return (
+        f"{100 * point.score:.1f} % right answers (full attention: {100 * source.full.score:.1f} %) from "
+        f"{100 * point.stored:.1f} % of the bytes, a step reads {100 * point.read:.1f} %; {source.questions} questions "
+        f"of {source.data} to the {source.model} model, {source.date}; other models may rank differently"
+    )
+
+
+def _paper() -> Preset:
+    return Preset("paper", "avl", None, "A-VL as published: S 45, C 30, K 3, P 90, T 70, rows in the model's dtype")
+
+
+def _lossless() -> Preset:
+    good = [point for point in table().points if point.score >= table().full.score - INDISTINGUISHABLE]
+    point = min(good, key=lambda point: point.stored)
+    why = f"the fewest bytes within {100 * INDISTINGUISHABLE:g} points of full attention: {_measured(point)}"
+    return Preset("lossless", point.setting, point.kv_fraction, why)
+
+
+def _small() -> Preset:
+    point = max((point for point in table().points if point.stored <= _SMALL), key=lambda point: point.score)
+    return Preset("small", point.setting, point.kv_fraction, f"the best answers from an eighth: {_measured(point)}")
+
+
+@lru_cache(maxsize=1)
+def _presets() -> dict[str, Preset]:
+    return {each.name: each for each in (_paper(), _lossless(), _small())}
+
+
+PRESETS = ("paper", "lossless", "small")
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name; :class:`BadInput` if there is none."""
+    if name not in PRESETS:
+        raise BadInput(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return _presets()[name]

@@ -1,0 +1,161 @@
+"""A cache's rows in a store: what is written where in prefill and decode, what moves, and what attention gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .cache import Selected, SequenceCache, is_low_rank
+from .config import Formats
+from .kernels import Part
+from .layout import Format
+from .lowrank import LowRankRows, Rows
+from .pool import Moved, RowStore
+from .pool.smaller import Demotion, crowd
+
+_NO_ROWS = np.empty(0, dtype=np.int32)
+
+
+class StoredRows:
+    """The rows of all sequences in one store. ``angles`` gives RoPE's cosines and sines for positions."""
+
+    def __init__(self, store: RowStore, angles: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._store = store
+        self._low_rank = LowRankRows(store, angles)
+
+    def store_prompt(
+        self, cache: SequenceCache, layer: int, stored: Sequence[Selected], keys: Tensor, values: Tensor
+    ) -> None:
+        """Write what a layer stores of its prompt's ``keys`` and ``values``, each ``[m, H_kv, d]``.
+
+        A low-rank basis is fitted to all image rows that are stored, since any of them may come to need it.
+        """
+        ranks = [Format(each.format).basis_rows for each in stored if is_low_rank(each)]
+        if ranks:
+            places, positions = cache.stored_images(stored)
+            basis = cache.rows.take_basis(layer, ranks[0])
+            self._low_rank.begin(_index(basis), keys[places], values[places], _index(positions))
+        for each in stored:
+            self._write(cache, layer, each.format, each.ids, each.positions, keys[each.places], values[each.places])
+
+    def append(self, caches: Sequence[SequenceCache], ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Write one new text row for each sequence, each in its own format: ``[B, H_kv, d]``."""
+        names = [cache.formats.text for cache in caches]
+        for name in dict.fromkeys(names):
+            at = [number for number, other in enumerate(names) if other == name]
+            rows = (keys, values) if len(at) == len(names) else (keys[at], values[at])
+            self._store.write(torch.tensor([int(ids[number]) for number in at]), *rows, name)
+
+    def parts(self, read: Sequence[Sequence[Selected]]) -> list[Part]:
+        """What a batch reads, format by format; none of it low-rank."""
+        parts = []
+        for name in dict.fromkeys(each.format for selected in read for each in selected):
+            rows = [_ids_of(name, selected) for selected in read]
+            keys, values = self._store.arenas(name)
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+            parts.append(Part(name, keys, values, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(offsets)))
+        return parts
+
+    def read(self, cache: SequenceCache, layer: int, selected: Selected) -> Rows:
+        """Rows of any format for :func:`avl_edge.lowrank.attend`."""
+        ids = _index(selected.ids)
+        if not is_low_rank(selected):
+            return Rows(*self._store.read(ids, selected.format))
+        basis = _index(cache.rows.layers[layer].basis)
+        return self._low_rank.read(Format(selected.format), ids, basis, _index(selected.positions))
+
+    def move(self, cache: SequenceCache, layer: int, moved: Sequence[Moved]) -> None:
+        """Convert rows that changed their format."""
+        # All are read before any is written: what one left may be where another goes.
+        rows = [self._dense(cache, layer, each) for each in moved]
+        for each, (keys, values) in zip(moved, rows, strict=True):
+            self._write(cache, layer, each.new_format, each.after, each.positions, keys, values)
+
+    def demote(self, cache: SequenceCache, formats: Formats) -> bool:
+        """Store image rows anew in the smaller ``formats`` (see :func:`avl_edge.pool.smaller.smaller_formats`).
+
+        As few layers as possible are in between at a time. False, and nothing changed, where the lease does not even
+        have the room for that.
+        """
+        self.crowd(cache)
+        change = Demotion(cache.rows, formats)
+        batches = change.batches()
+        for batch in batches or ():
+            moved = [(layer, change.rows_of(layer)) for layer in batch]
+            rows = [self._dense(cache, layer, each) for layer, each in moved]
+            for layer in batch:
+                change.leave(layer)
+            self._carry(change.crowd())
+            for (layer, each), (keys, values) in zip(moved, rows, strict=True):
+                self._write(cache, layer, change.new, change.enter(layer), each.positions, keys, values)
+        if batches is not None:
+            change.finish()
+            cache.formats = formats
+            self.crowd(cache)
+        return batches is not None
+
+    def crowd(self, cache: SequenceCache) -> None:
+        """Move a cache's rows into as few pages of the pool as hold them."""
+        self._carry(crowd(cache.rows))
+
+    def _carry(self, moves: Iterable[tuple[str, npt.NDArray[np.int32], npt.NDArray[np.int32]]]) -> None:
+        for name, before, after in moves:
+            self._store.copy(_index(before), _index(after), name)
+
+    def give_back(self, pages: npt.NDArray[np.int64]) -> int:
+        """Hand the memory of the pool's free ``pages`` back to the operating system; how many bytes went."""
+        return self._store.give_back(pages)
+
+    def _dense(self, cache: SequenceCache, layer: int, moved: Moved) -> tuple[Tensor, Tensor]:
+        form, ids = Format(moved.old_format), _index(moved.before)
+        if form.rank is None:
+            return self._store.read(ids, form.name)
+        basis = _index(cache.rows.layers[layer].basis)
+        return self._low_rank.dense(form, ids, basis, _index(moved.positions))
+
+    def _write(
+        self,
+        cache: SequenceCache,
+        layer: int,
+        name: str,
+        ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        if Format(name).rank is None:
+            self._store.write(_index(ids), keys, values, name)
+            return
+        basis = _index(cache.rows.layers[layer].basis)
+        self._low_rank.write(Format(name), _index(ids), basis, keys, values, _index(positions))
+
+
+def own_scores(
+    number: int, selected: Sequence[Selected], parts: Sequence[Part], scores: Sequence[Tensor]
+) -> npt.NDArray[np.floating]:
+    """The scores of the sequence with that number in the batch, in the order of the places that it reads."""
+    mine = {}
+    for part, weights in zip(parts, scores, strict=True):
+        begin, end = part.offsets[number : number + 2].tolist()
+        mine[part.format] = weights[begin:end]
+    return in_order(selected, [mine[each.format] for each in selected])
+
+
+def in_order(selected: Sequence[Selected], scores: Sequence[Tensor]) -> npt.NDArray[np.floating]:
+    """Scores of selected rows, in the order of their places."""
+    ordered = np.empty(sum(len(each.ids) for each in selected), dtype=scores[0].numpy().dtype)
+    for each, weights in zip(selected, scores, strict=True):
+        ordered[each.places] = weights.numpy()
+    return ordered
+
+
+def _index(ids: npt.NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _ids_of(name: str, selected: Sequence[Selected]) -> npt.NDArray[np.int32]:
+    return next((each.ids for each in selected if each.format == name), _NO_ROWS)

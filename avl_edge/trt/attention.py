@@ -1,0 +1,145 @@
+"""One call of ``avl::CoreAttention``: which kernels, on which addresses. What it computes is `avl_edge.export`'s table.
+
+Everything is decided by shapes, which the host knows; nothing is read back, allocated or waited for, so a CUDA graph
+can hold the call. New rows are written into their slots first. Then a decode step, one new token for each sequence,
+takes the split kernels of `avl_edge.cuda`, and any other call, a prompt, those for many tokens. float32 rows, which the
+split kernels do not know, take the latter always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import require
+from ..cuda import Gpu, Kernels, KernelShape, Pool, Workspace, cubin
+from .kernels import ROWS, TokenKernels, Tokens, TokenShape
+
+_INT32 = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions of a call: t ``tokens``, B ``sequences``, N ``room`` for row ids, W ``queries``, R ``pool_rows``,
+    H ``heads``, H_kv ``kv_heads``, d ``head_dim``; L ``layers``."""
+
+    tokens: int
+    sequences: int
+    room: int
+    queries: int
+    pool_rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+
+    @classmethod
+    def of(cls, inputs: Sequence[Sequence[int]]) -> Sizes:
+        """From the shapes of the node's inputs, in their order; :class:`BadInput` for shapes that contradict it."""
+        query, key, value, pool_keys, pool_values, rows, row_offsets, slots, token_offsets, queries = map(tuple, inputs)
+        tokens, heads, head_dim = query
+        layers, room = rows
+        kv_heads, sequences = key[1], token_offsets[0] - 1
+        fits = (
+            (key == value == (tokens, kv_heads, head_dim))
+            and (pool_keys == pool_values and pool_keys[1:] == (kv_heads, head_dim))
+            and (row_offsets == (layers, sequences + 1) and slots == (layers, tokens))
+            and heads % kv_heads == 0
+        )
+        require(fits, f"avl::CoreAttention was given shapes {list(map(list, inputs))}: build the package again")
+        return cls(tokens, sequences, room, queries[0], pool_keys[0], heads, kv_heads, head_dim, layers)
+
+
+class Attention:
+    """The kernels for one head size, grouping and dtype; all layers and contexts share it."""
+
+    def __init__(self, core: Kernels, tokens: TokenKernels) -> None:
+        """``core`` writes rows whatever their dtype, and attends where it is that of ``tokens``."""
+        self._core, self._tokens = core, tokens
+        self._splits = core.shape.row == tokens.shape.row
+
+    @classmethod
+    def load(cls, head_dim: int, group: int, dtype: str) -> Attention:
+        """On this machine's GPU, for rows of ``dtype`` (float16, bfloat16, float32).
+
+        Raises :class:`~avl_edge.cuda.NoCuda` and :class:`~avl_edge.cuda.CompileFailed`.
+        """
+        gpu = Gpu()
+        # A float32 row is written as one of twice as many heads of a 2-byte type.
+        shape = KernelShape(head_dim, group if dtype != "float32" else 1, ROWS[dtype] if dtype != "float32" else "Half")
+        core = Kernels(gpu.load(cubin(gpu.arch, shape, newest=gpu.cuda)), shape, gpu.multiprocessors)
+        return cls(core, TokenKernels.load(gpu, TokenShape(head_dim, group, ROWS[dtype])))
+
+    def workspace_bytes(self, most: Sizes) -> int:
+        """Bytes of device memory that a call within ``most`` needs, whichever way it goes."""
+        steps = self._step_workspace(most, min(most.tokens, most.sequences), scores=True).bytes if self._splits else 0
+        return max(steps, 4 * most.tokens * most.heads)
+
+    def run(
+        self, sizes: Sizes, layer: int, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
+    ) -> None:
+        """Queue the call of ``layer`` on ``stream``: addresses of the node's inputs and outputs, in their order, and
+        of :meth:`workspace_bytes` of scratch memory."""
+        of = _tokens(sizes, layer, inputs)
+        self._append(of, sizes, stream)
+        if self._splits and sizes.tokens == sizes.sequences:
+            self._step(of, sizes, outputs, workspace, stream)
+        else:
+            self._prompt(of, outputs, workspace, stream)
+
+    def _append(self, of: Tokens, sizes: Sizes, stream: int) -> None:
+        widening = 1 if self._splits else 2
+        pool = _pool(of, sizes, widening)
+        self._core.append(of.key, of.value, of.slots, sizes.tokens, pool, stream)
+
+    def _step(self, of: Tokens, sizes: Sizes, outputs: Sequence[int], workspace: int, stream: int) -> None:
+        core, pool, batch, heads, room = self._core, _pool(of, sizes), sizes.sequences, sizes.heads, sizes.room
+        attended, row_scores, token_scores = outputs
+        scores = sizes.queries > 0
+        places = self._step_workspace(sizes, batch, scores=scores)
+        sums, states, log_sums = (workspace + at for at in (places.sums, places.states, places.log_sums))
+        logits = workspace + places.logits if scores else 0
+        splits = places.splits
+        core.attend(of.query, pool, of.rows, of.row_offsets, batch, splits, room, sums, states, logits, stream)
+        core.merge(sums, states, of.row_offsets, batch, heads, splits, attended, log_sums, stream)
+        self._tokens.join(of, attended, log_sums, token_scores if scores else 0, stream)
+        if scores and room:
+            core.scores(logits, log_sums, of.row_offsets, batch, heads, room, row_scores, stream)
+
+    def _prompt(self, of: Tokens, outputs: Sequence[int], workspace: int, stream: int) -> None:
+        attended, row_scores, token_scores = outputs
+        self._tokens.attend(of, attended, workspace, stream)
+        if of.queries:
+            self._tokens.scores(of, workspace, row_scores, token_scores, stream)
+
+    def _step_workspace(self, sizes: Sizes, batch: int, *, scores: bool) -> Workspace:
+        # By the pool's size, not by the list's room: a sequence's sums must not depend on who else is in the batch.
+        splits = self._core.splits(sizes.kv_heads, sizes.pool_rows)
+        return Workspace.of(self._core.shape, batch, sizes.heads, splits, sizes.room, scores=scores)
+
+
+def _pool(of: Tokens, sizes: Sizes, widening: int = 1) -> Pool:
+    heads, dim = sizes.kv_heads * widening, sizes.head_dim
+    return Pool(of.pool_keys, of.pool_values, heads, heads * dim, dim, heads * dim, dim)
+
+
+def _tokens(sizes: Sizes, layer: int, inputs: Sequence[int]) -> Tokens:
+    """The tables that hold a line for each layer begin at that of this one."""
+    query, key, value, pool_keys, pool_values, rows, row_offsets, slots, token_offsets, queries = inputs
+    return Tokens(
+        query,
+        key,
+        value,
+        pool_keys,
+        pool_values,
+        rows + _INT32 * layer * sizes.room,
+        row_offsets + _INT32 * layer * (sizes.sequences + 1),
+        slots + _INT32 * layer * sizes.tokens,
+        token_offsets,
+        queries,
+        sizes.tokens,
+        sizes.sequences,
+        sizes.kv_heads,
+        sizes.room,
+        sizes.queries,
+    )

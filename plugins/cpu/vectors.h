@@ -1,0 +1,104 @@
+// Vectors of floats, and how narrower numbers become them.
+//
+// Vectors are the GNU vector extension: a vector is one register in AVX-512, two in AVX2, four in SSE and NEON. All
+// functions are inlined, so that each is compiled for the instruction set of the function that calls it.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // it warns of how calls pass vectors, and all that take one are inlined
+#define INLINE __attribute__((always_inline))
+
+namespace {
+constexpr int kLanes = 16;  // floats of a vector
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Shorts __attribute__((vector_size(32)));
+struct Bfloat { uint16_t bits; }; struct Half { uint16_t bits; };
+
+template <class To> INLINE inline To read(const void* from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+template <class To, class From> INLINE inline To same_bits(const From& from) { return read<To>(&from); }
+INLINE inline Words read_shorts(const void* from) { return __builtin_convertvector(read<Shorts>(from), Words); }
+INLINE inline Words read_shorts(const void* from, int bytes) {  // and zeros after them
+    if (bytes == sizeof(Shorts)) return read_shorts(from);
+    uint16_t padded[kLanes] = {};
+    std::memcpy(padded, from, bytes);
+    return read_shorts(padded);
+}
+INLINE inline Floats load(const float* from) { return read<Floats>(from); }
+INLINE inline Floats load(const Bfloat* from) { return same_bits<Floats>(read_shorts(from) << 16); }
+
+// The exponent and mantissa of a half, moved to where a float has them, are the value times 2^-112, subnormals
+// included. Infinity and NaN, the largest exponent, are completed to a float's largest.
+INLINE inline Floats load(const Half* from) {
+    const Words bits = read_shorts(from), magnitude = (bits & 0x7fff) << 13;
+    const Words special = (Words)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
+    const Words scaled = same_bits<Words>(same_bits<Floats>(magnitude) * 0x1p112f);
+    return same_bits<Floats>(scaled | special | ((bits & 0x8000) << 16));
+}
+
+// The first `lanes` elements, and `rest` after them.
+template <class Element> INLINE inline Floats load(const Element* from, int lanes, Element rest = Element()) {
+    if (lanes == kLanes) return load(from);
+    Element padded[kLanes];
+    std::fill(std::copy_n(from, lanes, padded), padded + kLanes, rest);
+    return load(padded);
+}
+
+// One number in all lanes. Multiplied by a float instead, a vector of several registers makes GCC put it together in
+// memory, lane by lane.
+INLINE inline Floats splat(float number) {
+    float all[kLanes];
+    std::fill_n(all, kLanes, number);
+    return load(all);
+}
+
+INLINE inline void store(float* to, const Floats& from, int lanes) { std::memcpy(to, &from, sizeof(float) * lanes); }
+
+// Calls part(first, lanes) for every vector of `count` elements, none of which crosses a multiple of `piece`. Only the
+// last vector of a piece may be short, and only there is `lanes` a number that the compiler does not know.
+template <class Part> INLINE inline void each_vector(int count, int piece, Part part) {
+    for (int begin = 0; begin < count; begin += piece) {
+        int first = 0;
+        for (; first + kLanes <= piece; first += kLanes) part(begin + first, kLanes);
+        if (first < piece) part(begin + first, piece - first);
+    }
+}
+
+// The same for `Count` elements in whole vectors, for every `Together`th of them, unrolled: the compiler knows `first`.
+template <int Count, int Together = 1, int First = 0, class Part> INLINE inline void each_vector(Part part) {
+    part(First, kLanes);
+    if constexpr (First + Together * kLanes < Count) each_vector<Count, Together, First + Together * kLanes>(part);
+}
+
+INLINE inline float sum(const Floats& lanes) {
+    typedef float Eight __attribute__((vector_size(32))), Four __attribute__((vector_size(16)));
+    struct Eights { Eight low, high; } const eights = same_bits<Eights>(lanes);
+    struct Fours { Four low, high; } const fours = same_bits<Fours>(eights.low + eights.high);
+    const Four four = fours.low + fours.high;
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0 within 2 units in the last place; below -87, e^-87, about the smallest normal float; NaN for NaN.
+// x = k ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves k in the low bits of a float, where a shift makes it an
+// exponent. ln 2 is taken off in two parts, the first so short that its product with k is exact.
+INLINE inline Floats exponential(const Floats& argument) {
+    const Floats lowest = Floats{} - 87.0f, x = argument < lowest ? lowest : argument;
+    const Floats shifted = x * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
+    const Floats r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    const Floats high = ((r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24;
+    const Floats series = ((high * r + 1.0f / 6) * r + 0.5f) * (r * r) + r + 1.0f;
+    const Floats power = same_bits<Floats>(same_bits<Words>(series) + (same_bits<Words>(shifted) << 23));
+    return x == x ? power : x;  // a NaN's payload would pass for an exponent
+}
+}  // namespace

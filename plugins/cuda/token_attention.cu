@@ -1,0 +1,404 @@
+// Attention of many new tokens at once, over listed rows of the pool and over one another: a prompt's, for the TensorRT
+// plugin. The numbers are those of avl::CoreAttention as avl_edge/export defines it. A column is a listed row, which
+// every token of its sequence sees, or a token without a slot, which itself and the later tokens of its sequence see.
+//
+//   avl_token_attend   (ceil(t / kTeams), H)         attended, and the logarithms of the softmax sums
+//   avl_token_scores   (ceil((N + t) / kTeams))      row_scores and token_scores, from those
+//   avl_token_join     (t)                           after avl_merge, in a decode step: a token without a slot sees itself
+//
+// t tokens of B sequences, N row ids, H query and H_kv key/value heads, H = GROUP * H_kv; a block has 32 * WARPS threads
+// and no dynamic shared memory. Grids follow from the shapes alone, counts are read from the offsets in device memory,
+// nothing is allocated and no sum depends on the order of blocks: a CUDA graph may hold all of it.
+//
+// kLanes neighbouring lanes, a team, share a query (in the scores: a column) and hold its elements in 16-byte pieces,
+// in turn. The columns of a tile lie in shared memory as float32; all teams of a warp read the same column at a time, so
+// that a read is one for all of them. A block takes neighbouring tokens of one head, which share nearly all columns. No
+// t x t matrix is ever formed: the scores compute their few logits anew. Multiplications are plain float32: matrix units
+// are not used.
+//
+// Compiled as core_attention.cu is, once per shape: -DHEAD_DIM= a multiple of 8 up to 256, -DGROUP= query heads per
+// key/value head, -DROW=Half, Bfloat or Float. plugins/emulation runs the same text on a CPU. None of it has run on a
+// GPU yet.
+
+#if !defined(HEAD_DIM) || !defined(GROUP) || !defined(ROW)
+#error "HEAD_DIM, GROUP and ROW (Half, Bfloat or Float) select the kernels' shape"
+#endif
+#ifndef WARPS
+#define WARPS 4  // of a block
+#endif
+
+struct Half { unsigned short bits; };
+struct Bfloat { unsigned short bits; };
+struct Float { float value; };
+using Row = ROW;
+
+// What only a GPU can do. The emulation brings functions of the same names.
+#ifdef __CUDACC__
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+    float result;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float2 unpack(Half, unsigned word) {
+    float2 pair;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(pair.x), "=f"(pair.y) : "r"(word));
+    return pair;
+}
+
+__device__ __forceinline__ float2 unpack(Bfloat, unsigned word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+__device__ __forceinline__ unsigned pack(Half, float low, float high) {
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+__device__ __forceinline__ unsigned pack(Bfloat, float low, float high) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+#endif
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kThreads = 32 * WARPS;
+constexpr int kPiece = 8;                              // elements
+constexpr int kPieces = HEAD_DIM / kPiece;             // of one head of a row
+constexpr int kLanes = HEAD_DIM <= 64 ? 2 : HEAD_DIM <= 128 ? 4 : 8;
+constexpr int kMine = (kPieces + kLanes - 1) / kLanes; // pieces of a lane; those past kPieces are zeros
+constexpr int kTeams = kThreads / kLanes;              // of a block
+constexpr int kColumns = HEAD_DIM <= 128 ? 32 : 16;    // of a tile: at most 32 KB of keys and values
+constexpr int kAtOnce = 8;                             // columns between two looks at the peak
+constexpr int kUnseen = 0x7fffffff;                    // above the index of every token
+constexpr float kLowest = -3.0e38f;                    // under every logit, and finite: a difference is never NaN
+
+static_assert(HEAD_DIM % kPiece == 0 && HEAD_DIM <= 256, "a head is read in 16-byte pieces by at most eight lanes");
+
+__device__ __forceinline__ int team_index() { return threadIdx.x / kLanes; }
+__device__ __forceinline__ int lane_of_team() { return threadIdx.x % kLanes; }
+
+// A piece of a row in float32.
+template <class Narrow> __device__ __forceinline__ void load_piece(const Narrow* from, float (&to)[kPiece]) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack(Narrow{}, words[i]);
+        to[2 * i] = pair.x;
+        to[2 * i + 1] = pair.y;
+    }
+}
+
+__device__ __forceinline__ void load_piece(const Float* from, float (&to)[kPiece]) {
+#pragma unroll
+    for (int i = 0; i < kPiece; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + i);
+        to[i] = four.x;
+        to[i + 1] = four.y;
+        to[i + 2] = four.z;
+        to[i + 3] = four.w;
+    }
+}
+
+template <class Narrow> __device__ __forceinline__ void store_piece(Narrow* to, const float (&from)[kPiece]) {
+    *reinterpret_cast<uint4*>(to) = {pack(Narrow{}, from[0], from[1]), pack(Narrow{}, from[2], from[3]),
+                                     pack(Narrow{}, from[4], from[5]), pack(Narrow{}, from[6], from[7])};
+}
+
+__device__ __forceinline__ void store_piece(Float* to, const float (&from)[kPiece]) {
+#pragma unroll
+    for (int i = 0; i < kPiece; i += 4)
+        *reinterpret_cast<float4*>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
+}
+
+// One head of a row, spread over a team.
+struct Head {
+    float parts[kMine][kPiece];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int m = 0; m < kMine; ++m)
+#pragma unroll
+            for (int i = 0; i < kPiece; ++i) parts[m][i] = 0;
+    }
+
+    // Zeros if not `there`.
+    __device__ __forceinline__ void load(const Row* from, bool there) {
+        clear();
+#pragma unroll
+        for (int m = 0; m < kMine; ++m)
+            if (const int piece = m * kLanes + lane_of_team(); there && piece < kPieces)
+                load_piece(from + piece * kPiece, parts[m]);
+    }
+
+    __device__ __forceinline__ void store(Row* to) const {
+#pragma unroll
+        for (int m = 0; m < kMine; ++m)
+            if (const int piece = m * kLanes + lane_of_team(); piece < kPieces)
+                store_piece(to + piece * kPiece, parts[m]);
+    }
+
+    __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+        for (int m = 0; m < kMine; ++m)
+#pragma unroll
+            for (int i = 0; i < kPiece; ++i) parts[m][i] *= factor;
+    }
+};
+
+// A query's product with a key is then a logit in units of log 2.
+__device__ __forceinline__ float query_scale() { return 1.44269504f / sqrtf(float(HEAD_DIM)); }
+
+// The sum over a team, in all of its lanes; all lanes of a warp must call.
+__device__ __forceinline__ float sum_over_team(float value) {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAll, value, mask);
+    return value;
+}
+
+__device__ __forceinline__ float dot(const Head& a, const Head& b) {
+    float sum = 0;
+#pragma unroll
+    for (int m = 0; m < kMine; ++m)
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) sum += a.parts[m][i] * b.parts[m][i];
+    return sum_over_team(sum);
+}
+
+// A tile of columns; rows are as wide as all lanes' pieces, so that no lane looks whether a piece is there.
+struct Tile {
+    float keys[kColumns][kMine * kLanes * kPiece];
+    float values[kColumns][kMine * kLanes * kPiece];
+    int order[kColumns];  // the first token that sees the column
+
+    __device__ __forceinline__ Head head(const float (&row)[kMine * kLanes * kPiece]) const {
+        Head head;
+#pragma unroll
+        for (int m = 0; m < kMine; ++m)
+#pragma unroll
+            for (int i = 0; i < kPiece; ++i) head.parts[m][i] = row[(m * kLanes + lane_of_team()) * kPiece + i];
+        return head;
+    }
+};
+
+// An online softmax of one query.
+struct Softmax {
+    float peak = kLowest, mass = 0;
+    Head sum;
+
+    // Adds `kAtOnce` columns of a tile. A column that the query does not see has the logit kLowest.
+    __device__ __forceinline__ void add(const Tile& tile, int first, const float (&logits)[kAtOnce]) {
+        float higher = peak;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) higher = fmaxf(higher, logits[u]);
+        const float shrink = exp2_approx(peak - higher);
+        peak = higher;
+        mass *= shrink;
+        sum.scale(shrink);
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const float weight = logits[u] > kLowest ? exp2_approx(logits[u] - peak) : 0;
+            mass += weight;
+            const Head value = tile.head(tile.values[first + u]);
+#pragma unroll
+            for (int m = 0; m < kMine; ++m)
+#pragma unroll
+                for (int i = 0; i < kPiece; ++i) sum.parts[m][i] += weight * value.parts[m][i];
+        }
+    }
+};
+
+// The sequence that owns entry `index` of what `offsets` cut up; `sequences` for room past the last.
+__device__ __forceinline__ int owner_of(int index, const int* offsets, int sequences) {
+    int owner = 0;
+    while (owner < sequences && offsets[owner + 1] <= index) ++owner;
+    return owner;
+}
+
+}  // namespace
+
+// One block: neighbouring tokens, a team each, for one query head. A token that sees nothing gets zeros.
+extern "C" __global__ void __launch_bounds__(kThreads)
+avl_token_attend(const Row* __restrict__ query,        // [t, H, d]
+                 const Row* __restrict__ key,          // [t, H_kv, d], of the new tokens
+                 const Row* __restrict__ value,        // [t, H_kv, d]
+                 const Row* __restrict__ pool_keys,    // [R, H_kv, d], with the new rows written
+                 const Row* __restrict__ pool_values,  // [R, H_kv, d]
+                 const int* __restrict__ rows,         // [N], ids in [0, R)
+                 const int* __restrict__ row_offsets,  // [B + 1]
+                 const int* __restrict__ slots,        // [t]; negative: the token is a column itself
+                 const int* __restrict__ token_offsets,  // [B + 1]
+                 int tokens, int sequences, int kv_heads,
+                 Row* __restrict__ attended,           // [t, H, d]
+                 float* __restrict__ log_sums) {       // [t, H]: log2 of the sum of 2^logit; for avl_token_scores
+    __shared__ Tile tile;
+    const int head = blockIdx.y, kv_head = head / GROUP, heads = kv_heads * GROUP;
+    const int first = blockIdx.x * kTeams, token = first + team_index();
+    const long long place = (long long)token * heads + head;
+    Head own;
+    own.load(query + place * HEAD_DIM, token < tokens);
+    own.scale(query_scale());
+    Softmax softmax;
+    softmax.sum.clear();
+
+    for (int s = 0; s < sequences; ++s) {
+        const int begin = token_offsets[s], end = token_offsets[s + 1];
+        if (end <= first || begin >= first + kTeams) continue;
+        const bool member = begin <= token && token < end;
+        const int listed = row_offsets[s + 1] - row_offsets[s];
+        const int columns = listed + min(end, first + kTeams) - begin;  // what the block's last token sees
+        for (int at = 0; at < columns; at += kColumns) {
+            __syncthreads();  // the last tile has been read
+            for (int i = threadIdx.x; i < kColumns * kMine * kLanes; i += kThreads) {
+                const int column = at + i / (kMine * kLanes), piece = i % (kMine * kLanes);
+                const bool row = column < listed, there = column < columns && piece < kPieces;
+                const int index = !there ? 0 : row ? rows[row_offsets[s] + column] : begin + column - listed;
+                const long long from = ((long long)index * kv_heads + kv_head) * HEAD_DIM + piece * kPiece;
+                float keys[kPiece] = {}, values[kPiece] = {};
+                if (there) {
+                    load_piece((row ? pool_keys : key) + from, keys);
+                    load_piece((row ? pool_values : value) + from, values);
+                }
+#pragma unroll
+                for (int e = 0; e < kPiece; ++e) {
+                    tile.keys[column - at][piece * kPiece + e] = keys[e];
+                    tile.values[column - at][piece * kPiece + e] = values[e];
+                }
+            }
+            for (int i = threadIdx.x; i < kColumns; i += kThreads) {
+                const int other = begin + at + i - listed;
+                tile.order[i] = at + i < listed ? -1 : at + i < columns && slots[other] < 0 ? other : kUnseen;
+            }
+            __syncthreads();
+            for (int i = 0; i < min(kColumns, columns - at); i += kAtOnce) {
+                float logits[kAtOnce];
+#pragma unroll
+                for (int u = 0; u < kAtOnce; ++u) {
+                    const float logit = dot(own, tile.head(tile.keys[i + u]));
+                    logits[u] = member && tile.order[i + u] <= token ? logit : kLowest;
+                }
+                softmax.add(tile, i, logits);
+            }
+        }
+    }
+    if (token >= tokens) return;
+    softmax.sum.scale(softmax.mass > 0 ? 1 / softmax.mass : 0);
+    softmax.sum.store(attended + place * HEAD_DIM);
+    if (lane_of_team() == 0) log_sums[place] = softmax.mass > 0 ? softmax.peak + log2_approx(softmax.mass) : kLowest;
+}
+
+// A team takes a column: first the listed rows, then the tokens. Room past the last row, and tokens with a slot, get 0.
+extern "C" __global__ void __launch_bounds__(kThreads)
+avl_token_scores(const Row* __restrict__ query,        // as above
+                 const Row* __restrict__ key,
+                 const Row* __restrict__ pool_keys,
+                 const int* __restrict__ rows,
+                 const int* __restrict__ row_offsets,
+                 const int* __restrict__ slots,
+                 const int* __restrict__ token_offsets,
+                 const int* __restrict__ score_queries,  // [W]: tokens; -1 is nobody
+                 const float* __restrict__ log_sums,     // [t, H], as avl_token_attend left it
+                 int tokens, int sequences, int kv_heads, int room, int queries,  // room: N, queries: W
+                 float* __restrict__ row_scores,         // [N]
+                 float* __restrict__ token_scores) {     // [2, t]
+    const int column = blockIdx.x * kTeams + team_index(), heads = kv_heads * GROUP;
+    const bool is_row = column < room, inside = column < room + tokens;
+    const int entry = is_row ? column : column - room;
+    const int owner = inside ? owner_of(entry, is_row ? row_offsets : token_offsets, sequences) : sequences;
+    const bool there = owner < sequences && (is_row || slots[entry] < 0);
+    const int begin = there ? token_offsets[owner] : 0, end = there ? token_offsets[owner + 1] : 0;
+    const long long index = there ? is_row ? rows[entry] : entry : 0;
+    const int asked = int(blockIdx.x + 1) * kTeams <= room ? 0 : queries;  // rows are scored by the last token alone
+    float last = 0, summed = 0;
+    for (int kv_head = 0; kv_head < kv_heads; ++kv_head) {
+        Head own;
+        own.load((is_row ? pool_keys : key) + (index * kv_heads + kv_head) * HEAD_DIM, there);
+        for (int q = 0; q <= asked; ++q) {
+            const bool is_last = q == asked;
+            const int token = is_last ? end - 1 : score_queries[q];
+            const bool sees = there && begin <= token && token < end && (is_row ? is_last : entry <= token);
+            for (int head = kv_head * GROUP; head < (kv_head + 1) * GROUP; ++head) {
+                const long long place = sees ? (long long)token * heads + head : 0;
+                Head asking;
+                asking.load(query + place * HEAD_DIM, sees);
+                const float logit = dot(asking, own) * query_scale();
+                const float weight = sees ? exp2_approx(logit - log_sums[place]) : 0;
+                last += is_last ? weight : 0;
+                summed += is_last ? 0 : weight;
+            }
+        }
+    }
+    if (!inside || lane_of_team() != 0) return;
+    (is_row ? row_scores : token_scores)[entry] = last / heads;
+    if (!is_row) token_scores[tokens + entry] = summed / heads;
+}
+
+// One block: the one new token of a sequence in a decode step. Without a slot it is no row, but sees itself: its own key
+// and value join what avl_merge left. The scores of a token with a slot are 0, as it is among the rows.
+extern "C" __global__ void __launch_bounds__(kThreads)
+avl_token_join(const Row* __restrict__ query,          // [t, H, d]
+               const Row* __restrict__ key,            // [t, H_kv, d]
+               const Row* __restrict__ value,          // [t, H_kv, d]
+               const int* __restrict__ slots,          // [t]
+               const int* __restrict__ score_queries,  // [W]
+               int tokens, int kv_heads, int queries,
+               Row* __restrict__ attended,             // [t, H, d], changed in place
+               float* __restrict__ log_sums,           // [t, H], likewise
+               float* __restrict__ token_scores) {     // [2, t]; null when nobody looks
+    __shared__ float parts[kTeams];
+    const int token = blockIdx.x, heads = kv_heads * GROUP;
+    const bool homeless = slots[token] < 0;
+    float weights = 0;
+    for (int first = 0; homeless && first < heads; first += kTeams) {
+        const int head = first + team_index();
+        const bool there = head < heads;
+        const long long place = (long long)token * heads + head;
+        const long long from = ((long long)token * kv_heads + head / GROUP) * HEAD_DIM;
+        Head asking, own, result, added;
+        asking.load(query + place * HEAD_DIM, there);
+        own.load(key + from, there);
+        const float before = there ? log_sums[place] : kLowest;
+        const float logit = dot(asking, own) * query_scale();
+        __syncwarp();  // all lanes of the team have read the old sum
+        if (there) {
+            const float peak = fmaxf(before, logit);
+            const float after = peak + log2_approx(exp2_approx(before - peak) + exp2_approx(logit - peak));
+            const float kept = exp2_approx(before - after), weight = exp2_approx(logit - after);
+            result.load(attended + place * HEAD_DIM, true);
+            added.load(value + from, true);
+#pragma unroll
+            for (int m = 0; m < kMine; ++m)
+#pragma unroll
+                for (int i = 0; i < kPiece; ++i)
+                    result.parts[m][i] = kept * result.parts[m][i] + weight * added.parts[m][i];
+            result.store(attended + place * HEAD_DIM);
+            if (lane_of_team() == 0) log_sums[place] = after;
+            weights += weight;
+        }
+    }
+    if (!token_scores) return;
+    if (lane_of_team() == 0) parts[team_index()] = weights;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    float mean = 0;
+    for (int team = 0; team < kTeams; ++team) mean += parts[team];
+    mean /= heads;
+    int times = 0;
+    for (int q = 0; q < queries; ++q) times += score_queries[q] == token;
+    token_scores[token] = mean;
+    token_scores[tokens + token] = times * mean;
+}

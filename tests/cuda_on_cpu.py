@@ -1,0 +1,206 @@
+"""The GPU backend without a GPU: a device that does everything at once, and kernels that run on the CPU.
+
+`ReferenceModule` computes what the kernels promise, in torch, from the raw addresses that they are launched with, for
+rows of any dtype; `EmulatedModule` runs the CUDA source itself, compiled as C++ by `plugins/emulation`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from avl_edge.checkpoint import load_weights
+from avl_edge.cuda import Kernels, KernelShape, Module
+from avl_edge.cuda.driver import Argument, Grid
+from avl_edge.cuda_backend import CudaBackend, load_model
+from avl_edge.pool import RowStore
+from avl_edge.spec import read_spec
+
+_SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4}
+
+
+class HostDevice:
+    """The CPU as an accelerator. A recorded step is the step itself, over the same memory; `log` says what happened."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.log: list[str] = []
+
+    def stream(self) -> int:
+        return 7
+
+    def host_memory(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Filled with what nobody wrote, as memory is."""
+        return torch.full(size, 2**30 if not dtype.is_floating_point else math.nan, dtype=dtype)
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.log.append("record")
+        step()
+
+        def replay() -> None:
+            self.log.append("replay")
+            step()
+
+        return replay
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+
+def at(pointer: Argument, dtype: torch.dtype, *shape: int, strides: tuple[int, ...] | None = None) -> Tensor:
+    """The memory behind a pointer as a tensor; nothing for a shape without elements."""
+    if strides is None:
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    assert pointer.value, "a null pointer was read"
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_char * (elements * _SIZES[dtype])).from_address(pointer.value)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+class ReferenceModule:
+    """Kernels by name, as plain functions of the memory that they are pointed to. The whole selection is split 0."""
+
+    def __init__(self, shape: KernelShape, dtype: torch.dtype) -> None:
+        self._dim, self._group, self._dtype = shape.head_dim, shape.group, dtype
+        self.launched: list[str] = []
+
+    def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
+        assert threads == 128
+        assert stream == 7, "launched on another stream than the work before and after it"
+        self.launched.append(kernel)
+        getattr(self, kernel)(grid, *arguments)
+
+    def _pool(self, pointer: Argument, rows: Tensor, kv_heads: int, row: Argument, head: Argument) -> Tensor:
+        """The pool up to the last row that is named."""
+        size = int(rows.max()) + 1 if rows.numel() else 0
+        strides = (int(row.value or 0), int(head.value or 0), 1)
+        return at(pointer, self._dtype, size, kv_heads, self._dim, strides=strides)
+
+    def avl_append(self, grid: Grid, *a: Argument) -> None:
+        new_keys, new_values, slots, kv_heads, *strides, keys, values = a
+        ids, heads = at(slots, torch.int32, grid[0]), int(kv_heads.value or 0)
+        assert grid[1] == 2
+        kept = torch.nonzero(ids >= 0)[:, 0]
+        assert len(set(ids[kept].tolist())) == len(kept), "two new rows go into one slot"
+        for new, pool, stride in ((new_keys, keys, strides[:2]), (new_values, values, strides[2:])):
+            rows = at(new, self._dtype, grid[0], heads, self._dim)
+            self._pool(pool, ids[kept], heads, *stride)[ids[kept].long()] = rows[kept]
+
+    def avl_attend(self, grid: Grid, *a: Argument) -> None:
+        query, keys, values, rows, offsets, *strides, capacity, sums, states, logits = a
+        (kv_heads, splits, batch), room = grid, int(capacity.value or 0)
+        heads = kv_heads * self._group
+        bounds = at(offsets, torch.int32, batch + 1).tolist()
+        assert bounds == sorted(bounds)
+        assert bounds[-1] <= room
+        for b in range(batch):
+            ids = at(rows, torch.int32, room)[bounds[b] : bounds[b + 1]]
+            if not len(ids):
+                continue
+            wide_keys, wide_values = (
+                self._pool(pool, ids, kv_heads, *stride)[ids.long()].double().repeat_interleave(self._group, 1)
+                for pool, stride in ((keys, strides[:2]), (values, strides[2:]))
+            )
+            own = at(query, self._dtype, batch, heads, self._dim)[b].double()
+            products = torch.einsum("hd,rhd->hr", own, wide_keys) / math.sqrt(self._dim) * math.log2(math.e)
+            peak = products.amax(1)
+            weights = torch.exp2(products - peak[:, None])
+            at(sums, torch.float32, batch, splits, heads, self._dim)[b, 0] = torch.einsum(
+                "hr,rhd->hd", weights, wide_values
+            ).float()
+            at(states, torch.float32, batch, splits, heads, 2)[b, 0] = torch.stack([peak, weights.sum(1)], 1).float()
+            if logits.value:
+                at(logits, torch.float32, heads, room)[:, bounds[b] : bounds[b + 1]] = products.float()
+
+    def avl_merge(self, grid: Grid, *a: Argument) -> None:
+        sums, states, offsets, n_heads, n_splits, out, log_sums = a
+        batch, heads, splits = grid[1], int(n_heads.value or 0), int(n_splits.value or 0)
+        assert grid[0] == -(-heads // 4)
+        counts = at(offsets, torch.int32, batch + 1).diff()
+        peak, mass = at(states, torch.float32, batch, splits, heads, 2)[:, 0].unbind(-1)
+        result = at(sums, torch.float32, batch, splits, heads, self._dim)[:, 0] / mass[..., None]
+        there = (counts > 0)[:, None]
+        at(out, self._dtype, batch, heads, self._dim)[:] = torch.where(there[..., None], result, 0).to(self._dtype)
+        at(log_sums, torch.float32, batch, heads)[:] = torch.where(there, peak + mass.log2(), -3e38)
+
+    def avl_scores(self, grid: Grid, *a: Argument) -> None:
+        logits, log_sums, offsets, n_heads, capacity, scores = a
+        batch, heads, room = grid[1], int(n_heads.value or 0), int(capacity.value or 0)
+        bounds = at(offsets, torch.int32, batch + 1).tolist()
+        for b in range(batch):
+            own = at(logits, torch.float32, heads, room)[:, bounds[b] : bounds[b + 1]]
+            weights = torch.exp2(own - at(log_sums, torch.float32, batch, heads)[b, :, None])
+            at(scores, torch.float32, room)[bounds[b] : bounds[b + 1]] = weights.mean(0)
+
+    def avl_prompt_logits(self, grid: Grid, *a: Argument) -> None:
+        query, keys, positions, *sizes, logits = a
+        n, queries, query_token, query_head, key_token, key_head = (int(size.value or 0) for size in sizes)
+        heads = grid[0] * self._group
+        ids = at(positions, torch.int32, queries).long()
+        assert 0 <= int(ids.min()) <= int(ids.max()) < n
+        all_queries = at(query, self._dtype, n, heads, self._dim, strides=(query_token, query_head, 1))
+        all_keys = at(keys, self._dtype, n, grid[0], self._dim, strides=(key_token, key_head, 1))
+        wide = all_keys.double().repeat_interleave(self._group, 1)
+        products = torch.einsum("qhd,nhd->qhn", all_queries[ids].double(), wide)
+        products *= math.log2(math.e) / math.sqrt(self._dim)
+        products[(torch.arange(n) > ids[:, None])[:, None].expand_as(products)] = -3e38
+        at(logits, torch.float32, queries, heads, n)[:] = products.float()
+
+    def avl_prompt_log_sums(self, grid: Grid, *a: Argument) -> None:
+        logits, n, softmaxes, log_sums = a
+        size, count = int(n.value or 0), int(softmaxes.value or 0)
+        assert grid == (-(-count // 4), 1, 1)
+        natural = at(logits, torch.float32, count, size).double() * math.log(2)
+        at(log_sums, torch.float32, count)[:] = (natural.logsumexp(1) / math.log(2)).float()
+
+    def avl_prompt_scores(self, grid: Grid, *a: Argument) -> None:
+        logits, log_sums, *sizes, last, total = a
+        n, heads, queries, summed = (int(size.value or 0) for size in sizes)
+        assert grid == (-(-n // 32), 1, 1)
+        sums = at(log_sums, torch.float32, queries, heads, 1)
+        received = torch.exp2(at(logits, torch.float32, queries, heads, n) - sums).mean(1)
+        at(total, torch.float32, n)[:] += received[:summed].sum(0)
+        at(last, torch.float32, n)[:] = received[-1]
+
+
+class EmulatedModule:
+    """The CUDA source as a shared library of `plugins/emulation`."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
+        assert stream == 7
+        assert threads in (32, 64, 128)
+        addresses = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(argument) for argument in arguments])
+        assert self._library.avl_launch(kernel.encode(), *grid, 0, addresses) == 0
+
+
+def reference_kernels(head_dim: int, group: int, dtype: torch.dtype) -> Kernels:
+    """Kernels that compute in torch; float32 rows too, which the source does not take."""
+    shape = KernelShape(head_dim, group, "Bfloat" if dtype == torch.bfloat16 else "Half")
+    return Kernels(ReferenceModule(shape, dtype), shape)
+
+
+def backend_for(
+    directory: Path, pages: int, module: Module | None = None, warps: int = 4
+) -> tuple[CudaBackend, HostDevice]:
+    """The GPU backend over a checkpoint, on the CPU, its kernels the reference or ``module``."""
+    spec = read_spec(directory)
+    device = HostDevice()
+    model = load_model(spec, load_weights(directory), device.device)
+    text = spec.text
+    store = RowStore(pages, text.kv_shape(model.dtype.itemsize), model.dtype)
+    group = text.heads // text.kv_heads
+    kernels = reference_kernels(text.head_dim, group, model.dtype)
+    if module is not None:
+        row = "Bfloat" if model.dtype == torch.bfloat16 else "Half"
+        kernels = Kernels(module, KernelShape(text.head_dim, group, row, warps), multiprocessors=1)
+    return CudaBackend(model, store, kernels, device), device

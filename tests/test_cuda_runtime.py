@@ -1,0 +1,100 @@
+"""The runtime on a GPU, with a device and kernels of the CPU in its place."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from avl_edge import BadInput, Formats, Options, Runtime
+from avl_edge.cli import app, run_app
+from avl_edge.cuda import Kernels, KernelShape, NoCuda
+from avl_edge.cuda_backend import CudaBackend
+from tests.checkpoints import random_image
+from tests.conftest import Checkpoints
+from tests.cuda_on_cpu import HostDevice, reference_kernels
+
+PROMPT = "What is shown in this picture?"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(shape: KernelShape, _: int = 0) -> Kernels:
+        dtype = {"Half": "float16", "Bfloat": "bfloat16"}[shape.row]
+        return reference_kernels(shape.head_dim, shape.group, getattr(torch, dtype))
+
+    monkeypatch.setattr("avl_edge.runtime.CudaDevice", HostDevice)
+    monkeypatch.setattr(Kernels, "load", load)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_answers_are_those_of_the_cpu(checkpoint: Checkpoints, temperature: float) -> None:
+    directory = checkpoint("llama-gqa-full", dtype=torch.float16)
+    options = Options(method="full", max_new_tokens=12, temperature=temperature, seed=3)
+    answers = []
+    for device in ("cpu", "cuda"):
+        runtime = Runtime.load(directory, device=device)
+        running = [runtime.generate([random_image(seed, 60)], PROMPT, options) for seed in range(3)]
+        answers.append([generation.result() for generation in running])
+    assert [each.token_ids for each in answers[0]] == [each.token_ids for each in answers[1]]
+    assert answers[1][0].backend == "torch-cpu+kernels"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_greedy_answers_are_chosen_on_the_device(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "decode", None)
+    runtime = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
+    result = runtime.generate([], PROMPT, Options(method="full", max_new_tokens=5)).result()
+    assert len(result.token_ids) == 5
+
+
+@pytest.mark.usefixtures("gpu")
+def test_rows_are_not_packed_to_keep_a_budget(checkpoint: Checkpoints) -> None:
+    runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
+    image = [random_image(0, 60)]
+    whole = runtime.prepare(image, PROMPT, Options(max_new_tokens=4)).plan.peak_bytes
+    request = runtime.prepare(image, PROMPT, Options(method="avl", max_new_tokens=4, kv_budget=whole * 3 // 4))
+    assert request.plan.formats.all_exact
+    assert runtime.prepare(image, PROMPT, Options(max_new_tokens=4, kv_budget=whole * 3 // 4)).plan.formats.all_exact
+    with pytest.raises(BadInput, match="exact rows only"):
+        runtime.prepare(image, PROMPT, Options(formats=Formats("int8", "int8", "int8")))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_a_gpu_cannot_do_is_refused_before_the_weights_are_loaded(checkpoint: Checkpoints) -> None:
+    runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
+    for options, reason in (
+        (Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8")), "exact rows only"),
+        (Options(method="coarse"), "does not choose rows within a step"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            runtime.prepare([random_image(0, 60)], PROMPT, options)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_reserve_of_the_profile_does_not_forbid_the_gpu(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every board with a profile has a reserve by default; only one that was asked for is refused there."""
+    command = import_module("avl_edge.cli.run")
+    loaded = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
+    monkeypatch.setattr(command, "reserve_bytes", lambda _: 1000)
+    monkeypatch.setattr(command.Runtime, "open", lambda *_, **__: loaded)
+    monkeypatch.setattr(command.Runtime, "load_weights", lambda *_, **__: None)
+    arguments = ["run", "--prompt", "hi", "--device", "cuda", "--max-new-tokens", "2"]
+    assert run_app(arguments) == 0
+    assert run_app([*arguments, "--reserve", "1kB"]) == 2
+    assert "rows on a GPU cannot be stored smaller" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_command_ends_with_2(checkpoint: Checkpoints) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(NoCuda):
+        Runtime.load(checkpoint("llama-gqa-full"), device="cuda")
+    with pytest.raises(BadInput, match="no device 'tpu': choose one of cpu, cuda"):
+        Runtime.load(checkpoint("llama-gqa-full"), device="tpu")
+    assert CliRunner().invoke(app, ["run", "--prompt", "hi", "--device", "cuda"]).exit_code != 0

@@ -1,0 +1,476 @@
+"""The TensorRT plugin: its numbers against ONNX Runtime on the graph's own reference body, its methods against the real
+Python bindings of TensorRT.
+
+The bindings come from the package index, three versions of one package side by side, each in a folder of pytest's
+cache. Their libraries, which hold TensorRT itself, do not: libraries that export the same few names and do nothing take
+their place, so that the package can be imported and its classes used. The kernels are `plugins/cuda`'s, on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avl_edge.cuda import Kernels, NoCuda, nvrtc
+from avl_edge.errors import BadInput
+from avl_edge.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, reference_function
+from avl_edge.trt import Attention, PluginMissing, Sizes, TokenKernels, TokenShape, digest, register, token_cubin
+from avl_edge.trt import kernels as token_kernels
+from tests.trt_on_cpu import COMPILER, SHAPES, Call, Shape, make_call, run_call
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+ROOT = Path(__file__).resolve().parent.parent
+BINDINGS = {"10.3.0": "libnvinfer.so.10", "10.16.1.11": "libnvinfer.so.10", "11.4.0.106": "libnvinfer.so.11"}
+"""What JetPack 6 and 7.2 have, and the newest; with the name of the library that it asks for."""
+TOLERANCE = {"float32": 4e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Of results that are at most about 4, against float32: a unit in the last place, twice where a token joins."""
+KINDS = ("step", "prompt", "mixed")
+
+STUB = """
+#define STUB(name) void *name(void) { return 0; }
+STUB(createInferBuilder_INTERNAL) STUB(createInferRefitter_INTERNAL) STUB(createInferRuntime_INTERNAL)
+STUB(createNvOnnxParserRefitter_INTERNAL) STUB(createNvOnnxParser_INTERNAL) STUB(getBuilderPluginRegistry)
+STUB(getNvOnnxParserVersion) STUB(getPluginRegistry) STUB(initLibNvInferPlugins)
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the kernels of all shapes, compiled for the CPU."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to build the emulation with")
+    folder = tmp_path_factory.mktemp("kernels")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda shape: shape.compile(folder), SHAPES))
+    return folder
+
+
+def reference(shape: Shape, call: Call) -> dict[str, Any]:
+    """ONNX Runtime on a graph of the one node with its reference body, in float32, over the same rounded numbers."""
+    helper, kinds = onnx.helper, {torch.int32: onnx.TensorProto.INT32}
+    feeds = {name: call[name] if call[name].dtype in kinds else call[name].float() for name in INPUTS}
+    inputs = [
+        helper.make_tensor_value_info(name, kinds.get(feed.dtype, onnx.TensorProto.FLOAT), [None] * feed.ndim)
+        for name, feed in feeds.items()
+    ]
+    node = helper.make_node(OPERATOR, INPUTS, OUTPUTS, domain=DOMAIN, layer=int(call["layer"]))
+    ranks = {"attended": 3, "row_scores": 1, "token_scores": 2}
+    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * ranks[name]) for name in OUTPUTS]
+    kv_heads = call["key"].shape[1]
+    model = helper.make_model(
+        helper.make_graph([node], "node", inputs, outputs),
+        functions=[reference_function(kv_heads * shape.group, kv_heads, shape.head_dim)],
+        opset_imports=[helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=9,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip(OUTPUTS, session.run(None, {name: feed.numpy() for name, feed in feeds.items()}), strict=True))
+
+
+def check(shape: Shape, call: Call, found: Call) -> None:
+    expected, listed = reference(shape, call), int(call["row_offsets"][1, -1])
+    np.testing.assert_allclose(found["attended"].float(), expected["attended"], atol=TOLERANCE[shape.dtype], rtol=0)
+    if call["score_queries"].numel():
+        rows = found["row_scores"][:listed]
+        np.testing.assert_allclose(rows, expected["row_scores"][:listed], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(found["token_scores"], expected["token_scores"], atol=2e-5, rtol=0)
+    slots = call["slots"][1]
+    for name, new in (("pool_keys", "key"), ("pool_values", "value")):
+        pool = call[name].clone()
+        pool[slots[slots >= 0].long()] = call[new][slots >= 0]
+        assert torch.equal(found[name].view(torch.uint8), pool.view(torch.uint8)), "other rows than those with a slot"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    kind=st.sampled_from(KINDS),
+    counts=st.one_of(
+        st.lists(st.just(1), min_size=1, max_size=4),  # a decode step
+        st.lists(st.integers(1, 9), min_size=1, max_size=3),
+        st.lists(st.integers(18, 30), min_size=1, max_size=1),  # more tokens than a block takes
+    ),
+    backwards=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_numbers_are_those_of_the_reference_body(
+    kernels: Path, shape: Shape, kind: str, counts: list[int], backwards: bool, seed: int
+) -> None:
+    call = make_call(shape, kind, counts, seed)
+    check(shape, call, run_call(shape.attention(kernels, backwards=backwards), call))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.dtype)
+def test_step_whose_token_has_no_slot(kernels: Path, shape: Shape) -> None:
+    """A prompt of one token looks like a step: the token is no row, yet it sees itself."""
+    call = make_call(shape, "prompt", [1], 3)
+    call["row_offsets"][:] = 0
+    found = run_call(shape.attention(kernels), call)
+    check(shape, call, found)
+    torch.testing.assert_close(found["attended"], call["value"].repeat_interleave(shape.group, 1))
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(kernels: Path) -> None:
+    """Sums of a step are cut by the pool's size, not by who else is in the batch: the bits are the same."""
+    shape = SHAPES[0]
+    both = make_call(shape, "step", [1, 1], 11)
+    alone = dict(both)
+    end = int(both["row_offsets"][1, 1])
+    for name in ("query", "key", "value"):
+        alone[name] = both[name][:1]
+    alone["rows"], alone["slots"] = both["rows"][:, :end].contiguous(), both["slots"][:, :1].contiguous()
+    alone["row_offsets"], alone["token_offsets"] = both["row_offsets"][:, :2].contiguous(), both["token_offsets"][:2]
+    # The neighbour's new row is not written here: this sequence must not read it.
+    alone["score_queries"] = torch.zeros(0, dtype=torch.int32)
+    attention = shape.attention(kernels)
+    assert torch.equal(run_call(attention, both)["attended"][:1], run_call(attention, alone)["attended"])
+
+
+class Recorder:
+    """A module that keeps what it would have launched: kernels, grids and arguments."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+
+    def launch(self, kernel: str, grid: Any, threads: int, stream: int, arguments: Any) -> None:
+        self.launched.append((kernel, grid, threads, stream, [argument.value for argument in arguments]))
+
+
+ADDRESSES = [[4096 * at for at in range(1, 1 + len(INPUTS))], [4096 * at for at in range(20, 23)], 4096 * 30]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_launches_follow_from_shapes_alone(dtype: str, tokens: int) -> None:
+    """So a recorded step holds whatever its buffers hold later. Addresses are such as nobody could read."""
+    shape, recorder = Shape(64, 2, dtype), Recorder()
+    attention = Attention(Kernels(recorder, shape.core), TokenKernels(recorder, shape.tokens))
+    sizes = Sizes(tokens, 2, 500, 3, 2000, 8, 4, 64, 32)
+    inputs, outputs, workspace = ADDRESSES
+    for layer in (0, 31):
+        attention.run(sizes, layer, inputs, outputs, workspace, 7)
+    first, second = recorder.launched[: len(recorder.launched) // 2], recorder.launched[len(recorder.launched) // 2 :]
+    step = dtype == "float16" and tokens == 2
+    names = (
+        ["append", "attend", "merge", "token_join", "scores"] if step else ["append", "token_attend", "token_scores"]
+    )
+    assert [kernel for kernel, *_ in first] == [f"avl_{name}" for name in names]
+    assert [launch[:4] for launch in first] == [launch[:4] for launch in second]
+    moved = {
+        a: b for one, two in zip(first, second, strict=True) for a, b in zip(one[4], two[4], strict=True) if a != b
+    }
+    tables = {"rows": 500, "row_offsets": 3, "slots": tokens}
+    assert moved == {inputs[INPUTS.index(name)]: inputs[INPUTS.index(name)] + 31 * 4 * n for name, n in tables.items()}
+
+
+def test_nobody_asks_for_scores() -> None:
+    """Then their kernels are not launched, and a step's logits not written."""
+    for tokens, names in ((2, ["append", "attend", "merge", "token_join"]), (9, ["append", "token_attend"])):
+        shape, recorder = Shape(64, 2, "bfloat16"), Recorder()
+        attention = Attention(Kernels(recorder, shape.core), TokenKernels(recorder, shape.tokens))
+        attention.run(Sizes(tokens, 2, 500, 0, 2000, 8, 4, 64, 32), 0, *ADDRESSES, 7)
+        assert [kernel for kernel, *_ in recorder.launched] == [f"avl_{name}" for name in names]
+        null = {"avl_attend": 1, "avl_token_join": 1}
+        for kernel, *_, arguments in recorder.launched:
+            assert arguments.count(None) == null.get(kernel, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_loaded_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiled for the GPU at hand, here a name; LLaVA-1.5-7B's sizes need the scratch memory that arithmetic says."""
+    try:
+        nvrtc.find()
+    except NoCuda as error:
+        pytest.skip(str(error))
+    images: list[bytes] = []
+    gpu = SimpleNamespace(arch="sm_87", cuda=(12, 6), multiprocessors=16, load=lambda image: images.append(image))
+    monkeypatch.setattr("avl_edge.trt.attention.Gpu", lambda: gpu)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    attention = Attention.load(128, 1, dtype)
+    wanted = ("avl_attend", "avl_append"), ("avl_token_attend", "avl_token_scores", "avl_token_join")
+    for image, kernels in zip(images, wanted, strict=True):
+        assert image.startswith(b"\x7fELF")
+        assert all(kernel.encode() in image for kernel in kernels)
+    prompt = Sizes(3072, 1, 4096, 3072, 2**18, 32, 32, 128, 32)
+    step = Sizes(16, 16, 16 * 4096, 16, 2**18, 32, 32, 128, 32)
+    assert attention.workspace_bytes(prompt) >= 3072 * 32 * 4
+    # Sums of 16 sequences in 5 splits, and logits of every row; less than 24 MB.
+    least = 16 * 5 * 32 * 128 * 4 + 32 * 16 * 4096 * 4 if dtype != "float32" else 16 * 32 * 4
+    assert least <= attention.workspace_bytes(step) < 24e6
+
+
+def test_kernels_have_no_race(tmp_path: Path) -> None:
+    """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to build the emulation with")
+    shape = Shape(16, 2, "float16", warps=2)
+    program = """
+import sys, torch
+from pathlib import Path
+from tests.trt_on_cpu import Shape, make_call, run_call
+shape = Shape(16, 2, "float16", warps=2)
+for kind, counts in (("mixed", [9, 3]), ("mixed", [1, 1])):
+    run_call(shape.attention(Path(sys.argv[1])), make_call(shape, kind, counts, 5))
+print("done")
+"""
+    sanitizer = subprocess.run([str(COMPILER), "-print-file-name=libtsan.so"], capture_output=True, text=True)
+    if not Path(sanitizer.stdout.strip()).is_absolute():
+        pytest.skip("the compiler has no thread sanitizer as a shared library")
+    shape.compile(tmp_path, "-fsanitize=thread", "-g1")
+    environment = {**os.environ, "LD_PRELOAD": sanitizer.stdout.strip(), "OMP_NUM_THREADS": "1"}
+    environment["TSAN_OPTIONS"] = f"exitcode=66:called_from_lib=1:suppressions={tmp_path / 'known'}"
+    (tmp_path / "known").write_text("race:libtorch\nrace:libgomp\nrace:python\n")
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
+
+
+class TestCompiled:
+    """For a GPU, by NVRTC; none of it is run."""
+
+    @pytest.mark.parametrize("row", ["Half", "Bfloat", "Float"])
+    @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+    def test_fits_the_registers_of_the_device(self, head_dim: int, row: str) -> None:
+        try:
+            compiler = nvrtc.find()
+        except NoCuda as error:
+            pytest.skip(str(error))
+        options = ["--ptxas-options=-v", *TokenShape(head_dim, 4, row).options]
+        compiled = compiler.compile(token_kernels.source(), token_kernels.NAME, "sm_87", options)
+        assert compiled.log.count("Compiling entry function 'avl_token_") == 3
+        assert compiled.log.count("0 bytes spill stores, 0 bytes spill loads") == 3
+        if compiler.version[0] == 12:
+            assert nvrtc.isa(compiled.ptx) <= (8, 5), "the driver of JetPack 6 refuses newer PTX"
+
+    def test_cached(self, tmp_path: Path) -> None:
+        try:
+            first = token_cubin("sm_87", TokenShape(64, 1, "Half"), folder=tmp_path)
+        except NoCuda as error:
+            pytest.skip(str(error))
+        assert first.startswith(b"\x7fELF")
+        assert len(list(tmp_path.iterdir())) == 1
+        assert token_cubin("sm_87", TokenShape(64, 1, "Half"), folder=tmp_path) == first
+        assert len(list(tmp_path.iterdir())) == 1
+
+    @pytest.mark.parametrize(
+        ("head_dim", "group", "row"), [(12, 1, "Half"), (264, 1, "Half"), (64, 0, "Half"), (64, 1, "Int")]
+    )
+    def test_refused_shapes(self, head_dim: int, group: int, row: str) -> None:
+        with pytest.raises(BadInput, match="the GPU kernels take"):
+            TokenShape(head_dim, group, row)
+
+    def test_digest_follows_both_sources(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = digest()
+        text = token_kernels.source()
+        monkeypatch.setattr(token_kernels, "source", lambda: text + b"\n// more is said")
+        assert digest() == before
+        monkeypatch.setattr(token_kernels, "source", lambda: text + b"\nint more;")
+        assert digest() != before
+        monkeypatch.setattr(token_kernels, "source", lambda: text)
+        monkeypatch.setattr(token_kernels, "core_digest", lambda: "another")
+        assert digest() != before
+
+    def test_lost_source(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(token_kernels, "_PLACES", (Path("/nowhere/token_attention.cu"),))
+        with pytest.raises(NoCuda, match=r"token_attention\.cu is not in /nowhere: install avl-edge again"):
+            token_kernels.source()
+
+
+def test_shapes_that_contradict_each_other() -> None:
+    shapes = [list(make_call(SHAPES[0], "step", [1, 1], 0)[name].shape) for name in INPUTS]
+    assert Sizes.of(shapes).sequences == 2
+    for at in range(len(INPUTS) - 1):
+        wrong = [list(shape) for shape in shapes]
+        wrong[at][-1] += 1
+        if INPUTS[at] == "rows":
+            continue  # its room is its own
+        with pytest.raises(BadInput, match="was given shapes"):
+            Sizes.of(wrong)
+
+
+# Through the real bindings
+
+
+@pytest.fixture(scope="session", params=BINDINGS)
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a process needs to import one version of TensorRT's Python package."""
+    version, compiler = request.param, shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build the stand-ins of TensorRT's libraries with")
+    assert request.config.cache is not None
+    folder = _installed(request.config.cache.mkdir("tensorrt_bindings"), version)
+    libraries = tmp_path_factory.mktemp("libraries")
+    (libraries / "stub.c").write_text(STUB)
+    for part in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
+        name = BINDINGS[version].replace("libnvinfer", part)
+        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", name, "stub.c"]
+        subprocess.run(command, cwd=libraries, check=True)
+    path = f"{folder}{os.pathsep}{ROOT}"
+    return {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _installed(cache: Path, version: str) -> Path:
+    """The package in a folder of its own; skips where the index cannot be reached or has none for this machine."""
+    folder = cache / f"{version}-{sys.implementation.cache_tag}"
+    if not folder.is_dir():
+        staging = cache / f"staging-{os.getpid()}-{version}"
+        package = f"tensorrt-cu12-bindings=={version}"
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "20"]
+        command = [sys.executable, "-m", "pip", "install", *options, "--target", str(staging), package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(staging, ignore_errors=True)
+            pytest.skip(f"{package} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        staging.rename(folder)
+    return folder
+
+
+def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[str, str], tmp_path: Path) -> None:
+    """From the attribute of a node over a serialised engine to the numbers, for every kind of call and dtype."""
+    counts = {"step": [1, 1, 1], "prompt": [7], "mixed": [3, 2]}
+    cases = [(shape, make_call(shape, kind, counts[kind], seed)) for seed, shape in enumerate(SHAPES) for kind in KINDS]
+    path = tmp_path / "cases.pt"
+    torch.save(cases, path)
+    command = [sys.executable, "-m", "tests.trt_on_cpu", str(path), str(kernels)]
+    done = subprocess.run(command, cwd=tmp_path, env=bindings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (shape, call), found in zip(cases, torch.load(path.with_suffix(".out"), weights_only=False), strict=True):
+        check(shape, call, found)
+    report = json.loads(done.stdout)
+    assert report["creator"] == ["CoreAttention", "1", "avl"]
+    assert report["attributes"] == [["layer", "PluginFieldType.INT32"]]
+    assert report["plugin"] == ["CoreAttention", "1", "avl", 3]
+    assert report["capabilities"] == [True, True, True]
+    assert report["tactics"] == []
+    assert report["wrong"] == [], "a dtype or format that the kernels do not know was taken"
+    assert report["ranks"] == [3, 1, 2]
+    assert report["symbols"] == [["query0", "query1", "query2"], ["rows1"], [2, "query0"]]
+    assert report["loaded"] == [[shape.head_dim, shape.group, shape.dtype] for shape in SHAPES], "each once"
+    assert report["missing"] == [], "the bindings have no such names"
+    assert report["registry"] == "TensorRT has no plugin registry: its libraries are not those of its Python package"
+    assert report["refusals"] == [
+        "BadInput: avl::CoreAttention needs the attribute layer, once: build the package again",
+        "BadInput: avl::CoreAttention is for layer 3 of a decoder of 3: build the package again",
+    ]
+
+
+PARSER = """
+import sys
+from pathlib import Path
+import onnx
+import tensorrt_rtx as trt
+from onnx import TensorProto, helper
+from avl_edge.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, for_plugin
+from avl_edge.trt import make_creator
+
+creator = make_creator(trt, None)
+made = type(creator).create_plugin
+
+def create(self, name, fields, phase):
+    plugin = made(self, name, fields, phase)
+    print(name, [int(field.data[0]) for field in plugin.get_fields_to_serialize()], phase.name, flush=True)
+    return plugin
+
+type(creator).create_plugin = create
+registry = trt.get_plugin_registry()
+assert registry.register_creator(creator, DOMAIN)
+assert registry.get_creator(OPERATOR, "1", DOMAIN) is not None
+shapes = [["t", 2, 64]] * 3 + [[8, 2, 64]] * 2 + [[9, "n"], [9, "b"], [9, "t"], ["b"], ["w"]]
+inputs = [
+    helper.make_tensor_value_info(name, TensorProto.FLOAT if at < 5 else TensorProto.INT32, shape)
+    for at, (name, shape) in enumerate(zip(INPUTS, shapes))
+]
+node = helper.make_node(OPERATOR, INPUTS, OUTPUTS, name="node", domain=DOMAIN, layer=7)
+outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
+graph = helper.make_graph([node], "graph", inputs, outputs)
+opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
+model = for_plugin(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+builder = trt.Builder(trt.Logger())
+network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+trt.OnnxParser(network, trt.Logger()).parse(model.SerializeToString())
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt-rtx")
+def test_the_parser_finds_the_plugin() -> None:
+    """A real registry and parser: node, namespace and version lead to our creator, and the layer arrives.
+
+    They are TensorRT-RTX's, whose networks hold no plugins: what it does with the answer, ending the process, is not
+    looked at.
+    """
+    done = subprocess.run([sys.executable, "-c", PARSER], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "node [7] BUILD\n", done.stderr[-2000:]
+
+
+class TestRegister:
+    def test_takes_no_plugins(self) -> None:
+        trt = SimpleNamespace(INetworkDefinition=object, __version__="8.6")
+        with pytest.raises(PluginMissing, match=r"TensorRT 8\.6 takes no plugins: use TensorRT 10\.3 or later"):
+            register(trt)
+
+    @pytest.fixture
+    def trt(self) -> Callable[..., Any]:
+        """A module whose registry keeps what it is given."""
+
+        class Base:
+            def __init__(self) -> None:
+                pass
+
+        class Registry:
+            def __init__(self, takes: bool) -> None:
+                self.takes, self.creators = takes, {}
+
+            def get_creator(self, name: str, version: str, namespace: str) -> Any:
+                return self.creators.get((name, version, namespace))
+
+            def register_creator(self, creator: Any, namespace: str) -> bool:
+                if self.takes:
+                    self.creators[creator.name, creator.plugin_version, namespace] = creator
+                return self.takes
+
+        def make(takes: bool) -> Any:
+            bases = ("IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime", "IPluginCreatorV3One")
+            registry = Registry(takes)
+            return SimpleNamespace(
+                **{name: type(name, (Base,), {}) for name in bases},
+                INetworkDefinition=SimpleNamespace(add_plugin_v3=None),
+                DataType=SimpleNamespace(HALF=1, BF16=2, FLOAT=3),
+                PluginField=lambda *given: given,
+                PluginFieldType=SimpleNamespace(INT32=0),
+                PluginFieldCollection=list,
+                get_plugin_registry=lambda: registry,
+                __version__="10.3.0",
+            )
+
+        return make
+
+    def test_once(self, trt: Callable[..., Any]) -> None:
+        module = trt(True)
+        register(module)
+        first = dict(module.get_plugin_registry().creators)
+        register(module)
+        assert list(first) == [("CoreAttention", "1", "avl")]
+        assert module.get_plugin_registry().creators == first
+
+    def test_refused(self, trt: Callable[..., Any]) -> None:
+        with pytest.raises(PluginMissing, match="refused the plugin avl::CoreAttention"):
+            register(trt(False))

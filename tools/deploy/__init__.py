@@ -1,0 +1,1 @@
+"""Installing on a device: scripts, checks and systemd units."""

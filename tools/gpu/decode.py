@@ -1,0 +1,141 @@
+"""The whole path: the GPU's prompt and decode steps against the CPU's, and recorded steps against launched ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avl_edge.backend import Backend, TorchBackend
+from avl_edge.budget import kv_plan
+from avl_edge.cache import SequenceCache, prompt_shape
+from avl_edge.checkpoint import Weights
+from avl_edge.config import Formats
+from avl_edge.cuda_backend import load_model
+from avl_edge.models import Llava
+from avl_edge.policies import H2O, Avl, Full, Method, Streaming
+from avl_edge.pool import RowPool, RowStore
+from avl_edge.request import ImageSpan, Prompt
+from avl_edge.spec import ModelSpec
+from tools.gpu.place import Place, backend, require
+
+STEPS = 12
+METHODS: tuple[Method, ...] = (Full(), Avl(), H2O(), Streaming())
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint: what it is, and its weights on the CPU."""
+
+    spec: ModelSpec
+    weights: Weights
+
+
+class AsHalf(Weights):
+    """The same weights in float16, whose finer rounding shows smaller errors."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.dtype = torch.float16
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self._weights.take(name, *shape).to(self.dtype)
+
+    def deny(self, name: str) -> None:
+        self._weights.deny(name)
+
+
+def random_prompt(spec: ModelSpec, seed: int) -> Prompt:
+    """Text, one picture of noise, text."""
+    rng = np.random.default_rng(seed)
+    before, after, image = 12 + seed, 20, spec.tokens_per_image
+    ids = rng.integers(10, spec.text.vocab_size // 2, before + image + after)
+    side = spec.vision.image_size
+    pixels = rng.standard_normal((1, 3, side, side), dtype=np.float32)
+    return Prompt(tuple(map(int, ids)), (ImageSpan(str(seed), before, image),), pixels)
+
+
+class Sequences:
+    """A few requests on one backend, decoded together."""
+
+    def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, methods: Sequence[Method]) -> None:
+        self.backend = of
+        shape = model.spec.text.kv_shape(itemsize)
+        pool = RowPool(pages, shape)
+        self.caches: list[SequenceCache] = []
+        self.first: list[Tensor] = []
+        for seed, method in enumerate(methods):
+            prompt = random_prompt(model.spec, seed)
+            assert prompt.pixel_values is not None
+            planned = kv_plan(method, Formats(), shape, prompt_shape(len(prompt), prompt.spans), STEPS)
+            cache = SequenceCache(pool, planned, len(prompt), prompt.spans, shape.layers)
+            features = of.encode_images(prompt.pixel_values)
+            self.first.append(of.prefill(prompt, features, cache))
+            self.caches.append(cache)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Logits ``[sequences, vocabulary]``."""
+        return self.backend.decode(tokens, self.caches)
+
+    def membership(self) -> list[list[tuple[list[int], list[int]]]]:
+        """Which tokens each layer of each sequence holds; the image's core."""
+        return [
+            [(each.text_positions.tolist(), each.image_positions[each.core].tolist()) for each in cache.rows.layers]
+            for cache in self.caches
+        ]
+
+
+def pages_for(model: Model, sequences: int) -> int:
+    """Pages of a pool that holds that many whole contexts of the prompts used here."""
+    longest = len(random_prompt(model.spec, sequences)) + STEPS
+    return sequences * model.spec.text.layers * (longest // 16 + 2)
+
+
+def check_against_cpu(place: Place, model: Model, sequences: int = 3) -> dict[str, float]:
+    """Full attention, whose rows no rounding can change: logits of the prompt and of each step, the CPU's tokens going
+    on in both."""
+    dtype = model.weights.dtype
+    pages = pages_for(model, sequences)
+    oracle = TorchBackend(
+        Llava(model.spec, model.weights), RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype)
+    )
+    ours = backend(place, load_model(model.spec, model.weights, place.accelerator.device), pages)
+    methods = [Full()] * sequences
+    expected, got = (Sequences(each, model, dtype.itemsize, pages, methods) for each in (oracle, ours))
+    worst = max(_distance(a, b) for a, b in zip(got.first, expected.first, strict=True))
+    tokens = [int(logits.argmax()) for logits in expected.first]
+    for _ in range(STEPS):
+        theirs = expected.step(tokens)
+        worst = max(worst, _distance(got.step(tokens), theirs))
+        tokens = theirs.argmax(-1).tolist()
+    limit = 4 * torch.finfo(dtype).eps  # of two programs that round to this dtype after each operator
+    require(worst <= limit, f"logits are {worst:.2e} of their size from the CPU's, more than {limit:.2e}")
+    return {"logits": worst}
+
+
+def check_graphs(place: Place, model: Model) -> dict[str, float]:
+    """Recorded steps give what launched ones give: logits, tokens and rows, for methods that change their rows."""
+    dtype = model.weights.dtype
+    pages = pages_for(model, len(METHODS))
+    on_device = load_model(model.spec, model.weights, place.accelerator.device)
+    recorded, launched = (
+        Sequences(backend(place, on_device, pages, eager=eager), model, dtype.itemsize, pages, METHODS)
+        for eager in (False, True)
+    )
+    tokens, worst = [int(logits.argmax()) for logits in launched.first], 0.0
+    for number in range(STEPS):
+        theirs, ours = launched.step(tokens), recorded.step(tokens)
+        worst = max(worst, _distance(ours, theirs))
+        require(recorded.membership() == launched.membership(), f"the rows differ after step {number + 1}")
+        tokens = theirs.argmax(-1).tolist()
+    require(worst <= torch.finfo(dtype).eps, f"logits of recorded and launched steps are {worst:.2e} apart")
+    return {"logits": worst}
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, as a part of that of the logits; infinite where one is not a number."""
+    difference = float((got.double() - expected.double()).norm() / expected.double().norm())
+    return difference if difference == difference else float("inf")

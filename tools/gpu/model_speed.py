@@ -1,0 +1,151 @@
+"""Whole decode steps of a model in LLaVA-1.6-7B's shape, its weights drawn at random, under full attention and A-VL."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avl_edge.budget import kv_plan
+from avl_edge.cache import SequenceCache, prompt_shape
+from avl_edge.checkpoint import Weights
+from avl_edge.config import Formats
+from avl_edge.cuda_backend import CudaBackend
+from avl_edge.models import Llava
+from avl_edge.policies import Avl, Full, Method
+from avl_edge.pool import RowPool
+from avl_edge.request import ImageSpan, Prompt
+from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
+from tools.gpu.place import Place, backend
+
+PREFIX, IMAGE, SUFFIX = 35, 2340, 36
+METHODS: tuple[Method, ...] = (Full(), Avl())
+
+
+class RandomWeights(Weights):
+    """Draws each tensor on the device when it is asked for, at a scale that keeps activations finite."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self._device = device
+        self.bytes = 0
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The vision tower's bytes are not counted: a decode step does not read them."""
+        drawn = torch.empty(shape, dtype=self.dtype, device=self._device)
+        self.bytes += drawn.nbytes if name.startswith(("text.", "head.")) else 0
+        return drawn.fill_(1) if name.endswith("norm.weight") else drawn.normal_().mul_(shape[-1] ** -0.5)
+
+    def deny(self, name: str) -> None:
+        """Nothing is stored, so nothing is there too many."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run: decoder layers, tokens of a vocabulary, image rows, and steps of each case."""
+
+    layers: int = 32
+    hidden: int = 4096
+    inner: int = 11008
+    heads: int = 32
+    vocabulary: int = 32064
+    image: int = IMAGE
+    steps: int = 48
+
+    @property
+    def spec(self) -> ModelSpec:
+        """With a vision tower of a few numbers: prompts come with random features."""
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        dim = self.hidden // self.heads
+        sizes = (self.hidden, self.inner, self.layers, self.heads, self.heads, dim)
+        text = TextSpec(*sizes, "silu", 1e-5, self.vocabulary, 4096, False, False, False, False, rope)
+        return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt((1,) * (PREFIX + self.image + SUFFIX), (ImageSpan("", PREFIX, self.image),), None)
+
+
+class Model:
+    """The random model on the place's device; ``bytes`` of the weights that a decode step reads."""
+
+    def __init__(self, place: Place, sizes: Sizes, dtype: torch.dtype = torch.float16) -> None:
+        device = place.accelerator.device
+        weights = RandomWeights(dtype, device)
+        with device:
+            self.model = Llava(sizes.spec, weights)
+        embedding = self.model.decoder.embedding.nbytes
+        self.bytes = weights.bytes - embedding  # of the embedding a step reads one row
+        self.features = torch.randn(1, sizes.image, sizes.hidden, dtype=dtype, device=device)
+
+
+def measure(place: Place, model: Model, sizes: Sizes, method: Method, batch: int) -> dict[str, Any]:
+    """Prompts one after the other, then ``steps`` tokens for all of them together."""
+    text, prompt = sizes.spec.text, sizes.prompt
+    shape = text.kv_shape(model.model.dtype.itemsize)
+    planned = kv_plan(method, Formats(), shape, prompt_shape(len(prompt), prompt.spans), sizes.steps)
+    pool = RowPool(batch * planned.pages, shape)
+    ours = backend(place, model.model, pool.pages)
+    caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
+    start = time.perf_counter()
+    for cache in caches:
+        ours.prefill(prompt, model.features, cache)
+    prefilled = time.perf_counter()
+    times = _decode(ours, caches, sizes.steps)
+    step = _typical(times)
+    rows = sum(cache.rows_read for cache in caches) / sizes.steps
+    kv_bytes = rows * shape.row_bytes
+    return {
+        "method": method.name,
+        "batch": batch,
+        "prefill_ms": round(1000 * (prefilled - start) / batch, 2),
+        "step_ms": round(1000 * step, 3),
+        "tokens_per_s": round(batch / step, 1),
+        "kv_bytes_per_step": round(kv_bytes),
+        "weights_bytes": model.bytes,
+        "gb_per_s": round((model.bytes + kv_bytes) / 1e9 / step, 1),
+        "kv_peak_bytes": sum(cache.rows.lease.peak for cache in caches) * pool.page_bytes,
+        "end_to_end_s": round(prefilled - start + sum(times), 3),
+    }
+
+
+def _decode(ours: CudaBackend, caches: list[SequenceCache], steps: int) -> list[float]:
+    """Seconds of each step, on the host's clock: what a caller waits."""
+    tokens, times = [1] * len(caches), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        tokens = ours.decode_greedy(tokens, caches)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _typical(times: list[float]) -> float:
+    """The median over A-VL's refresh cycles, each whole, of the mean step; the first cycles record graphs."""
+    cycle = Avl().refresh
+    means = [sum(times[at : at + cycle]) / cycle for at in range(2 * cycle, len(times) - cycle + 1, cycle)]
+    return median(means)
+
+
+def cases(place: Place, sizes: Sizes, batches: tuple[int, ...] = (1, 16)) -> dict[str, Any]:
+    """Every method at every batch that fits the device's memory, and how much A-VL gains over full attention."""
+    model = Model(place, sizes)
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        for method in METHODS:
+            try:
+                rows.append(measure(place, model, sizes, method, batch))
+            except torch.OutOfMemoryError:
+                rows.append({"method": method.name, "batch": batch, "skipped": "it does not fit the device's memory"})
+    steps: dict[tuple[str, int], float] = {
+        (row["method"], row["batch"]): row["step_ms"] for row in rows if "step_ms" in row
+    }
+    ratios = {
+        f"full_to_avl_step_at_{batch}": round(steps["full", batch] / steps["avl", batch], 3)
+        for batch in batches
+        if steps.keys() >= {("full", batch), ("avl", batch)}
+    }
+    return {"model": f"random float16 weights, {sizes}", "cases": rows, **ratios}

@@ -1,0 +1,73 @@
+"""Where checks run: a device and the kernels on it. Tests put the CPU and reference kernels here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from avl_edge.config import KvShape
+from avl_edge.cuda import Kernels, KernelShape
+from avl_edge.cuda_backend import Accelerator, CudaBackend, CudaDevice
+from avl_edge.models import Llava
+from avl_edge.pool import RowStore
+
+
+class CheckFailed(Exception):
+    """What was found to be wrong."""
+
+
+class Place(Protocol):
+    """A device, and kernels for it by shape."""
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    def kernels(self, shape: KernelShape) -> Kernels: ...
+
+
+@dataclass
+class GpuPlace:
+    """GPU number ``index``; raises :class:`~avl_edge.cuda.NoCuda` where there is none."""
+
+    accelerator: CudaDevice
+    _loaded: dict[KernelShape, Kernels] = field(default_factory=dict)
+
+    def kernels(self, shape: KernelShape) -> Kernels:
+        if shape not in self._loaded:
+            self._loaded[shape] = Kernels.load(shape, self.accelerator.device.index or 0)
+        return self._loaded[shape]
+
+
+class Eager:
+    """An accelerator that records nothing: each step is launched operator by operator."""
+
+    def __init__(self, inner: Accelerator) -> None:
+        self.device = inner.device
+        self.stream, self.host_memory, self.synchronize = inner.stream, inner.host_memory, inner.synchronize
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
+
+
+def backend(place: Place, model: Llava, pages: int, *, eager: bool = False) -> CudaBackend:
+    """A backend over a pool of its own on the place's device, where ``model`` lies."""
+    text, accelerator = model.spec.text, place.accelerator
+    dtype = str(model.dtype).removeprefix("torch.")
+    kernels = place.kernels(KernelShape.of(text.head_dim, text.heads, text.kv_heads, dtype))
+    shape: KvShape = text.kv_shape(model.dtype.itemsize)
+    store = RowStore(pages, shape, model.dtype, str(accelerator.device))
+    return CudaBackend(model, store, kernels, Eager(accelerator) if eager else accelerator)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`CheckFailed` unless a condition holds."""
+    if not condition:
+        raise CheckFailed(message)
+
+
+def row_type(shape: KernelShape) -> torch.dtype:
+    """The dtype of the rows that kernels of a shape take."""
+    return torch.float16 if shape.row == "Half" else torch.bfloat16

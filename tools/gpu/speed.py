@@ -1,0 +1,177 @@
+"""How fast: selected rows against a plain copy and against torch's fused attention, and whole decode steps.
+
+Attention is timed over the rows of several layers in turn, more bytes than caches hold, as a decode step reads them.
+Every figure is a median of rounds, between events of the device's own clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from avl_edge.cuda import KernelShape, Step, Workspace
+from tools.gpu.numerics import pool_of
+from tools.gpu.place import Place, row_type
+
+GB = 1e9
+_CACHES = 512 * 2**20
+"""Bytes: several times the largest second-level cache."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One layer's attention in a decode step: ``batch`` sequences that hold ``rows`` each and read ``selected``.
+
+    The default is LLaVA-1.6-7B's layer after a picture of 2,340 tokens.
+    """
+
+    batch: int
+    selected: int
+    rows: int = 2340
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    layers: int = 8
+
+    @property
+    def shape(self) -> KernelShape:
+        return KernelShape(self.head_dim, self.heads // self.kv_heads, "Half")
+
+    @property
+    def bytes(self) -> int:
+        """Keys and values of the selected rows of one layer."""
+        return self.batch * self.selected * 2 * self.kv_heads * self.head_dim * 2
+
+
+def beyond_caches(load: Load) -> Load:
+    """As many layers as take the selected rows past what any GPU's caches hold, four at least."""
+    return replace(load, layers=max(4, -(-_CACHES // load.bytes)))
+
+
+def milliseconds(place: Place, work: Callable[[], None], rounds: int, repeats: int = 1) -> float:
+    """The median time of ``work``, recorded as the backend's steps are and launched ``repeats`` times in a row."""
+    replay = place.accelerator.record(work)
+    times = []
+    for _ in range(rounds + 2):
+        with Stopwatch(place) as watch:
+            for _ in range(repeats):
+                replay()
+        times.append(watch.milliseconds / repeats)
+    return median(times[2:])
+
+
+class Stopwatch:
+    """Time on the device between two events; where there are none, as on a CPU, on the host's clock."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._events = place.accelerator.device.type == "cuda"
+        self.milliseconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._place.accelerator.synchronize()
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end = self._now()
+        self._place.accelerator.synchronize()
+        start = self._start
+        if isinstance(start, torch.cuda.Event):
+            self.milliseconds = float(start.elapsed_time(end))
+        else:
+            self.milliseconds = 1000 * (end - start)
+
+    def _now(self) -> Any:
+        if not self._events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._place.accelerator.device))
+        return event
+
+
+def copy_bandwidth(place: Place, nbytes: int = 2**30, rounds: int = 20) -> float:
+    """GB/s of a plain copy in device memory, read and written bytes counted both."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=place.accelerator.device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return 2 * nbytes / GB / (milliseconds(place, copy, rounds) / 1000)
+
+
+class Layers:
+    """The pools of a few layers, a selection in each, and room for the results."""
+
+    def __init__(self, place: Place, load: Load) -> None:
+        device, dtype = place.accelerator.device, row_type(load.shape)
+        size = (load.batch * load.rows, load.kv_heads, load.head_dim)
+        self.load = load
+        self.pools = [[torch.randn(size, dtype=dtype, device=device) for _ in range(2)] for _ in range(load.layers)]
+        self.query = torch.randn(load.batch, load.heads, load.head_dim, dtype=dtype, device=device)
+        self.out = torch.empty_like(self.query)
+        self.rows = torch.cat([self._select(number) for number in range(load.batch)]).int().to(device)
+        self.offsets = torch.arange(load.batch + 1, dtype=torch.int32, device=device) * load.selected
+        self.slots = torch.full((load.batch,), -1, dtype=torch.int32, device=device)
+        kernels = place.kernels(load.shape)
+        splits = kernels.splits(load.kv_heads, 4096)
+        self._space = Workspace.of(load.shape, load.batch, load.heads, splits, self.rows.numel(), scores=False)
+        self._scratch = torch.empty(self._space.bytes, dtype=torch.uint8, device=device)
+        self._kernels, self._place = kernels, place
+
+    def _select(self, sequence: int) -> Tensor:
+        generator = torch.Generator().manual_seed(sequence)
+        order = torch.randperm(self.load.rows, generator=generator)[: self.load.selected].sort().values
+        return order + sequence * self.load.rows
+
+    def selected(self) -> None:
+        """Our kernels over the selected rows of every layer."""
+        new = self.query  # not read: every slot is negative
+        tensors = (self.query, new, new, self.slots, self.rows, self.offsets, self.out)
+        step = Step(*(tensor.data_ptr() for tensor in tensors))
+        for keys, values in self.pools:
+            stream = self._place.accelerator.stream()
+            self._kernels.step(step, pool_of(keys, values), self._space, self._scratch.data_ptr(), stream)
+
+    def full(self) -> None:
+        """torch's fused attention over all rows of every layer, which lie as it likes them: apart for each head."""
+        load = self.load
+        query = self.query[:, :, None]
+        for keys, values in self.pools:
+            shape = (load.batch, load.kv_heads, load.rows, load.head_dim)
+            functional.scaled_dot_product_attention(
+                query, keys.view(shape), values.view(shape), enable_gqa=load.heads != load.kv_heads
+            )
+
+
+def attention(place: Place, load: Load, copy: float, rounds: int = 30) -> dict[str, Any]:
+    """One layer's selected-row attention beside torch's full one; ``copy``: GB/s of a plain copy."""
+    layers = Layers(place, load)
+    ours = milliseconds(place, layers.selected, rounds) / load.layers
+    full = milliseconds(place, layers.full, rounds) / load.layers
+    rate = load.bytes / GB / (ours / 1000)
+    return {
+        "batch": load.batch,
+        "rows": load.rows,
+        "selected": load.selected,
+        "ms": round(ours, 5),
+        "gb_per_s": round(rate, 1),
+        "of_copy_bandwidth": round(rate / copy, 3),
+        "torch_full_ms": round(full, 5),
+        "speedup": round(full / ours, 2),
+    }
+
+
+def attention_cases(place: Place, batches: Sequence[int] = (1, 4, 16), rounds: int = 30) -> dict[str, Any]:
+    """All rows, and the core of 30 %, of LLaVA-1.6-7B's 2,340 image rows at every batch."""
+    copy = copy_bandwidth(place, rounds=rounds)
+    loads = [beyond_caches(Load(batch, selected)) for batch in batches for selected in (2340, 702)]
+    return {"copy_gb_per_s": round(copy, 1), "cases": [attention(place, load, copy, rounds) for load in loads]}

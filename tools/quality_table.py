@@ -1,0 +1,61 @@
+"""The table that the planner and the presets read, from evaluations: ``python -m tools.quality_table EVAL.json...``.
+
+Takes the documents of ``avl-edge eval --out``, all about the same questions to the same model, and writes
+``avl_edge/quality/measured.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OUT = Path("avl_edge/quality/measured.json")
+
+
+def is_bound(setting: str) -> bool:
+    """Random rows, and those picked by the true attention: bounds to measure methods by, nothing to be given."""
+    return setting.startswith("random") or ":mass=100" in setting
+
+
+def points(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A point per setting and share, as ``avl_edge.quality.Point`` takes it."""
+    found = {}
+    for row in results:
+        if not is_bound(row["method"]):
+            low, high = row["score_interval"]
+            found[row["method"], row["kv_fraction"]] = {
+                "setting": row["method"],
+                "kv_fraction": row["kv_fraction"],
+                "stored": round(row["bytes_stored_fraction"], 4),
+                "read": round(row["bytes_read_fraction"], 4),
+                "score": round(row["score"], 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
+            }
+    return list(found.values())
+
+
+def main(evaluations: Annotated[list[Path], typer.Argument(help="Documents of avl-edge eval.")]) -> None:
+    """Write the table."""
+    documents = [json.loads(path.read_text()) for path in evaluations]
+    documents = [document.get("result", document) for document in documents]
+    about = {(d["model"], d["data"], d["questions"]) for d in documents}
+    if len(about) != 1:
+        raise typer.BadParameter(f"these evaluations are about different things: {sorted(about)}")
+    (model, data, questions), *_ = about
+    content = {
+        "model": model,
+        "data": data,
+        "questions": questions,
+        "date": max(document["date"] for document in documents),
+        "points": points([row for document in documents for row in document["results"]]),
+    }
+    OUT.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{len(content['points'])} points in {OUT}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
