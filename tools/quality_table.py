@@ -1,7 +1,7 @@
 """The table that the planner and the presets read, from evaluations: ``python -m tools.quality_table EVAL.json...``.
 
 Takes the documents of ``avl-edge eval --out``, all about the same questions to the same model, and writes
-``avl_edge/quality/measured.json``.
+``avl_edge/quality/measured.json``, and the evaluations put together as ``docs/measurements/methods.json``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 OUT = Path("avl_edge/quality/measured.json")
+MERGED = Path("docs/measurements/methods.json")
 
 
 def is_bound(setting: str) -> bool:
@@ -38,6 +39,18 @@ def points(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """All documents as one: every setting once, with the commands and machine that they came from."""
+    rows = {(row["method"], row["kv_fraction"]): row for document in documents for row in document["results"]}
+    unreachable = [row for document in documents for row in document["unreachable"]]
+    return {
+        "command": [document["command"] for document in documents],
+        "date": max(document["date"] for document in documents),
+        "machine": documents[0]["machine"],
+        "result": {**documents[0], "results": list(rows.values()), "unreachable": unreachable},
+    }
+
+
 def main(evaluations: Annotated[list[Path], typer.Argument(help="Documents of avl-edge eval.")]) -> None:
     """Write the table."""
     documents = [json.loads(path.read_text()) for path in evaluations]
@@ -54,6 +67,7 @@ def main(evaluations: Annotated[list[Path], typer.Argument(help="Documents of av
         "points": points([row for document in documents for row in document["results"]]),
     }
     OUT.write_text(json.dumps(content, indent=1) + "\n")
+    MERGED.write_text(json.dumps(merged(documents), indent=1) + "\n")
     print(f"{len(content['points'])} points in {OUT}")
 
 

@@ -13,6 +13,8 @@ from .attention import draw
 FORMATS = ("svg", "png")
 _PLOTS = {"quality": "score", "latency": "ms_per_token"}
 _DPI = 150
+_FEW = 6  # more methods than that have their legend beside the axes
+_MARKERS = ("o", "s", "^")
 
 
 def require_plots(folder: Path) -> None:
@@ -52,19 +54,22 @@ def _unwritable(folder: Path, error: OSError) -> BadInput:
 
 def _figure(report: Mapping[str, Any], key: str) -> Any:
     """A line per method over the bytes that it stored. ``Figure`` alone: pyplot would keep global state."""
-    figure = optional("matplotlib.figure", "--plots").Figure(figsize=(6.4, 4.2), layout="constrained")
+    methods = _by_method(report["results"], key)
+    many = len(methods) > _FEW
+    figure = optional("matplotlib.figure", "--plots").Figure(figsize=(10 if many else 6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for method, rows in _by_method(report["results"], key).items():
+    for number, (method, rows) in enumerate(methods.items()):
         megabytes = [row["bytes_stored"] / 1e6 for row in rows]
         values = [row[key] for row in rows]
-        axes.errorbar(megabytes, values, yerr=_errors(rows, key), marker="o", capsize=3, label=method)
+        marker = _MARKERS[number // 10 % len(_MARKERS)]  # colours come again after ten
+        axes.errorbar(megabytes, values, yerr=_errors(rows, key), marker=marker, capsize=3, label=method)
     axes.set_xlabel("KV memory at the end of an answer (MB)")
     axes.set_ylabel(report["metric"].replace("_", " ") if key == "score" else "ms per token")
     axes.set_title(f"model {report['model']}, {report['questions']} questions of {report['data']}")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(**({"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 7} if many else {}))
     return figure
 
 

@@ -21,14 +21,17 @@ from .table import Point, QualityTable, table
 __all__ = ["PRESETS", "Point", "Preset", "QualityTable", "at_share", "choices", "explain", "preset", "ranked", "table"]
 
 
+_SMALLEST = Formats("int4", "int4", "int4")
+
+
 def choices(
     name: str | None, parameters: Mapping[str, float], fitted: bool, formats: Formats | None, shape: KvShape
 ) -> Iterator[Choice]:
     """The settings to choose from, best answers first; as :func:`avl_edge.policies.candidates` for a method by name.
 
     Without a name: full attention, and where a budget or a target is to be met (``fitted``), whatever the table
-    expects the best answers of; A-VL where it knows nothing of ``formats``, or rows of ``shape`` cannot be packed.
-    Raises :class:`BadInput` for an unknown method or parameter.
+    expects the best answers of, without packing where rows of ``shape`` cannot be packed; and A-VL for less than it
+    has measured, or in ``formats`` that it does not know. Raises :class:`BadInput` for an unknown method or parameter.
     """
     if name is not None:
         yield from candidates(name, parameters, fitted, formats)
@@ -40,9 +43,11 @@ def choices(
     if not fitted:
         return
     known = ranked(formats)
-    yield from (each for each in known if can_hold(each.formats, shape))
-    if not known or not all(can_hold(each.formats, shape) for each in known):
-        yield from candidates("avl", {"prompt_mean": 1}, True, formats)
+    if not all(can_hold(each.formats, shape) for each in known):
+        known = ranked(Formats())
+    yield from known
+    smallest = formats or (_SMALLEST if can_hold(_SMALLEST, shape) else Formats())
+    yield from candidates("avl", {"prompt_mean": 1}, True, smallest)
 
 
 def at_share(

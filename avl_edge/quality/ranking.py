@@ -15,6 +15,8 @@ from .table import table
 
 # Scores that lie closer than this to full attention's are not told from it.
 INDISTINGUISHABLE = 0.005
+# Shares depend a little on a model's heads and a prompt's text.
+_MARGIN = 0.9
 # Shares are counted on a prompt like those that the table was measured with: one picture, a short question.
 _PROMPT = PromptShape(2, 576, 11)
 _SHAPE = KvShape(layers=32, kv_heads=8, head_dim=128, itemsize=2)
@@ -53,6 +55,8 @@ def _ladder(setting: str) -> list[_Rung]:
     rungs = []
     for choice in candidates(notation.name, notation.parameters, True, notation.formats):
         stored = kv_plan(*choice, _SHAPE, _PROMPT, 0).peak_bytes / full
+        if stored < _MARGIN * shares[0]:
+            continue  # so little was never measured
         score = _between(shares, scores, stored)
         if score >= table().full.score - INDISTINGUISHABLE:
             score = table().full.score
