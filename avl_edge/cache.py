@@ -13,7 +13,8 @@ from .config import PromptShape
 from .layout import Format
 from .policies import Method, PromptLayer, StepLayer
 from .pool import Moved, RowPool, SequenceRows
-from .pool.rows import Ids, LayerRows, Mask
+from .pool.rows import Ids
+from .pool.sequence import LayerRows, Mask
 from .request import ImageSpan
 
 Index = npt.NDArray[np.int64]

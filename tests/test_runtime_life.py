@@ -15,7 +15,7 @@ import pytest
 
 from avl_edge import BadInput, Generation, Options, Runtime
 from avl_edge.layout import PAGE_ROWS, page_bytes
-from avl_edge.pool import rows
+from avl_edge.pool import sequence
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
 
@@ -102,7 +102,7 @@ def test_an_interrupt_between_two_lines_of_the_pool_loses_no_row(
 
     generation = _ask(runtime)
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "np", Numpy())
+        patch.setattr(sequence, "np", Numpy())
         with pytest.raises(KeyboardInterrupt):
             generation.result()
     _check(runtime)

@@ -1,6 +1,11 @@
-"""The tiered row pool: who owns a row (`rows`), its bytes in each format (`formats`) and where they lie (`store`)."""
+"""The tiered row pool.
 
-from .rows import Lease, Moved, RowPool, SequenceRows
+Who owns a row (`rows`), which tier it is in (`sequence`), how rows come to take less (`smaller`), their bytes in each
+format (`formats`) and where they lie (`store`).
+"""
+
+from .rows import Lease, RowPool
+from .sequence import Moved, SequenceRows
 from .store import RowStore
 
 __all__ = ["Lease", "Moved", "RowPool", "RowStore", "SequenceRows"]

@@ -11,7 +11,8 @@ import numpy as np
 from ..config import Formats, KvShape
 from ..errors import BadInput
 from ..layout import check
-from .rows import Ids, LayerRows, Mask, Moved, SequenceRows
+from .rows import Ids
+from .sequence import LayerRows, Mask, Moved, SequenceRows
 
 _SMALLER = {"exact": "int8", "int8": "int4"}
 
