@@ -62,18 +62,18 @@ class Format:
         """
         heads, dim = shape.kv_heads, shape.head_dim
         if self.name == "int8":
-            return _padded(2 * heads) + _padded(heads * dim // 2) * 2
+            return padded(2 * heads) + padded(heads * dim // 2) * 2
         if self.name == "int4":
-            return _padded(2 * heads * groups(dim)) + _padded(heads * dim // 2)
+            return padded(2 * heads * groups(dim)) + padded(heads * dim // 2)
         assert self.rank is not None, f"{self.name} has no records"
-        return _padded(2 + self.rank if self.packs_coefficients else shape.itemsize * self.rank)
+        return padded(2 + self.rank if self.packs_coefficients else shape.itemsize * self.rank)
 
     def coarse_bytes(self, shape: KvShape) -> int:
         """Bytes of one row that a coarse look at its key reads: half of an int8 key and its scales, else the key."""
         heads, dim = shape.kv_heads, shape.head_dim
         if self.is_exact:
             return shape.row_bytes // 2
-        return _padded(2 * heads) + _padded(heads * dim // 2) if self.name == "int8" else self.record_bytes(shape)
+        return padded(2 * heads) + padded(heads * dim // 2) if self.name == "int8" else self.record_bytes(shape)
 
     @property
     def basis_rows(self) -> int:
@@ -87,7 +87,8 @@ class Format:
         return 2 * self.read_rank * (1 if self.packs_coefficients else shape.itemsize)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
+    """``count`` bytes, rounded up to whole units."""
     return -(-count // UNIT) * UNIT
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import KeepsCore, Kept, Mask, PromptLayer, Queries, Settlement, StepLayer, TierPeaks, share, spread, whole
+from .base import Kept, PromptLayer, TierPeaks, share, spread, whole
+from .full import FullPolicy
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,12 @@ class Random:
             yield cls(**{**fixed, "secondary": s})  # type: ignore[arg-type]
 
 
-class RandomPolicy(KeepsCore):
-    """One request."""
+class RandomPolicy(FullPolicy):
+    """One request: full attention over fewer rows."""
 
     def __init__(self, settings: Random, prompt: PromptShape) -> None:
         self._stored = share(prompt.images, settings.secondary)
         self._draw = int(settings.draw)
-
-    def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
-        return "none"
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         count = int(view.is_image.sum())
@@ -58,15 +56,3 @@ class RandomPolicy(KeepsCore):
         chosen[np.random.default_rng((self._draw, view.layer)).permutation(count)[: self._stored]] = True
         image = spread(chosen, view.is_image)
         return Kept(stored=~view.is_image | image, core=image)
-
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
-        return None
-
-    def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
-        return False
-
-    def wants_scores(self, step: int) -> bool:  # noqa: ARG002
-        return False
-
-    def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
-        return Settlement()

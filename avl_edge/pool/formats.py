@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import UNIT, Format, groups
+from ..layout import UNIT, Format, groups, padded
 
 _LARGEST_SCALE = 65504.0
 
@@ -35,7 +35,7 @@ def decode(format_: Format, records: Tensor, heads: int, head_dim: int) -> Tenso
     scales, begin = _scales(records, heads, count)
     first = _unpair(records, begin, heads, head_dim)
     if format_.name == "int8":
-        second = _unpair(records, begin + _padded(heads * head_dim // 2), heads, head_dim)
+        second = _unpair(records, begin + padded(heads * head_dim // 2), heads, head_dim)
         return _scaled(first * 16 + second - 128, scales)
     return _scaled(first - 8, scales)
 
@@ -97,8 +97,4 @@ def _scales(records: Tensor, heads: int, count: int) -> tuple[Tensor, int]:
     """Float32 scales ``[n, heads, count]``, and where the next section begins."""
     size = 2 * heads * count
     halves = records[:, :size].contiguous().view(torch.float16)
-    return halves.float().view(len(records), heads, count), _padded(size)
-
-
-def _padded(count: int) -> int:
-    return -(-count // UNIT) * UNIT
+    return halves.float().view(len(records), heads, count), padded(size)
