@@ -421,16 +421,6 @@ def test_low_rank_and_odd_rows_have_no_smaller_format() -> None:
     assert smaller_formats(Formats(), True, narrow) in (None, Formats("exact", "int4", "int4"))
 
 
-def test_shared_rows_stay_where_they_are() -> None:
-    desk = Desk(400)
-    sequence = desk.admit(_request(Full(), Formats(), 2, 40, 2, 4))
-    assert sequence is not None
-    fork = _cache(sequence).rows.fork(_cache(sequence).rows.lease.held)
-    assert desk.notch() is Action.HOLD
-    fork.close()
-    assert desk.notch() is Action.DEMOTE
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     counts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=LAYERS, max_size=LAYERS),
