@@ -152,7 +152,7 @@ class Scheduler:
         return Work(tuple(self._running), prefill=False) if self._running else None
 
     def _fits(self, request: Request) -> bool:
-        plans = request.plans if request.look and not request.look.cache else (request.plan,)
+        plans = request.plans if request.look and not request.look.is_ready else (request.plan,)
         return sum(plan.pages for plan in plans) <= self._pool.pages_unreserved
 
     @property
@@ -194,7 +194,7 @@ class Scheduler:
                 self._looks.remove(look)
                 if look.cache:
                     look.cache.close()
-                    look.cache = None
+                    look.cache, look.is_ready = None, False
 
     def _is_wanted(self, look: Look) -> bool:
         asked = any(other.request.look is look for other in (*self._waiting, *self._running))

@@ -30,6 +30,7 @@ from transformers import LlavaForConditionalGeneration
 from avl_edge import BadInput, DoesNotFit, Formats, Generation, Options, Runtime, Scene
 from avl_edge.cli import run_app
 from avl_edge.layout import page_bytes
+from avl_edge.pool import BorrowingRows, SequenceRows
 from avl_edge.pressure import Limits, Monitor
 from avl_edge.scene import PACKED
 from tests import oracle, oracle_scene
@@ -333,6 +334,45 @@ def _two(runtime: Runtime) -> tuple[Generation, Generation]:
     return running, waiting
 
 
+def test_a_closed_scene_waits_for_its_first_question(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture was run before the scene was closed; it is not run again."""
+    scene = runtime.look(IMAGES[:1], FULL)
+    scene.load()
+    question = scene.ask(FIRST)
+    scene.close()
+    assert runtime.kv_bytes_in_use > 0
+    monkeypatch.setattr(runtime._backend, "look", None)
+    assert question.result().token_ids == runtime.generate(IMAGES[:1], FIRST, FULL).result().token_ids
+    assert _is_empty(runtime)
+
+
+@pytest.mark.parametrize("rows", [BorrowingRows, SequenceRows], ids=["a question's", "the scene's"])
+def test_an_interrupt_while_rows_are_freed_loses_none(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, rows: type[SequenceRows]
+) -> None:
+    scene = runtime.look(IMAGES[:1], FULL)
+    question, plain = scene.ask(FIRST), runtime.generate(IMAGES[:1], FIRST, FULL)
+    next(question), next(plain)
+    scene.close()
+    close = SequenceRows.close
+
+    def interrupted(self: SequenceRows) -> None:
+        if type(self) is rows:
+            pool_ids = next(ids for _, ids in self.held() if len(ids))
+            self.pool.release(pool_ids[::2], self.lease, self.formats.text)
+            raise KeyboardInterrupt
+        close(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceRows, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            question.close()
+    _check(runtime, plain)
+    assert not runtime._scheduler._looks
+    plain.close()
+    assert _is_empty(runtime)
+
+
 def test_a_scene_that_is_dropped_is_closed(runtime: Runtime) -> None:
     answer = runtime.look(IMAGES[:1], FULL).ask(FIRST)
     gc.collect()
@@ -411,9 +451,9 @@ def test_real_interrupts_at_any_moment_lose_no_row(runtime: Runtime) -> None:
     try:
         for run in range(30):
             scene = runtime.look(IMAGES[:1], AVL)
+            both = [scene.ask(prompt) for prompt in (FIRST, SECOND)]
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0007 * run)
-                both = [scene.ask(prompt) for prompt in (FIRST, SECOND)]
                 both[0].result()
                 scene.close()
                 both[1].result()
