@@ -20,7 +20,7 @@ from .models import Llava
 from .pool import RowStore
 from .request import Prompt
 from .shared import SceneCache
-from .stored import StoredRows, in_order, own_scores
+from .stored import StoredRows, distances, in_order, own_scores
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
@@ -82,14 +82,14 @@ class TorchBackend:
             if begin:
                 key, value = self._rows.after(cache, index, key, value)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            last, total = self._score(query, key, cache.prompt_queries(index))
-            self._rows.store_prompt(cache, index, cache.store_prompt(index, last, total), key, value)
+            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache))
+            self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
             attended = attended.transpose(0, 1)
             if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
                 hidden = layer.finish(hidden[-1:], attended[-1:])
                 break
             hidden = layer.finish(hidden, attended)
-            survivors = cache.prune_prompt(index, last, total)
+            survivors = cache.prune_prompt(index, *scores)
             if survivors is not None:
                 hidden, positions = hidden[survivors], positions[survivors]
                 angles = decoder.angles(positions)

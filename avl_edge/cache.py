@@ -18,8 +18,9 @@ from .pool.sequence import LayerRows, Mask
 from .request import ImageSpan
 
 Index = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.floating]
 
-_NO_SCORES: npt.NDArray[np.floating] = np.empty(0)
+_NO_SCORES: Scores = np.empty(0)
 
 
 def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
@@ -99,14 +100,23 @@ class SequenceCache:
             return np.arange(len(self._positions))
         return np.flatnonzero(self._is_suffix())
 
-    def store_prompt(
-        self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]
-    ) -> list[Selected]:
-        """Choose what ``layer`` stores of the tokens still in it, by their scores (``[m]`` each).
+    @property
+    def wants_distances(self) -> bool:
+        """Whether :meth:`store_prompt` and :meth:`prune_prompt` need the distances of values."""
+        return self.policy.wants_distances
+
+    @property
+    def is_image(self) -> Mask:
+        """Which of the tokens still in prefill are images', a mask ``[m]``."""
+        return self._is_image[self._positions]
+
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
+        """Choose what ``layer`` stores of the tokens still in it, by their scores and distances (``[m]`` each, see
+        :class:`~avl_edge.policies.PromptLayer`).
 
         Returns, format by format, which of those ``m`` tokens are to be written, and where.
         """
-        view = self._view(layer, last, total)
+        view = self._view(layer, last, total, distances)
         kept = self.policy.keep_prompt(view)
         for other, keep in kept.earlier.items():
             self.rows.keep_image(other, keep)
@@ -150,19 +160,19 @@ class SequenceCache:
         images = self._is_image[positions]
         return places[images], positions[images]
 
-    def prune_prompt(self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]) -> Index | None:
+    def prune_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> Index | None:
         """Indices of the tokens that go on beyond ``layer``; None: all of them."""
-        keep = self.policy.prune_prompt(self._view(layer, last, total))
+        keep = self.policy.prune_prompt(self._view(layer, last, total, distances))
         if keep is None:
             return None
         self._positions = self._positions[keep]
         return np.flatnonzero(keep)
 
-    def _view(self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]) -> PromptLayer:
-        return PromptLayer(layer, self._positions, self._is_image[self._positions], self._is_suffix(), last, total)
+    def _view(self, layer: int, last: Scores, total: Scores, distances: Scores) -> PromptLayer:
+        return PromptLayer(layer, self._positions, self.is_image, self._is_suffix(), last, total, distances)
 
     def _is_suffix(self) -> Mask:
-        return ~self._is_image[self._positions] & (self._positions >= self._first_image)
+        return ~self.is_image & (self._positions >= self._first_image)
 
     def begin_step(self) -> tuple[int, Ids]:
         """Room for the next token: its position, and the row that it takes in each layer, in the text's format."""
@@ -182,7 +192,7 @@ class SequenceCache:
         self.bytes_read += len(rows.image_ids) * Format(name).coarse_bytes(self._shape)
         return [Selected(name, np.arange(len(rows.image_ids)), rows.image_ids, rows.image_positions)]
 
-    def pick_core(self, layer: int, weights: npt.NDArray[np.floating]) -> None:
+    def pick_core(self, layer: int, weights: Scores) -> None:
         """Choose the core of this step by the coarse ``weights`` of the rows that were looked at."""
         self.rows.set_core(layer, self.policy.pick_core(weights))
 
@@ -204,7 +214,7 @@ class SequenceCache:
         """Whether this step's scores have to be given to :meth:`settle`."""
         return self.policy.wants_scores(self.step)
 
-    def settle(self, layer: int, scores: npt.NDArray[np.floating] | None) -> list[Moved]:
+    def settle(self, layer: int, scores: Scores | None) -> list[Moved]:
         """Apply the policy to one layer after a step; the rows that change their format.
 
         ``scores`` in the order of :meth:`rows_to_read`'s places; None where the policy does not want them.

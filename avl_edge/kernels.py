@@ -357,6 +357,20 @@ def attend_prompt(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return out.flatten(0, 1)
 
 
+def value_distances(values: Tensor, is_image: Tensor) -> Tensor:
+    """How far each token's value lies from the mean value of the images' tokens: squared, over all heads together.
+
+    Args:
+        values: [n, H_kv, d].
+        is_image: [n] bool, on the values' device; at least one is true.
+
+    Returns:
+        [n], float32 (float64 for float64).
+    """
+    wide = values.to(_accumulator(values.dtype)).flatten(1)
+    return (wide - wide[is_image].mean(0)).square().sum(1)
+
+
 def prompt_scores(
     query: Tensor, key: Tensor, positions: Tensor, scale: float, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from .budget import KvPlan
-from .cache import Index, Selected, SequenceCache
+from .cache import Index, Scores, Selected, SequenceCache
 from .policies import Method
 from .pool import BorrowingRows, RowPool
 from .pool.sequence import LayerRows
 from .request import ImageSpan
 
-Scores = npt.NDArray[np.floating]
+_NO_SCORES: Scores = np.empty(0)
 
 
 class SceneCache(SequenceCache):
@@ -40,9 +39,9 @@ class SceneCache(SequenceCache):
         queries = np.flatnonzero(self._is_suffix())
         return queries if len(queries) else None
 
-    def store_prompt(self, layer: int, last: Scores, total: Scores) -> list[Selected]:
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
         self.totals.append(total)
-        return super().store_prompt(layer, last, total)
+        return super().store_prompt(layer, last, total, distances)
 
     def every_row(self, layer: int) -> list[Selected]:
         """The rows of a layer, format by format, at the ``places`` of their tokens."""
@@ -69,10 +68,10 @@ class QuestionCache(SequenceCache):
         queries = super().prompt_queries(layer)
         return None if queries is None else queries[queries >= self.begin]
 
-    def store_prompt(self, layer: int, last: Scores, total: Scores) -> list[Selected]:
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
         total = total.copy()
         total[: self.begin] += self._scene.totals[layer]
-        return super().store_prompt(layer, last, total)
+        return super().store_prompt(layer, last, total, distances)
 
     def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
         own = places >= self.begin

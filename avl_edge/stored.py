@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import Selected, SequenceCache, is_low_rank
 from .config import Formats
-from .kernels import Part
+from .kernels import Part, value_distances
 from .layout import Format
 from .lowrank import LowRankRows, Rows
 from .pool import Moved, RowStore
@@ -143,6 +143,17 @@ class StoredRows:
             return
         basis = _index(cache.rows.layers[layer].basis)
         self._low_rank.write(Format(name), _index(ids), basis, keys, values, _index(positions))
+
+
+def distances(values: Tensor, cache: SequenceCache) -> npt.NDArray[np.floating]:
+    """Those of a prompt's ``values`` ``[m, H_kv, d]``, on the host (see :class:`~avl_edge.policies.PromptLayer`): empty
+    where the policy does not want them, zero where there is no image."""
+    if not cache.wants_distances:
+        return np.empty(0)
+    is_image = cache.is_image
+    if not is_image.any():
+        return np.zeros(len(values))
+    return value_distances(values, torch.from_numpy(is_image).to(values.device)).cpu().numpy()
 
 
 def own_scores(

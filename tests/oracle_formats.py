@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from tests.oracle import AvlSettings, LayerRows, OracleStep, keep_text, top
+from tests.oracle import AvlSettings, LayerRows, OracleStep, far, keep_text, top
 
 NAME = "packed_rows_oracle"
 
@@ -238,7 +238,7 @@ class Oracle:
         logits, cache = self._prefill([torch.ones(length, length, dtype=torch.bool).tril()] * depth)
         most = core * total // 100
         for layer in self.layers:
-            layer.stored = top(self._rank(layer, True), self.images, secondary * total // 100)
+            layer.stored = top(far(layer.values.transpose(0, 1), self.images), self.images, secondary * total // 100)
             layer.core, layer.text = layer.stored, self.text
             layer.attended = self._nucleus(layer, most, mass / 100)
         self._store_prompt()

@@ -195,7 +195,7 @@ class PoolLife(RuleBasedStateMachine):
         cache, m = life.cache, life.cache.length
         for layer in range(LAYERS):
             last, total = self.random.random(m), self.random.random(m)
-            stored = cache.store_prompt(layer, last, total)
+            stored = cache.store_prompt(layer, last, total, last)
             rows = cache.rows.layers[layer]
             places = np.concatenate([each.places for each in stored] or [np.empty(0, dtype=np.int64)])
             positions = np.concatenate([each.positions for each in stored] or [np.empty(0, dtype=np.int32)])
@@ -206,7 +206,7 @@ class PoolLife(RuleBasedStateMachine):
             assert [each.format for each in stored] == list(dict.fromkeys(each.format for each in stored))
             for each in stored:
                 self.memory.write(each.ids, each.format, self._stamps(life, layer, each.positions))
-            survivors = cache.prune_prompt(layer, last, total)
+            survivors = cache.prune_prompt(layer, last, total, last)
             m = m if survivors is None else len(survivors)
         life.count()
         self._check_contents(life)
@@ -337,8 +337,8 @@ def _run(cache: SequenceCache, steps: int, seed: int) -> None:
     random, m = np.random.default_rng(seed), cache.length
     for layer in range(len(cache.rows.layers)):
         scores = random.random(m)
-        cache.store_prompt(layer, scores, scores)
-        survivors = cache.prune_prompt(layer, scores, scores)
+        cache.store_prompt(layer, scores, scores, scores)
+        survivors = cache.prune_prompt(layer, scores, scores, scores)
         m = m if survivors is None else len(survivors)
     for _ in range(steps):
         cache.begin_step()

@@ -136,11 +136,11 @@ class Desk:
         for layer in range(LAYERS):
             keys, values = self._rows(m)
             scores = self.random.random(m)
-            stored = cache.store_prompt(layer, scores, scores)
+            stored = cache.store_prompt(layer, scores, scores, scores)
             self.rows.store_prompt(cache, layer, stored, keys, values)
             for each in stored:
                 self._know(sequence, layer, each.format, each.positions, (keys[each.places], values[each.places]))
-            survivors = cache.prune_prompt(layer, scores, scores)
+            survivors = cache.prune_prompt(layer, scores, scores, scores)
             m = m if survivors is None else len(survivors)
         self.left[sequence] = request.max_new_tokens - 1
         return sequence

@@ -39,6 +39,7 @@ from ..kernels import attend_prompt
 from ..models import Llava
 from ..pool import RowStore
 from ..request import Prompt
+from ..stored import distances
 from .device import Accelerator, CudaDevice
 from .step import DecodeStep, address
 from .tables import Bucket
@@ -97,15 +98,16 @@ class CudaBackend:
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            last, total = self._score(query.contiguous(), key.contiguous(), cache.prompt_queries(index))
-            for stored in cache.store_prompt(index, last, total):
+            attention = self._score(query.contiguous(), key.contiguous(), cache.prompt_queries(index))
+            scores = (*attention, distances(value, cache))
+            for stored in cache.store_prompt(index, *scores):
                 self._write(stored, key.contiguous(), value.contiguous())
             attended = attended.transpose(0, 1)
             if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
                 hidden = layer.finish(hidden[-1:], attended[-1:])
                 break
             hidden = layer.finish(hidden, attended)
-            survivors = cache.prune_prompt(index, last, total)
+            survivors = cache.prune_prompt(index, *scores)
             if survivors is not None:
                 chosen = torch.from_numpy(survivors).to(device)
                 hidden, positions = hidden[chosen], positions[chosen]
