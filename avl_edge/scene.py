@@ -26,7 +26,6 @@ WHOLE: Mapping[str, Mapping[str, float]] = {
 }
 """The methods that can share a picture's rows, and with which parameters: those with which they store all of them."""
 
-
 PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
 """What a budget tries after exact rows: packing loses less than anything else (README)."""
 
@@ -49,7 +48,8 @@ class Scene:
     when the last question that is on its way has ended.
 
     The options that the scene was made with hold for its questions too, but for ``kv_budget``: that is what the scene's
-    own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int4) as far as it asks.
+    own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int4) as far as it asks. A
+    device's profile that the runtime follows plans no scenes: give a budget.
     """
 
     def __init__(self, runtime: Host, processor: Processor, shape: KvShape, look: Look, options: Options) -> None:
@@ -105,17 +105,18 @@ class Scene:
             "this model's chat template writes something else before the pictures now: look at them again",
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
-        method, formats = _choice(options, prompt_shape(len(token_ids), spans), shape, look.plan.formats)
+        whole = prompt_shape(len(token_ids), spans)
+        method, formats = _choice(options, whole, shape, look.plan.formats)
         require(
             formats == look.plan.formats,
             "a question's rows have the formats of its scene: give formats, or a preset that packs, to look",
         )
-        counts = (prompt_shape(len(token_ids), spans), len(look.prompt), max_new_tokens - 1)
-        plan = plan_after(method, formats, shape, *counts, options.kv_budget_bytes)
-        what = f"{len(token_ids) - len(look.prompt)} tokens of the question and {max_new_tokens} new ones"
-        _first_within(options.kv_budget_bytes, [plan], what, "lower --max-new-tokens")
-        whole = Prompt(token_ids, look.prompt.spans, look.prompt.pixel_values)
-        return Request(whole, options, plan, max_new_tokens, look=look)
+        shared, budget = len(look.prompt), options.kv_budget_bytes
+        plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
+        what = f"{len(token_ids) - shared} tokens of the question and {max_new_tokens} new ones"
+        _first_within(budget, [plan], what, "lower --max-new-tokens")
+        asked = Prompt(token_ids, look.prompt.spans, look.prompt.pixel_values)
+        return Request(asked, options, plan, max_new_tokens, look=look)
 
     @property
     def peak_bytes(self) -> int:

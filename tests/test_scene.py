@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -244,6 +245,40 @@ def _core(generation: Generation) -> tuple[int, ...]:
     assert generation.cache is not None
     rows = generation.cache.rows.layers[-1]
     return tuple(rows.image_positions[rows.core].tolist())
+
+
+def test_threads_may_ask_about_one_scene(runtime: Runtime) -> None:
+    expected = runtime.generate(IMAGES[:1], SECOND, AVL).result().token_ids
+    results: list[tuple[int, ...]] = []
+
+    def ask(scene: Scene) -> None:
+        results.extend(tuple(event.token_id for event in scene.ask(SECOND)) for _ in range(2))
+
+    with runtime.look(IMAGES[:1], AVL) as scene:
+        threads = [threading.Thread(target=ask, args=(scene,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == [expected] * 6
+    assert _is_empty(runtime)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(["llama-mha", "qwen2-gqa"]), images=st.integers(1, 2), prompt=st.text(min_size=1))
+def test_no_question_changes_what_stands_before_the_picture_ends(
+    checkpoint: Checkpoints, name: str, images: int, prompt: str
+) -> None:
+    """Of tokenizers with and without bytes for every character; the placeholder merges with nothing."""
+    processor = Runtime.open(checkpoint(name))._processor
+    try:
+        token_ids, spans = processor.lay_out(images, prompt)
+    except BadInput:
+        return  # no prompt, or one with special tokens
+    shared, shared_spans = processor.lay_out_images(images)
+    assert (token_ids[: len(shared)], spans) == (shared, shared_spans)
+    assert len(shared) == spans[-1].start + spans[-1].length < len(token_ids)
+    assert set(shared[-spans[-1].length :]) == {processor.image_token_id}
 
 
 # Once
