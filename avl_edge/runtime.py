@@ -328,7 +328,8 @@ class Runtime:
         wait for memory, a moment passes.
 
         What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
-        them too, and goes on.
+        them too, and goes on. Where nobody runs and open scenes leave no room for who waits, the first of these ends
+        with :class:`DoesNotFit`.
         """
         with self._lock:
             self._relieve()

@@ -93,7 +93,8 @@ class Work:
 
 
 class Scheduler:
-    """First come, first served; a prompt that fits goes before the next decode step."""
+    """First come, first served, but for who would wait for open scenes; a prompt that fits goes before the next decode
+    step."""
 
     def __init__(self, pool: RowPool, layers: int) -> None:
         self._pool = pool
@@ -145,11 +146,18 @@ class Scheduler:
 
     def next(self) -> Work | None:
         """What to do now; None when nothing is running or can be admitted."""
-        if self._waiting and not self.is_held and self._fits(self._waiting[0].request):
-            sequence = self._waiting.popleft()
+        sequence = None if self.is_held else self._first()
+        if sequence:
+            self._waiting.remove(sequence)
             self._running.append(sequence)
             return Work((sequence,), prefill=True)
         return Work(tuple(self._running), prefill=False) if self._running else None
+
+    def _first(self) -> Running | None:
+        """Who is admitted now: the first of the queue if it fits. Where nobody runs, whose end it could wait for, the
+        first that fits: a question about a scene that holds the rows, and may be the last one about it."""
+        candidates = tuple(self._waiting)[: 1 if self._running else None]
+        return next((each for each in candidates if self._fits(each.request)), None)
 
     def _fits(self, request: Request) -> bool:
         plans = request.plans if request.look and not request.look.is_ready else (request.plan,)
@@ -157,7 +165,8 @@ class Scheduler:
 
     @property
     def stuck(self) -> Running | None:
-        """Who waits in vain: nobody runs whose end would make room, since open scenes hold the rows."""
+        """Who waits in vain where :meth:`next` finds nobody: no request's end makes room, as open scenes hold the
+        rows."""
         return self._waiting[0] if self._waiting and not self._running and not self.is_held else None
 
     def admit(self, sequence: Running) -> SequenceCache:
