@@ -51,16 +51,26 @@ class SequenceCache:
 
     Prefill: :meth:`store_prompt` and :meth:`prune_prompt` once per layer, in order. Decode, per step:
     :meth:`begin_step`, then per layer :meth:`rows_to_read` and :meth:`settle`; what is settled holds from the
-    next step on.
+    next step on. ``begin`` is the first token whose rows it takes itself: 0, but for a question about a scene
+    (:mod:`avl_edge.shared`).
     """
 
+    begin = 0
+
     def __init__(
-        self, pool: RowPool, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan], layers: int
+        self,
+        pool: RowPool,
+        plan: KvPlan[Method],
+        length: int,
+        spans: Sequence[ImageSpan],
+        layers: int,
+        rows: SequenceRows | None = None,
     ) -> None:
+        """``rows``: where they are not this sequence's alone."""
         shape = prompt_shape(length, spans)
         self.policy = plan.method.policy(shape, layers)
         self.formats = plan.formats
-        self.rows = SequenceRows(pool, layers, plan.pages, plan.formats)
+        self.rows = rows or SequenceRows(pool, layers, plan.pages, plan.formats)
         self.length = length
         self.step = 0
         self.refreshes = 0
@@ -104,7 +114,7 @@ class SequenceCache:
         """Choose what ``layer`` stores of the tokens still in it, by their scores and distances (``[m]`` each, see
         :class:`~avl_edge.policies.PromptLayer`).
 
-        Returns, format by format, which of those ``m`` tokens are stored, and where.
+        Returns, format by format, which of those ``m`` tokens are to be written, and where.
         """
         view = self._view(layer, last, total, distances)
         kept = self.policy.keep_prompt(view)
@@ -118,8 +128,15 @@ class SequenceCache:
             kept.core[image],
             self.length - int(kept.stored.sum()),
         )
-        everything = np.ones(len(rows.core), dtype=np.bool_)
-        return self._by_format(rows, everything, np.concatenate([np.flatnonzero(image), np.flatnonzero(text)]))
+        return self._to_write(rows, np.concatenate([np.flatnonzero(image), np.flatnonzero(text)]))
+
+    def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
+        """The rows of a layer that were taken for its prompt: all. ``places`` of the image rows, then of the text's."""
+        return self._by_format(rows, np.ones(len(rows.core), dtype=np.bool_), places)
+
+    def rows_before(self, layer: int) -> list[Selected]:  # noqa: ARG002
+        """The rows of the tokens before ``begin``, format by format, at the ``places`` of their tokens."""
+        return []
 
     def _by_format(self, rows: LayerRows, image: Mask, places: Index) -> list[Selected]:
         """The image rows that ``image`` marks and all text rows of a layer, put together by their formats.

@@ -44,9 +44,9 @@ class Relief:
         spare: list[Running] = []
 
         def gives() -> tuple[bool, bool]:
-            running = self._scheduler.running if self._rows else ()
+            running = [each for each in self._scheduler.running if self._rows and not _cache(each).rows.borrows]
             smaller.extend((each, formats) for each in running if (formats := self._smaller(each)))
-            spare.extend(each for each in running if _cache(each).can_spare and not self._is_shared(each))
+            spare.extend(each for each in running if _cache(each).can_spare)
             return bool(smaller), bool(spare)
 
         action = self._monitor.look(gives)
@@ -112,12 +112,9 @@ class Relief:
         cache = _cache(sequence)
         formats = smaller_formats(cache.formats, cache.has_one_tier, self._pool.shape)
         changes = [rows.core if formats and formats.core != cache.formats.core else ~rows.core for rows in cache.rows]
-        if formats is None or self._is_shared(sequence) or not any(each.any() for each in changes):
+        if formats is None or not any(each.any() for each in changes):
             return None
         return formats if self._pages(sequence, formats) < cache.rows.lease.limit else None
-
-    def _is_shared(self, sequence: Running) -> bool:
-        return self._pool.is_shared(_cache(sequence).rows.lease)
 
     def _narrow(self, sequence: Running) -> None:
         cache = _cache(sequence)

@@ -42,6 +42,17 @@ class StoredRows:
         for each in stored:
             self._write(cache, layer, each.format, each.ids, each.positions, keys[each.places], values[each.places])
 
+    def after(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A prompt's ``keys`` and ``values`` ``[m, H_kv, d]`` behind those of the tokens before its cache's ``begin``,
+        read from their rows: ``[begin + m, H_kv, d]``."""
+        every = [torch.empty(cache.begin + len(new), *new.shape[1:], dtype=new.dtype) for new in (keys, values)]
+        for each in cache.rows_before(layer):
+            for rows, held in zip(every, self._store.read(_index(each.ids), each.format), strict=True):
+                rows[each.places] = held
+        for rows, new in zip(every, (keys, values), strict=True):
+            rows[cache.begin :] = new
+        return every[0], every[1]
+
     def append(self, caches: Sequence[SequenceCache], ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Write one new text row for each sequence, each in its own format: ``[B, H_kv, d]``."""
         names = [cache.formats.text for cache in caches]
