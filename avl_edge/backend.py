@@ -82,7 +82,7 @@ class TorchBackend:
             if begin:
                 key, value = self._rows.after(cache, index, key, value)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache))
+            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache, index))
             self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
             attended = attended.transpose(0, 1)
             if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
@@ -102,7 +102,7 @@ class TorchBackend:
         angles = decoder.angles(torch.arange(len(prompt)))
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
-            scores = self._score(query, key, cache.prompt_queries(index))
+            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache, index))
             self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
             if index < len(decoder.layers) - 1:  # nothing after the last layer's rows is read
                 by_head = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)

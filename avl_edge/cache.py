@@ -97,18 +97,21 @@ class SequenceCache:
         if queries == "last":
             return np.empty(0, dtype=np.int64)
         if queries == "all":
-            return np.arange(len(self._positions))
-        return np.flatnonzero(self._is_suffix())
+            return np.arange(len(self.positions(layer)))
+        return np.flatnonzero(self._is_suffix(layer))
+
+    def positions(self, layer: int) -> Ids:  # noqa: ARG002
+        """Those of the tokens still in ``layer`` of prefill: int32 ``[m]``, ascending."""
+        return self._positions
+
+    def is_image(self, layer: int) -> Mask:
+        """Which of them are images', a mask ``[m]``."""
+        return self._is_image[self.positions(layer)]
 
     @property
     def wants_distances(self) -> bool:
         """Whether :meth:`store_prompt` and :meth:`prune_prompt` need the distances of values."""
         return self.policy.wants_distances
-
-    @property
-    def is_image(self) -> Mask:
-        """Which of the tokens still in prefill are images', a mask ``[m]``."""
-        return self._is_image[self._positions]
 
     def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
         """Choose what ``layer`` stores of the tokens still in it, by their scores and distances (``[m]`` each, see
@@ -135,7 +138,8 @@ class SequenceCache:
         return self._by_format(rows, np.ones(len(rows.core), dtype=np.bool_), places)
 
     def rows_before(self, layer: int) -> list[Selected]:  # noqa: ARG002
-        """The rows of the tokens before ``begin``, format by format, at the ``places`` of their tokens."""
+        """The rows that ``layer`` has of the tokens before ``begin``, format by format; ``places`` are in the order of
+        their positions."""
         return []
 
     def _by_format(self, rows: LayerRows, image: Mask, places: Index) -> list[Selected]:
@@ -169,10 +173,11 @@ class SequenceCache:
         return np.flatnonzero(keep)
 
     def _view(self, layer: int, last: Scores, total: Scores, distances: Scores) -> PromptLayer:
-        return PromptLayer(layer, self._positions, self.is_image, self._is_suffix(), last, total, distances)
+        positions, is_image = self.positions(layer), self.is_image(layer)
+        return PromptLayer(layer, positions, is_image, self._is_suffix(layer), last, total, distances)
 
-    def _is_suffix(self) -> Mask:
-        return ~self.is_image & (self._positions >= self._first_image)
+    def _is_suffix(self, layer: int) -> Mask:
+        return ~self.is_image(layer) & (self.positions(layer) >= self._first_image)
 
     def begin_step(self) -> tuple[int, Ids]:
         """Room for the next token: its position, and the row that it takes in each layer, in the text's format."""

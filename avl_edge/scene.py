@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
@@ -11,20 +11,13 @@ from . import quality
 from .budget import KvPlan, kv_plan, plan_after
 from .cache import prompt_shape
 from .config import Formats, KvShape, Options, PromptShape, checked_options, format_size, require
-from .errors import DoesNotFit
+from .errors import BadInput, DoesNotFit
 from .generation import Generation
 from .layout import Format, can_hold
-from .policies import Avl, Choice, Coarse, Full, Method, candidates
+from .policies import Avl, Choice, Coarse, Distinct, Full, Method, candidates
 from .prompt import ImageSource, Processor, check_sources
 from .request import Prompt, SceneStats
 from .scheduler import Look, Request
-
-WHOLE: Mapping[str, Mapping[str, float]] = {
-    Full.name: {},
-    Coarse.name: {"secondary": 100},
-    Avl.name: {"secondary": 100, "prefill_keep": 100},
-}
-"""The methods that can share a picture's rows, and with which parameters: those with which they store all of them."""
 
 PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
 """What a budget tries after exact rows: packing loses less than anything else (README)."""
@@ -43,9 +36,10 @@ class Host(Protocol):
 class Scene:
     """Pictures to ask about: :meth:`ask` as often as you like, at once or one after another.
 
-    Everything up to the end of the last picture is encoded, run and held once, in all its rows; a question runs and
-    holds its own text alone, and picks its own core of the shared rows. Closing the scene, or dropping it, frees them
-    when the last question that is on its way has ended.
+    Everything up to the end of the last picture is encoded, run and held once: all its rows, or, with ``secondary`` of
+    ``distinct``, ``coarse`` or ``avl`` (with ``by_values=1``), those whose values stand out. A question runs and holds
+    its own text alone, and picks its own core of the shared rows. Closing the scene, or dropping it, frees them when
+    the last question that is on its way has ended.
 
     The options that the scene was made with hold for its questions too, but for ``kv_budget``: that is what the scene's
     own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int4) as far as it asks. A
@@ -106,7 +100,12 @@ class Scene:
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
         whole = prompt_shape(len(token_ids), spans)
-        method, formats = _choice(options, whole, shape, look.plan.formats)
+        (method, formats), share = _choice(options, whole, shape, look.plan.formats)
+        require(
+            share >= look.share,
+            f"the scene stores {look.share:g} % of the picture's rows, and a question about it reads any of them: give "
+            f"secondary={look.share:g} or more",
+        )
         require(
             formats == look.plan.formats,
             "a question's rows have the formats of its scene: give formats, or a preset that packs, to look",
@@ -157,13 +156,13 @@ class Scene:
 
 
 def _plan_scene(options: Options, prompt: PromptShape, shape: KvShape) -> KvPlan[Method]:
-    """All rows of the scene, in the first formats that its budget holds."""
+    """What the scene stores, in the first formats that its budget holds."""
     budget = options.kv_budget_bytes
-    formats = _choice(options, prompt, shape, None).formats
+    (_, formats), share = _choice(options, prompt, shape, None)
     smaller = PACKED if budget and not options.formats else ()
     every = [formats, *(each for each in smaller if can_hold(each, shape))]
-    full: Method = Full()
-    plans = (kv_plan(full, each, shape, prompt, 0, budget) for each in every)
+    method: Method = Full() if share == 100 else Distinct(share)
+    plans = (kv_plan(method, each, shape, prompt, 0, budget) for each in every)
     return _first_within(budget, plans, f"the {prompt.length} tokens of the scene", "give fewer images")
 
 
@@ -180,16 +179,18 @@ def _first_within(budget: int | None, plans: Iterable[KvPlan[Method]], what: str
     )
 
 
-def _choice(options: Options, prompt: PromptShape, shape: KvShape, formats: Formats | None) -> Choice:
-    """The method and formats that ``options`` ask for (``formats`` where they leave these out), if they share rows."""
+def _choice(options: Options, prompt: PromptShape, shape: KvShape, formats: Formats | None) -> tuple[Choice, float]:
+    """The method and formats that ``options`` ask for (``formats`` where they leave these out), if they share rows; and
+    the percentage of image rows that they store."""
     if options.preset:
         choice, name = _preset(options.preset, prompt, shape), f"the preset {options.preset}"
     else:
         asked = options.formats or formats
         choice = next(candidates(options.method or Full.name, options.parameters, False, asked))
-        name = f"{choice.method.name} with these parameters"
-    _require_whole(choice, name)
-    return choice
+        name = choice.method.name
+    stored = _stored(choice.method, name)
+    _require_one_format(choice.formats)
+    return choice, stored
 
 
 def _preset(name: str, prompt: PromptShape, shape: KvShape) -> Choice:
@@ -200,19 +201,26 @@ def _preset(name: str, prompt: PromptShape, shape: KvShape) -> Choice:
     return Choice(plan.method, plan.formats)
 
 
-def _require_whole(choice: Choice, name: str) -> None:
-    """:class:`BadInput` unless every image row is stored, in one format for core and secondary rows."""
-    method, formats = choice
-    require(
-        method.name in WHOLE,
-        f"{method.name} drops rows of the picture that other questions need: choose one of {', '.join(WHOLE)}",
-    )
-    needed = WHOLE[method.name]
-    require(
-        all(getattr(method, parameter) == value for parameter, value in needed.items()),
-        f"{name} drops rows of the picture that other questions need: give {method.name} with "
-        + " and ".join(f"{parameter}={value:g}" for parameter, value in needed.items()),
-    )
+def _stored(method: Method, name: str) -> float:
+    """The percentage of image rows that a method stores, whatever is asked; :class:`BadInput` where that depends on the
+    question, or rows go later."""
+    drops = f"{name} stores rows for one question alone"
+    match method:
+        case Full():
+            return 100
+        case Distinct():
+            return method.secondary
+        case Coarse():
+            require(not method.by_mass, f"{drops}: give coarse with by_mass=0")
+            return method.secondary
+        case Avl():
+            fixed = method.prefill_keep == 100 and (method.by_values or method.secondary == 100)
+            require(bool(fixed), f"{drops}: give avl with prefill_keep=100 and by_values=1, or secondary=100")
+            return method.secondary
+    raise BadInput(f"{drops}: choose one of {', '.join(each.name for each in (Full, Distinct, Coarse, Avl))}")
+
+
+def _require_one_format(formats: Formats) -> None:
     require(
         formats.core == formats.secondary and Format(formats.core).rank is None,
         "a shared row is core for one question and secondary for another: give both one format, exact, int8 or int4",

@@ -34,6 +34,11 @@ class Look:
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
 
+    @property
+    def share(self) -> float:
+        """The percentage of image rows that are stored."""
+        return getattr(self.plan.method, "secondary", 100)
+
 
 @dataclass(frozen=True)
 class Request:

@@ -39,6 +39,8 @@ def _attention(
     repeated = [rows.transpose(0, 1).repeat_interleave(group, 0) for rows in (layer.keys, layer.values)]
     logits = (queries @ repeated[0].transpose(1, 2)) * scaling
     hidden = ~torch.ones(count, length, dtype=torch.bool).tril(length - count)
+    if not first:
+        hidden[:, layer.dropped] = True
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     before = torch.zeros(length - count, length, dtype=weights.dtype)
     if not first:
@@ -57,7 +59,13 @@ def load_model(directory: Path) -> LlavaForConditionalGeneration:
 
 
 class SceneOracle(Oracle):
-    """One question. ``formats`` hold for the picture before it is asked, and for its own text from its end on."""
+    """One question. ``formats`` hold for the picture before it is asked, and for its own text from its end on; of the
+    picture's image rows, ``share`` percent are stored, those whose values stand out, and nobody sees the others."""
+
+    share = 100
+
+    def _by_values(self, layer: Layer, secondary: int) -> list[int]:  # noqa: ARG002
+        return [place for place in self.images if place not in layer.dropped]
 
     def _prefill(self, visible: list[Tensor]) -> tuple[Tensor, Any]:
         assert all(bool(seen.tril().eq(seen).all()) for seen in visible), "nothing is pruned of a shared picture"
@@ -68,7 +76,9 @@ class SceneOracle(Oracle):
         picture = self.model(input_ids=torch.tensor([self.prompt[:end]]), pixel_values=self.pixels, use_cache=True)
         for layer in self.layers:
             layer.store(self.system + [place for place in self.text if place < end], self.formats.text)
-            layer.store(self.images, self.formats.core)
+            stored = super()._by_values(layer, self.share)
+            layer.dropped = sorted(set(self.images) - set(stored))
+            layer.store(stored, self.formats.core)
         out = self.model(
             input_ids=torch.tensor([self.prompt[end:]]),
             position_ids=torch.arange(end, len(self.prompt))[None],

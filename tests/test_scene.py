@@ -154,6 +154,48 @@ def test_packed_rows_equal_the_oracle(
     torch.testing.assert_close(torch.stack(logits), torch.stack([step.logits for step in expected]), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "images", "tiers"),
+    [
+        ("llama-mha", 1, TierFormats()),
+        ("qwen2-gqa", 2, TierFormats("int8", "int4", "int4")),
+        ("mistral-wide", 2, TierFormats("exact", "int8", "int8")),
+    ],
+)
+@pytest.mark.parametrize("method", ["full", "distinct", "coarse", "avl"])
+def test_a_scene_of_what_stands_out_equals_the_oracle(
+    checkpoint: Checkpoints, name: str, images: int, tiers: TierFormats, method: str
+) -> None:
+    """What the scene did not store no question sees, in prefill or later; each picks its core from what there is."""
+    directory, steps, share = checkpoint(name, dtype=torch.float64), 16, 40
+    runtime = Runtime.load(directory)
+    logits = record(runtime)
+    formats = Formats(tiers.text, tiers.core, tiers.secondary)
+    scene = runtime.look(IMAGES[:images], Options("distinct", {"secondary": share}, formats))
+    prompt = scene.prepare(SECOND).prompt
+    pixels = torch.tensor(prompt.pixel_values)
+    truth = SceneOracle(oracle_scene.load_model(directory), list(prompt.token_ids), pixels, tiers)
+    truth.share = share
+    parameters: dict[str, int] = {}
+    if method == "coarse":
+        parameters = {"secondary": share, "core": 25, "mass": 70}
+        expected = truth.coarse(*parameters.values(), steps)
+    elif method == "avl":
+        parameters = {"secondary": 50, "prefill_keep": 100, "by_values": 1, "core": 20, "refresh": 2, "text_floor": 4}
+        expected = truth.avl(AvlSettings(**parameters), steps)
+    else:
+        parameters = {"secondary": share} if method == "distinct" else {}
+        everything = AvlSettings(100, share, share, refresh=0, text_keep=100, by_values=1)
+        expected = truth.avl(everything, steps)
+    assert all(len(rows.core) < share * len(truth.images) // 100 for rows in expected[1].rows) == (
+        method in ("coarse", "avl")
+    )
+    _compare(scene.ask(SECOND, Options(method, parameters, max_new_tokens=steps)), expected)
+    torch.testing.assert_close(torch.stack(logits), torch.stack([step.logits for step in expected]), rtol=0, atol=5e-5)
+    stored = [len(rows.image_ids) for rows in runtime._scheduler._looks[0].cache.rows]
+    assert stored == [share * len(truth.images) // 100] * len(stored)
+
+
 def test_packing_is_noticed_before_the_question(checkpoint: Checkpoints) -> None:
     """A plain request attends its own picture exactly, so that equality above means something."""
     runtime = Runtime.load(checkpoint("llama-mha", dtype=torch.float64))

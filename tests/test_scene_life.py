@@ -306,9 +306,9 @@ class SceneLife(RuleBasedStateMachine):
         self.scenes: list[Scene] = []
         self.asked: list[tuple[Generation, tuple[int, int, str]]] = []
 
-    @rule(picture=st.sampled_from([0, 1]), packed=st.booleans(), load=st.booleans())
-    def look(self, picture: int, packed: bool, load: bool) -> None:
-        options = Options(formats=PACKED[0] if packed else None)
+    @rule(picture=st.sampled_from([0, 1]), packed=st.booleans(), share=st.sampled_from([100, 30]), load=st.booleans())
+    def look(self, picture: int, packed: bool, share: int, load: bool) -> None:
+        options = Options("distinct", {"secondary": share}, PACKED[0] if packed else None)
         scene = self.runtime.look(IMAGES[picture : picture + 1], options)
         self.scenes.append(scene)
         if load:
@@ -322,7 +322,8 @@ class SceneLife(RuleBasedStateMachine):
         with suppress(DoesNotFit):
             question = scene.ask(prompt, METHODS[method])
             picture = self.pictures.index(question.prompt.spans[0].digest)
-            known = (picture, method, prompt) if scene.stats.formats["core"] == "exact" else (-1, method, prompt)
+            whole = question._sequence.request.look.share == 100 and scene.stats.formats["core"] == "exact"
+            known = (picture if whole else -1, method, prompt)
             self.asked.append((question, known))
 
     @rule(picture=st.sampled_from([0, 1]), method=st.integers(0, 3))

@@ -99,7 +99,7 @@ class CudaBackend:
             query, key, value = layer.project(hidden, *angles)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
             attention = self._score(query.contiguous(), key.contiguous(), cache.prompt_queries(index))
-            scores = (*attention, distances(value, cache))
+            scores = (*attention, distances(value, cache, index))
             for stored in cache.store_prompt(index, *scores):
                 self._write(stored, key.contiguous(), value.contiguous())
             attended = attended.transpose(0, 1)

@@ -164,7 +164,7 @@ class AvlPolicy(KeepsCore):
         return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
 
     def prune_prompt(self, view: PromptLayer) -> Mask | None:
-        if view.layer != self._settings.prune_layer or self._survivors == view.is_image.sum():
+        if view.layer != self._settings.prune_layer or self._survivors >= view.is_image.sum():
             return None
         return ~view.is_image | spread(top(self._worth(view)[view.is_image], self._survivors), view.is_image)
 

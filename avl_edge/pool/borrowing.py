@@ -11,7 +11,7 @@ from .sequence import LayerRows, Mask, SequenceRows
 
 
 class BorrowingRows(SequenceRows):
-    """The rows of ``lender``, which holds those of all tokens before ``begin`` and all image rows, and text rows after
+    """The rows of ``lender``, which holds those of the tokens before ``begin``, images among them, and text rows after
     them under a lease of ``limit`` pages that counts these alone.
 
     A row that is borrowed is not counted again, neither by the pool nor by this lease: its lender's lease has set its
@@ -34,7 +34,7 @@ class BorrowingRows(SequenceRows):
     def fill(self, layer: int, text: Ids, image: Ids, core: Mask, freed: int) -> LayerRows:
         """Borrow the image rows and the text rows before ``begin``, take rows for the other ``text`` positions."""
         lent = self._lender.layers[layer]
-        assert np.array_equal(image, lent.image_positions), "who borrows image rows stores all of them"
+        assert np.array_equal(image, lent.image_positions), "who borrows image rows keeps all of them"
         borrowed = lent.text_ids[np.isin(lent.text_positions, text)]
         own = self._allocate(len(text) - len(borrowed), self.formats.text)
         rows = LayerRows(text, np.concatenate([borrowed, own]), image, lent.image_ids, core, freed)
