@@ -211,7 +211,8 @@ class SequenceCache:
         self.rows_read += count
         self.rows_full += self.length + self.step
         self.bytes_read += sum(len(each.ids) * Format(each.format).read_bytes(self._shape) for each in selected)
-        self.bytes_read += len(rows.basis) * self._shape.row_bytes if any(map(is_low_rank, selected)) else 0
+        basis = max((Format(each.format).basis_rows_read for each in selected), default=0)
+        self.bytes_read += basis * self._shape.row_bytes
         return selected
 
     @property

@@ -13,6 +13,7 @@ from functools import partial
 from .budget import Held, pages_from_now
 from .cache import SequenceCache, prompt_shape
 from .config import Formats, format_size
+from .features import FeatureCache
 from .pool import RowPool
 from .pool.smaller import smaller_formats
 from .pressure import Action, Monitor
@@ -27,11 +28,20 @@ Broken = Callable[[Running, BaseException], None]
 class Relief:
     """What ``monitor`` asks for, carried out on the requests that run in ``scheduler``.
 
-    ``rows``: where the rows lie; None: they can be neither moved nor given back, only admission stops.
+    ``rows``: where the rows lie; None: they can be neither moved nor given back, only admission stops. ``features`` of
+    earlier pictures go first.
     """
 
-    def __init__(self, monitor: Monitor, pool: RowPool, rows: StoredRows | None, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        pool: RowPool,
+        rows: StoredRows | None,
+        scheduler: Scheduler,
+        features: FeatureCache | None = None,
+    ) -> None:
         self._monitor, self._pool, self._rows, self._scheduler = monitor, pool, rows, scheduler
+        self._features = features
 
     def check(self, broken: Broken) -> None:
         """Between two steps: look, where it is time, and take one notch.
@@ -53,6 +63,8 @@ class Relief:
         self._admit(action)
         if action in (Action.FREE, Action.STAY):
             return
+        if self._features:
+            self._features.forget()
         self._give_back()
         if action is Action.DEMOTE:
             for sequence, formats in smaller:

@@ -355,7 +355,7 @@ class Runtime:
             return
         self._stepping = True
         try:
-            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler)
+            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler, self._features)
             relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
             self._end_step()
