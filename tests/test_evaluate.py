@@ -174,6 +174,7 @@ class TestCommand:
         ("options", "code", "message"),
         [
             (["--methods", "full,magic"], 2, "unknown method 'magic'"),
+            (["--methods", "full,full:format=lowrank:999"], 2, "asks for more directions than there are"),
             (["--methods", "avl:magic=1"], 2, "takes no 'magic'"),
             (["--methods", "avl:refresh"], 2, "give NAME=VALUE"),
             (["--methods", "avl:refresh=-1"], 2, "refresh (K)"),

@@ -96,6 +96,8 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     runtime = Runtime.open(model)
+    for setting in settings:
+        setting.check(runtime.kv_shape)
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
         asked_of = read_questions(data, seed, questions, Path(scratch))
         metric = metric or asked_of.metric

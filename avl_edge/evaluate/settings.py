@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..config import KvShape, Options, PromptShape, require
+from ..layout import check
 from ..policies import Choice, candidates
 from ..policies.notation import parse
 from ..quality import at_share
@@ -45,6 +46,10 @@ class Setting:
         plan = at_share(self._ladder(), self.kv_fraction, prompt, shape, self.method)
         parameters = asdict(plan.method)  # type: ignore[call-overload]
         return Options(self.name, parameters, plan.formats, max_new_tokens=max_new_tokens)
+
+    def check(self, shape: KvShape) -> None:
+        """:class:`BadInput` where rows of ``shape`` cannot be stored in this setting's formats."""
+        check(self._ladder()[0].formats, shape)
 
     def _ladder(self) -> list[Choice]:
         notation = parse(self.method)

@@ -58,10 +58,6 @@ class Coarse:
             value = getattr(self, name)
             require(0 < value <= 100, f"{name} must be above 0 and at most 100 percent, not {value:g}")
         require(self.by_mass in (0, 1), f"by_mass must be 0 or 1, not {self.by_mass:g}")
-        require(
-            self.secondary >= self.core,
-            f"coarse needs secondary >= core (S >= C), but they are {self.secondary:g} and {self.core:g}",
-        )
 
     def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
         return sum(self.peak_tiers(prompt, steps, layers))
@@ -76,12 +72,9 @@ class Coarse:
 
     @classmethod
     def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Coarse]:
-        """The dial is S, from 100 percent down to 1; C follows where it has to."""
-        stored = [fixed["secondary"]] if "secondary" in fixed else range(100, 0, -1)
-        for s in stored:
-            picked = {"secondary": s, "core": min(cls.core, s)}
-            if s >= fixed.get("core", 0):
-                yield cls(**{**picked, **fixed})  # type: ignore[arg-type]
+        """The dial is S, from 100 percent down to 1."""
+        for s in [fixed["secondary"]] if "secondary" in fixed else range(100, 0, -1):
+            yield cls(**{**fixed, "secondary": s})  # type: ignore[arg-type]
 
 
 class CoarsePolicy:
