@@ -268,11 +268,11 @@ def test_prompt_scores_in_pieces(kernels: Callable[[Shape], Kernels]) -> None:
     assert not only.any()
 
 
-def _sanitized(folder: Path, sanitizer: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
-    """The small case of plugins/emulation/check.cpp, run under a sanitizer, in a process of its own."""
+def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
+    """The small case of plugins/emulation/check.cpp for rows of a format, sanitized, in a process of its own."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
+    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros, f"-DFORMAT={FORMATS[format_]}"]
     program = compile_emulation("check.cpp", folder / sanitizer, *options, plugins=plugins)
     # Without a fixed layout of memory the thread sanitizer of older compilers does not start on newer kernels.
     fixed = [setarch, "-R"] if sanitizer == "thread" and (setarch := shutil.which("setarch")) else []
@@ -283,34 +283,63 @@ def _sanitized(folder: Path, sanitizer: str, plugins: Path = PLUGINS) -> subproc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
-    run = _sanitized(tmp_path, sanitizer)
+@pytest.mark.parametrize(
+    ("sanitizer", "format_"),
+    [
+        ("thread", "exact"),
+        ("address", "exact"),
+        ("thread", "int8"),
+        ("address", "int4"),
+        pytest.param("address", "int8", marks=pytest.mark.long),
+        pytest.param("thread", "int4", marks=pytest.mark.long),
+    ],
+)
+def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str, format_: str) -> None:
+    run = _sanitized(tmp_path, sanitizer, format_)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+NO_TURN = ("    __syncthreads();\n    int higher_before", "    int higher_before")
+RUNS_OVER = "records + (long long)(row + 1) * kUnit"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sanitizer", "sound", "broken", "report"),
+    ("case", "sound", "broken", "report"),
     [
-        ("thread", "    __syncthreads();\n\n    const long long result", "    const long long result", "data race"),
         (
-            "address",
+            "thread exact",
+            "    __syncthreads();\n\n    const long long result",
+            "    const long long result",
+            "data race",
+        ),
+        (
+            "address exact",
             "entry(tile, u) < count ? rows[entry(tile, u)] : 0",
             "rows[entry(tile, u)]",
             "heap-buffer-overflow",
         ),
-        ("address", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
+        ("address exact", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
+        ("thread int8", "        __syncthreads();  // of which each warp has written some\n", "", "data race"),
+        pytest.param("thread int4", *NO_TURN, "data race", marks=pytest.mark.long),
+        pytest.param("address int4", "records + (long long)row * kUnit", RUNS_OVER, "overflow", marks=pytest.mark.long),
     ],
-    ids=["a barrier missing", "rows past the end", "a copy not waited for"],
+    ids=[
+        "a barrier missing",
+        "rows past the end",
+        "a copy not waited for",
+        "scales not waited for",
+        "picks not waited for",
+        "records past the end",
+    ],
 )
-def test_the_emulation_notices(tmp_path: Path, sanitizer: str, sound: str, broken: str, report: str) -> None:
+def test_the_emulation_notices(tmp_path: Path, case: str, sound: str, broken: str, report: str) -> None:
     shutil.copytree(PLUGINS, tmp_path / "plugins")
     files = [path for path in (tmp_path / "plugins" / "cuda").glob("*.cu*") if sound in path.read_text()]
     assert files
     for path in files:
         path.write_text(path.read_text().replace(sound, broken))
-    run = _sanitized(tmp_path, sanitizer, tmp_path / "plugins")
+    run = _sanitized(tmp_path, *case.split(), tmp_path / "plugins")
     assert run.returncode != 0
     assert report in run.stdout + run.stderr
 
