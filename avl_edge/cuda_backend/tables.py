@@ -67,10 +67,12 @@ class Bucket:
         """The smallest one that holds a step of these sequences: a power of two of them, and of rows a power of two, or
         one and a half of it."""
         layers = range(len(reads[0].rows))
-        rows = max(sum(_count(each.rows[layer]) + each.room(layer) for each in reads) for layer in layers)
-        looked = max(sum(len(each.looked[layer].ids) for each in reads if each.looked) for layer in layers)
+        looking = [each for each in reads if each.looked]
+        rows = max(sum([len(part.ids) for each in reads for part in each.rows[layer]]) for layer in layers)
+        rows += max(sum(each.room(layer) for each in looking) for layer in layers) if looking else 0
+        looked = max(sum(len(each.looked[layer].ids) for each in looking) for layer in layers) if looking else 0
         read = {part.format for each in reads for of_layer in each.rows for part in of_layer}
-        looks, written = {part.format for each in reads for part in each.looked}, {each.text for each in reads}
+        looks, written = {part.format for each in looking for part in each.looked}, {each.text for each in reads}
         return cls(
             1 << (len(reads) - 1).bit_length(),
             room_for(rows),
@@ -93,15 +95,11 @@ def _in_order(names: set[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in names)
 
 
-def _count(selected: Sequence[Selected]) -> int:
-    return sum(len(each.ids) for each in selected)
-
-
 class StepTables:
     """The block on the host and on the device, and where its tables lie in it."""
 
     def __init__(self, accelerator: Accelerator, layers: int, bucket: Bucket) -> None:
-        self.bucket, self._layers = bucket, layers
+        self.bucket, self._layers, self._range = bucket, layers, range(layers)
         batch, lists = bucket.batch, len(bucket.formats) * bucket.batch
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
         widths += [(layers, bucket.capacity)]
@@ -146,44 +144,46 @@ class StepTables:
         self._slots.fill(-1)
         for number, each in enumerate(reads):
             self._slots[:, formats.index(each.text) * batch + number] = slots[:, number]
-        for layer in range(self._layers):
-            self._list(layer, reads)
+        lists = [self._lists([each.rows[layer] for each in reads]) for layer in self._range]
         if self.bucket.looked:
-            self._look(reads)
+            self._fill_with_room(lists, reads)
+            return
+        np.cumsum(self._lengths(lists), axis=1, dtype=np.int32, out=self.offsets[:, 1:])
+        for layer, ids in enumerate(lists):
+            np.concatenate(ids, out=self._rows[layer, : self.offsets[layer, -1]])
 
-    def _list(self, layer: int, reads: Sequence[Reads]) -> None:
-        """The rows that each sequence reads of each format in a layer, and room for those that it will choose."""
-        parts = self._lists(reads, [each.rows[layer] for each in reads])
-        rooms = [
-            each.room(layer) if each.looked and each.looked[layer].format == name else 0
-            for name in self.bucket.formats
-            for each in self._padded(reads)
-        ]
-        lengths = [len(ids) for ids in parts]
-        np.cumsum(np.add(lengths, rooms), dtype=np.int32, out=self.offsets[layer, 1:])
-        room = np.zeros(max(rooms), dtype=np.int32)
-        pieces = [piece for ids, spare in zip(parts, rooms, strict=True) for piece in (ids, room[:spare]) if len(piece)]
-        np.concatenate([_NO_ROWS, *pieces], out=self._rows[layer, : self.offsets[layer, -1]])
-        if self.bucket.looked:
-            self._listed[layer] = self.offsets[layer, :-1] + lengths
-
-    def _look(self, reads: Sequence[Reads]) -> None:
-        """What each sequence may choose from, and how much of it."""
+    def _fill_with_room(self, lists: Sequence[Sequence[Ints]], reads: Sequence[Reads]) -> None:
+        """The rows that are listed, room behind them for those that are chosen, and what those are chosen from."""
+        lengths, rooms = self._lengths(lists), np.zeros_like(self._listed)
+        looked = [self._lists([[each.looked[layer]] if each.looked else [] for each in reads]) for layer in self._range]
         for number, each in enumerate(reads):
             self._limits[0, 2 * number : 2 * number + 2] = round(each.share * _WHOLE), each.most
-        for layer in range(self._layers):
-            parts = self._lists(reads, [[each.looked[layer]] if each.looked else [] for each in reads])
-            np.cumsum([len(ids) for ids in parts], dtype=np.int32, out=self.of_looked[layer, 1:])
-            np.concatenate([_NO_ROWS, *parts], out=self._looked[layer, : self.of_looked[layer, -1]])
+            for layer in self._range if each.looked else ():
+                rooms[layer, self.list_of(number, each.looked[layer].format)] = each.room(layer)
+        np.cumsum(lengths + rooms, axis=1, dtype=np.int32, out=self.offsets[:, 1:])
+        self._listed[:] = self.offsets[:, :-1] + lengths
+        np.cumsum(self._lengths(looked), axis=1, dtype=np.int32, out=self.of_looked[:, 1:])
+        for layer in self._range:
+            np.concatenate(looked[layer], out=self._looked[layer, : self.of_looked[layer, -1]])
+            for ids, number in zip(lists[layer], self._numbers(len(reads)), strict=True):
+                self._rows[layer, self.offsets[layer, number] : self._listed[layer, number]] = ids
 
-    def _lists(self, reads: Sequence[Reads], selected: Sequence[Sequence[Selected]]) -> list[Ints]:
-        """The ids that sequences select, for each format and place of the bucket."""
-        missing = [_NO_ROWS] * (self.bucket.batch - len(reads))
-        return [ids for name in self.bucket.formats for ids in (*_of_format(name, selected), *missing)]
+    def _lists(self, selected: Sequence[Sequence[Selected]]) -> list[Ints]:
+        """The ids that each sequence selects, format by format."""
+        return [_of_format(name, own) for name in self.bucket.formats for own in selected]
 
-    def _padded(self, reads: Sequence[Reads]) -> Iterator[Reads]:
-        yield from reads
-        yield from [Reads(())] * (self.bucket.batch - len(reads))
+    def _lengths(self, lists: Sequence[Sequence[Ints]]) -> npt.NDArray[np.int32]:
+        """How long each list is, int32 ``[L, P * B]``."""
+        parts, batch = len(self.bucket.formats), self.bucket.batch
+        lengths = np.zeros((self._layers, parts, batch), dtype=np.int32)
+        counts = np.array([[len(ids) for ids in of_layer] for of_layer in lists], dtype=np.int32)
+        lengths[:, :, : len(lists[0]) // parts] = counts.reshape(self._layers, parts, -1)
+        return lengths.reshape(self._layers, -1)
+
+    def _numbers(self, count: int) -> Iterator[int]:
+        """The numbers of the lists of the first ``count`` sequences, format by format."""
+        for part in range(len(self.bucket.formats)):
+            yield from range(part * self.bucket.batch, part * self.bucket.batch + count)
 
     def list_of(self, sequence: int, format_: str) -> int:
         """The number of a sequence's list of a format."""
@@ -194,6 +194,8 @@ class StepTables:
         self._device.copy_(self._host, non_blocking=True)
 
 
-def _of_format(name: str, selected: Sequence[Sequence[Selected]]) -> Iterator[Ints]:
-    for own in selected:
-        yield next((each.ids for each in own if each.format == name), _NO_ROWS)
+def _of_format(name: str, selected: Sequence[Selected]) -> Ints:
+    for each in selected:
+        if each.format == name:
+            return each.ids
+    return _NO_ROWS
