@@ -29,8 +29,8 @@ SHAPES = {
     Shape(64, 1, torch.float16, warps=1): ("exact", "int8", "int4"),
     Shape(80, 4, torch.bfloat16): ("int8", "int4"),
     Shape(96, 2, torch.float16, warps=1): ("int4",),
-    Shape(128, 8, torch.float16, warps=1): ("exact", "int8"),
-    Shape(256, 2, torch.bfloat16, warps=1): ("int8", "int4"),
+    Shape(128, 8, torch.float16, warps=1): ("int8",),
+    Shape(256, 2, torch.bfloat16, warps=1): ("int4",),
 }
 SMALL = next(iter(SHAPES))
 PACKED = [(shape, name) for shape, names in SHAPES.items() for name in names if name != "exact"]
@@ -118,7 +118,7 @@ def test_counts_at_the_borders_of_tiles_and_splits(
     assert scores[0][0] == 1, "the only row has all the weight"
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_mixture_of_formats(kernels: Callable[[Shape], Kernels], data: st.DataObject) -> None:
     """Parts without rows, sequences of one format beside those of three, one row, no row."""
@@ -217,11 +217,12 @@ def sections(name: str, shape: Shape, kv_heads: int) -> list[tuple[int, int]]:
 # The choice of rows within a step
 
 
-@pytest.mark.parametrize("shape", [shape for shape, names in SHAPES.items() if "int8" in names], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_look_gives_the_coarse_weights(kernels: Callable[[Shape], Kernels], shape: Shape) -> None:
     """Of each format; a sequence has rows in one part at most."""
     names = SHAPES[shape]
-    owners = [0, *range(len(names)), 1, 1]  # of each sequence: the part that it looks at
+    last = len(names) - 1
+    owners = [0, *range(len(names)), last, last]  # of each sequence: the part that it looks at
     sizes = [1, 5, 33, shape.tile * shape.warps * 2 + 1, 0, 9]
     parts = [
         make_part(
@@ -270,6 +271,8 @@ def test_the_nucleus_of_a_softmax(kernels: Callable[[Shape], Kernels]) -> None:
 def test_a_nucleus_of_what_is_no_weight_stays_in_its_room(kernels: Callable[[Shape], Kernels]) -> None:
     broken = torch.full((50,), math.nan)
     (picked,) = kernels(SMALL).nucleus([broken], [(2**29, 10)])
+    assert len(picked) <= 10
+    (picked,) = kernels(SMALL).nucleus([torch.full((50,), math.inf)], [(2**29, 10)])
     assert len(picked) <= 10
     (picked,) = kernels(SMALL).nucleus([torch.zeros(50)], [(2**30, 10)])
     assert picked == list(range(10)), "as many as may be, the lower places first"

@@ -289,7 +289,7 @@ def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGI
         ("thread", "exact"),
         ("address", "exact"),
         ("thread", "int8"),
-        ("address", "int4"),
+        pytest.param("address", "int4", marks=pytest.mark.long),
         pytest.param("address", "int8", marks=pytest.mark.long),
         pytest.param("thread", "int4", marks=pytest.mark.long),
     ],
@@ -300,6 +300,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str, format_: str) -
 
 
 NO_TURN = ("    __syncthreads();\n    int higher_before", "    int higher_before")
+SCALES_WRITTEN = "        __syncthreads();  // of which each warp has written some\n"
 RUNS_OVER = "records + (long long)(row + 1) * kUnit"
 
 
@@ -320,7 +321,7 @@ RUNS_OVER = "records + (long long)(row + 1) * kUnit"
             "heap-buffer-overflow",
         ),
         ("address exact", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
-        ("thread int8", "        __syncthreads();  // of which each warp has written some\n", "", "data race"),
+        pytest.param("thread int8", SCALES_WRITTEN, "", "data race", marks=pytest.mark.long),
         pytest.param("thread int4", *NO_TURN, "data race", marks=pytest.mark.long),
         pytest.param("address int4", "records + (long long)row * kUnit", RUNS_OVER, "overflow", marks=pytest.mark.long),
     ],

@@ -2,7 +2,8 @@
 // their sum, of a limited number of rows. The choice is made on the device, so that a step waits for no host.
 //
 // Nothing is sorted: weights are not negative, so their bits are in their order, and the least weight of a nucleus is
-// found bit by bit. Weights are summed as whole numbers of 2^-32, whose sum does not depend on the order.
+// found bit by bit. Weights are summed as whole numbers, whose sum does not depend on the order. Whatever the weights
+// are, no more rows are picked than may be.
 
 #pragma once
 
@@ -10,7 +11,11 @@
 
 namespace {
 
-struct Tally { unsigned long long mass; int count; };
+// The mass of some rows in 2^-32, and in the lowest bits how many they are: one number to add.
+using Tally = unsigned long long;
+constexpr int kCountBits = 24;
+__device__ __forceinline__ unsigned long long mass_in(Tally tally) { return tally >> kCountBits; }
+__device__ __forceinline__ int count_in(Tally tally) { return int(tally & ((1 << kCountBits) - 1)); }
 
 // A weight's place among others; none for what is no weight.
 __device__ __forceinline__ unsigned order_of(float weight) { return weight > 0 ? __float_as_uint(weight) : 0; }
@@ -20,26 +25,19 @@ __device__ __forceinline__ unsigned long long mass_of(unsigned order) {
 
 // Of all weights of at least an order, by a whole block; in all threads.
 __device__ __forceinline__ Tally tally(const float* weights, int count, unsigned least, Tally (&parts)[WARPS]) {
-    Tally sum = {0, 0};
+    Tally sum = 0;
     for (int i = threadIdx.x; i < count; i += kThreads) {
         const unsigned order = order_of(weights[i]);
-        sum.mass += order >= least ? mass_of(order) : 0;
-        sum.count += order >= least;
+        sum += order >= least ? mass_of(order) << kCountBits | 1 : 0;
     }
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-        sum.mass += __shfl_xor_sync(kAll, sum.mass, mask);
-        sum.count += __shfl_xor_sync(kAll, sum.count, mask);
-    }
+    for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAll, sum, mask);
     __syncthreads();  // the parts of an earlier call have been read
     if (lane_index() == 0) parts[warp_index()] = sum;
     __syncthreads();
-    sum = {0, 0};
+    sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) {
-        sum.mass += parts[warp].mass;
-        sum.count += parts[warp].count;
-    }
+    for (int warp = 0; warp < WARPS; ++warp) sum += parts[warp];
     return sum;
 }
 
@@ -71,16 +69,16 @@ avl_nucleus(const float* __restrict__ weights,   // [looked], as avl_scores left
     const int share = limits[2 * blockIdx.x], most = limits[2 * blockIdx.x + 1];
     weights += begin;
 
-    const unsigned long long all = tally(weights, count, 0, parts).mass;
+    const unsigned long long all = mass_in(tally(weights, count, 0, parts));
     const unsigned long long target = share < 1 << 30 ? all * share >> 30 : ~0ull;
     unsigned least = 0;
-    for (int bit = 29; bit >= 0; --bit) {  // a weight of one has the bits 0x3f800000
+    for (int bit = 30; bit >= 0; --bit) {
         const Tally found = tally(weights, count, least | 1u << bit, parts);
-        if (found.mass >= target || found.count >= most) least |= 1u << bit;
+        if (mass_in(found) >= target || count_in(found) >= most) least |= 1u << bit;
     }
     const Tally higher = tally(weights, count, least + 1, parts);
-    const int of_least =
-        needed(target > higher.mass ? target - higher.mass : 0, mass_of(least), max(most - higher.count, 0));
+    const unsigned long long missing = target > mass_in(higher) ? target - mass_in(higher) : 0;
+    const int of_least = needed(missing, mass_of(least), max(most - count_in(higher), 0));
 
     // Each thread writes the picks of a stretch of its own, after all those before it: equal weights go by their places.
     const int stretch = ceil_div(count, kThreads), first = min(int(threadIdx.x) * stretch, count);
