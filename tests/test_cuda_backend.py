@@ -26,7 +26,7 @@ from avl_edge.backend import TorchBackend
 from avl_edge.budget import kv_plan
 from avl_edge.cache import Selected, SequenceCache, prompt_shape
 from avl_edge.checkpoint import load_weights
-from avl_edge.config import Formats
+from avl_edge.config import Formats, KvShape
 from avl_edge.cuda import FORMATS, Kernels, KernelShape, NoCuda, Pool
 from avl_edge.cuda_backend import CudaDevice
 from avl_edge.cuda_backend.model import load_model
@@ -448,6 +448,17 @@ class OneDevice(TorchDispatchMode):
         places = {each.device.type for each in tensors if each.dim() or each.device.type == "meta"}
         assert len(places) < 2, f"{func} over {places}"
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "int4"])
+def test_rows_are_packed_read_and_moved_where_they_lie(name: str) -> None:
+    """Whatever the host knows of them are ids, which may come from the CPU."""
+    store = RowStore(4, KvShape(1, 2, 32, 2), torch.float16, "meta")
+    ids, rows = torch.tensor([0, 9, 18]), torch.empty(3, 2, 32, dtype=torch.float16, device="meta")
+    with OneDevice():
+        store.write(ids, rows, rows, name)
+        assert {each.device.type for each in store.read(ids, name)} == {"meta"}
+        store.copy(ids, ids + 27, name)
 
 
 class Nothing:

@@ -70,6 +70,7 @@ class RowStore:
 
     def copy(self, before: Tensor, after: Tensor, format_: str) -> None:
         """Copy rows of a format as they are, from ids ``before`` to ``after``, int64 ``[n]`` each, none in both."""
+        before = before.to(self.keys.device)
         if format_ == "exact":
             self.write(after, self.keys[before], self.values[before])
             return
