@@ -181,6 +181,11 @@ def test_a_core_picked_on_the_device_is_the_oracles(checkpoint: Checkpoints, cho
     assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
 
 
+def test_a_method_that_picks_its_core_answers_a_text_alone(checkpoint: Checkpoints) -> None:
+    oracle, ours, _ = _both(checkpoint("llama-mha"))
+    _run_both(oracle, ours, [(_prompt(oracle.spec, 4, images=0)[0], Coarse(), Formats("exact", "int8", "int8"))], 1e-4)
+
+
 def test_formats_and_methods_share_a_batch(checkpoint: Checkpoints) -> None:
     oracle, ours, device = _both(checkpoint("llama-mha"))
     mixed = [Formats(), *FORMATS_OF.values()]

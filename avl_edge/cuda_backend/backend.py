@@ -227,8 +227,8 @@ def require_served(formats: Formats) -> None:
 
 def _reads(cache: SequenceCache, layers: range) -> Reads:
     """What a sequence reads in the step that has begun."""
-    if not cache.picks_core:
+    looked = [cache.rows_to_look_at(layer)[0] for layer in layers] if cache.picks_core else []
+    if not any(len(each.ids) for each in looked):  # of a text alone there is nothing to choose
         return Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text)
-    looked = [cache.rows_to_look_at(layer)[0] for layer in layers]
     share, most = cache.nucleus
     return Reads([[cache.text_rows(layer)] for layer in layers], cache.formats.text, looked, share, most)
