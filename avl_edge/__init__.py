@@ -5,6 +5,7 @@ from .errors import AvlEdgeError, BadImage, BadInput, BadModel, DoesNotFit
 from .generation import Generation
 from .request import Result, TokenEvent
 from .runtime import Runtime
+from .scene import Scene
 
 __all__ = [
     "AvlEdgeError",
@@ -17,5 +18,6 @@ __all__ = [
     "Options",
     "Result",
     "Runtime",
+    "Scene",
     "TokenEvent",
 ]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ from .kernels import attend_parts, attend_prompt, coarse_weights, prompt_scores
 from .models import Llava
 from .pool import RowStore
 from .request import Prompt
-from .stored import StoredRows, in_order, own_scores
+from .shared import SceneCache
+from .stored import StoredRows, distances, in_order, own_scores
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
@@ -34,11 +35,23 @@ class Backend(Protocol):
         ...
 
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
-        """Run the prompt, leave in ``cache`` what its policy stores; the last token's logits ``[vocabulary]``."""
+        """Run the prompt, leave in ``cache`` what its policy stores; the last token's logits ``[vocabulary]``.
+
+        Of a question about a scene only the tokens from the cache's ``begin`` on are run, without ``features``.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
         """One step for every sequence: its newest token in, logits ``[sequences, vocabulary]`` out."""
+        ...
+
+
+@runtime_checkable
+class SceneBackend(Backend, Protocol):
+    """A device that can leave a picture's rows for several questions."""
+
+    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+        """Run a prompt that ends with its images, and leave its rows in ``cache``."""
         ...
 
 
@@ -60,31 +73,46 @@ class TorchBackend:
 
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
-        decoder = self._model.decoder
-        hidden = self._model.embed(prompt.token_ids, prompt.spans, features)
-        positions = torch.arange(len(prompt))
+        decoder, begin = self._model.decoder, cache.begin
+        hidden = self._model.embed(prompt.token_ids[begin:], () if begin else prompt.spans, features)
+        positions = torch.arange(begin, len(prompt))
         angles = decoder.angles(positions)
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
+            if begin:
+                key, value = self._rows.after(cache, index, key, value)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            last, total = self._score(query, key, cache.prompt_queries(index))
-            self._rows.store_prompt(cache, index, cache.store_prompt(index, last, total), key, value)
+            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache, index))
+            self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
             attended = attended.transpose(0, 1)
             if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
                 hidden = layer.finish(hidden[-1:], attended[-1:])
                 break
             hidden = layer.finish(hidden, attended)
-            survivors = cache.prune_prompt(index, last, total)
+            survivors = cache.prune_prompt(index, *scores)
             if survivors is not None:
                 hidden, positions = hidden[survivors], positions[survivors]
                 angles = decoder.angles(positions)
         return decoder.logits(hidden)[0]
 
+    @torch.inference_mode()
+    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+        decoder = self._model.decoder
+        hidden = self._model.embed(prompt.token_ids, prompt.spans, features)
+        angles = decoder.angles(torch.arange(len(prompt)))
+        for index, layer in enumerate(decoder.layers):
+            query, key, value = layer.project(hidden, *angles)
+            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache, index))
+            self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
+            if index < len(decoder.layers) - 1:  # nothing after the last layer's rows is read
+                by_head = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+                hidden = layer.finish(hidden, attend_prompt(*by_head, self._scale).transpose(0, 1))
+
     def _score(
         self, query: Tensor, key: Tensor, queries: npt.NDArray[np.int64] | None
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
         if queries is None:
-            nothing = np.zeros(len(query), dtype=np.float32)
+            nothing = np.zeros(len(key), dtype=np.float32)
             return nothing, nothing
         last, total = prompt_scores(query.transpose(0, 1), key.transpose(0, 1), torch.from_numpy(queries), self._scale)
         return last.numpy(), total.numpy()

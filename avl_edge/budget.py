@@ -102,6 +102,25 @@ def kv_plan(
     return KvPlan(method, formats, pages, pages * page_bytes(shape), budget)
 
 
+def plan_after(
+    method: M,
+    formats: Formats,
+    shape: KvShape,
+    prompt: PromptShape,
+    shared: int,
+    steps: int,
+    budget: int | None = None,
+) -> KvPlan[M]:
+    """:func:`kv_plan` of what a request adds whose first ``shared`` tokens, all images among them, are held already.
+
+    Text between two images is among these and counts to a method's text budget, so that the request may hold fewer
+    rows than planned; with one image the plan is exact.
+    """
+    text = method.peak_tiers(PromptShape(0, 0, prompt.suffix), steps, shape.layers).text
+    pages = _pages(Rows(text, 0, 0), shape.layers * (prompt.length - shared + steps), 0, formats, shape)
+    return KvPlan(method, formats, pages, pages * page_bytes(shape), budget)
+
+
 def fit(
     candidates: Iterable[tuple[M, Formats]], shape: KvShape, prompt: PromptShape, steps: int, budget: int | None
 ) -> KvPlan[M]:

@@ -18,8 +18,9 @@ from .pool.sequence import LayerRows, Mask
 from .request import ImageSpan
 
 Index = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.floating]
 
-_NO_SCORES: npt.NDArray[np.floating] = np.empty(0)
+_NO_SCORES: Scores = np.empty(0)
 
 
 def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
@@ -50,16 +51,26 @@ class SequenceCache:
 
     Prefill: :meth:`store_prompt` and :meth:`prune_prompt` once per layer, in order. Decode, per step:
     :meth:`begin_step`, then per layer :meth:`rows_to_read` and :meth:`settle`; what is settled holds from the
-    next step on.
+    next step on. ``begin`` is the first token whose rows it takes itself: 0, but for a question about a scene
+    (:mod:`avl_edge.shared`).
     """
 
+    begin = 0
+
     def __init__(
-        self, pool: RowPool, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan], layers: int
+        self,
+        pool: RowPool,
+        plan: KvPlan[Method],
+        length: int,
+        spans: Sequence[ImageSpan],
+        layers: int,
+        rows: SequenceRows | None = None,
     ) -> None:
+        """``rows``: where they are not this sequence's alone."""
         shape = prompt_shape(length, spans)
         self.policy = plan.method.policy(shape, layers)
         self.formats = plan.formats
-        self.rows = SequenceRows(pool, layers, plan.pages, plan.formats)
+        self.rows = rows or SequenceRows(pool, layers, plan.pages, plan.formats)
         self.length = length
         self.step = 0
         self.refreshes = 0
@@ -86,17 +97,29 @@ class SequenceCache:
         if queries == "last":
             return np.empty(0, dtype=np.int64)
         if queries == "all":
-            return np.arange(len(self._positions))
-        return np.flatnonzero(self._is_suffix())
+            return np.arange(len(self.positions(layer)))
+        return np.flatnonzero(self._is_suffix(layer))
 
-    def store_prompt(
-        self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]
-    ) -> list[Selected]:
-        """Choose what ``layer`` stores of the tokens still in it, by their scores (``[m]`` each).
+    def positions(self, layer: int) -> Ids:  # noqa: ARG002
+        """Those of the tokens still in ``layer`` of prefill: int32 ``[m]``, ascending."""
+        return self._positions
 
-        Returns, format by format, which of those ``m`` tokens are stored, and where.
+    def is_image(self, layer: int) -> Mask:
+        """Which of them are images', a mask ``[m]``."""
+        return self._is_image[self.positions(layer)]
+
+    @property
+    def wants_distances(self) -> bool:
+        """Whether :meth:`store_prompt` and :meth:`prune_prompt` need the distances of values."""
+        return self.policy.wants_distances
+
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
+        """Choose what ``layer`` stores of the tokens still in it, by their scores and distances (``[m]`` each, see
+        :class:`~avl_edge.policies.PromptLayer`).
+
+        Returns, format by format, which of those ``m`` tokens are to be written, and where.
         """
-        view = self._view(layer, last, total)
+        view = self._view(layer, last, total, distances)
         kept = self.policy.keep_prompt(view)
         for other, keep in kept.earlier.items():
             self.rows.keep_image(other, keep)
@@ -108,8 +131,16 @@ class SequenceCache:
             kept.core[image],
             self.length - int(kept.stored.sum()),
         )
-        everything = np.ones(len(rows.core), dtype=np.bool_)
-        return self._by_format(rows, everything, np.concatenate([np.flatnonzero(image), np.flatnonzero(text)]))
+        return self._to_write(rows, np.concatenate([np.flatnonzero(image), np.flatnonzero(text)]))
+
+    def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
+        """The rows of a layer that were taken for its prompt: all. ``places`` of the image rows, then of the text's."""
+        return self._by_format(rows, np.ones(len(rows.core), dtype=np.bool_), places)
+
+    def rows_before(self, layer: int) -> list[Selected]:  # noqa: ARG002
+        """The rows that ``layer`` has of the tokens before ``begin``, format by format; ``places`` are in the order of
+        their positions."""
+        return []
 
     def _by_format(self, rows: LayerRows, image: Mask, places: Index) -> list[Selected]:
         """The image rows that ``image`` marks and all text rows of a layer, put together by their formats.
@@ -133,19 +164,20 @@ class SequenceCache:
         images = self._is_image[positions]
         return places[images], positions[images]
 
-    def prune_prompt(self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]) -> Index | None:
+    def prune_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> Index | None:
         """Indices of the tokens that go on beyond ``layer``; None: all of them."""
-        keep = self.policy.prune_prompt(self._view(layer, last, total))
+        keep = self.policy.prune_prompt(self._view(layer, last, total, distances))
         if keep is None:
             return None
         self._positions = self._positions[keep]
         return np.flatnonzero(keep)
 
-    def _view(self, layer: int, last: npt.NDArray[np.floating], total: npt.NDArray[np.floating]) -> PromptLayer:
-        return PromptLayer(layer, self._positions, self._is_image[self._positions], self._is_suffix(), last, total)
+    def _view(self, layer: int, last: Scores, total: Scores, distances: Scores) -> PromptLayer:
+        positions, is_image = self.positions(layer), self.is_image(layer)
+        return PromptLayer(layer, positions, is_image, self._is_suffix(layer), last, total, distances)
 
-    def _is_suffix(self) -> Mask:
-        return ~self._is_image[self._positions] & (self._positions >= self._first_image)
+    def _is_suffix(self, layer: int) -> Mask:
+        return ~self.is_image(layer) & (self.positions(layer) >= self._first_image)
 
     def begin_step(self) -> tuple[int, Ids]:
         """Room for the next token: its position, and the row that it takes in each layer, in the text's format."""
@@ -165,7 +197,7 @@ class SequenceCache:
         self.bytes_read += len(rows.image_ids) * Format(name).coarse_bytes(self._shape)
         return [Selected(name, np.arange(len(rows.image_ids)), rows.image_ids, rows.image_positions)]
 
-    def pick_core(self, layer: int, weights: npt.NDArray[np.floating]) -> None:
+    def pick_core(self, layer: int, weights: Scores) -> None:
         """Choose the core of this step by the coarse ``weights`` of the rows that were looked at."""
         self.set_core(layer, self.policy.pick_core(weights))
 
@@ -194,7 +226,8 @@ class SequenceCache:
         self.rows_read += count
         self.rows_full += self.length + self.step
         self.bytes_read += sum(len(each.ids) * Format(each.format).read_bytes(self._shape) for each in selected)
-        self.bytes_read += len(rows.basis) * self._shape.row_bytes if any(map(is_low_rank, selected)) else 0
+        basis = max((Format(each.format).basis_rows_read for each in selected), default=0)
+        self.bytes_read += basis * self._shape.row_bytes
         return selected
 
     @property
@@ -202,7 +235,7 @@ class SequenceCache:
         """Whether this step's scores have to be given to :meth:`settle`."""
         return self.policy.wants_scores(self.step)
 
-    def settle(self, layer: int, scores: npt.NDArray[np.floating] | None) -> list[Moved]:
+    def settle(self, layer: int, scores: Scores | None) -> list[Moved]:
         """Apply the policy to one layer after a step; the rows that change their format.
 
         ``scores`` in the order of :meth:`rows_to_read`'s places; None where the policy does not want them.

@@ -140,6 +140,12 @@ class Options:
         return self.kv_budget
 
 
+def checked_options(options: Options | None) -> Options:
+    """The options that were given, or the defaults; :class:`BadInput` for anything else."""
+    require(isinstance(options, Options | None), f"options must be avl_edge.Options, not {type(options).__name__}")
+    return options or Options()
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -25,6 +25,10 @@ class FeatureCache:
         self._encode = encode
         self._kept: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 
+    def forget(self) -> None:
+        """Give their memory back."""
+        self._kept.clear()
+
     def __call__(self, prompt: Prompt) -> Tensor | None:
         """Features ``[images, tokens, hidden]``; None for a prompt without pictures."""
         if prompt.pixel_values is None:

@@ -66,7 +66,11 @@ class Format:
         if self.name == "int4":
             return padded(2 * heads * groups(dim)) + padded(heads * dim // 2)
         assert self.rank is not None, f"{self.name} has no records"
-        return padded(2 + self.rank if self.packs_coefficients else shape.itemsize * self.rank)
+        return self._coefficients(self.rank, shape)
+
+    def _coefficients(self, count: int, shape: KvShape) -> int:
+        """Bytes of a low-rank record up to so many coefficients."""
+        return padded(2 + count if self.packs_coefficients else shape.itemsize * count)
 
     def coarse_bytes(self, shape: KvShape) -> int:
         """Bytes of one row that a coarse look at its key reads: half of an int8 key and its scales, else the key."""
@@ -80,11 +84,14 @@ class Format:
         """Exact rows that each layer of a sequence needs beside its packed ones: the basis of a low-rank format."""
         return self.rank or 0
 
+    @property
+    def basis_rows_read(self) -> int:
+        """How many of them a step needs to read rows of this format."""
+        return self.read_rank if self.rank else 0
+
     def read_bytes(self, shape: KvShape) -> int:
-        """Bytes of one row that a step reads, K and V together."""
-        if self.rank is None:
-            return packing(self, shape).row_bytes
-        return 2 * self.read_rank * (1 if self.packs_coefficients else shape.itemsize)
+        """Bytes of one row that a step reads, K and V together; of a low-rank one, its record's begin."""
+        return packing(self, shape).row_bytes if self.rank is None else 2 * self._coefficients(self.read_rank, shape)
 
 
 def padded(count: int) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import KvShape
 from .layout import Format
 from .models.rope import rotate
 from .pool import RowStore
@@ -100,9 +101,11 @@ class LowRankRows:
 
     def read(self, format_: Format, ids: Tensor, basis: Tensor, positions: Tensor) -> Rows:
         """Rows to attend: by as many directions as the format reads. Keys are rebuilt, values are not."""
-        records = self._store.read_records(ids, format_)
         count = format_.read_rank
-        key_basis, value_basis = (each[:count] for each in self._store.read(basis))
+        key_basis, value_basis = self._store.read(basis[:count])
+        _, heads, dim = key_basis.shape
+        shape = KvShape(1, heads, dim, key_basis.element_size())
+        records = self._store.read_records(ids, format_, format_.read_bytes(shape) // 2)
         keys, values = (decode_coefficients(format_, each, key_basis.dtype)[:, :count] for each in records)
         rebuilt = torch.einsum("nr,rkd->nkd", keys, key_basis.float())
         return Rows(rotate(rebuilt, *self._angles(positions)), values, value_basis)

@@ -60,4 +60,5 @@ def _kv_stats(cache: SequenceCache | None, shape: KvShape, request: Request, pre
         refreshes=cache.refreshes,
         layers=tuple(layer.counts() for layer in cache.rows.layers),
         pressure=pressure,
+        bytes_shared=cache.rows.bytes_borrowed,
     )

@@ -13,6 +13,7 @@ from functools import partial
 from .budget import Held, pages_from_now
 from .cache import SequenceCache, prompt_shape
 from .config import Formats, format_size
+from .features import FeatureCache
 from .pool import RowPool
 from .pool.smaller import smaller_formats
 from .pressure import Action, Monitor
@@ -27,11 +28,20 @@ Broken = Callable[[Running, BaseException], None]
 class Relief:
     """What ``monitor`` asks for, carried out on the requests that run in ``scheduler``.
 
-    ``rows``: where the rows lie; None: they can be neither moved nor given back, only admission stops.
+    ``rows``: where the rows lie; None: they can be neither moved nor given back, only admission stops. ``features`` of
+    earlier pictures go first.
     """
 
-    def __init__(self, monitor: Monitor, pool: RowPool, rows: StoredRows | None, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        pool: RowPool,
+        rows: StoredRows | None,
+        scheduler: Scheduler,
+        features: FeatureCache | None = None,
+    ) -> None:
         self._monitor, self._pool, self._rows, self._scheduler = monitor, pool, rows, scheduler
+        self._features = features
 
     def check(self, broken: Broken) -> None:
         """Between two steps: look, where it is time, and take one notch.
@@ -44,15 +54,17 @@ class Relief:
         spare: list[Running] = []
 
         def gives() -> tuple[bool, bool]:
-            running = self._scheduler.running if self._rows else ()
+            running = [each for each in self._scheduler.running if self._rows and not _cache(each).rows.borrows]
             smaller.extend((each, formats) for each in running if (formats := self._smaller(each)))
-            spare.extend(each for each in running if _cache(each).can_spare and not self._is_shared(each))
+            spare.extend(each for each in running if _cache(each).can_spare)
             return bool(smaller), bool(spare)
 
         action = self._monitor.look(gives)
         self._admit(action)
         if action in (Action.FREE, Action.STAY):
             return
+        if self._features:
+            self._features.forget()
         self._give_back()
         if action is Action.DEMOTE:
             for sequence, formats in smaller:
@@ -112,12 +124,9 @@ class Relief:
         cache = _cache(sequence)
         formats = smaller_formats(cache.formats, cache.has_one_tier, self._pool.shape)
         changes = [rows.core if formats and formats.core != cache.formats.core else ~rows.core for rows in cache.rows]
-        if formats is None or self._is_shared(sequence) or not any(each.any() for each in changes):
+        if formats is None or not any(each.any() for each in changes):
             return None
         return formats if self._pages(sequence, formats) < cache.rows.lease.limit else None
-
-    def _is_shared(self, sequence: Running) -> bool:
-        return self._pool.is_shared(_cache(sequence).rows.lease)
 
     def _narrow(self, sequence: Running) -> None:
         cache = _cache(sequence)

@@ -14,11 +14,11 @@ from pathlib import Path
 from torch import Tensor
 
 from . import allocator, checkpoint, quality
-from .backend import Backend, TorchBackend
+from .backend import Backend, SceneBackend, TorchBackend
 from .budget import KvPlan, fit, kv_plan
 from .cache import SequenceCache, prompt_shape
 from .checkpoint import Progress
-from .config import KvShape, Options, PromptShape, format_size, require
+from .config import KvShape, Options, PromptShape, checked_options, format_size, require
 from .cuda_backend import CudaBackend, CudaDevice, is_served, load_model, require_served
 from .errors import BadInput, BadModel, DoesNotFit
 from .features import FeatureCache
@@ -31,10 +31,11 @@ from .policies import Choice, Method
 from .pool import RowPool, RowStore
 from .pressure import Limits, Monitor
 from .profile import DeviceProfile
-from .prompt import ImageSource, Processor
+from .prompt import ImageSource, Processor, check_sources
 from .relief import Relief
 from .request import Result, TokenEvent
 from .sampler import Sampler
+from .scene import Scene
 from .scheduler import Request, Running, Scheduler, Work
 from .shapes import shape_of_checkpoint
 from .spec import ModelSpec, read_spec
@@ -45,6 +46,7 @@ DEVICES = ("cpu", "cuda")
 _DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
 _WAIT_SECONDS = 0.02
+_NO_ROOM = "open scenes hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
 
 
 class Runtime:
@@ -201,19 +203,12 @@ class Runtime:
 
         Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
         """
-        options = _checked_options(options)
-        if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
-            raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
+        options = checked_options(options)
+        check_sources(images)
         settings = self._settings(options)
         first = next(settings)
         token_ids, spans = self._processor.lay_out(len(images), prompt)
-        room = self.spec.text.context - len(token_ids)
-        if room < 1:
-            raise BadInput(
-                f"the prompt takes {len(token_ids)} tokens, images included, but the model's context ends at "
-                f"{self.spec.text.context}: ask a shorter question or give fewer images"
-            )
-        max_new_tokens = min(options.max_new_tokens, room)
+        max_new_tokens = self.new_tokens(len(token_ids), options)
         shape = prompt_shape(len(token_ids), spans)
         settings = itertools.chain((first,), settings)
         standing = self._follower.look() if self._follower else None
@@ -225,6 +220,16 @@ class Runtime:
             require_served(plan.formats)
         device = standing.stats if standing else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
+
+    def new_tokens(self, length: int, options: Options) -> int:
+        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one."""
+        room = self.spec.text.context - length
+        if room < 1:
+            raise BadInput(
+                f"the prompt takes {length} tokens, images included, but the model's context ends at "
+                f"{self.spec.text.context}: ask a shorter question or give fewer images"
+            )
+        return min(options.max_new_tokens, room)
 
     def _plan_on(
         self, standing: Standing, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int
@@ -255,18 +260,22 @@ class Runtime:
         return kv_plan(found.method, found.formats, self.kv_shape, shape, steps)
 
     def submit(self, request: Request) -> Generation:
-        """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it."""
+        """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
+        :class:`BadInput` for a question about a scene that was closed."""
         with self._lock:
             if self._backend is None:
                 self.load_weights()
-        if request.plan.pages > self._pool.pages:
+        if sum(plan.pages for plan in request.plans) > self._pool.pages:
+            peak = sum(plan.peak_bytes for plan in request.plans)
             raise DoesNotFit(
-                f"the request may hold {format_size(request.plan.peak_bytes)}, but the whole pool has "
+                f"the request may hold {format_size(peak)}, but the whole pool has "
                 f"{format_size(self._pool.pages * self._pool.page_bytes)}: load with a larger pool or give the request "
                 f"a KV budget"
             )
         sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
         with self._lock:
+            if request.look:
+                require(not request.look.is_closed, "the scene is closed: look at the pictures again to ask about them")
             self._scheduler.add(sequence)
         return Generation(self, sequence)
 
@@ -276,6 +285,26 @@ class Runtime:
         The request is queued at once; requests that are open together are decoded together.
         """
         return self.submit(self.prepare(images, prompt, options))
+
+    def look(self, images: Sequence[ImageSource], options: Options | None = None) -> Scene:
+        """A scene of ``images``, about which any number of questions may be asked, at once or one after another; they
+        share its rows. See :class:`~avl_edge.scene.Scene` for what ``options`` say.
+
+        Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
+        """
+        require(self._gpu is None, "the GPU serves no scenes: ask about the pictures with generate, or use the cpu")
+        return Scene.of(self, self._processor, self.kv_shape, images, checked_options(options))
+
+    def free_scenes(self) -> None:
+        """Free the rows of closed scenes about which no question is on its way. In the middle of a step, at its end."""
+        with self._lock:
+            if self._stepping:
+                return
+            try:
+                self._scheduler.free_scenes()
+            except BaseException:
+                self._scheduler.drop(())
+                raise
 
     @property
     def kv_bytes_in_use(self) -> int:
@@ -287,17 +316,21 @@ class Runtime:
         wait for memory, a moment passes.
 
         What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
-        them too, and goes on.
+        them too, and goes on. Where nobody runs and open scenes leave no room for who waits, the first of these ends
+        with :class:`DoesNotFit`.
         """
         with self._lock:
             self._relieve()
             work = self._scheduler.next()
+            stuck = self._scheduler.stuck if work is None else None
             if work:
                 self._run(work)
+            elif stuck:
+                self._break_off(Work((stuck,), prefill=True), DoesNotFit(_NO_ROOM))
         if not work and self.is_waiting:
             time.sleep(_WAIT_SECONDS)
             return True
-        return work is not None
+        return work is not None or stuck is not None
 
     @property
     def is_waiting(self) -> bool:
@@ -310,7 +343,7 @@ class Runtime:
             return
         self._stepping = True
         try:
-            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler)
+            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler, self._features)
             relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
             self._end_step()
@@ -318,6 +351,8 @@ class Runtime:
     def _run(self, work: Work) -> None:
         self._stepping = True
         try:
+            if work.prefill and self._show(work.sequences[0]):
+                return self.finish(work.sequences[0], "stop")
             for sequence, token in zip(work.sequences, self._forward(work), strict=True):
                 self._emit(sequence, token)
         except BaseException as error:
@@ -331,6 +366,7 @@ class Runtime:
         self._stepping = False
         while self._abandoned:
             self.finish(self._abandoned.popleft(), "cancelled")
+        self.free_scenes()
 
     def _forward(self, work: Work) -> Iterator[int]:
         """The next token of each sequence."""
@@ -348,12 +384,26 @@ class Runtime:
     def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
         prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
         start = time.perf_counter()
-        features = self._features(prompt)
+        features = None if sequence.request.look else self._features(prompt)
         encoded = time.perf_counter()
         logits = backend.prefill(prompt, features, cache)
         sequence.encode_seconds = encoded - start
         sequence.prefill_seconds = time.perf_counter() - encoded
         return logits
+
+    def _show(self, sequence: Running) -> bool:
+        """Run the pictures of the scene that a request is about, if it is the first; whether it asks for no more."""
+        look = sequence.request.look
+        if look and not look.is_ready:
+            assert isinstance(self._backend, SceneBackend), "no scene was made for another one"
+            cache = self._scheduler.show(look)
+            start = time.perf_counter()
+            features = self._features(look.prompt)
+            look.encode_seconds = time.perf_counter() - start
+            self._backend.look(look.prompt, features, cache)
+            look.prefill_seconds = time.perf_counter() - start - look.encode_seconds
+            look.is_ready = True
+        return sequence.request.max_new_tokens == 0
 
     def _break_off(self, work: Work, error: BaseException) -> None:
         try:
@@ -409,12 +459,6 @@ class Runtime:
             load_ms=self.load_ms,
             waited_ms=self._scheduler.waited_ms(sequence),
         )
-
-
-def _checked_options(options: Options | None) -> Options:
-    if not isinstance(options, Options | None):
-        raise BadInput(f"options must be avl_edge.Options, not {type(options).__name__}")
-    return options or Options()
 
 
 def _cache(sequence: Running) -> SequenceCache:

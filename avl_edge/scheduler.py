@@ -15,13 +15,38 @@ from .pool import RowPool
 from .prompt import Detokenizer
 from .request import DeviceStats, PressureStats, Prompt, Result, TokenEvent
 from .sampler import Sampler
+from .shared import QuestionCache, SceneCache
+
+
+@dataclass(eq=False)
+class Look:
+    """A picture that several questions are asked about: ``prompt`` ends with its last image, ``plan`` counts its rows.
+
+    ``cache`` has them from the admission of its first question until it was closed and its last question has ended;
+    ``is_ready``: they are written. Closed, it takes no more questions.
+    """
+
+    prompt: Prompt
+    plan: KvPlan[Method]
+    cache: SceneCache | None = None
+    is_ready: bool = False
+    is_closed: bool = False
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The percentage of image rows that are stored."""
+        return getattr(self.plan.method, "secondary", 100)
 
 
 @dataclass(frozen=True)
 class Request:
     """A request that was checked and planned; it holds no rows yet.
 
-    ``max_new_tokens`` is the option's, cut where the model's context ends. ``device``: what it was planned for.
+    ``max_new_tokens`` is the option's, cut where the model's context ends; 0 asks for a scene's rows alone. ``device``:
+    what it was planned for. ``look``: the picture whose rows it shares with other questions; ``plan`` then counts what
+    it adds to them.
     """
 
     prompt: Prompt
@@ -29,6 +54,12 @@ class Request:
     plan: KvPlan[Method]
     max_new_tokens: int
     device: DeviceStats | None = None
+    look: Look | None = None
+
+    @property
+    def plans(self) -> tuple[KvPlan[Method], ...]:
+        """What has to be there for it, shared rows included."""
+        return (self.plan, self.look.plan) if self.look else (self.plan,)
 
 
 @dataclass(eq=False)
@@ -67,13 +98,15 @@ class Work:
 
 
 class Scheduler:
-    """First come, first served; a prompt that fits goes before the next decode step."""
+    """First come, first served, but for who would wait for open scenes; a prompt that fits goes before the next decode
+    step."""
 
     def __init__(self, pool: RowPool, layers: int) -> None:
         self._pool = pool
         self._layers = layers
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
+        self._looks: list[Look] = []  # those that have rows, or are about to
         self._held_since: float | None = None
         self._held_seconds = 0.0
 
@@ -118,34 +151,80 @@ class Scheduler:
 
     def next(self) -> Work | None:
         """What to do now; None when nothing is running or can be admitted."""
-        fits = self._waiting and self._waiting[0].request.plan.pages <= self._pool.pages_unreserved
-        if fits and not self.is_held:
-            sequence = self._waiting.popleft()
+        sequence = None if self.is_held else self._first()
+        if sequence:
+            self._waiting.remove(sequence)
             self._running.append(sequence)
             return Work((sequence,), prefill=True)
         return Work(tuple(self._running), prefill=False) if self._running else None
 
+    def _first(self) -> Running | None:
+        """Who is admitted now: the first of the queue if it fits. Where nobody runs, whose end it could wait for, the
+        first that fits: a question about a scene that holds the rows, and may be the last one about it."""
+        candidates = tuple(self._waiting)[: 1 if self._running else None]
+        return next((each for each in candidates if self._fits(each.request)), None)
+
+    def _fits(self, request: Request) -> bool:
+        plans = request.plans if request.look and not request.look.is_ready else (request.plan,)
+        return sum(plan.pages for plan in plans) <= self._pool.pages_unreserved
+
+    @property
+    def stuck(self) -> Running | None:
+        """Who waits in vain where :meth:`next` finds nobody: no request's end makes room, as open scenes hold the
+        rows."""
+        return self._waiting[0] if self._waiting and not self._running and not self.is_held else None
+
     def admit(self, sequence: Running) -> SequenceCache:
-        """The cache of a sequence whose prompt runs now, under a lease of its worst case."""
+        """The cache of a sequence whose prompt runs now, under a lease of its worst case; of a question about a scene
+        once :meth:`show` has given that one's."""
         request = sequence.request
+        prompt, scene = request.prompt, request.look.cache if request.look else None
         sequence.held = (sequence.held[0], self._held_clock())
-        sequence.cache = SequenceCache(
-            self._pool, request.plan, len(request.prompt), request.prompt.spans, self._layers
-        )
+        if scene:
+            sequence.cache = QuestionCache(scene, request.plan, len(prompt), prompt.spans)
+        else:
+            sequence.cache = SequenceCache(self._pool, request.plan, len(prompt), prompt.spans, self._layers)
         return sequence.cache
+
+    def show(self, look: Look) -> SceneCache:
+        """The cache of a scene whose first question is admitted, under a lease of its worst case."""
+        # Listed before there is anything to free: an interrupt may fall in between.
+        self._looks.append(look)
+        look.cache = SceneCache(self._pool, look.plan, len(look.prompt), look.prompt.spans, self._layers)
+        return look.cache
 
     def remove(self, sequence: Running) -> None:
         """Take a request out, wherever it stands, and free its rows. Safe to call twice."""
         self._forget((sequence,))
         if sequence.cache:
             sequence.cache.close()
+        self.free_scenes()
+
+    def free_scenes(self) -> None:
+        """Free the rows of scenes that were closed, where no question about them is on its way."""
+        for look in tuple(self._looks):
+            # Asked one by one: freeing a scene may have the garbage collector drop, and so free, another.
+            if look in self._looks and not self._is_wanted(look):
+                self._looks.remove(look)
+                if look.cache:
+                    look.cache.close()
+                    look.cache, look.is_ready = None, False
+
+    def _is_wanted(self, look: Look) -> bool:
+        asked = any(other.request.look is look for other in (*self._waiting, *self._running))
+        return asked or not look.is_closed
 
     def drop(self, sequences: Sequence[Running]) -> None:
         """Take out requests whose step broke off anywhere; the pool's books are made anew from the others."""
         self._forget(sequences)
         for sequence in sequences:
             sequence.cache = None
-        self._pool.rebuild(other.cache.rows for other in self._running if other.cache)
+        for look in self._looks:
+            if not (look.is_ready and self._is_wanted(look)):
+                look.cache, look.is_ready = None, False
+        self._looks = [look for look in self._looks if look.cache]
+        caches = (*(other.cache for other in self._running), *(look.cache for look in self._looks))
+        self._pool.rebuild(cache.rows for cache in caches if cache)
 
     def _forget(self, sequences: Sequence[Running]) -> None:
         for sequence in sequences:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import Selected, SequenceCache, is_low_rank
 from .config import Formats
-from .kernels import Part
+from .kernels import Part, value_distances
 from .layout import Format
 from .lowrank import LowRankRows, Rows
 from .pool import Moved, RowStore
@@ -41,6 +41,19 @@ class StoredRows:
             self._low_rank.begin(_index(basis), keys[places], values[places], _index(positions))
         for each in stored:
             self._write(cache, layer, each.format, each.ids, each.positions, keys[each.places], values[each.places])
+
+    def after(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A prompt's ``keys`` and ``values`` ``[m, H_kv, d]`` behind those of the tokens before its cache's ``begin``,
+        as many as the layer has, read from their rows."""
+        before = cache.rows_before(layer)
+        count = sum(len(each.ids) for each in before)
+        every = [torch.empty(count + len(new), *new.shape[1:], dtype=new.dtype) for new in (keys, values)]
+        for each in before:
+            for rows, held in zip(every, self._store.read(_index(each.ids), each.format), strict=True):
+                rows[each.places] = held
+        for rows, new in zip(every, (keys, values), strict=True):
+            rows[count:] = new
+        return every[0], every[1]
 
     def append(self, caches: Sequence[SequenceCache], ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Write one new text row for each sequence, each in its own format: ``[B, H_kv, d]``."""
@@ -132,6 +145,17 @@ class StoredRows:
             return
         basis = _index(cache.rows.layers[layer].basis)
         self._low_rank.write(Format(name), _index(ids), basis, keys, values, _index(positions))
+
+
+def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[np.floating]:
+    """Those of a layer's ``values`` ``[m, H_kv, d]``, on the host (see :class:`~avl_edge.policies.PromptLayer`): empty
+    where the policy does not want them, zero where there is no image."""
+    if not cache.wants_distances:
+        return np.empty(0)
+    is_image = cache.is_image(layer)
+    if not is_image.any():
+        return np.zeros(len(values))
+    return value_distances(values, torch.from_numpy(is_image).to(values.device)).cpu().numpy()
 
 
 def own_scores(

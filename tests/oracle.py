@@ -33,6 +33,7 @@ class AvlSettings:
     heavy: int = 70  # of the text budget: rows kept by their sum of attention, the rest by recency
     text_floor: int = 20  # the least text budget, in rows
     prune_layer: int = 2  # 0-based; the prune takes effect after this whole layer
+    by_values: int = 0  # 1: prefill ranks image tokens by their values' distance from the mean, not by attention
     prompt_mean: int = 0  # 1: prefill ranks image tokens by the mean over all text after the image, not the last token
 
 
@@ -130,6 +131,13 @@ def _forward(
     return out.logits[0, -1], [weights[0].double().mean(0) for weights in out.attentions], out.past_key_values
 
 
+def far(values: Tensor, among: list[int]) -> list[float]:
+    """How far each token's value [heads, tokens, d] lies from the mean value of the tokens `among`: squared."""
+    rows = values.double().transpose(0, 1).flatten(1)
+    mean = sum(rows[token] for token in among) / len(among)
+    return [float(((row - mean) ** 2).sum()) for row in rows]
+
+
 @torch.no_grad()
 def generate(
     model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor, settings: AvlSettings, steps: int
@@ -154,13 +162,18 @@ def generate(
         scores: list[float] = layer_weights[queries].mean(0).tolist()
         return scores
 
+    def worth(layer_weights: Tensor, cache: Cache, index: int, among: list[int]) -> list[float]:
+        """What image tokens are stored by, `among` being those that the layer sees."""
+        return far(cache.layers[index].values[0], among) if settings.by_values else rank(layer_weights)
+
     # The prune ranks by the score in one shallow layer. A first pass over all rows finds that score.
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     survivors = images
     if settings.prune_layer < depth:
-        _, weights, _ = _forward(model, [causal] * depth, prompt, pixel_values)
+        _, weights, cache = _forward(model, [causal] * depth, prompt, pixel_values)
         kept = settings.prefill_keep * total // 100
-        survivors = top(rank(weights[settings.prune_layer]), images, kept)
+        at = settings.prune_layer
+        survivors = top(worth(weights[at], cache, at, images), images, kept)
 
     # Prefill: in the layers after that one nobody attends a pruned token. (It attends itself, so that its own
     # row of weights is defined; nothing reads what it computes.)
@@ -173,7 +186,8 @@ def generate(
     layers = []
     for index in range(depth):
         scores = rank(weights[index])
-        stored = top(scores, images if index <= settings.prune_layer else survivors, settings.secondary * total // 100)
+        seen = images if index <= settings.prune_layer else survivors
+        stored = top(worth(weights[index], cache, index, seen), seen, settings.secondary * total // 100)
         sums = dict(zip(text, weights[index][text][:, text].sum(0).tolist(), strict=True))
         layers.append(
             _Layer(

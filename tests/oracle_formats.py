@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from tests.oracle import AvlSettings, LayerRows, OracleStep, keep_text, top
+from tests.oracle import AvlSettings, LayerRows, OracleStep, far, keep_text, top
 
 NAME = "packed_rows_oracle"
 
@@ -83,6 +83,7 @@ class Layer:
     seen: int = 0
     attended: Callable[[Tensor, float], list[int]] | None = None  # positions, from the query [heads, d] and its scale
     text_format: str = "exact"
+    dropped: list[int] = field(default_factory=list)  # of a scene's images
 
     def store(self, positions: list[int], name: str) -> None:
         """Take rows as they are now into a format."""
@@ -154,6 +155,10 @@ class Oracle:
         scores: list[float] = layer.weights[self.text if mean else [-1]].mean(0).tolist()
         return scores
 
+    def _by_values(self, layer: Layer, secondary: int) -> list[int]:
+        """The image tokens that are stored because their values stand out."""
+        return top(far(layer.values.transpose(0, 1), self.images), self.images, secondary * len(self.images) // 100)
+
     def _store_prompt(self) -> None:
         for layer in self.layers:
             layer.store(self.system + layer.text, self.formats.text)
@@ -200,7 +205,10 @@ class Oracle:
         for index, layer in enumerate(self.layers):
             scores = self._rank(layer, bool(settings.prompt_mean))
             candidates = self.images if index <= settings.prune_layer else survivors
+            assert not settings.by_values or settings.prefill_keep == 100, "values are not ranked among survivors here"
             layer.stored = top(scores, candidates, settings.secondary * total // 100)
+            if settings.by_values:
+                layer.stored = self._by_values(layer, settings.secondary)
             layer.core = top(scores, layer.stored, core)
             layer.sums = dict(zip(self.text, layer.weights[self.text][:, self.text].sum(0).tolist(), strict=True))
             layer.text, layer.seen = keep_text(settings, self.text, layer.sums, len(self.text)), len(self.text)
@@ -234,11 +242,12 @@ class Oracle:
     @torch.no_grad()
     def coarse(self, secondary: int, core: int, mass: int, steps: int) -> list[OracleStep]:
         """Every step picks its image rows by a coarse look at all stored ones, layer by layer."""
-        length, total, depth = len(self.prompt), len(self.images), len(self.modules)
+        length, depth = len(self.prompt), len(self.modules)
+        total = len(self.images)
         logits, cache = self._prefill([torch.ones(length, length, dtype=torch.bool).tril()] * depth)
         most = core * total // 100
         for layer in self.layers:
-            layer.stored = top(self._rank(layer, True), self.images, secondary * total // 100)
+            layer.stored = self._by_values(layer, secondary)
             layer.core, layer.text = layer.stored, self.text
             layer.attended = self._nucleus(layer, most, mass / 100)
         self._store_prompt()

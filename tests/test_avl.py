@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ def _random_settings(seed: int) -> dict[str, int]:
         "text_floor": rng.choice([4, 20]),
         "prune_layer": rng.choice([0, 1, 2, 2]),
         "prompt_mean": seed % 2,
+        "by_values": seed // 2 % 2,
     }
 
 
@@ -62,15 +64,27 @@ def _rows(cache: Any) -> list[oracle.LayerRows]:
 def test_tokens_and_rows_equal_the_oracle(
     checkpoint: Checkpoints, name: str, images: int, settings: dict[str, int]
 ) -> None:
+    _assert_equal(checkpoint, name, images, Options("avl", settings), oracle.AvlSettings(**settings))
+
+
+@pytest.mark.parametrize(("name", "images", "secondary"), [("llama-mha", 1, 37), ("qwen2-gqa", 2, 12)])
+def test_distinct_values_equal_the_oracle(checkpoint: Checkpoints, name: str, images: int, secondary: int) -> None:
+    """A-VL without a prune, a smaller core or an eviction of text: only what is stored is decided, by values."""
+    settings = oracle.AvlSettings(100, secondary, secondary, refresh=0, text_keep=100, by_values=1)
+    _assert_equal(checkpoint, name, images, Options("distinct", {"secondary": secondary}), settings)
+
+
+def _assert_equal(
+    checkpoint: Checkpoints, name: str, images: int, options: Options, settings: oracle.AvlSettings
+) -> None:
     directory = checkpoint(name, dtype=torch.float64)
-    options = Options(method="avl", parameters=settings, max_new_tokens=STEPS)
-    generation = Runtime.load(directory).generate(IMAGES[:images], PROMPT, options)
+    generation = Runtime.load(directory).generate(IMAGES[:images], PROMPT, replace(options, max_new_tokens=STEPS))
     prompt = generation.prompt
     expected = oracle.generate(
         oracle.load_model(directory),
         torch.tensor([prompt.token_ids]),
         torch.tensor(prompt.pixel_values),
-        oracle.AvlSettings(**settings),
+        settings,
         STEPS,
     )
     for step, truth in enumerate(expected):
@@ -94,6 +108,7 @@ def test_tokens_and_rows_equal_the_oracle(
         ({"prefill_keep": 40}, "P >= S >= C"),
         ({"core": float("nan")}, "core (C)"),
         ({"prompt_mean": 2}, "prompt_mean"),
+        ({"by_values": 2}, "by_values"),
     ],
 )
 def test_symbols_out_of_range_are_refused_by_name(parameters: dict[str, float], word: str) -> None:

@@ -134,7 +134,7 @@ def test_without_a_budget_parameters_take_their_defaults() -> None:
         ("avll", {}, "choose one of full"),
         ("full", {"core": 3}, "a parameter of avl.* and coarse"),
         (None, {"core": 3}, "name the method"),
-        ("avl", {"cores": 3}, "it takes core, drift, heavy"),
+        ("avl", {"cores": 3}, "it takes by_values, core, drift, heavy"),
     ],
 )
 def test_unknown_methods_and_parameters(name: str | None, parameters: dict[str, float], message: str) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from tests.conftest import hear_interrupts
 from tools.demo_model import panels, scenes, vocabulary
 from tools.demo_model.attention import holds, overlap
+from tools.demo_model.camera import as_seen
 from tools.demo_model.canvas import GRID, PATCH
 from tools.demo_model.data import (
     IGNORE,
@@ -481,3 +482,17 @@ class TestAttentionFigures:
             count = round(share * 50)
             ordered = sorted(row.astype(float), reverse=True)
             assert sum(ordered[: count - 1]) < 0.8 * sum(ordered) <= sum(ordered[:count]) + 1e-4
+
+
+def test_a_camera_changes_the_light_and_not_the_picture() -> None:
+    """The same number gives the same picture; strength is what it says; without any the picture is as it was."""
+    picture = Image.new("RGB", (336, 336), (128, 128, 128))
+    assert as_seen(picture, 0, 1) == picture
+    seen = np.asarray(as_seen(picture, 12, 1), dtype=float)
+    assert np.array_equal(seen, np.asarray(as_seen(picture, 12, 1)))
+    assert not np.array_equal(seen, np.asarray(as_seen(picture, 12, 2)))
+    assert abs(seen.mean() - 128) < 0.5
+    assert seen.std() == pytest.approx(12 * np.sqrt(1 + 1 / 9), rel=0.05)
+    # Within a patch of an image token the light hardly differs, from one to the next it does.
+    means = seen.reshape(24, 14, 24, 14, 3).mean((1, 3))
+    assert means.std() > 8

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def _python(*arguments: str) -> str:
@@ -36,10 +39,20 @@ def test_together() -> None:
 
 
 def test_the_readme_in_python() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     for block in blocks:
         assert "bytes_peak" in _python("-c", block)
+
+
+def test_several_questions_in_the_readme() -> None:
+    """The command answers the questions that the README shows, in their order, a line for each."""
+    block = re.search(r"^    \$ \.venv/bin/(avl-edge run (?:.*\\\n)*.*)\n((?:    .*\n)+)", README, re.MULTILINE)
+    assert block
+    command, shown = shlex.split(block[1].replace("\\\n", "")), textwrap.dedent(block[2]).splitlines()
+    lines = _python("-c", "from avl_edge.cli import main; main()", *command[1:]).splitlines()
+    assert len(lines) == len(shown) == 6
+    assert lines[::2] == shown[::2] == [word for word in command if word[0].isupper()]
 
 
 @pytest.mark.parametrize("name", ["cockpit.png", "road.jpg", "screen.png"])

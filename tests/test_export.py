@@ -151,14 +151,14 @@ class Recorded:
 class WatchedCache(SequenceCache):
     """Remembers what prefill gave each layer and what was chosen."""
 
-    def store_prompt(self, layer: int, last: Array, total: Array) -> list[Selected]:
+    def store_prompt(self, layer: int, last: Array, total: Array, *distances: Array) -> list[Selected]:
         seen: dict[int, Any] = self.__dict__.setdefault("seen", {})
-        (stored,) = super().store_prompt(layer, last, total)
+        (stored,) = super().store_prompt(layer, last, total, *distances)
         seen[layer] = (last, total, stored.places, stored.ids)
         return [stored]
 
-    def prune_prompt(self, layer: int, last: Array, total: Array) -> Array | None:
-        survivors = super().prune_prompt(layer, last, total)
+    def prune_prompt(self, layer: int, last: Array, total: Array, *distances: Array) -> Array | None:
+        survivors = super().prune_prompt(layer, last, total, *distances)
         if survivors is not None:
             self.survivors = survivors
         return survivors

@@ -341,12 +341,14 @@ def causal_softmax(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("n", [1, 7, 150])
-def test_prompt_attention(n: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("n", "w"), [(1, 1), (7, 7), (150, 150), (7, 1), (150, 9), (150, 149)])
+def test_prompt_attention(n: int, w: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """Of all its tokens, and of its last ones alone."""
     query, key, value = (torch.randn(n, h, 64).to(dtype).transpose(0, 1) for h in (heads, kv_heads, kv_heads))
-    out = attend_prompt(query, key, value, 0.125)
+    out = attend_prompt(query[:, n - w :], key, value, 0.125)
     expected = causal_softmax(query, key, 0.125) @ value.double().repeat_interleave(heads // kv_heads, 0)
-    assert out.shape == (heads, n, 64)
+    expected = expected[:, n - w :]
+    assert out.shape == (heads, w, 64)
     assert out.dtype == dtype
     # torch's fused kernel rounds the weights of a narrow type before it multiplies: a unit roundoff of values up to 4.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
@@ -365,8 +367,9 @@ def test_prompt_attention(n: int, heads: int, kv_heads: int, dtype: torch.dtype)
 def test_prompt_scores(n: int, kv_heads: int, group: int, dtype: torch.dtype, chunk: int, data: st.DataObject) -> None:
     torch.manual_seed(n)
     query, key = torch.randn(kv_heads * group, n, 20).to(dtype), torch.randn(kv_heads, n, 20).to(dtype)
-    positions = data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n))
-    last, total = prompt_scores(query, key, torch.tensor(positions, dtype=torch.int64), 0.3, chunk)
+    first = data.draw(st.integers(0, n - 1))  # of the queries that are run
+    positions = data.draw(st.lists(st.integers(first, n - 1), max_size=2 * n))
+    last, total = prompt_scores(query[:, first:], key, torch.tensor(positions, dtype=torch.int64), 0.3, chunk)
     weights = causal_softmax(query, key, 0.3).mean(0)
     assert last.dtype == total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(last.double(), weights[-1], rtol=1e-5, atol=1e-6)
@@ -385,6 +388,7 @@ def test_prompt_memory_is_linear() -> None:
         def work(n, dtype, kv_heads):
             query, key = torch.ones(2, n, 16, dtype=dtype), torch.ones(kv_heads, n, 16, dtype=dtype)
             attend_prompt(query, key, key, 0.25)
+            attend_prompt(query[:, -64:], key, key, 0.25)
             prompt_scores(query, key, torch.arange(n - 64, n), 0.25, chunk=32)
         cases = [(d, k) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16) for k in (1, 2)]
         with torch.inference_mode():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from avl_edge.budget import kv_plan
 from avl_edge.cache import SequenceCache
 from avl_edge.config import Formats, KvShape, PromptShape
-from avl_edge.policies import Avl, Coarse, Random, StepLayer
+from avl_edge.kernels import value_distances
+from avl_edge.policies import Avl, Coarse, Distinct, Random, StepLayer
 from avl_edge.policies.base import PromptLayer
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan
@@ -20,7 +22,7 @@ LENGTH = PREFIX + IMAGES + SUFFIX
 SHAPE = KvShape(layers=5, kv_heads=2, head_dim=16, itemsize=2)
 
 
-def _cache(method: Coarse | Random) -> SequenceCache:
+def _cache(method: Coarse | Distinct | Random) -> SequenceCache:
     plan = kv_plan(method, Formats(), SHAPE, PromptShape(PREFIX, IMAGES, SUFFIX), 3)
     return SequenceCache(RowPool(plan.pages, SHAPE), plan, LENGTH, [ImageSpan("", PREFIX, IMAGES)], SHAPE.layers)
 
@@ -29,16 +31,17 @@ def _cache(method: Coarse | Random) -> SequenceCache:
 def test_layers_under_one_threshold(seed: int, secondary: int) -> None:
     """Streaming over the layers, within the same rows, ends where sorting all layers at once does."""
     rng = np.random.default_rng(seed)
-    scores = rng.random((SHAPE.layers, LENGTH)) ** rng.uniform(0.2, 9, (SHAPE.layers, 1))
+    distances = rng.random((SHAPE.layers, LENGTH)) ** rng.uniform(0.2, 9, (SHAPE.layers, 1))
+    nothing = np.zeros(LENGTH)
     cache = _cache(Coarse(secondary, min(secondary, 40), by_mass=1))
     most = secondary * IMAGES // 100 * SHAPE.layers
     for layer in range(SHAPE.layers):
-        cache.store_prompt(layer, scores[layer], scores[layer])
+        cache.store_prompt(layer, nothing, nothing, distances[layer])
         assert sum(len(rows.image_ids) for rows in cache.rows) <= most
         cache.rows.pool.check_integrity([cache.rows])
     rows = []
     for layer in range(SHAPE.layers):
-        image = scores[layer, PREFIX : PREFIX + IMAGES]
+        image = distances[layer, PREFIX : PREFIX + IMAGES]
         for token in range(IMAGES):
             better = image[image > image[token]].sum() / image.sum()
             rows.append((better, layer, token + PREFIX))
@@ -100,6 +103,33 @@ def test_without_drift_only_every_kth_step_refreshes(steps: int) -> None:
     assert [policy.reads_secondary(step) for step in range(1, steps + 1)] == [
         step % 3 == 0 for step in range(1, steps + 1)
     ]
+
+
+@given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), images=st.integers(1, 9))
+def test_distances_are_from_the_mean_value_of_the_images(seed: int, heads: int, images: int) -> None:
+    values = torch.randn(12, heads, 4, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    is_image = torch.zeros(12, dtype=torch.bool)
+    is_image[torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:images]] = True
+    wide = values.double().numpy().reshape(12, -1)
+    expected = np.square(wide - wide[is_image.numpy()].mean(0)).sum(1)
+    np.testing.assert_allclose(value_distances(values, is_image).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    distances=st.lists(st.integers(0, 9).map(float), min_size=IMAGES, max_size=IMAGES), secondary=st.integers(1, 100)
+)
+def test_the_rows_that_stand_out_are_stored(distances: list[float], secondary: int) -> None:
+    """Whatever attention they get; of equals the first ones; text as it is, though it may stand out more."""
+    cache = _cache(Distinct(secondary))
+    attention = np.arange(LENGTH, dtype=float)
+    far = np.concatenate([np.full(PREFIX, 99.0), distances, np.full(SUFFIX, 99.0)])
+    for layer in range(SHAPE.layers):
+        cache.store_prompt(layer, attention, attention, far)
+    ranked = sorted(range(IMAGES), key=lambda token: (-distances[token], token))
+    expected = sorted(PREFIX + token for token in ranked[: secondary * IMAGES // 100])
+    for rows in cache.rows:
+        assert rows.image_positions.tolist() == expected
+        assert len(rows.text_ids) == PREFIX + SUFFIX
 
 
 @given(secondary=st.integers(1, 100), draw=st.integers(0, 9))

@@ -143,8 +143,8 @@ def test_tiers_are_what_the_caches_hold(
     for layer in range(layers):
         assert tokens == tokens_in(method, prompt, layer)
         scores = chance.random(tokens)
-        cache.store_prompt(layer, scores, scores)
-        survivors = cache.prune_prompt(layer, scores, scores)
+        cache.store_prompt(layer, scores, scores, scores)
+        survivors = cache.prune_prompt(layer, scores, scores, scores)
         tokens = tokens if survivors is None else len(survivors)
     answer = Answer(method, prompt, shape, steps, formats)
     for step in range(1, steps + 1):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from avl_edge.budget import KvPlan, fit, kv_plan
+from avl_edge.budget import fit, kv_plan, plan_after
 from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.errors import DoesNotFit, PoolExhausted
@@ -22,13 +22,11 @@ from avl_edge.layout import PAGE_ROWS, UNIT, Format, page_bytes
 from avl_edge.policies import H2O, Avl, Coarse, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore, SequenceRows
 from avl_edge.request import ImageSpan
+from avl_edge.shared import QuestionCache, SceneCache
 
 LAYERS = 3
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=2)
 NAMES = ("exact", "int8", "int4")
-KEEPS_ITS_ROWS = (Full, FastV, Coarse)
-"""Methods that free no row before a request ends."""
-
 Ids = npt.NDArray[np.int32]
 
 
@@ -47,6 +45,20 @@ def _methods() -> st.SearchStrategy[Method]:
     fastv = st.builds(FastV, layer=st.integers(1, LAYERS + 1), drop=st.integers(0, 100))
     streaming = st.builds(Streaming, sinks=st.integers(0, 8), window=st.integers(1, 60))
     return st.one_of(st.just(Full()), avl, avl, coarse, h2o, fastv, streaming)
+
+
+def _sharing_methods() -> st.SearchStrategy[Method]:
+    """Methods that store every image row."""
+    percent = st.integers(1, 100)
+    avl = st.builds(
+        lambda core, k, t, floor: Avl(100, 100, core, k, t, text_floor=floor),
+        percent,
+        st.integers(0, 4),
+        percent,
+        st.integers(1, 8),
+    )
+    coarse = st.builds(lambda core, mass, by: Coarse(100, core, mass, by), percent, percent, st.integers(0, 1))
+    return st.one_of(st.just(Full()), avl, coarse)
 
 
 @st.composite
@@ -91,9 +103,8 @@ def _held(rows: SequenceRows) -> Counter[str]:
 class Life:
     """A request on its way: its cache, the steps that it may still take and the most rows of each format it held."""
 
-    def __init__(self, pool: RowPool, plan: KvPlan[Method], length: int, spans: list[ImageSpan], steps: int) -> None:
-        self.cache = SequenceCache(pool, plan, length, spans, LAYERS)
-        self.method, self.steps = plan.method, steps
+    def __init__(self, cache: SequenceCache, steps: int, scene: SceneCache | None = None) -> None:
+        self.cache, self.steps, self.scene = cache, steps, scene
         self.most: Counter[str] = Counter()
 
     def count(self) -> None:
@@ -104,15 +115,15 @@ class Life:
 
 
 class PoolLife(RuleBasedStateMachine):
-    """Admissions, prefills, steps (appends, refreshes, moves, evictions), forks, cancels and interrupts over one small
-    pool. A row is read only while every byte of it is what its owner wrote."""
+    """Admissions, prefills, steps (appends, refreshes, moves, evictions), scenes and questions about them, cancels and
+    interrupts over one small pool. A row is read only while every byte of it is what its owner wrote."""
 
     @initialize(pages=st.integers(4, 40))
     def open(self, pages: int) -> None:
         self.pool = RowPool(pages, SHAPE)
         self.memory = Memory(self.pool)
         self.live: list[Life] = []
-        self.forks: list[tuple[SequenceRows, Life]] = []
+        self.scenes: list[tuple[SceneCache, list[ImageSpan]]] = []
         self.random = np.random.default_rng(0)
 
     @rule(
@@ -133,35 +144,82 @@ class PoolLife(RuleBasedStateMachine):
             with pytest.raises(DoesNotFit):
                 SequenceCache(self.pool, plan, length, spans, LAYERS)
             return
-        life = Life(self.pool, plan, length, spans, steps)
+        self._begin(Life(SequenceCache(self.pool, plan, length, spans, LAYERS), steps))
+
+    @rule(
+        text=st.sampled_from(NAMES),
+        image=st.sampled_from(NAMES),
+        prefix=st.integers(0, 6),
+        images=st.lists(st.integers(1, 24), min_size=1, max_size=2),
+    )
+    def look(self, text: str, image: str, prefix: int, images: list[int]) -> None:
+        """A scene's rows; of two images with a token of text in between."""
+        spans = [ImageSpan("", prefix, images[0])]
+        spans += [ImageSpan("", prefix + images[0] + 1, length) for length in images[1:]]
+        length = spans[-1].start + spans[-1].length
+        plan = kv_plan(Full(), Formats(text, image, image), SHAPE, prompt_shape(length, spans), 0)
+        if plan.pages > self.pool.pages_unreserved:
+            with pytest.raises(DoesNotFit):
+                SceneCache(self.pool, plan, length, spans, LAYERS)
+            return
+        cache = SceneCache(self.pool, plan, length, spans, LAYERS)
+        life = Life(cache, 0)
+        self._prefill(life)
+        assert cache.rows.lease.peak == plan.pages
+        self.scenes.append((cache, spans))
+
+    @precondition(lambda self: bool(self.scenes))
+    @rule(choice=st.integers(0, 10**6), method=_sharing_methods(), text=st.integers(1, 8), steps=st.integers(0, 12))
+    def ask(self, choice: int, method: Method, text: int, steps: int) -> None:
+        scene, spans = self.scenes[choice % len(self.scenes)]
+        length = scene.length + text
+        plan = plan_after(method, scene.formats, SHAPE, prompt_shape(length, spans), scene.length, steps)
+        if plan.pages > self.pool.pages_unreserved:
+            with pytest.raises(DoesNotFit):
+                QuestionCache(scene, plan, length, spans)
+            return
+        self._begin(Life(QuestionCache(scene, plan, length, spans), steps, scene))
+
+    def _begin(self, life: Life) -> None:
         self._prefill(life)
         self.live.append(life)
+
+    def _stamps(self, life: Life, layer: int, positions: Ids) -> npt.NDArray[np.int64]:
+        """Who wrote the rows at ``positions`` of a layer: the sequence itself, or its scene."""
+        own = self.memory.stamps(life.cache, layer, positions)
+        lent = positions < life.cache.begin
+        own[lent] = self.memory.stamps(life.scene, layer, positions[lent])
+        return own
 
     def _prefill(self, life: Life) -> None:
         cache, m = life.cache, life.cache.length
         for layer in range(LAYERS):
             last, total = self.random.random(m), self.random.random(m)
-            stored = cache.store_prompt(layer, last, total)
+            stored = cache.store_prompt(layer, last, total, last)
             rows = cache.rows.layers[layer]
             places = np.concatenate([each.places for each in stored] or [np.empty(0, dtype=np.int64)])
             positions = np.concatenate([each.positions for each in stored] or [np.empty(0, dtype=np.int32)])
-            assert len(set(places.tolist())) == len(places) == len(rows.text_ids) + len(rows.image_ids)
-            assert set(positions.tolist()) == {*rows.text_positions.tolist(), *rows.image_positions.tolist()}
+            assert len(set(places.tolist())) == len(places) == len(positions)
+            held = {*rows.text_positions.tolist(), *rows.image_positions.tolist()}
+            assert set(positions.tolist()) == {position for position in held if position >= cache.begin}
+            assert len(held) == len(rows.text_ids) + len(rows.image_ids)
             assert [each.format for each in stored] == list(dict.fromkeys(each.format for each in stored))
             for each in stored:
-                self.memory.write(each.ids, each.format, self.memory.stamps(cache, layer, each.positions))
-            survivors = cache.prune_prompt(layer, last, total)
+                self.memory.write(each.ids, each.format, self._stamps(life, layer, each.positions))
+            survivors = cache.prune_prompt(layer, last, total, last)
             m = m if survivors is None else len(survivors)
         life.count()
-        self._check_contents(cache, cache.rows)
+        self._check_contents(life)
 
-    def _check_contents(self, writer: object, rows: SequenceRows) -> None:
-        """Every row of the prompt holds what ``writer`` wrote there, in the format of its tier."""
+    def _check_contents(self, life: Life) -> None:
+        """Every row holds what was written there, in the format of its tier."""
+        rows = life.cache.rows
         for layer, held in enumerate(rows):
             formats = rows.formats
-            core, image = self.memory.stamps(writer, layer, held.image_positions), held.core
+            core, image = self._stamps(life, layer, held.image_positions), held.core
             self.memory.check(held.image_ids[image], formats.core, core[image])
             self.memory.check(held.image_ids[~image], formats.secondary, core[~image])
+            self.memory.check(held.text_ids, formats.text, self._stamps(life, layer, held.text_positions))
 
     @precondition(lambda self: any(life.cache.step < life.steps for life in self.live))
     @rule(choice=st.integers(0, 10**6))
@@ -179,13 +237,14 @@ class PoolLife(RuleBasedStateMachine):
                 assert np.array_equal(looked_at.ids, cache.rows.layers[layer].image_ids)
                 cache.pick_core(layer, self.random.random(len(looked_at.ids)))
             read = cache.rows_to_read(layer)
-            self._check_read(cache, layer, read, int(ids[layer]))
+            self._check_read(life, layer, read, int(ids[layer]))
             count = sum(len(each.ids) for each in read)
-            self._move(cache, layer, cache.settle(layer, self.random.random(count) if cache.wants_scores else None))
+            self._move(life, layer, cache.settle(layer, self.random.random(count) if cache.wants_scores else None))
             life.count()
-        self._check_contents(cache, cache.rows)
+        self._check_contents(life)
 
-    def _check_read(self, cache: SequenceCache, layer: int, read: list[Any], own: int) -> None:
+    def _check_read(self, life: Life, layer: int, read: list[Any], own: int) -> None:
+        cache = life.cache
         rows, refreshes = cache.rows.layers[layer], cache.policy.reads_secondary(cache.step)
         image = rows.image_positions if refreshes else rows.image_positions[rows.core]
         expected = [*image.tolist(), *rows.text_positions.tolist()]
@@ -197,11 +256,11 @@ class PoolLife(RuleBasedStateMachine):
         assert [by_place[place] for place in range(len(expected))] == expected
         assert own in next(each.ids for each in read if each.format == cache.rows.formats.text)
         for each in read:
-            self.memory.check(each.ids, each.format, self.memory.stamps(cache, layer, each.positions))
+            self.memory.check(each.ids, each.format, self._stamps(life, layer, each.positions))
 
-    def _move(self, cache: SequenceCache, layer: int, moved: list[Any]) -> None:
+    def _move(self, life: Life, layer: int, moved: list[Any]) -> None:
         """What changes its format is read before anything is written, and is where its new tier says."""
-        stamps = [self.memory.stamps(cache, layer, each.positions) for each in moved]
+        stamps = [self._stamps(life, layer, each.positions) for each in moved]
         for each, stamp in zip(moved, stamps, strict=True):
             assert each.old_format != each.new_format
             assert len(each.before) == len(each.after) == len(each.positions) > 0
@@ -216,42 +275,17 @@ class PoolLife(RuleBasedStateMachine):
         life.cache.close()
         life.cache.close()
 
-    @precondition(lambda self: any(_can_fork(life) for life in self.live))
-    @rule(choice=st.integers(0, 10**6), extra=st.integers(0, 2))
-    def fork(self, choice: int, extra: int) -> None:
-        ready = [life for life in self.live if _can_fork(life)]
-        life = ready[choice % len(ready)]
-        limit = life.cache.rows.lease.held + extra
-        if limit > self.pool.pages_unreserved:
-            with pytest.raises(DoesNotFit):
-                life.cache.rows.fork(limit)
-            return
-        if not isinstance(life.method, KEEPS_ITS_ROWS):
-            life.steps = 0  # who shares rows keeps them
-        fork = life.cache.rows.fork(limit)
-        assert fork.lease.nbytes == life.cache.rows.lease.nbytes
-        self.forks.append((fork, life))
-
-    @precondition(lambda self: bool(self.forks))
+    @precondition(lambda self: bool(self._idle()))
     @rule(choice=st.integers(0, 10**6))
-    def grow_fork(self, choice: int) -> None:
-        """A fork's later text is its own; beyond its lease it is refused, and nothing has changed."""
-        fork, life = self.forks[choice % len(self.forks)]
-        before = [rows.text_ids for rows in fork]
-        position = life.cache.length + 1000 + len(before[0])
-        try:
-            ids = fork.append(position)
-        except PoolExhausted:
-            assert all(rows.text_ids is ids for rows, ids in zip(fork, before, strict=True))
-            return
-        for layer, row in enumerate(ids.tolist()):
-            own = self.memory.stamps(fork, layer, np.array([position], dtype=np.int32))
-            self.memory.write(np.array([row], dtype=np.int32), fork.formats.text, own)
+    def close_scene(self, choice: int) -> None:
+        idle = self._idle()
+        scene = idle[choice % len(idle)]
+        scene[0].close()
+        self.scenes.remove(scene)
 
-    @precondition(lambda self: bool(self.forks))
-    @rule(choice=st.integers(0, 10**6))
-    def drop_fork(self, choice: int) -> None:
-        self.forks.pop(choice % len(self.forks))[0].close()
+    def _idle(self) -> list[tuple[SceneCache, list[ImageSpan]]]:
+        """Scenes about which no question is on its way."""
+        return [each for each in self.scenes if all(life.scene is not each[0] for life in self.live)]
 
     @precondition(lambda self: bool(self.live))
     @rule(choice=st.integers(0, 10**6), name=st.sampled_from(NAMES), takes=st.booleans())
@@ -262,20 +296,18 @@ class PoolLife(RuleBasedStateMachine):
             with suppress(PoolExhausted):
                 self.pool.allocate(LAYERS, rows.lease, name)
         else:
-            format_, ids = max(rows.held(), key=lambda each: len(each[1]))
+            format_, ids = max(rows.held(), key=lambda each: len(each[1]), default=("exact", np.empty(0, np.int32)))
             self.pool.release(ids[::2], rows.lease, format_)
         self.pool.rebuild(self._owners())
 
     def _owners(self) -> list[SequenceRows]:
-        return [*(life.cache.rows for life in self.live), *(fork for fork, _ in self.forks)]
+        return [*(life.cache.rows for life in self.live), *(scene.rows for scene, _ in self.scenes)]
 
     @invariant()
     def sound(self) -> None:
         if not hasattr(self, "pool"):
             return
         self.pool.check_integrity(self._owners())
-        for fork, life in self.forks:
-            self._check_contents(life.cache, fork)
         for life in self.live:
             lease = life.cache.rows.lease
             assert lease.held <= lease.peak <= lease.limit
@@ -283,10 +315,9 @@ class PoolLife(RuleBasedStateMachine):
                 assert np.all(np.diff(rows.text_positions) > 0)
                 assert np.all(np.diff(rows.image_positions) > 0)
                 assert len(rows.core) == len(rows.image_ids) == len(rows.image_positions)
-        if not self.forks:
-            weights = (_held(rows).items() for rows in self._owners())
-            nbytes = sum(count * self.pool.packing(name).row_bytes for held in weights for name, count in held)
-            assert self.pool.bytes_in_use == nbytes
+        weights = (_held(rows).items() for rows in self._owners())
+        nbytes = sum(count * self.pool.packing(name).row_bytes for held in weights for name, count in held)
+        assert self.pool.bytes_in_use == nbytes
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):
@@ -295,11 +326,6 @@ class PoolLife(RuleBasedStateMachine):
             self.pool.check_integrity([])
             assert self.pool.bytes_in_use == 0
             assert self.pool.pages_unreserved == self.pool.pages
-
-
-def _can_fork(life: Life) -> bool:
-    formats = life.cache.rows.formats
-    return formats.core == formats.secondary
 
 
 PoolLife.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
@@ -311,8 +337,8 @@ def _run(cache: SequenceCache, steps: int, seed: int) -> None:
     random, m = np.random.default_rng(seed), cache.length
     for layer in range(len(cache.rows.layers)):
         scores = random.random(m)
-        cache.store_prompt(layer, scores, scores)
-        survivors = cache.prune_prompt(layer, scores, scores)
+        cache.store_prompt(layer, scores, scores, scores)
+        survivors = cache.prune_prompt(layer, scores, scores, scores)
         m = m if survivors is None else len(survivors)
     for _ in range(steps):
         cache.begin_step()
@@ -368,8 +394,6 @@ def test_misuse_is_refused() -> None:
     pool.release(ids, lease)
     with pytest.raises(PoolExhausted, match="freed twice"):
         pool.release(ids, lease)
-    with pytest.raises(PoolExhausted, match="cannot be shared"):
-        pool.retain(ids, lease)
     pool.end(lease)
     with pytest.raises(PoolExhausted, match="lease has ended"):
         pool.allocate(1, lease)
@@ -402,22 +426,32 @@ def test_pages_are_reused_across_formats_and_requests() -> None:
     assert len(pool.allocate(pool.packing("int4").rows, first, "int4")) > len(ids)
 
 
-def test_rows_that_are_shared_outlive_their_first_owner() -> None:
-    """The page stays with who still holds a row in it, and is free when nobody does."""
-    pool = RowPool(3, SHAPE)
-    first = SequenceRows(pool, 1, 1, Formats("int8", "int8", "int8"))
-    first.fill(0, np.arange(3, dtype=np.int32), np.arange(3, 9, dtype=np.int32), np.ones(6, dtype=np.bool_), 0)
-    fork = first.fork(1)
-    held = pool.bytes_in_use
-    assert held == first.lease.nbytes == fork.lease.nbytes == 9 * pool.packing("int8").row_bytes
-    first.close()
-    pool.check_integrity([fork])
-    assert pool.bytes_in_use == held
-    with pytest.raises(PoolExhausted):
-        fork.append(9)
-    fork.close()
-    pool.check_integrity([])
-    assert pool.bytes_in_use == 0
+@settings(max_examples=200, deadline=None)
+@given(
+    method=_sharing_methods(),
+    formats=st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    prefix=st.integers(0, 20),
+    images=st.integers(1, 60),
+    text=st.integers(1, 40),
+    steps=st.integers(0, 80),
+)
+def test_what_a_question_adds_is_promised_exactly(
+    method: Method, formats: tuple[str, str], prefix: int, images: int, text: int, steps: int
+) -> None:
+    """And a picture's rows are counted once, in their own plan: both leases together fill the pool."""
+    names, spans = Formats(formats[0], formats[1], formats[1]), [ImageSpan("", prefix, images)]
+    shared, length = prefix + images, prefix + images + text
+    whole = kv_plan(Full(), names, SHAPE, PromptShape(prefix, images, 0), 0)
+    plan = plan_after(method, names, SHAPE, PromptShape(prefix, images, text), shared, steps)
+    pool = RowPool(whole.pages + plan.pages, SHAPE)
+    scene = SceneCache(pool, whole, shared, spans, LAYERS)
+    _run(scene, 0, 1)
+    question = QuestionCache(scene, plan, length, spans)
+    _run(question, steps, 2)
+    assert (scene.rows.lease.peak, question.rows.lease.peak) == (whole.pages, plan.pages)
+    assert question.rows.bytes_borrowed == scene.rows.lease.nbytes
+    assert pool.bytes_in_use == scene.rows.lease.nbytes + question.rows.lease.nbytes
+    pool.check_integrity([scene.rows, question.rows])
 
 
 def test_published_memory_of_llava_7b() -> None:

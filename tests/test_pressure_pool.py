@@ -136,11 +136,11 @@ class Desk:
         for layer in range(LAYERS):
             keys, values = self._rows(m)
             scores = self.random.random(m)
-            stored = cache.store_prompt(layer, scores, scores)
+            stored = cache.store_prompt(layer, scores, scores, scores)
             self.rows.store_prompt(cache, layer, stored, keys, values)
             for each in stored:
                 self._know(sequence, layer, each.format, each.positions, (keys[each.places], values[each.places]))
-            survivors = cache.prune_prompt(layer, scores, scores)
+            survivors = cache.prune_prompt(layer, scores, scores, scores)
             m = m if survivors is None else len(survivors)
         self.left[sequence] = request.max_new_tokens - 1
         return sequence
@@ -419,16 +419,6 @@ def test_low_rank_and_odd_rows_have_no_smaller_format() -> None:
     assert smaller_formats(Formats(), True, KvShape(1, 2, 15, 4)) is None
     narrow = KvShape(1, 1, 8, 2)  # an int8 record is as long as the row
     assert smaller_formats(Formats(), True, narrow) in (None, Formats("exact", "int4", "int4"))
-
-
-def test_shared_rows_stay_where_they_are() -> None:
-    desk = Desk(400)
-    sequence = desk.admit(_request(Full(), Formats(), 2, 40, 2, 4))
-    assert sequence is not None
-    fork = _cache(sequence).rows.fork(_cache(sequence).rows.lease.held)
-    assert desk.notch() is Action.HOLD
-    fork.close()
-    assert desk.notch() is Action.DEMOTE
 
 
 @settings(max_examples=100, deadline=None)

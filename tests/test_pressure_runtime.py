@@ -108,6 +108,21 @@ def test_formats_then_rows_then_requests(runtime: Runtime, tree: Path) -> None:
     assert _ask(runtime, AVL).result().formats["secondary"] == "exact"
 
 
+def test_features_of_earlier_pictures_go(runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a convenience: memory that is short takes them, and the next question encodes its picture again."""
+    encoded: list[int] = []
+    encode = runtime._backend.encode_images  # type: ignore[union-attr]
+    monkeypatch.setattr(runtime._backend, "encode_images", lambda pixels: encoded.append(1) or encode(pixels))
+    _ask(runtime).result()
+    _ask(runtime).result()
+    assert len(encoded) == 1
+    write(tree, GB)
+    runtime.step()
+    write(tree, 6 * GB)
+    _ask(runtime).result()
+    assert len(encoded) == 2
+
+
 def test_low_rank_rows_can_only_go(runtime: Runtime, tree: Path) -> None:
     """There is no smaller format for them. The basis of their layer stays, and moves with the other rows."""
     options = Options("avl", {"secondary": 90, "core": 30}, Formats("exact", "exact", "lowrank:8"), max_new_tokens=30)

@@ -21,9 +21,15 @@ WORDS = ["What", "is", "shown", "in", "the", "picture", "how", "many", "boats", 
 PARAMETERS = {
     None: {},
     "full": {},
-    "avl": {"refresh": st.integers(0, 4), "prompt_mean": st.integers(0, 1), "text_floor": st.integers(1, 20)},
+    "avl": {
+        "refresh": st.integers(0, 4),
+        "prompt_mean": st.integers(0, 1),
+        "by_values": st.integers(0, 1),
+        "text_floor": st.integers(1, 20),
+    },
     "h2o": {},
     "fastv": {"layer": st.integers(1, 4)},
+    "distinct": {},
     "coarse": {"core": st.integers(1, 60), "mass": st.integers(1, 100)},
     "streaming": {"sinks": st.integers(0, 6)},
 }

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.budget import fit, kv_plan
+from avl_edge.cache import prompt_shape
 from avl_edge.config import KvShape, PromptShape
 from avl_edge.errors import DoesNotFit
 from avl_edge.policies import METHODS, Avl, Choice, Full
 from avl_edge.policies.notation import parse
 from avl_edge.quality import PRESETS, at_share, choices, explain, preset, ranked, table
-from avl_edge.quality.ranking import rising
+from avl_edge.quality.ranking import rising, stores_all
 from tests.checkpoints import random_image
 from tests.test_cli import COMMAND
 
@@ -122,7 +123,11 @@ def test_lossless_and_small_are_what_they_say() -> None:
     assert small.share is not None
     cheap = points[lossless.setting, lossless.share]
     assert cheap.score >= table().full.score - 0.005
-    assert all(point.stored >= cheap.stored for point in table().points if point.score >= table().full.score - 0.005)
+    others = [point for point in table().points if point.score >= table().full.score - 0.005 and stores_all(point)]
+    assert all(point.stored >= cheap.stored for point in others)
+    request = Runtime.open().prepare([random_image(3, (300, 200))], "What is the speed?", Options(preset="lossless"))
+    tiers = request.plan.method.peak_tiers(prompt_shape(len(request.prompt), request.prompt.spans), 0, 8)
+    assert tiers.core + tiers.secondary == 8 * 576
     assert points[small.setting, small.share].stored <= 0.13
 
 

@@ -92,15 +92,17 @@ from avl_edge.scheduler import Request
 from tools.record import machine
 
 INSTALL = "pip install -e '.[dev,peers]' && pip install --no-deps kvpress==0.5.5"
-METHODS = "full,h2o,streaming,avl,avl:prompt_mean=1,coarse:format=int4"
+METHODS = "full,h2o,streaming,avl,distinct,distinct:format=int4"
 PRESSES = {
     "observed": "ObservedAttentionPress",
     "snapkv": "SnapKVPress",
     "tova": "TOVAPress",
     "streaming": "StreamingLLMPress",
     "expected": "ExpectedAttentionPress",
+    "keydiff": "KeyDiffPress",
+    "knorm": "KnormPress",
 }
-PRESS_NOTATIONS = "observed,snapkv,snapkv:window_size=8,tova,streaming,expected"
+PRESS_NOTATIONS = "observed,snapkv,snapkv:window_size=8,tova,streaming,expected,keydiff,knorm"
 PLAIN = Setting("transformers")
 METRIC = "exact_match"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import torch
@@ -20,6 +20,7 @@ from ..prompt import ImageSource
 from ..request import Result
 from ..runtime import DEVICES, Runtime
 from ..scheduler import Request
+from . import several
 from .reserve import Reserve, reserve_bytes, spoken
 from .terminal import (
     AsJson,
@@ -43,7 +44,10 @@ from .terminal import (
 
 
 def run(
-    prompt: Annotated[str, typer.Option(help="The question.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option(help="The question; given several times, the pictures are read once and all are asked together."),
+    ],
     image: Annotated[
         list[str] | None,
         typer.Option(help="A picture (JPEG, PNG, WebP, BMP), or - for stdin; may be given several times."),
@@ -78,7 +82,7 @@ def run(
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say on stderr why this setting was picked.")] = False,
     kv_budget: Annotated[
-        str | None, typer.Option(help="The most KV memory for this request, like 160MB or 1.5GiB.")
+        str | None, typer.Option(help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.")
     ] = None,
     reserve: Reserve = None,
     device: Annotated[str, typer.Option(help=f"Where to compute: {' or '.join(DEVICES)}, a GPU.")] = "cpu",
@@ -90,7 +94,7 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Answer a question about one or more images. The answer streams to stdout."""
+    """Answer questions about one or more images. The answer to a single one streams to stdout."""
     named = {
         "prefill_keep": prefill_keep,
         "secondary": secondary,
@@ -116,19 +120,58 @@ def run(
     left = reserve_bytes(reserve) if reserve is not None or device == "cpu" else None
     if left is not None:
         runtime.keep_free(left)
-    request = runtime.prepare(_images(image or []), prompt, options)
-    if options.kv_budget is not None:
+    show = Show(as_json=as_json, stats=stats, explain=explain)
+    if len(prompt) > 1:
+        _ask_several(runtime, several.plan(runtime, _images(image or []), prompt, options), options, show)
+    else:
+        _ask_one(runtime, runtime.prepare(_images(image or []), prompt[0], options), show)
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is printed, and how."""
+
+    as_json: bool
+    stats: bool
+    explain: bool
+
+
+def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
+    if request.options.kv_budget is not None:
         _say_plan(request)
-    if explain:
+    if show.explain:
         _explain(request)
-    with progress("loading") as report:
-        runtime.load_weights(pool_bytes=request.plan.peak_bytes, progress=report)
+    _load(runtime, request.plan.peak_bytes)
     with readers_may_leave():
-        result = _answer(runtime, request, quiet=as_json)
-        if as_json:
+        result = _answer(runtime, request, quiet=show.as_json)
+        if show.as_json:
             print(json.dumps(result.to_dict()))
-    if stats:
+    if show.stats:
         stderr.print(_table(result))
+
+
+def _ask_several(runtime: Runtime, asked: several.Several, options: Options, show: Show) -> None:
+    budget = options.kv_budget_bytes
+    if budget is not None:
+        several.say_plan(asked, budget)
+    if show.explain:
+        _explain(asked.requests[0])
+    _load(runtime, asked.peak_bytes)
+    with readers_may_leave(), asked.scene as scene:
+        results = asked.answer(runtime, quiet=show.as_json)
+        if show.as_json:
+            print(asked.document(results))
+        held = several.describe(scene.stats)
+    if show.stats:
+        print(held, file=sys.stderr)
+        for prompt, result in zip(asked.prompts, results, strict=True):
+            print(prompt, file=sys.stderr)
+            stderr.print(_table(result))
+
+
+def _load(runtime: Runtime, pool_bytes: int) -> None:
+    with progress("loading") as report:
+        runtime.load_weights(pool_bytes=pool_bytes, progress=report)
 
 
 def _images(names: list[str]) -> list[ImageSource]:
@@ -187,6 +230,7 @@ def _table(result: Result) -> Table:
         ("first token", f"{timings.ttft_ms:.0f} ms"),
         ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),
         ("KV stored / peak / full", " / ".join(map(format_size, (kv.bytes_stored, kv.bytes_peak, kv.bytes_full)))),
+        *((("KV shared", format_size(kv.bytes_shared)),) if kv.bytes_shared else ()),
         ("KV rows read", f"{100 * kv.rows_read_fraction:.1f} % of full attention's, {kv.refreshes} refreshes"),
         *((("memory pressure", spoken(kv.pressure)),) if spoken(kv.pressure) else ()),
     )

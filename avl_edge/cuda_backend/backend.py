@@ -43,7 +43,7 @@ from ..kernels import attend_prompt
 from ..models import Llava
 from ..pool import RowStore
 from ..request import Prompt
-from ..stored import StoredRows, in_order
+from ..stored import StoredRows, distances, in_order
 from .device import Accelerator, CudaDevice
 from .step import DecodeStep, address
 from .tables import Bucket, Reads
@@ -103,8 +103,9 @@ class CudaBackend:
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            last, total = self._score(query.contiguous(), key.contiguous(), cache.prompt_queries(index))
-            stored = cache.store_prompt(index, last, total)
+            attention = self._score(query.contiguous(), key.contiguous(), cache.prompt_queries(index))
+            scores = (*attention, distances(value, cache, index))
+            stored = cache.store_prompt(index, *scores)
             for each in stored:
                 if each.format == "exact":
                     self._write(each, key.contiguous(), value.contiguous())
@@ -114,7 +115,7 @@ class CudaBackend:
                 hidden = layer.finish(hidden[-1:], attended[-1:])
                 break
             hidden = layer.finish(hidden, attended)
-            survivors = cache.prune_prompt(index, last, total)
+            survivors = cache.prune_prompt(index, *scores)
             if survivors is not None:
                 chosen = torch.from_numpy(survivors).to(device)
                 hidden, positions = hidden[chosen], positions[chosen]

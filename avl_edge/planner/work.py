@@ -93,7 +93,7 @@ class Answer:
         self._policy = method.policy(prompt, layers)
         forms = {tier: Format(name) for tier, name in (formats or Formats()).by_tier().items()}
         self._row_bytes = {tier: form.read_bytes(shape) for tier, form in forms.items()}
-        self._basis_bytes = {tier: form.basis_rows * shape.row_bytes for tier, form in forms.items()}
+        self._basis_bytes = {tier: form.basis_rows_read * shape.row_bytes for tier, form in forms.items()}
         self._look_bytes = forms["core"].coarse_bytes(shape)
         # Layers that begin alike stay alike, and there are few kinds: one of each is counted.
         self._kinds = [(tiers(method, prompt, 0, layer), tokens_in(method, prompt, layer)) for layer in range(layers)]

@@ -12,6 +12,7 @@ from .attentionpack import AttentionPack
 from .avl import Avl
 from .base import Kept, Method, Policy, PromptLayer, Settlement, StepLayer
 from .coarse import Coarse
+from .distinct import Distinct
 from .fastv import FastV
 from .full import Full
 from .h2o import H2O
@@ -23,12 +24,13 @@ Settings = (
     | type[Avl]
     | type[AttentionPack]
     | type[Coarse]
+    | type[Distinct]
     | type[H2O]
     | type[FastV]
     | type[Random]
     | type[Streaming]
 )
-_ALL: tuple[Settings, ...] = (Full, Avl, AttentionPack, Coarse, H2O, FastV, Streaming, Random)
+_ALL: tuple[Settings, ...] = (Full, Avl, AttentionPack, Distinct, Coarse, H2O, FastV, Streaming, Random)
 METHODS: dict[str, Settings] = {method.name: method for method in _ALL}
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Avl",
     "Choice",
     "Coarse",
+    "Distinct",
     "FastV",
     "Full",
     "Kept",

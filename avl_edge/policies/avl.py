@@ -47,9 +47,11 @@ class Avl:
 
     ``prompt_mean`` 1 is ours, not the paper's: prefill ranks image tokens by their mean attention from all text after
     the image, instead of from the last token alone, which looks where the first word of the answer is and evicts what
-    later words need. ``drift`` is ours too: beside every K-th step, the one after a step on which the core has lost so
-    many percent of its attention (against the text's, since the last refresh, mean of the layers) refreshes as well; 0:
-    never.
+    later words need. ``by_values`` 1 is ours too: prefill stores (and goes on beyond ``prune_layer`` with) the image
+    tokens whose values stand out, whatever attention they get (see :mod:`avl_edge.policies.distinct`); of those,
+    attention picks the core. And so is ``drift``: beside every K-th step, the one after a step on which the core has
+    lost so many percent of its attention (against the text's, since the last refresh, mean of the layers) refreshes as
+    well; 0: never.
     """
 
     prefill_keep: float = 90
@@ -61,6 +63,7 @@ class Avl:
     text_floor: int = 20
     prune_layer: int = 2
     prompt_mean: int = 0
+    by_values: int = 0
     drift: float = 0
 
     name: ClassVar[str] = "avl"
@@ -82,6 +85,7 @@ class Avl:
         floor, layer = self.text_floor, self.prune_layer
         require(whole(floor) and floor >= 1, f"text_floor must be a whole number of rows from 1, not {floor:g}")
         require(self.prompt_mean in (0, 1), f"prompt_mean must be 0 or 1, not {self.prompt_mean:g}")
+        require(self.by_values in (0, 1), f"by_values must be 0 or 1, not {self.by_values:g}")
         require(0 <= self.drift <= 100, f"drift must be from 0 to 100 percent, not {self.drift:g}")
         require(whole(layer) and layer >= 0, f"prune_layer must be a whole number from 0, not {layer:g}")
 
@@ -143,9 +147,13 @@ class AvlPolicy(KeepsCore):
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
         return "suffix"
 
+    @property
+    def wants_distances(self) -> bool:
+        return bool(self._settings.by_values)
+
     def keep_prompt(self, view: PromptLayer) -> Kept:
-        scores = self._image_scores(view)
-        image = spread(top(scores[view.is_image], self._stored), view.is_image)
+        scores = self._attention(view)
+        image = spread(top(self._worth(view)[view.is_image], self._stored), view.is_image)
         core = spread(top(scores[image], self._core), image)
         self._scores[view.layer] = scores[image]
         sums = view.total[view.is_suffix]
@@ -156,13 +164,16 @@ class AvlPolicy(KeepsCore):
         return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
 
     def prune_prompt(self, view: PromptLayer) -> Mask | None:
-        if view.layer != self._settings.prune_layer or self._survivors == view.is_image.sum():
+        if view.layer != self._settings.prune_layer or self._survivors >= view.is_image.sum():
             return None
-        scores = self._image_scores(view)[view.is_image]
-        return ~view.is_image | spread(top(scores, self._survivors), view.is_image)
+        return ~view.is_image | spread(top(self._worth(view)[view.is_image], self._survivors), view.is_image)
 
-    def _image_scores(self, view: PromptLayer) -> Scores:
+    def _attention(self, view: PromptLayer) -> Scores:
         return view.total if self._settings.prompt_mean else view.last
+
+    def _worth(self, view: PromptLayer) -> Scores:
+        """What image tokens are stored by."""
+        return view.distances if self._settings.by_values else self._attention(view)
 
     def reads_secondary(self, step: int) -> bool:
         every = self._settings.refresh

@@ -33,7 +33,8 @@ class PromptLayer:
 
     ``positions`` int32 ``[m]``; ``is_image`` and ``is_suffix`` (text after the first image began) bool ``[m]``;
     ``last`` ``[m]`` is the last token's attention; ``total`` ``[m]`` the summed attention of the queries that
-    :meth:`Policy.prompt_queries` named for this layer. What it did not ask for is zero.
+    :meth:`Policy.prompt_queries` named for this layer. What it did not ask for is zero. ``distances`` ``[m]``: squared,
+    of the tokens' values from the mean value of the images' tokens; empty unless :attr:`Policy.wants_distances`.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class PromptLayer:
     is_suffix: Mask
     last: Scores
     total: Scores
+    distances: Scores = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Policy(Protocol):
 
     def prompt_queries(self, layer: int) -> Queries:
         """Whose attention in prefill the decisions of ``layer`` depend on."""
+        ...
+
+    @property
+    def wants_distances(self) -> bool:
+        """Whether decisions in prefill depend on the tokens' values."""
         ...
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
@@ -215,7 +222,12 @@ def recent(count: int, budget: int) -> Mask:
 
 
 class KeepsRows:
-    """For policies that give up no row but when a step settles: they have no secondary rows, or need all of them."""
+    """For policies that give up no row but when a step settles: they have no secondary rows, or need all of them.
+    Their decisions in prefill depend on attention, if on anything."""
+
+    @property
+    def wants_distances(self) -> bool:
+        return False
 
     def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
         return 0

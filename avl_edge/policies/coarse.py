@@ -6,8 +6,8 @@ needs. Packed keys make looking cheap: of an int8 key the high nibbles alone, of
 picked anew at every step and layer, as a *nucleus*: rows in order of their coarse weight until they hold a share of it,
 so that a diffuse layer reads many rows and a peaked one few, under a cap that keeps the promise of a time.
 
-Which image rows are stored at all is decided in prefill by their mean attention from all text after the image; text is
-never evicted.
+Which image rows are stored at all is decided in prefill by their values, as in :mod:`avl_edge.policies.distinct`; text
+is never evicted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Coarse:
     attention (100: always C).
 
     ``by_mass`` 1: layers share what they store, S of all their image rows, by one threshold: each keeps its best rows
-    up to the same share of its attention, so a diffuse layer stores many and a peaked one few. 0: S of each layer.
+    up to the same share of its rows' squared distances, so that a layer in which few rows stand out stores few. 0: S of
+    each layer.
     """
 
     secondary: float = 100
@@ -84,40 +85,45 @@ class Coarse:
 
 
 class CoarsePolicy:
-    """One request. Nothing is remembered from step to step, but the prompt's scores of the stored image rows."""
+    """One request. Nothing is remembered from step to step, but how far the values of the stored image rows lie from
+    the mean."""
 
     def __init__(self, settings: Coarse, prompt: PromptShape, layers: int) -> None:
         self._stored = share(prompt.images, settings.secondary)
         self._core = share(prompt.images, settings.core)
         self._mass = settings.mass / 100
-        self._scores: list[Scores] = [np.empty(0)] * layers
+        self._distances: list[Scores] = [np.empty(0)] * layers
         # Under one threshold: all rows that may be stored, and for each what better ones of its layer have together.
         self._all = self._stored * layers if settings.by_mass else None
         self._before: list[Scores] = []
 
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
-        return "suffix"
+        return "none"
+
+    @property
+    def wants_distances(self) -> bool:
+        return True
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         if self._all is not None:
             return self._keep_by_mass(view, self._all)
-        image = spread(top(view.total[view.is_image], self._stored), view.is_image)
-        self._scores[view.layer] = view.total[image]
+        image = spread(top(view.distances[view.is_image], self._stored), view.is_image)
+        self._distances[view.layer] = view.distances[image]
         return Kept(stored=~view.is_image | image, core=image)
 
     def _keep_by_mass(self, view: PromptLayer, count: int) -> Kept:
         """The best ``count`` rows of all layers so far: what a later layer displaces could not have stayed anyway."""
-        scores = view.total[view.is_image]
-        order = np.argsort(-scores, kind="stable")
-        held = np.cumsum(scores[order], dtype=np.float64) / max(scores.sum(dtype=np.float64), np.finfo(np.float64).tiny)
-        before = np.empty(len(scores))
+        far = view.distances[view.is_image]
+        order = np.argsort(-far, kind="stable")
+        held = np.cumsum(far[order], dtype=np.float64) / max(far.sum(dtype=np.float64), np.finfo(np.float64).tiny)
+        before = np.empty(len(far))
         before[order] = np.append(0, held[:-1])
         self._before.append(before)
-        self._scores[view.layer] = scores
+        self._distances[view.layer] = far
         ends = np.cumsum([len(each) for each in self._before])[:-1]
         masks = np.split(top(-np.concatenate(self._before), count), ends)
         for layer, mask in enumerate(masks):
-            self._before[layer], self._scores[layer] = self._before[layer][mask], self._scores[layer][mask]
+            self._before[layer], self._distances[layer] = self._before[layer][mask], self._distances[layer][mask]
         image = spread(masks[-1], view.is_image)
         earlier = {layer: mask for layer, mask in enumerate(masks[:-1]) if not mask.all()}
         return Kept(stored=~view.is_image | image, core=image, earlier=earlier)
@@ -153,6 +159,6 @@ class CoarsePolicy:
         return max(0, min(int((~core).sum()), len(core) - self._core))
 
     def give_up(self, layer: int, core: Mask, count: int) -> Mask:
-        keep = without_lowest(self._scores[layer], core, count)
-        self._scores[layer] = self._scores[layer][keep]
+        keep = without_lowest(self._distances[layer], core, count)
+        self._distances[layer] = self._distances[layer][keep]
         return keep

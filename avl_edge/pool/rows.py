@@ -1,9 +1,10 @@
-"""Ownership of rows: pages, ids, reference counts, and leases. Moves no bytes.
+"""Ownership of rows: pages, ids, and leases. Moves no bytes.
 
 A row is the K and V of one token in one layer. All layers and all requests draw from one list of pages, since a page
 weighs the same whatever it holds; which layer and tier a row serves is its owner's knowledge. A page belongs to one
 lease and serves one format until it is empty, so that what a lease was promised is always there, however the formats
-of its rows and those of others change.
+of its rows and those of others change. A row is counted once, under the lease that it was taken for, whoever else
+reads it (:mod:`avl_edge.pool.borrowing`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Owner(Protocol):
 
 
 class RowPool:
-    """``pages`` pages for rows of ``shape``, handed out lowest free page last freed first, rows counted by reference.
+    """``pages`` pages for rows of ``shape``, handed out lowest free page last freed first.
 
     A lease sets pages aside at admission, so that no request that was admitted ever finds the pool empty.
     """
@@ -64,7 +65,7 @@ class RowPool:
         self.shape = shape
         self._free = np.arange(pages - 1, -1, -1, dtype=np.int32)
         self._free_count = pages
-        self._references = np.zeros((pages, PAGE_ROWS), dtype=np.int32)  # by page and slot; as wide as was needed yet
+        self._taken = np.zeros((pages, PAGE_ROWS), dtype=np.bool_)  # by page and slot; as wide as was needed yet
         self._owners: dict[int, tuple[Lease, Packing]] = {}  # of the pages in use: who took it, and what for
         self._leases: set[Lease] = set()
         self._worn = np.zeros(pages, dtype=np.bool_)  # pages that were in use since `take_worn` gave them last
@@ -80,8 +81,8 @@ class RowPool:
 
     @property
     def bytes_in_use(self) -> int:
-        """What the rows that are held weigh, shared ones once."""
-        held = (self._references > 0).sum(1)
+        """What the rows that are held weigh."""
+        held = self._taken.sum(1)
         return sum(int(held[page]) * pack.row_bytes for page, (_, pack) in self._owners.items())
 
     def packing(self, format_: str) -> Packing:
@@ -103,7 +104,7 @@ class RowPool:
         self._leases.discard(lease)
 
     def allocate(self, count: int, lease: Lease, format_: str = "exact") -> Ids:
-        """``count`` row ids of a format, int32, each with one reference; :class:`PoolExhausted` beyond the lease.
+        """``count`` row ids of a format, int32; :class:`PoolExhausted` beyond the lease.
 
         Rows that the lease left free in its pages are taken first: it never holds more pages of a format than the
         most rows of that format that it held at once need.
@@ -115,7 +116,7 @@ class RowPool:
         ids: Ids = np.array(free[len(free) - count :][::-1], dtype=np.int32)
         del free[len(free) - count :]
         pages, slots = _places(ids, pack)
-        self._references[pages, slots] = 1
+        self._taken[pages, slots] = True
         self._charge(pages, lease, count * pack.row_bytes)
         return ids
 
@@ -130,48 +131,31 @@ class RowPool:
         rows = pages[:, None] * pack.page_step + np.arange(pack.rows - 1, -1, -1) * pack.row_step
         free[:0] = rows.flatten().tolist()  # under those that were free before, the lowest on top
 
-    def retain(self, ids: Ids, lease: Lease, format_: str = "exact") -> None:
-        """Add a reference to rows that another lease holds; their pages count against both.
-
-        A row that its first owner gives up while it is shared is not to be had again before its page is empty: who
-        shares rows keeps them.
-        """
-        self._check_open(lease)
-        pack = self.packing(format_)
-        pages, slots = _places(ids, pack)
-        if not np.all(self._references[pages, slots] > 0):
-            raise PoolExhausted("a row that was freed cannot be shared")
-        self._check_limit(len(lease.rows.keys() | set(pages.tolist())), lease)
-        self._references[pages, slots] += 1
-        self._charge(pages, lease, len(ids) * pack.row_bytes)
-
     def release(self, ids: Ids, lease: Lease, format_: str = "exact") -> None:
-        """Drop one reference to each row; rows that nobody holds any more are free at once."""
+        """Give rows of a lease back; they are free at once."""
         pack = self.packing(format_)
         pages, slots = _places(ids, pack)
-        if not np.all(self._references[pages, slots] > 0):
+        if not np.all(self._taken[pages, slots]):
             raise PoolExhausted("a row was freed twice")
-        self._references[pages, slots] -= 1
+        self._taken[pages, slots] = False
         lease.nbytes -= len(ids) * pack.row_bytes
         for page, count in zip(*(each.tolist() for each in np.unique(pages, return_counts=True)), strict=True):
             lease.rows[page] -= count
         for page, row in zip(pages.tolist(), ids.tolist(), strict=True):
-            owner = self._owners[page][0]
-            if owner.rows[page] and not self._references[page, (row - page * pack.page_step) // pack.row_step]:
-                owner.free.setdefault(format_, []).append(row)
+            if lease.rows[page]:
+                lease.free.setdefault(format_, []).append(row)
         self._leave({page for page in pages.tolist() if not lease.rows[page]}, lease, pack)
 
     def _leave(self, pages: set[int], lease: Lease, pack: Packing) -> None:
-        """``lease`` holds nothing in ``pages`` any more; those that nobody holds go back to the pool."""
+        """``lease`` holds nothing in ``pages`` any more; they go back to the pool."""
         free = lease.free.get(pack.format.name)
         if pages and free:
             lease.free[pack.format.name] = [row for row in free if row // pack.page_step not in pages]
         for page in sorted(pages, reverse=True):
             del lease.rows[page]
-            if not self._references[page].any():
-                del self._owners[page]
-                self._free[self._free_count] = page
-                self._free_count += 1
+            del self._owners[page]
+            self._free[self._free_count] = page
+            self._free_count += 1
 
     def _charge(self, pages: Index, lease: Lease, nbytes: int) -> None:
         for page, count in zip(*(each.tolist() for each in np.unique(pages, return_counts=True)), strict=True):
@@ -188,12 +172,6 @@ class RowPool:
         if pages > lease.limit:
             raise PoolExhausted(f"{pages} pages exceed a lease of {lease.limit}")
 
-    def is_shared(self, lease: Lease) -> bool:
-        """Whether pages that ``lease`` holds are, or were, another's too."""
-        return any(self._owners[page][0] is not lease for page in lease.rows) or any(
-            not lease.rows.keys().isdisjoint(other.rows) for other in self._leases if other is not lease
-        )
-
     def pages_of(self, lease: Lease) -> dict[str, list[int]]:
         """The pages that a lease holds by their formats, the fullest first."""
         found: dict[str, list[int]] = {}
@@ -205,12 +183,12 @@ class RowPool:
         """Move a lease's rows of a format into as few pages as hold them: the ids of those that move, before and after.
 
         The fullest pages stay, and the other pages' rows go to what is free there. Their bytes have to follow before
-        any row is written. The lease must not be shared.
+        any row is written. Nobody else may read the lease's rows.
         """
         pack, pages = self.packing(format_), self.pages_of(lease).get(format_, [])
         kept = -(-sum(lease.rows[page] for page in pages) // pack.rows)
         leaving = np.array(sorted(pages[kept:]), dtype=np.int64)
-        at, slots = np.nonzero(self._references[leaving, : pack.rows])
+        at, slots = np.nonzero(self._taken[leaving, : pack.rows])
         before = (leaving[at] * pack.page_step + slots * pack.row_step).astype(np.int32)
         stays, free = set(pages[:kept]), lease.free.get(format_, [])
         after: Ids = np.array([row for row in free if row // pack.page_step in stays][: len(before)], dtype=np.int32)
@@ -218,7 +196,7 @@ class RowPool:
         if len(before):
             taken = set(after.tolist())
             lease.free[format_] = [row for row in free if row not in taken]
-            self._references[_places(after, pack)] = 1
+            self._taken[_places(after, pack)] = True
             self._charge(_places(after, pack)[0], lease, len(after) * pack.row_bytes)
             self.release(before, lease, format_)
         return before, after
@@ -236,31 +214,31 @@ class RowPool:
         return worn
 
     def _widen(self, slots: int) -> None:
-        missing = slots - self._references.shape[1]
+        missing = slots - self._taken.shape[1]
         if missing > 0:
-            self._references = np.pad(self._references, ((0, 0), (0, missing)))
+            self._taken = np.pad(self._taken, ((0, 0), (0, missing)))
 
     def rebuild(self, owners: Iterable[Owner]) -> None:
         """Make the books anew from what ``owners`` hold; every other row and lease is given up.
 
         An interrupt may fall between two lines of any method here. After it nobody's half-done change counts: the
-        only truth is who is still there. A shared page stays its first owner's, whose promise counts on its free rows.
+        only truth is who is still there.
         """
         owners = list(owners)
-        before, self._owners = self._owners, {}
-        self._references[:] = 0
+        self._owners = {}
+        self._taken[:] = False
         for owner in owners:
-            self._recount(owner, before)
+            self._recount(owner)
         self._leases = {owner.lease for owner in owners}
         for page, (lease, pack) in self._owners.items():
-            slots = np.flatnonzero(self._references[page, : pack.rows] == 0)[::-1]
+            slots = np.flatnonzero(~self._taken[page, : pack.rows])[::-1]
             free = lease.free.setdefault(pack.format.name, [])
             free += (page * pack.page_step + slots * pack.row_step).tolist()
         unused = sorted(set(range(self.pages)) - self._owners.keys(), reverse=True)
         self._free[: len(unused)] = unused
         self._free_count = len(unused)
 
-    def _recount(self, owner: Owner, before: dict[int, tuple[Lease, Packing]]) -> None:
+    def _recount(self, owner: Owner) -> None:
         lease = owner.lease
         lease.rows, lease.free, lease.nbytes = Counter(), {}, 0
         peak = lease.peak
@@ -268,33 +246,32 @@ class RowPool:
             pack = self.packing(format_)
             self._widen(pack.rows)
             pages, slots = _places(ids, pack)
-            self._references[pages, slots] += 1
+            self._taken[pages, slots] = True
             self._charge(pages, lease, len(ids) * pack.row_bytes)
-            for page in set(pages.tolist()):
-                if page not in self._owners or (page in before and before[page][0] is lease):
-                    self._owners[page] = lease, pack
+            self._owners.update(dict.fromkeys(pages.tolist(), (lease, pack)))
         lease.peak = peak
 
     def check_integrity(self, owners: Iterable[Owner]) -> None:
-        """Assert that every row is free or held, as often as it is counted, and in one tier of its owner."""
-        counted = np.zeros_like(self._references)
+        """Assert that every row is free or held by one owner, under its lease and in one of its tiers."""
+        counted = np.zeros(self._taken.shape, dtype=np.int32)
         for owner in owners:
             pages: Counter[int] = Counter()
             weight = 0
-            own = np.zeros_like(self._references)
+            own = np.zeros_like(counted)
             for format_, ids in owner.held():
                 pack = self.packing(format_)
                 where = _places(ids, pack)
                 np.add.at(own, where, 1)
                 pages.update(where[0].tolist())
                 weight += len(ids) * pack.row_bytes
-                assert all(self._owners[page][1] == pack for page in set(where[0].tolist())), "a page of two formats"
+                mine = (owner.lease, pack)
+                assert all(self._owners[page] == mine for page in set(where[0].tolist())), "a page of two formats"
             assert own.max(initial=0) <= 1, "a row stands twice in one owner"
             assert +owner.lease.rows == pages, "a lease counts other rows than its owner holds"
             assert owner.lease.nbytes == weight, "a lease weighs other bytes than its rows"
             assert owner.lease.held <= owner.lease.limit, "a lease holds more than it was promised"
             counted += own
-        assert np.array_equal(counted, self._references), "reference counts and holders differ"
+        assert np.array_equal(counted, self._taken), "a row is held by two, or by nobody"
         used = set(np.flatnonzero(counted.any(1)).tolist())
         assert used == self._owners.keys(), "a page in use has no owner, or an empty one has"
         for lease in {lease for lease, _ in self._owners.values()}:
@@ -310,7 +287,7 @@ class RowPool:
             assert len(set(rows)) == len(rows), "a row is free twice"
             pages, slots = _places(np.array(rows, dtype=np.int32), self.packing(format_))
             assert all(self._owners[page][0] is lease for page in pages.tolist()), "a free row lies in another's page"
-            assert not np.any(self._references[pages, slots]), "a held row is free"
+            assert not np.any(self._taken[pages, slots]), "a held row is free"
 
 
 def _places(ids: Ids, pack: Packing) -> tuple[Index, Index]:

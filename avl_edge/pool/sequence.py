@@ -55,7 +55,12 @@ class Moved:
 
 
 class SequenceRows:
-    """All rows of one sequence, layer by layer, drawn from ``pool`` under one lease of ``limit`` pages."""
+    """All rows of one sequence, layer by layer, drawn from ``pool`` under one lease of ``limit`` pages.
+
+    ``borrows``: image rows are another's, and can be neither moved nor given up.
+    """
+
+    borrows = False
 
     def __init__(self, pool: RowPool, layers: int, limit: int, formats: Formats | None = None) -> None:
         self.pool = pool
@@ -81,6 +86,15 @@ class SequenceRows:
         ids[core] = self._allocate(int(core.sum()), formats.core)
         ids[~core] = self._allocate(int((~core).sum()), formats.secondary)
         return ids
+
+    def _own_text(self, rows: LayerRows) -> Mask:
+        """Which text rows of a layer this sequence's lease counts."""
+        return np.ones(len(rows.text_ids), dtype=np.bool_)
+
+    @property
+    def bytes_borrowed(self) -> int:
+        """What those rows weigh that are read here and that another lease counts."""
+        return 0
 
     def append(self, position: int) -> Ids:
         """One new text row in every layer, for the token at ``position``: an id per layer."""
@@ -117,7 +131,7 @@ class SequenceRows:
     def keep_text(self, layer: int, keep: Mask) -> None:
         """Free the text rows that ``keep``, a mask over this layer's text rows, leaves out."""
         rows = self.layers[layer]
-        self.pool.release(rows.text_ids[~keep], self.lease, self.formats.text)
+        self.pool.release(rows.text_ids[~keep & self._own_text(rows)], self.lease, self.formats.text)
         rows.freed += int((~keep).sum())
         rows.text_positions = rows.text_positions[keep]
         rows.text_ids = rows.text_ids[keep]
@@ -144,29 +158,6 @@ class SequenceRows:
             yield self.formats.core, rows.image_ids[rows.core]
             yield self.formats.secondary, rows.image_ids[~rows.core]
             yield "exact", rows.basis
-
-    def fork(self, limit: int) -> SequenceRows:
-        """A second owner of the same rows, with a core set and later text of its own.
-
-        Their formats must not depend on the tier, since a row has one form for all who share it.
-        """
-        assert self.formats.core == self.formats.secondary
-        other = SequenceRows(self.pool, len(self.layers), limit, self.formats)
-        for format_, ids in self.held():
-            self.pool.retain(ids, other.lease, format_)
-        other.layers = [
-            LayerRows(
-                rows.text_positions,
-                rows.text_ids,
-                rows.image_positions,
-                rows.image_ids,
-                rows.core.copy(),
-                rows.freed,
-                rows.basis,
-            )
-            for rows in self.layers
-        ]
-        return other
 
     def close(self) -> None:
         """Free every row and end the lease. Closing twice is safe and does nothing."""

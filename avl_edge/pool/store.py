@@ -61,9 +61,10 @@ class RowStore:
         self.key_bytes.view(-1, UNIT).index_copy_(0, units, keys.view(-1, UNIT))
         self.value_bytes.view(-1, UNIT).index_copy_(0, units, values.view(-1, UNIT))
 
-    def read_records(self, ids: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
-        """Records of keys and of values, uint8 ``[n, record_bytes]`` each."""
-        size = format_.record_bytes(self._shape)
+    def read_records(self, ids: Tensor, format_: Format, size: int | None = None) -> tuple[Tensor, Tensor]:
+        """Records of keys and of values, uint8 ``[n, record_bytes]`` each; or the first ``size`` bytes of each, whole
+        units."""
+        size = size or format_.record_bytes(self._shape)
         units = self._units(ids, size)
         keys, values = (arena.view(-1, UNIT)[units].view(-1, size) for arena in (self.key_bytes, self.value_bytes))
         return keys, values

@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from PIL import Image, ImageOps
 
-from ..errors import BadImage
+from ..errors import BadImage, BadInput
 from .headers import SUPPORTED, declared_size, identify
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
@@ -23,6 +24,12 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 100
 _HEAD_BYTES = 64
 _USE = "use JPEG, PNG, WebP or BMP"
+
+
+def check_sources(images: Sequence[ImageSource]) -> None:
+    """Raise BadInput for anything but a list of pictures: a path is a sequence too, of letters."""
+    if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
+        raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
 
 
 def open_image(source: ImageSource) -> Image.Image:

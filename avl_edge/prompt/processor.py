@@ -87,6 +87,22 @@ class Processor:
         starts = self._image_starts(token_ids, images)
         return token_ids, tuple(ImageSpan("", start, self.tokens_per_image) for start in starts)
 
+    def lay_out_images(self, images: int) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        """The token ids of a turn up to the end of its last image, and where each image stands.
+
+        They are the same whatever is asked: the image placeholder is a token that merges with nothing. Raises BadInput
+        where they are not, as with a template that writes the question first.
+        """
+        heads = [self.head(*self.lay_out(images, probe)) for probe in ("What is it?", "0")]
+        if heads[0] != heads[1]:
+            raise BadInput("this model's chat template writes the question before the pictures: ask one at a time")
+        return heads[0]
+
+    @staticmethod
+    def head(token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        """Of a turn that was laid out, the token ids up to the end of its last image, and the spans."""
+        return token_ids[: spans[-1].start + spans[-1].length], spans
+
     def read(self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]) -> Prompt:
         """Decode and preprocess the pictures of a turn that was laid out. Raises BadImage for one that is no use."""
         pixels = [preprocess(open_image(image), self.image_config) for image in images]

@@ -11,7 +11,7 @@ from ..budget import kv_plan
 from ..config import Formats, KvShape, PromptShape
 from ..policies import Choice, Full, candidates
 from ..policies.notation import parse
-from .table import table
+from .table import Point, table
 
 # Scores that lie closer than this to full attention's are not told from it.
 INDISTINGUISHABLE = 0.005
@@ -35,6 +35,18 @@ class _Rung:
 def _rungs() -> tuple[_Rung, ...]:
     """All settings of the table with their dials between and below its points."""
     return tuple(rung for setting in table().settings for rung in _ladder(setting))
+
+
+def stores_all(point: Point) -> bool:
+    """Whether a point of the table left no image row out."""
+    notation = parse(point.setting)
+    budget = round(point.kv_fraction * _PROMPT.length * _SHAPE.layers * _SHAPE.row_bytes)
+    settings = candidates(notation.name, notation.parameters, True, notation.formats)
+    found = next((each for each in settings if kv_plan(*each, _SHAPE, _PROMPT, 0).peak_bytes <= budget), None)
+    if found is None:
+        return False
+    tiers = found.method.peak_tiers(_PROMPT, 0, _SHAPE.layers)
+    return tiers.core + tiers.secondary == _PROMPT.images * _SHAPE.layers
 
 
 def _unbeaten(rungs: Iterable[_Rung]) -> tuple[_Rung, ...]:

@@ -79,6 +79,7 @@ struct Step {
     std::vector<Split> splits;   // by sequence, then by part
     std::vector<int> first{0};   // [batch + 1]: the first split of each sequence
     std::vector<Item> items;     // in the order of the splits
+    Four* products;              // [split, heads, 4]: of four rows at a time, keys with the query
     float *weights;              // [heads, total]: logits, then exponentials relative to their split's maximum
     float *peak, *mass;          // [split, heads]: the maximum, later the share of the softmax; the sum of the weights
     float *sums;                 // [split, heads, width]: the values weighted by these exponentials; null for none
@@ -129,31 +130,45 @@ INLINE inline void add_values(const Step& step, const Split& split, int r, const
     }
 }
 
-// The logits of a split's rows.
+// The products of a row's keys with the query heads that they serve, four sums of each, into every fourth of `products`.
+template <class Format, int Dim>
+INLINE inline void multiply_key(
+    const Step& step, const Source& source, int sequence, int64_t row, const Heads& heads, Four* products) {
+    const int width = Dim ? Dim : source.reader.width, group = step.heads / step.kv_heads;
+    Row<Format, Dim> key;
+    key.open(source.keys, row, heads);
+    for (int kv = heads.begin; kv < heads.end; ++kv) {
+        Floats wide[Dim ? Dim / kLanes : 1];  // a known head size is whole vectors, widened once for a group
+        if constexpr (Dim) each_vector<Dim>([&](int i, int n) INLINE { wide[i / kLanes] = key.at(kv, i, n); });
+        const float* query = source.query + step.cell(sequence, kv * group) * width;
+        for (int head = 0; head < group; ++head, query += width, products += 4) {
+            Floats dot[2] = {};
+            each_vector_of_head<Dim>(source.reader, [&](int i, int lanes) INLINE {
+                dot[i / kLanes % 2] += load(query + i, lanes) * (Dim ? wide[i / kLanes] : key.at(kv, i, lanes));
+            });
+            *products = fold(dot[0] + dot[1]);
+        }
+    }
+}
+
+// The logits of a split's rows, four at a time: their sums are finished together, and stored in one piece.
 template <class Format, int Dim>
 INLINE inline void multiply_keys(const Step& step, const Split& split, const Heads& heads) {
-    using Row = Row<Format, Dim>;
     const Source& source = step.sources[split.part];
-    const int width = Dim ? Dim : source.reader.width, group = step.heads / step.kv_heads, total = step.total;
-    const float scale = step.scale;
-    for (int r = 0; r < split.count; ++r) {
-        const int ahead = (r + kAhead) % split.count;  // the last keys call up the first values
-        if (ahead > r || step.sums) Row::prefetch(ahead > r ? source.keys : source.values, split.rows[ahead], heads);
-        Row key;
-        key.open(source.keys, split.rows[r], heads);
-        for (int kv = heads.begin; kv < heads.end; ++kv) {
-            Floats wide[Dim ? Dim / kLanes : 1];  // a known head size is whole vectors, widened once for a group
-            if constexpr (Dim) each_vector<Dim>([&](int i, int n) INLINE { wide[i / kLanes] = key.at(kv, i, n); });
-            const float* first_query = source.query + step.cell(split.sequence, kv * group) * width;
-            float* first_logit = step.weights_at(kv * group, split.entry) + r;
-            for (int head = 0; head < group; ++head) {
-                const float* query = first_query + int64_t(head) * width;
-                Floats dot[2] = {};
-                each_vector_of_head<Dim>(source.reader, [&](int i, int lanes) INLINE {
-                    dot[i / kLanes % 2] += load(query + i, lanes) * (Dim ? wide[i / kLanes] : key.at(kv, i, lanes));
-                });
-                first_logit[int64_t(head) * total] = sum(dot[0] + dot[1]) * scale;
-            }
+    const int group = step.heads / step.kv_heads, begin = heads.begin * group, count = heads.end * group - begin;
+    Four* const products = step.products + step.cell(&split - step.splits.data(), begin) * 4;
+    for (int r = 0; r < split.count; r += 4) {
+        const int rows = std::min(4, split.count - r);
+        for (int j = 0; j < rows; ++j) {
+            const int ahead = (r + j + kAhead) % split.count;  // the last keys call up the first values
+            const bool keys = ahead > r + j;
+            if (keys || step.sums)
+                Row<Format, Dim>::prefetch(keys ? source.keys : source.values, split.rows[ahead], heads);
+            multiply_key<Format, Dim>(step, source, split.sequence, split.rows[r + j], heads, products + j);
+        }
+        for (int head = 0; head < count; ++head) {
+            const Four logits = sums(products + head * 4) * step.scale;
+            std::memcpy(step.weights_at(begin + head, split.entry) + r, &logits, sizeof(float) * rows);
         }
     }
 }
@@ -329,7 +344,7 @@ template <class Work> void parallel(int items, int threads, const Work& work) {
 
 // `offsets` of every part rise from 0. `scores`, those of all parts one after the other, may be null, and so may `out`:
 // then no values are read. Returns 0, EINVAL for a row outside its pool, or ENOMEM. Scratch, in floats:
-// heads * (total + splits * (d + 2)), where packed heads of an odd d / 2 count double.
+// heads * (total + splits * (d + 18)), where packed heads of an odd d / 2 count double.
 extern "C" int32_t avl_core_attention(
     const float* query, const Part* parts, int32_t count, int32_t batch, int32_t heads, int32_t kv_heads, int32_t dim,
     float scale, int32_t threads, float* out, float* scores) try {
@@ -338,8 +353,10 @@ extern "C" int32_t avl_core_attention(
     if (!cut(step, parts, count, query, batch)) return EINVAL;
     const int splits = step.first[batch];
     const int64_t weights = int64_t(heads) * step.total, cells = int64_t(heads) * splits;
-    const std::unique_ptr<float[]> scratch(new float[weights + cells * (out ? step.width + 2 : 2)]);
-    step.weights = scratch.get();
+    const int64_t products = cells * 4 * int64_t(sizeof(Four) / sizeof(float));
+    const std::unique_ptr<float[]> scratch(new float[products + weights + cells * (out ? step.width + 2 : 2)]);
+    step.products = reinterpret_cast<Four*>(scratch.get());  // first, where memory is aligned for it
+    step.weights = scratch.get() + products;
     step.peak = step.weights + weights;
     step.mass = step.peak + cells;
     step.sums = out ? step.mass + cells : nullptr;

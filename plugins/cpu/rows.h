@@ -20,7 +20,7 @@
 #include "vectors.h"
 
 namespace {
-constexpr int kSlice = 512;  // bytes of a row that an item reads: eight cache lines, side by side
+constexpr int kSlice = 1024;  // bytes of a row that an item reads: sixteen cache lines side by side, found by one page walk
 
 struct Heads { int begin, end; };  // neighbouring key/value heads
 struct Arena {                     // the keys or the values of a part
@@ -35,14 +35,22 @@ INLINE inline void prefetch_bytes(const void* from, int count) {
     __builtin_prefetch(byte + count - 1);  // the last line, where the first does not begin at `from`
 }
 
-// Exact rows, [row, kv head, dim]: of a head, the elements are side by side.
+// Exact rows, [row, kv head, dim]: of a head, the elements are side by side. Where the head size is known, elements of
+// 16 bits are read in pairs, as words: a shift or a mask makes a vector of the even ones and one of the odd ones, where
+// widening neighbours would have to move them through the register.
 template <class Element, int Dim> struct Row {
     const Element* row;
     int64_t head_stride;
 
-    static constexpr int together = 1;
+    static constexpr bool in_pairs = sizeof(Element) == 2 && Dim && Dim % (2 * kLanes) == 0;
+    static constexpr int together = in_pairs ? 2 : 1;
     static constexpr bool unrolls(int) { return true; }
-    static std::vector<int> order(int) { return {}; }
+    static std::vector<int> order(int dim) {
+        std::vector<int> places(in_pairs ? dim : 0);
+        for (int i = 0; i < int(places.size()); ++i)
+            places[i] = i / (2 * kLanes) * 2 * kLanes + i % 2 * kLanes + i % (2 * kLanes) / 2;
+        return places;
+    }
     static int width(int dim) { return dim; }
     static INLINE inline int lanes(int dim) { return dim; }
     static int head_bytes(int dim) { return dim * int(sizeof(Element)); }
@@ -51,7 +59,15 @@ template <class Element, int Dim> struct Row {
         row = static_cast<const Element*>(arena.data) + id * arena.row_stride;
         head_stride = arena.head_stride;
     }
-    INLINE inline Floats at(int head, int i, int lanes) const { return load(row + head * head_stride + i, lanes); }
+    INLINE inline Floats at(int head, int i, int lanes) const {
+        const Element* from = row + head * head_stride;
+        if constexpr (in_pairs) {
+            const Words pairs = read<Words>(from + i / (2 * kLanes) * 2 * kLanes);
+            return widen(i / kLanes % 2 ? pairs >> 16 : pairs & 0xffff, Element());
+        } else {
+            return load(from + i, lanes);
+        }
+    }
     static INLINE inline void prefetch(const Arena& arena, int64_t id, const Heads& heads) {
         Row ahead;
         ahead.open(arena, id, heads);

@@ -36,16 +36,19 @@ INLINE inline Words read_shorts(const void* from, int bytes) {  // and zeros aft
     return read_shorts(padded);
 }
 INLINE inline Floats load(const float* from) { return read<Floats>(from); }
-INLINE inline Floats load(const Bfloat* from) { return same_bits<Floats>(read_shorts(from) << 16); }
+
+// What narrow numbers are as floats: each in the low half of a word, and nothing above it.
+INLINE inline Floats widen(const Words& bits, Bfloat) { return same_bits<Floats>(bits << 16); }
 
 // The exponent and mantissa of a half, moved to where a float has them, are the value times 2^-112, subnormals
 // included. Infinity and NaN, the largest exponent, are completed to a float's largest.
-INLINE inline Floats load(const Half* from) {
-    const Words bits = read_shorts(from), magnitude = (bits & 0x7fff) << 13;
+INLINE inline Floats widen(const Words& bits, Half) {
+    const Words magnitude = (bits & 0x7fff) << 13;
     const Words special = (Words)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
     const Words scaled = same_bits<Words>(same_bits<Floats>(magnitude) * 0x1p112f);
     return same_bits<Floats>(scaled | special | ((bits & 0x8000) << 16));
 }
+template <class Narrow> INLINE inline Floats load(const Narrow* from) { return widen(read_shorts(from), Narrow()); }
 
 // The first `lanes` elements, and `rest` after them.
 template <class Element> INLINE inline Floats load(const Element* from, int lanes, Element rest = Element()) {
@@ -81,12 +84,29 @@ template <int Count, int Together = 1, int First = 0, class Part> INLINE inline 
     if constexpr (First + Together * kLanes < Count) each_vector<Count, Together, First + Together * kLanes>(part);
 }
 
-INLINE inline float sum(const Floats& lanes) {
-    typedef float Eight __attribute__((vector_size(32))), Four __attribute__((vector_size(16)));
+typedef float Four __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourIndices{__VA_ARGS__})
+typedef int32_t FourIndices __attribute__((vector_size(16)));
+#endif
+
+// All lanes added up to four sums, and four such fours to the sum of each: a few shuffles serve four sums at once.
+INLINE inline Four fold(const Floats& lanes) {
+    typedef float Eight __attribute__((vector_size(32)));
     struct Eights { Eight low, high; } const eights = same_bits<Eights>(lanes);
     struct Fours { Four low, high; } const fours = same_bits<Fours>(eights.low + eights.high);
-    const Four four = fours.low + fours.high;
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    return fours.low + fours.high;
+}
+INLINE inline Four sums(const Four* of) {
+    const Four first = SHUFFLE(of[0], of[1], 0, 2, 4, 6) + SHUFFLE(of[0], of[1], 1, 3, 5, 7);
+    const Four second = SHUFFLE(of[2], of[3], 0, 2, 4, 6) + SHUFFLE(of[2], of[3], 1, 3, 5, 7);
+    return SHUFFLE(first, second, 0, 2, 4, 6) + SHUFFLE(first, second, 1, 3, 5, 7);
+}
+INLINE inline float sum(const Floats& lanes) {
+    const Four four = fold(lanes);
+    return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // e^x for x <= 0 within 2 units in the last place; below -87, e^-87, about the smallest normal float; NaN for NaN.

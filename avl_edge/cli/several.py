@@ -1,0 +1,92 @@
+"""Several prompts of ``avl-edge run``: one scene, and a question for each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from ..config import Formats, Options, format_size
+from ..errors import BadInput, DoesNotFit
+from ..layout import can_hold
+from ..prompt import ImageSource
+from ..request import Result, SceneStats
+from ..runtime import Runtime
+from ..scene import PACKED, Scene
+from ..scheduler import Request
+
+
+@dataclass(frozen=True)
+class Several:
+    """A scene and the questions about it, checked and planned."""
+
+    prompts: Sequence[str]
+    scene: Scene
+    requests: Sequence[Request]
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the picture and all questions hold at most, together."""
+        return self.scene.peak_bytes + sum(request.plan.peak_bytes for request in self.requests)
+
+    def answer(self, runtime: Runtime, *, quiet: bool) -> list[Result]:
+        """Decode all questions together; unless ``quiet``, print each with its answer, in the order of the prompts."""
+        generations = [runtime.submit(request) for request in self.requests]
+        results = []
+        for prompt, generation in zip(self.prompts, generations, strict=True):
+            results.append(generation.result())
+            if not quiet:
+                print(f"{prompt}\n{results[-1].text}", flush=True)
+        return results
+
+    def document(self, results: Sequence[Result]) -> str:
+        """What ``--json`` prints."""
+        answers = [{"prompt": prompt, **each.to_dict()} for prompt, each in zip(self.prompts, results, strict=True)]
+        return json.dumps({"scene": asdict(self.scene.stats), "answers": answers})
+
+
+def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str], options: Options) -> Several:
+    """The picture's rows and all questions', in the first formats in which ``options``' budget holds them together.
+
+    Raises :class:`BadInput` for methods that share no rows, :class:`DoesNotFit` beyond the budget.
+    """
+    if not images:
+        raise BadInput("several prompts share a picture: give --image, or ask them one at a time")
+    budget, smallest = options.kv_budget_bytes, 0
+    for formats in _formats(runtime, options):
+        scene = runtime.look(images, replace(options, kv_budget=None, formats=formats))
+        found = Several(prompts, scene, [scene.prepare(prompt) for prompt in prompts])
+        if budget is None or found.peak_bytes <= budget:
+            return found
+        smallest = min(smallest or found.peak_bytes, found.peak_bytes)
+    assert budget is not None, "without a budget the first formats are taken"
+    raise DoesNotFit(
+        f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold the picture and {len(prompts)} questions "
+        f"about it: the smallest that would do is {format_size(smallest)} ({smallest} bytes); raise --kv-budget, lower "
+        f"--max-new-tokens or ask fewer at a time"
+    )
+
+
+def _formats(runtime: Runtime, options: Options) -> Iterator[Formats | None]:
+    yield options.formats
+    if options.kv_budget is not None and options.formats is None:
+        yield from (each for each in PACKED if can_hold(each, runtime.kv_shape))
+
+
+def say_plan(several: Several, budget: int) -> None:
+    """One line on stderr: what was picked for a budget."""
+    packed = several.requests[0].plan.formats.core
+    print(
+        f"avl-edge: the picture and {len(several.requests)} questions, rows {packed}, hold at most "
+        f"{format_size(several.peak_bytes)} of the {format_size(budget)} budget",
+        file=sys.stderr,
+    )
+
+
+def describe(stats: SceneStats) -> str:
+    """A line for ``--stats``."""
+    return (
+        f"picture: {stats.tokens} tokens ({stats.image_tokens} image), {format_size(stats.bytes_stored)} of rows held "
+        f"once; encode / prefill {stats.encode_ms:.0f} / {stats.prefill_ms:.0f} ms"
+    )
