@@ -23,7 +23,7 @@ class BuildWithCuda(build_py):
         if not self.editable_mode:
             folder = Path(self.build_lib) / "avl_edge" / "cuda"
             self.mkpath(str(folder))
-            for source in CUDA_SOURCES.glob("*.cu"):
+            for source in (*CUDA_SOURCES.glob("*.cu"), *CUDA_SOURCES.glob("*.cuh")):
                 self.copy_file(str(source), str(folder / source.name))
 
 

@@ -199,7 +199,22 @@ class SequenceCache:
 
     def pick_core(self, layer: int, weights: Scores) -> None:
         """Choose the core of this step by the coarse ``weights`` of the rows that were looked at."""
-        self.rows.set_core(layer, self.policy.pick_core(weights))
+        self.set_core(layer, self.policy.pick_core(weights))
+
+    @property
+    def nucleus(self) -> tuple[float, int]:
+        """How :meth:`pick_core` chooses, where a device does it: the share of the weight that is enough (1: as many
+        rows as may be), and the most rows of a layer."""
+        return self.policy.nucleus()
+
+    def set_core(self, layer: int, core: Mask) -> None:
+        """The core of this step as it was chosen: a mask over the rows that were looked at."""
+        self.rows.set_core(layer, core)
+
+    def text_rows(self, layer: int) -> Selected:
+        """What this step attends in ``layer`` beside the core: text rows, with the new token's own last."""
+        rows = self.rows.layers[layer]
+        return Selected(self.formats.text, np.arange(len(rows.text_ids)), rows.text_ids, rows.text_positions)
 
     def rows_to_read(self, layer: int) -> list[Selected]:
         """The rows that this step attends in ``layer``, format by format: image rows, then text rows with the new

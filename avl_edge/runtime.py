@@ -18,8 +18,8 @@ from .backend import Backend, SceneBackend, TorchBackend
 from .budget import KvPlan, fit, kv_plan
 from .cache import SequenceCache, prompt_shape
 from .checkpoint import Progress
-from .config import Formats, KvShape, Options, PromptShape, checked_options, format_size, require
-from .cuda_backend import CudaBackend, CudaDevice, load_model
+from .config import KvShape, Options, PromptShape, checked_options, format_size, require
+from .cuda_backend import CudaBackend, CudaDevice, is_served, load_model, require_served
 from .errors import BadInput, BadModel, DoesNotFit
 from .features import FeatureCache
 from .follow import Follower, Standing, Wishes
@@ -198,28 +198,12 @@ class Runtime:
             )
         return pool_bytes // page
 
-    def _served(self, options: Options) -> Options:
-        """The options as this device serves them: on a GPU a budget packs no rows."""
-        if self._gpu is None or options.preset:
-            return options
-        return replace(options, formats=options.formats or Formats())
-
-    def _check_served(self, plan: KvPlan[Method], shape: PromptShape) -> None:
-        """:class:`BadInput` for a plan that this device cannot carry out."""
-        if self._gpu is None:
-            return
-        require(plan.formats.all_exact, "the GPU reads exact rows only: leave formats and presets out, or use the cpu")
-        picks = plan.method.policy(shape, self.kv_shape.layers).picks_core(1)
-        require(
-            not picks, f"the GPU does not choose rows within a step, as {plan.method.name} does: use the device cpu"
-        )
-
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
 
         Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
         """
-        options = self._served(checked_options(options))
+        options = checked_options(options)
         check_sources(images)
         settings = self._settings(options)
         first = next(settings)
@@ -232,7 +216,8 @@ class Runtime:
             plan = self._plan_on(standing, options, settings, shape, max_new_tokens - 1)
         else:
             plan = self._plan(options, settings, shape, max_new_tokens - 1)
-        self._check_served(plan, shape)
+        if self._gpu is not None:
+            require_served(plan.formats)
         device = standing.stats if standing else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
@@ -260,7 +245,10 @@ class Runtime:
     def _settings(self, options: Options) -> Iterator[Choice]:
         if options.preset is None:
             fitted = options.kv_budget_bytes is not None
-            return quality.choices(options.method, options.parameters, fitted, options.formats, self.kv_shape)
+            found = quality.choices(options.method, options.parameters, fitted, options.formats, self.kv_shape)
+            if self._gpu is None or options.method or options.formats:
+                return found
+            return (choice for choice in found if is_served(choice.formats))  # what nobody asked for is not refused
         return quality.preset(options.preset).choices()
 
     def _plan(self, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int) -> KvPlan[Method]:

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from avl_edge.checkpoint import load_weights
+from avl_edge.config import KvShape
 from avl_edge.cuda import Kernels, KernelShape, Module
 from avl_edge.cuda.driver import Argument, Grid
 from avl_edge.cuda_backend import CudaBackend, load_model
+from avl_edge.layout import UNIT, Format
 from avl_edge.pool import RowStore
+from avl_edge.pool.formats import decode, decode_coarse, encode
 from avl_edge.spec import read_spec
 
-_SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4}
+_SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4, torch.uint8: 1, torch.int8: 1}
 
 
 class HostDevice:
@@ -36,7 +39,7 @@ class HostDevice:
 
     def host_memory(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Filled with what nobody wrote, as memory is."""
-        return torch.full(size, 2**30 if not dtype.is_floating_point else math.nan, dtype=dtype)
+        return torch.full(size, math.nan if dtype.is_floating_point else torch.iinfo(dtype).max // 2, dtype=dtype)
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         self.log.append("record")
@@ -65,16 +68,24 @@ def at(pointer: Argument, dtype: torch.dtype, *shape: int, strides: tuple[int, .
 
 
 class ReferenceModule:
-    """Kernels by name, as plain functions of the memory that they are pointed to. The whole selection is split 0."""
+    """Kernels by name, as plain functions of the memory that they are pointed to, for rows of one format. The whole
+    selection is a part's split 0."""
 
-    def __init__(self, shape: KernelShape, dtype: torch.dtype) -> None:
-        self._dim, self._group, self._dtype = shape.head_dim, shape.group, dtype
+    def __init__(self, shape: KernelShape, dtype: torch.dtype, format_: str = "exact") -> None:
+        self._dim, self._group, self._dtype, self._format = shape.head_dim, shape.group, dtype, Format(format_)
         self.launched: list[str] = []
+
+    def packed(self, format_: str) -> ReferenceModule:
+        """That of a packed format, which notes its launches in the same list."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__, _format=Format(format_))
+        return other
 
     def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
         assert threads == 128
         assert stream == 7, "launched on another stream than the work before and after it"
-        self.launched.append(kernel)
+        assert min(grid) >= 1, "CUDA refuses an empty grid"
+        self.launched.append(kernel if self._format.is_exact else f"{kernel} {self._format.name}")
         getattr(self, kernel)(grid, *arguments)
 
     def _pool(self, pointer: Argument, rows: Tensor, kv_heads: int, row: Argument, head: Argument) -> Tensor:
@@ -83,6 +94,24 @@ class ReferenceModule:
         strides = (int(row.value or 0), int(head.value or 0), 1)
         return at(pointer, self._dtype, size, kv_heads, self._dim, strides=strides)
 
+    def _records(self, pointer: Argument, rows: Tensor, kv_heads: int) -> Tensor:
+        """A record of the arena at every unit up to the last row that is named."""
+        size = self._format.record_bytes(KvShape(1, kv_heads, self._dim, 2))
+        return at(pointer, torch.uint8, int(rows.max()) + 1 if rows.numel() else 0, size, strides=(UNIT, 1))
+
+    def _read(
+        self, pointer: Argument, rows: Tensor, kv_heads: int, strides: Sequence[Argument], *, coarse: bool = False
+    ) -> Tensor:
+        """Rows [n, H, d] in float64, a key/value head for each query head."""
+        ids = rows.long()
+        if self._format.is_exact:
+            read = self._pool(pointer, rows, kv_heads, *strides)[ids]
+        elif coarse and self._format.name == "int8":
+            read = decode_coarse(self._records(pointer, rows, kv_heads)[ids], kv_heads, self._dim)
+        else:
+            read = decode(self._format, self._records(pointer, rows, kv_heads)[ids], kv_heads, self._dim)
+        return read.double().repeat_interleave(self._group, 1)
+
     def avl_append(self, grid: Grid, *a: Argument) -> None:
         new_keys, new_values, slots, kv_heads, *strides, keys, values = a
         ids, heads = at(slots, torch.int32, grid[0]), int(kv_heads.value or 0)
@@ -90,54 +119,100 @@ class ReferenceModule:
         kept = torch.nonzero(ids >= 0)[:, 0]
         assert len(set(ids[kept].tolist())) == len(kept), "two new rows go into one slot"
         for new, pool, stride in ((new_keys, keys, strides[:2]), (new_values, values, strides[2:])):
-            rows = at(new, self._dtype, grid[0], heads, self._dim)
-            self._pool(pool, ids[kept], heads, *stride)[ids[kept].long()] = rows[kept]
+            rows = at(new, self._dtype, grid[0], heads, self._dim)[kept]
+            if self._format.is_exact:
+                self._pool(pool, ids[kept], heads, *stride)[ids[kept].long()] = rows
+            else:
+                self._records(pool, ids[kept], heads)[ids[kept].long()] = encode(self._format, rows)
 
     def avl_attend(self, grid: Grid, *a: Argument) -> None:
-        query, keys, values, rows, offsets, *strides, capacity, sums, states, logits = a
+        query, keys, values, rows, begins, ends, *strides, capacity, first, all_splits, sums, states, logits = a
         (kv_heads, splits, batch), room = grid, int(capacity.value or 0)
-        heads = kv_heads * self._group
-        bounds = at(offsets, torch.int32, batch + 1).tolist()
-        assert bounds == sorted(bounds)
-        assert bounds[-1] <= room
-        for b in range(batch):
-            ids = at(rows, torch.int32, room)[bounds[b] : bounds[b + 1]]
+        heads, place, total = kv_heads * self._group, int(first.value or 0), int(all_splits.value or 0)
+        assert place % splits == total % splits == 0
+        for b, (begin, end) in enumerate(_bounds(begins, ends, batch)):
+            assert 0 <= begin <= end <= room
+            ids = at(rows, torch.int32, room)[begin:end]
             if not len(ids):
                 continue
             wide_keys, wide_values = (
-                self._pool(pool, ids, kv_heads, *stride)[ids.long()].double().repeat_interleave(self._group, 1)
-                for pool, stride in ((keys, strides[:2]), (values, strides[2:]))
+                self._read(pool, ids, kv_heads, stride) for pool, stride in ((keys, strides[:2]), (values, strides[2:]))
             )
             own = at(query, self._dtype, batch, heads, self._dim)[b].double()
             products = torch.einsum("hd,rhd->hr", own, wide_keys) / math.sqrt(self._dim) * math.log2(math.e)
             peak = products.amax(1)
             weights = torch.exp2(products - peak[:, None])
-            at(sums, torch.float32, batch, splits, heads, self._dim)[b, 0] = torch.einsum(
+            at(sums, torch.float32, batch, total, heads, self._dim)[b, place] = torch.einsum(
                 "hr,rhd->hd", weights, wide_values
             ).float()
-            at(states, torch.float32, batch, splits, heads, 2)[b, 0] = torch.stack([peak, weights.sum(1)], 1).float()
+            at(states, torch.float32, batch, total, heads, 2)[b, place] = torch.stack([peak, weights.sum(1)], 1).float()
             if logits.value:
-                at(logits, torch.float32, heads, room)[:, bounds[b] : bounds[b + 1]] = products.float()
+                at(logits, torch.float32, heads, room)[:, begin:end] = products.float()
+
+    def avl_look(self, grid: Grid, *a: Argument) -> None:
+        query, keys, rows, begins, ends, *strides, capacity, logits = a
+        (kv_heads, _, batch), room = grid, int(capacity.value or 0)
+        for b, (begin, end) in enumerate(_bounds(begins, ends, batch)):
+            wide = self._read(keys, at(rows, torch.int32, room)[begin:end], kv_heads, strides, coarse=True)
+            own = at(query, self._dtype, batch, kv_heads * self._group, self._dim)[b].double()
+            products = torch.einsum("hd,rhd->hr", own, wide) / math.sqrt(self._dim) * math.log2(math.e)
+            at(logits, torch.float32, len(own), room)[:, begin:end] = products.float()
+
+    def avl_log_sums(self, grid: Grid, *a: Argument) -> None:
+        logits, begins, ends, n_heads, capacity, log_sums = a
+        (_, batch, parts), heads, room = grid, int(n_heads.value or 0), int(capacity.value or 0)
+        for segment, (begin, end) in enumerate(_bounds(begins, ends, parts * batch)):
+            if begin < end:
+                natural = at(logits, torch.float32, heads, room)[:, begin:end].double() * math.log(2)
+                at(log_sums, torch.float32, batch, heads)[segment % batch] = natural.logsumexp(1) / math.log(2)
+
+    def avl_nucleus(self, grid: Grid, *a: Argument) -> None:
+        weights, candidates, begins, ends, limits, listed, rows, attended, picked = a
+        batch, parts, _ = grid
+        bounds = _bounds(begins, ends, parts * batch)
+        room = max(end for _, end in bounds)
+        for segment, (begin, end) in enumerate(bounds):
+            share, most = at(limits, torch.int32, batch, 2)[segment % batch].tolist()
+            own = at(weights, torch.float32, room)[begin:end].double()
+            order = own.argsort(descending=True, stable=True)
+            held = own[order].cumsum(0)
+            enough = int((held < share / 2**30 * held[-1]).sum()) + 1 if share < 2**30 and len(own) else len(own)
+            chosen = order[: min(enough, most)].sort().values
+            first = int(at(listed, torch.int32, parts * batch)[segment])
+            at(attended, torch.int32, parts * batch)[segment] = first + len(chosen)
+            at(rows, torch.int32, first + len(chosen))[first:] = at(candidates, torch.int32, room)[begin:end][chosen]
+            flags = at(picked, torch.int8, room)[begin:end]
+            flags[:] = 0
+            flags[chosen] = 1
 
     def avl_merge(self, grid: Grid, *a: Argument) -> None:
-        sums, states, offsets, n_heads, n_splits, out, log_sums = a
-        batch, heads, splits = grid[1], int(n_heads.value or 0), int(n_splits.value or 0)
+        sums, states, begins, ends, n_heads, n_splits, n_parts, out, log_sums = a
+        batch, heads, splits, parts = grid[1], *(int(each.value or 0) for each in (n_heads, n_splits, n_parts))
         assert grid[0] == -(-heads // 4)
-        counts = at(offsets, torch.int32, batch + 1).diff()
-        peak, mass = at(states, torch.float32, batch, splits, heads, 2)[:, 0].unbind(-1)
-        result = at(sums, torch.float32, batch, splits, heads, self._dim)[:, 0] / mass[..., None]
-        there = (counts > 0)[:, None]
-        at(out, self._dtype, batch, heads, self._dim)[:] = torch.where(there[..., None], result, 0).to(self._dtype)
-        at(log_sums, torch.float32, batch, heads)[:] = torch.where(there, peak + mass.log2(), -3e38)
+        there = torch.tensor([end > begin for begin, end in _bounds(begins, ends, parts * batch)]).view(parts, batch)
+        peaks, masses = at(states, torch.float32, batch, parts * splits, heads, 2)[:, ::splits].unbind(-1)
+        wide = at(sums, torch.float32, batch, parts * splits, heads, self._dim)[:, ::splits]
+        for b in range(batch):
+            own = there[:, b]
+            if not own.any():
+                at(out, self._dtype, batch, heads, self._dim)[b] = 0
+                at(log_sums, torch.float32, batch, heads)[b] = -3e38
+                continue
+            peak = peaks[b, own].amax(0)
+            shares = torch.exp2(peaks[b, own] - peak)
+            mass = (shares * masses[b, own]).sum(0)
+            result = (shares[..., None] * wide[b, own]).sum(0) / mass[:, None]
+            at(out, self._dtype, batch, heads, self._dim)[b] = result.to(self._dtype)
+            at(log_sums, torch.float32, batch, heads)[b] = peak + mass.log2()
 
     def avl_scores(self, grid: Grid, *a: Argument) -> None:
-        logits, log_sums, offsets, n_heads, capacity, scores = a
-        batch, heads, room = grid[1], int(n_heads.value or 0), int(capacity.value or 0)
-        bounds = at(offsets, torch.int32, batch + 1).tolist()
-        for b in range(batch):
-            own = at(logits, torch.float32, heads, room)[:, bounds[b] : bounds[b + 1]]
-            weights = torch.exp2(own - at(log_sums, torch.float32, batch, heads)[b, :, None])
-            at(scores, torch.float32, room)[bounds[b] : bounds[b + 1]] = weights.mean(0)
+        logits, log_sums, begins, ends, n_heads, capacity, scores = a
+        (_, batch, parts), heads, room = grid, int(n_heads.value or 0), int(capacity.value or 0)
+        for segment, (begin, end) in enumerate(_bounds(begins, ends, parts * batch)):
+            if begin < end:
+                own = at(logits, torch.float32, heads, room)[:, begin:end]
+                weights = torch.exp2(own - at(log_sums, torch.float32, batch, heads)[segment % batch, :, None])
+                at(scores, torch.float32, room)[begin:end] = weights.mean(0)
 
     def avl_prompt_logits(self, grid: Grid, *a: Argument) -> None:
         query, keys, positions, *sizes, logits = a
@@ -170,6 +245,10 @@ class ReferenceModule:
         at(last, torch.float32, n)[:] = received[-1]
 
 
+def _bounds(begins: Argument, ends: Argument, count: int) -> list[tuple[int, int]]:
+    return list(zip(at(begins, torch.int32, count).tolist(), at(ends, torch.int32, count).tolist(), strict=True))
+
+
 class EmulatedModule:
     """The CUDA source as a shared library of `plugins/emulation`."""
 
@@ -186,13 +265,14 @@ class EmulatedModule:
 def reference_kernels(head_dim: int, group: int, dtype: torch.dtype) -> Kernels:
     """Kernels that compute in torch; float32 rows too, which the source does not take."""
     shape = KernelShape(head_dim, group, "Bfloat" if dtype == torch.bfloat16 else "Half")
-    return Kernels(ReferenceModule(shape, dtype), shape)
+    module = ReferenceModule(shape, dtype)
+    return Kernels(module, shape, packed=module.packed)
 
 
 def backend_for(
-    directory: Path, pages: int, module: Module | None = None, warps: int = 4
+    directory: Path, pages: int, module: Callable[[str], Module] | None = None, warps: int = 4
 ) -> tuple[CudaBackend, HostDevice]:
-    """The GPU backend over a checkpoint, on the CPU, its kernels the reference or ``module``."""
+    """The GPU backend over a checkpoint, on the CPU, its kernels the reference or those of ``module``, by format."""
     spec = read_spec(directory)
     device = HostDevice()
     model = load_model(spec, load_weights(directory), device.device)
@@ -202,5 +282,5 @@ def backend_for(
     kernels = reference_kernels(text.head_dim, group, model.dtype)
     if module is not None:
         row = "Bfloat" if model.dtype == torch.bfloat16 else "Half"
-        kernels = Kernels(module, KernelShape(text.head_dim, group, row, warps), multiprocessors=1)
+        kernels = Kernels(module("exact"), KernelShape(text.head_dim, group, row, warps), 1, module)
     return CudaBackend(model, store, kernels, device), device

@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avl_edge.cuda import (
+    FORMATS,
     CompileFailed,
     Kernels,
     KernelShape,
+    Lists,
+    Look,
     NoCuda,
     Pool,
     PromptHeads,
@@ -33,7 +36,10 @@ from avl_edge.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 SHAPE = KernelShape(64, 1, "Half")
-ENTRIES = ("append", "attend", "merge", "scores", "prompt_logits", "prompt_log_sums", "prompt_scores")
+ENTRIES = (
+    *("append", "attend", "merge", "scores", "look", "log_sums", "nucleus"),
+    *("prompt_logits", "prompt_log_sums", "prompt_scores"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +53,24 @@ def compiler() -> nvrtc.Nvrtc:
 # The source and the compiler
 
 
-def test_the_source_is_that_of_the_repository() -> None:
-    assert source.read() == (ROOT / "plugins" / "cuda" / "core_attention.cu").read_bytes()
-    assert len(source.digest()) == 64
+def test_the_source_is_that_of_the_repository_with_all_that_it_includes() -> None:
+    folder = ROOT / "plugins" / "cuda"
+    files = source.read()
+    assert next(iter(files)) == "core_attention.cu"
+    assert files == {name: (folder / name).read_bytes() for name in files}
+    assert files.keys() | source.read("token_attention.cu").keys() == {path.name for path in folder.glob("*.cu*")}
+    assert all(len(text.splitlines()) < 400 for text in files.values())
+    assert len(source.digest()) == len(source.identity()) == 64
+    assert source.digest() != source.digest("token_attention.cu")
+
+
+def test_another_header_is_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, files = (source.digest(), source.identity()), source.read()
+    header = files["device.cuh"]
+    for change, is_other in ((b"// a comment\n", False), (b"constexpr int kOther = 1;\n", True)):
+        monkeypatch.setattr(source, "read", lambda _, text=header + change: {**files, "device.cuh": text})
+        assert (source.digest() != before[0]) == is_other
+        assert source.identity() != before[1], "what was compiled from other bytes is not taken for this"
 
 
 def test_an_installed_package_has_the_source_beside_the_module(tmp_path: Path) -> None:
@@ -57,27 +78,26 @@ def test_an_installed_package_has_the_source_beside_the_module(tmp_path: Path) -
     egg_base = ["egg_info", "--egg-base", str(tmp_path)]
     subprocess.run([*command[:3], *egg_base, *command[3:]], cwd=ROOT, check=True, timeout=120)
     installed = tmp_path / "avl_edge" / "cuda"
-    assert (installed / source.NAME).read_bytes() == source.read()
-    sources = {path.name for path in (ROOT / "plugins" / "cuda").glob("*.cu")}
-    assert {path.name for path in installed.glob("*.cu")} == sources
-    program = "from avl_edge.cuda import source; print(source.path())"
+    assert {path.name for path in installed.glob("*.cu*")} == {
+        path.name for path in (ROOT / "plugins" / "cuda").glob("*.cu*")
+    }
+    program = "from avl_edge.cuda import source; print(source.path(), *source.read())"
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120
     )
-    assert run.stdout.strip() == str((installed / source.NAME).resolve())
+    assert run.stdout.split() == [str((installed / source.NAME).resolve()), *source.read()]
 
 
 def test_a_lost_source_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(source, "_PLACES", (tmp_path / source.NAME,))
-    source.path.cache_clear()
-    with pytest.raises(NoCuda, match="install avl-edge again"):
-        source.path()
+    monkeypatch.setattr(source, "_PLACES", (tmp_path,))
+    with pytest.raises(NoCuda, match=r"rows\.cuh is not in .*: install avl-edge again"):
+        source.path("rows.cuh")
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_87", "sm_90"])
-def test_every_entry_point_is_in_the_module(tmp_path: Path, arch: str) -> None:
-    image = cubin(arch, SHAPE, folder=tmp_path / "kernels")
+@pytest.mark.parametrize(("arch", "format_"), [("sm_80", "exact"), ("sm_87", "int8"), ("sm_90", "int4")])
+def test_every_entry_point_is_in_the_module(tmp_path: Path, arch: str, format_: str) -> None:
+    image = cubin(arch, SHAPE, format_, folder=tmp_path / "kernels")
     assert image.startswith(b"\x7fELF")
     for entry in ENTRIES:
         assert f".text.avl_{entry}\0".encode() in image
@@ -86,7 +106,7 @@ def test_every_entry_point_is_in_the_module(tmp_path: Path, arch: str) -> None:
 
 def test_code_that_does_not_compile_comes_with_its_log(compiler: nvrtc.Nvrtc) -> None:
     with pytest.raises(CompileFailed, match=r"bad\.cu.*identifier \"nothing\" is undefined"):
-        compiler.compile(b"__global__ void kernel() { nothing(); }", "bad.cu", "sm_87")
+        compiler.compile({"bad.cu": b"__global__ void kernel() { nothing(); }"}, "bad.cu", "sm_87")
 
 
 def test_a_compiler_newer_than_the_driver_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +157,11 @@ def test_a_compiled_module_is_taken_from_the_cache(tmp_path: Path, monkeypatch: 
     assert entry.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(nvrtc.Nvrtc, "compile", _never)
     assert cubin("sm_87", SHAPE, folder=folder) == first
-    for other in (("sm_90", SHAPE), ("sm_87", KernelShape(64, 2, "Half")), ("sm_87", KernelShape(64, 1, "Bfloat"))):
+    others = (("sm_90", SHAPE), ("sm_87", KernelShape(64, 2, "Half")), ("sm_87", KernelShape(64, 1, "Bfloat")))
+    for other in (*others, ("sm_87", SHAPE, "int8")):
         with pytest.raises(AssertionError, match="compiled"):
             cubin(*other, folder=folder)
-    monkeypatch.setattr(source, "read", lambda: b"another source")
+    monkeypatch.setattr(source, "identity", lambda _: "of another source")
     with pytest.raises(AssertionError, match="compiled"):
         cubin("sm_87", SHAPE, folder=folder)
 
@@ -244,7 +265,7 @@ def test_a_step_is_three_launches_or_four() -> None:
     kernels = Kernels(module, KernelShape(128, 2, "Half"))
     for scores in (False, True):
         workspace = Workspace.of(kernels.shape, 3, 8, 5, 1000, scores=scores)
-        step = Step(1, 2, 3, 4, 5, 6, 7, 8 if scores else 0)
+        step = Step(1, 2, 3, 4, Lists.of(5, 6, 3, 1000), 7, 8 if scores else 0)
         kernels.step(step, POOL, workspace, 4096, 99)
     names = [launch[0] for launch in module.launches]
     assert names == ["avl_append", "avl_attend", "avl_merge", "avl_append", "avl_attend", "avl_merge", "avl_scores"]
@@ -254,11 +275,45 @@ def test_a_step_is_three_launches_or_four() -> None:
     assert append[1] == (3, 2, 1)
     assert append[4] == [("p", 2), ("p", 3), ("p", 4), ("i", 4), *strides, ("p", 100), ("p", 200)]
     assert attend[1] == (4, 5, 3)
-    inputs = [("p", number) for number in (1, 100, 200, 5, 6)]
-    assert attend[4] == [*inputs, *strides, ("i", 1000), ("p", 4096), ("p", 4096 + workspace.states), ("p", None)]
+    inputs = [("p", number) for number in (1, 100, 200, 5, 6, 10)]
+    numbers = [*strides, ("i", 1000), ("i", 0), ("i", 5)]
+    assert attend[4] == [*inputs, *numbers, ("p", 4096), ("p", 4096 + workspace.states), ("p", None)]
     assert merge[1] == (2, 3, 1)
-    assert merge[4][3:6] == [("i", 8), ("i", 5), ("p", 7)]
+    assert merge[4][2:8] == [("p", 6), ("p", 10), ("i", 8), ("i", 5), ("i", 1), ("p", 7)]
     assert module.launches[4][4][-1] == ("p", 4096 + workspace.logits), "logits where scores are asked for"
+
+
+def test_a_step_over_formats_reads_each_with_its_own_kernel() -> None:
+    """Parts stand side by side in the workspace and one after the other in the tables; a format is loaded once."""
+    modules = {name: Recorded() for name in FORMATS}
+    asked: list[str] = []
+
+    def packed(name: str) -> Recorded:
+        asked.append(name)
+        return modules[name]
+
+    kernels = Kernels(modules["exact"], KernelShape(128, 2, "Half"), packed=packed)
+    formats, candidates = ("exact", "int8", "int4"), Lists.of(50, 60, 2, 300, ("exact", "int8", "int4"))
+    look = Look(candidates, ("int4",), limits=70, listed=80, picked=90)
+    workspace = Workspace.of(kernels.shape, 2, 8, 5, 1000, scores=True, parts=3, looked=300)
+    step = Step(1, 2, 3, 1000, Lists.of(5, 8, 2, 1000, formats), 7, 9, written=("int8",), look=look)
+    for _ in range(2):
+        kernels.step(step, POOL, workspace, 4096, 99)
+    assert asked == ["int8", "int4"]
+    assert [launch[0] for launch in modules["int8"].launches] == 2 * ["avl_append", "avl_attend"]
+    assert [launch[0] for launch in modules["int4"].launches] == 2 * ["avl_look", "avl_attend"]
+    chosen = ["avl_log_sums", "avl_scores", "avl_nucleus"]
+    assert [each[0] for each in modules["exact"].launches] == 2 * [*chosen, "avl_attend", "avl_merge", "avl_scores"]
+    append, attend = modules["int8"].launches[:2]
+    assert append[4][2] == ("p", 1000 + 4 * 2), "the second line of slots"
+    assert attend[4][4:6] == [("p", 8 + 4 * 2), ("p", 12 + 4 * 2)], "the second line of begins and ends"
+    assert attend[4][-5:-3] == [("i", 5), ("i", 15)], "the second five of fifteen splits"
+    seen = modules["int4"].launches[0]
+    assert seen[1] == (4, 10, 2)
+    assert seen[4][2:5] == [("p", 50), ("p", 60 + 16), ("p", 64 + 16)]
+    log_sums, scores, nucleus = modules["exact"].launches[:3]
+    assert (log_sums[1], scores[1], nucleus[1]) == ((2, 2, 3), (10, 2, 3), (2, 3, 1))
+    assert nucleus[4] == [("p", number) for number in (4096 + workspace.weights, 50, 60, 64, 70, 80, 5, 12, 90)]
 
 
 @given(
@@ -267,11 +322,17 @@ def test_a_step_is_three_launches_or_four() -> None:
     splits=st.integers(1, 40),
     capacity=st.integers(1, 70000),
     dim=st.sampled_from((64, 80, 96, 128, 256)),
+    parts=st.integers(1, 3),
+    looked=st.sampled_from((0, 300, 80000)),
 )
-def test_the_parts_of_a_workspace_do_not_touch(batch: int, heads: int, splits: int, capacity: int, dim: int) -> None:
-    space = Workspace.of(KernelShape(dim, 1, "Half"), batch, heads, splits, capacity, scores=True)
-    sizes = (4 * batch * splits * heads * dim, 8 * batch * splits * heads, 4 * batch * heads, 4 * heads * capacity)
-    places = (space.sums, space.states, space.log_sums, space.logits, space.bytes)
+def test_the_parts_of_a_workspace_do_not_touch(
+    batch: int, heads: int, splits: int, capacity: int, dim: int, parts: int, looked: int
+) -> None:
+    shape = KernelShape(dim, 1, "Half")
+    space = Workspace.of(shape, batch, heads, splits, capacity, scores=True, parts=parts, looked=looked)
+    results = batch * parts * splits * heads
+    sizes = (4 * results * dim, 8 * results, 4 * batch * heads, 4 * looked, 4 * heads * max(capacity, looked))
+    places = (space.sums, space.states, space.log_sums, space.weights, space.logits, space.bytes)
     for place, size, following in zip(places, sizes, places[1:], strict=False):
         assert place % 16 == 0
         assert place + size <= following

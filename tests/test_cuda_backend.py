@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from torch.utils._pytree import tree_leaves
 
 from avl_edge.backend import TorchBackend
 from avl_edge.budget import kv_plan
-from avl_edge.cache import SequenceCache, prompt_shape
+from avl_edge.cache import Selected, SequenceCache, prompt_shape
 from avl_edge.checkpoint import load_weights
-from avl_edge.config import Formats
-from avl_edge.cuda import Kernels, KernelShape, NoCuda, Pool
+from avl_edge.config import Formats, KvShape
+from avl_edge.cuda import FORMATS, Kernels, KernelShape, NoCuda, Pool
 from avl_edge.cuda_backend import CudaDevice
 from avl_edge.cuda_backend.model import load_model
 from avl_edge.cuda_backend.step import DecodeStep
-from avl_edge.cuda_backend.tables import Bucket, StepTables
+from avl_edge.cuda_backend.tables import Bucket, Reads, StepTables
 from avl_edge.errors import BadInput
 from avl_edge.models import Llava
 from avl_edge.models.rope import _KINDS, Rope
@@ -50,7 +51,16 @@ METHODS: dict[str, Method] = {
     "fastv": FastV(),
     "streaming": Streaming(),
 }
+FORMATS_OF: dict[str, Formats] = {
+    "int8": Formats("int8", "int8", "int8"),
+    "int4": Formats("int4", "int4", "int4"),
+    "falling": Formats("exact", "int8", "int4"),
+    "text packed": Formats("int8", "exact", "int8"),
+}
+# Text is packed as it comes, where the two sides' last bits differ: one may round to the next number.
+STEP_OF = {"exact": 1e-4, "int8": 1 / 254, "int4": 1 / 14}
 STEPS = 8
+Request = tuple[Prompt, Method, Formats]
 
 
 def _prompt(spec: ModelSpec, seed: int, text: int = 12, images: int = 1) -> tuple[Prompt, np.ndarray | None]:
@@ -77,8 +87,8 @@ class Side:
         planned = kv_plan(method, formats or Formats(), self.shape, shape, STEPS * 2)
         return SequenceCache(self.pool, planned, len(prompt), prompt.spans, self.shape.layers)
 
-    def start(self, prompt: Prompt, method: Method) -> tuple[SequenceCache, Tensor]:
-        cache = self.admit(prompt, method)
+    def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
+        cache = self.admit(prompt, method, formats)
         features = None if prompt.pixel_values is None else self.backend.encode_images(prompt.pixel_values)
         return cache, self.backend.prefill(prompt, features, cache)
 
@@ -100,15 +110,15 @@ def _membership(cache: SequenceCache) -> list[tuple[list[int], list[int], list[b
     return [(r.text_positions.tolist(), r.image_positions.tolist(), r.core.tolist()) for r in cache.rows.layers]
 
 
-def _run_both(oracle: Side, ours: Side, requests: Sequence[tuple[Prompt, Method]], tolerance: float) -> None:
+def _run_both(oracle: Side, ours: Side, requests: Sequence[Request], tolerance: float, steps: int = STEPS) -> None:
     """Sequences join one after the other; every step's logits and rows are compared, the oracle's tokens go on."""
     held: list[list[SequenceCache]] = [[], []]
     tokens: list[int] = []
     waiting = list(requests)
-    for turn in range(STEPS + len(waiting)):
+    for turn in range(steps + len(waiting)):
         if waiting:
-            prompt, method = waiting.pop(0)
-            started = [side.start(prompt, method) for side in (oracle, ours)]
+            request = waiting.pop(0)
+            started = [side.start(*request) for side in (oracle, ours)]
             for caches, (cache, _) in zip(held, started, strict=True):
                 caches.append(cache)
             _close(started[1][1], started[0][1], tolerance)
@@ -117,17 +127,16 @@ def _run_both(oracle: Side, ours: Side, requests: Sequence[tuple[Prompt, Method]
         _close(got, expected, tolerance)
         for theirs, own in zip(*held, strict=True):
             assert _membership(own) == _membership(theirs), turn
-            assert (own.rows_read, own.rows_full, own.refreshes) == (
-                theirs.rows_read,
-                theirs.rows_full,
-                theirs.refreshes,
-            )
+            assert [getattr(own, name) for name in COUNTS] == [getattr(theirs, name) for name in COUNTS]
         tokens = expected.argmax(-1).tolist()
         if turn == 4 and len(tokens) > 1:  # somebody leaves: the batch changes its bucket and its order
             for side, caches in zip((oracle, ours), held, strict=True):
                 caches.pop(0).close()
                 side.pool.check_integrity(cache.rows for cache in caches)
             tokens.pop(0)
+
+
+COUNTS = ("rows_read", "rows_full", "bytes_read", "refreshes")
 
 
 def _close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -145,12 +154,68 @@ def test_the_whole_path_equals_the_oracle(checkpoint: Checkpoints, name: str, me
     prompts = [
         _prompt(oracle.spec, seed, text, images)[0] for seed, text, images in ((0, 12, 1), (1, 20, 2), (2, 5, 0))
     ]
-    _run_both(oracle, ours, [(prompt, METHODS[method]) for prompt in prompts], 1e-4)
+    _run_both(oracle, ours, [(prompt, METHODS[method], Formats()) for prompt in prompts], 1e-4)
+
+
+@pytest.mark.parametrize("formats", FORMATS_OF)
+@pytest.mark.parametrize("method", ["full", "avl-often", "h2o"])
+def test_packed_rows_equal_the_oracles(checkpoint: Checkpoints, method: str, formats: str) -> None:
+    """Text that is packed as it comes, tiers of several formats in one softmax, rows that move between tiers."""
+    oracle, ours, _ = _both(checkpoint("llama-gqa-full"))
+    chosen = FORMATS_OF[formats]
+    prompts = [_prompt(oracle.spec, seed, images=images)[0] for seed, images in enumerate((1, 2))]
+    _run_both(oracle, ours, [(prompt, METHODS[method], chosen) for prompt in prompts], STEP_OF[chosen.text])
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [Formats("exact", image, image) for image in ("exact", "int8", "int4")] + [Formats("int8", "int4", "int4")],
+    ids=["exact", "int8", "int4", "text packed"],
+)
+def test_a_core_picked_on_the_device_is_the_oracles(checkpoint: Checkpoints, chosen: Formats) -> None:
+    oracle, ours, device = _both(checkpoint("llama-gqa-full"))
+    methods = (Coarse(), Coarse(secondary=80, core=30, mass=60, by_mass=1), Coarse(mass=100), Full())
+    requests = [(_prompt(oracle.spec, seed)[0], method, chosen) for seed, method in enumerate(methods)]
+    requests.append((_prompt(oracle.spec, 4, images=0)[0], Coarse(), chosen))  # nothing to choose from
+    _run_both(oracle, ours, requests, STEP_OF[chosen.text])
+    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+
+
+def test_a_method_that_picks_its_core_answers_a_text_alone(checkpoint: Checkpoints) -> None:
+    oracle, ours, _ = _both(checkpoint("llama-mha"))
+    _run_both(oracle, ours, [(_prompt(oracle.spec, 4, images=0)[0], Coarse(), Formats("exact", "int8", "int8"))], 1e-4)
+
+
+def test_formats_and_methods_share_a_batch(checkpoint: Checkpoints) -> None:
+    oracle, ours, device = _both(checkpoint("llama-mha"))
+    mixed = [Formats(), *FORMATS_OF.values()]
+    methods = [METHODS["avl-often"], Full(), METHODS["avl-often"], H2O(), Coarse(core=30)]
+    chosen = [(m, f if f.core == f.secondary else FORMATS_OF["int4"]) for m, f in zip(methods, mixed, strict=True)]
+    requests = [(_prompt(oracle.spec, seed)[0], *each) for seed, each in enumerate(chosen)]
+    requests.append((_prompt(oracle.spec, 9)[0], Avl(refresh=2), FORMATS_OF["falling"]))
+    _run_both(oracle, ours, requests, STEP_OF["int4"])
+    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+
+
+def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -> None:
+    """Also after a neighbour with packed rows has left, and beside secondary rows that this step does not read."""
+    _, ours, _ = _both(checkpoint("llama-mha"))
+    exact = ours.start(_prompt(ours.spec, 0)[0], Full())[0]
+    packed = ours.start(_prompt(ours.spec, 1)[0], Avl(text_keep=100), Formats("exact", "exact", "int4"))[0]
+    launched = ours.backend._kernels._modules["exact"].launched
+    for caches in ([exact, packed], [exact, packed], [exact]):
+        ours.backend.decode([5] * len(caches), caches)
+        assert not any(" " in kernel for kernel in launched)
+        assert launched[-3:] == ["avl_append", "avl_attend", "avl_merge"]
+    ours.backend.decode([5], [packed])
+    assert (
+        launched[-4:] == ["avl_append", "avl_attend", "avl_attend int4", "avl_merge"] or "avl_scores" in launched[-5:]
+    )
 
 
 def test_methods_share_a_batch(checkpoint: Checkpoints) -> None:
     oracle, ours, device = _both(checkpoint("llama-mha"))
-    requests = [(_prompt(oracle.spec, seed)[0], method) for seed, method in enumerate(METHODS.values())]
+    requests = [(_prompt(oracle.spec, seed)[0], method, Formats()) for seed, method in enumerate(METHODS.values())]
     _run_both(oracle, ours, requests, 1e-4)
     waits = device.log.count("synchronize")
     assert waits == device.log.count("replay"), "a step waits once"
@@ -160,38 +225,61 @@ def test_methods_share_a_batch(checkpoint: Checkpoints) -> None:
 def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dtype: torch.dtype) -> None:
     """Full attention, which chooses nothing that a rounding could turn over."""
     oracle, ours, _ = _both(checkpoint("llama-gqa-full", dtype=dtype))
-    requests = [(_prompt(oracle.spec, seed)[0], Full()) for seed in range(3)]
+    requests = [(_prompt(oracle.spec, seed)[0], Full(), Formats()) for seed in range(3)]
     _run_both(oracle, ours, requests, 8 * torch.finfo(dtype).eps)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], EmulatedModule]:
-    """The CUDA source for the small checkpoints' shape: heads of 16, two query heads per key/value head, bfloat16."""
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedModule]:
+    """The CUDA source for the small checkpoints' shape, by the format of rows: heads of 16, two query heads per
+    key/value head, bfloat16."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    library = tmp_path_factory.mktemp("cuda") / "kernels.so"
+    folder = tmp_path_factory.mktemp("cuda")
     source = Path(__file__).parents[1] / "plugins" / "emulation" / "driver.cpp"
     macros = ("-DHEAD_DIM=16", "-DGROUP=2", "-DROW=Bfloat", f"-DWARPS={WARPS}")
     options = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas")
-    subprocess.run([compiler, *options, *macros, str(source), "-o", str(library)], check=True, timeout=300)
-    return lambda: EmulatedModule(library)
+
+    def module(format_: str) -> EmulatedModule:
+        library = folder / f"{format_}.so"
+        if not library.is_file():
+            of_format = f"-DFORMAT={FORMATS[format_]}"
+            command = [compiler, *options, *macros, of_format, str(source), "-o", str(library)]
+            subprocess.run(command, check=True, timeout=300)
+        return EmulatedModule(library)
+
+    return module
 
 
 WARPS = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "avl-often", "h2o"])
+@pytest.mark.parametrize(
+    ("method", "formats", "sequences"),
+    [
+        (METHODS["full"], Formats(), 2),
+        (METHODS["avl-often"], Formats(), 2),
+        (METHODS["h2o"], Formats(), 2),
+        (Coarse(), Formats("int4", "int8", "int8"), 1),
+        pytest.param(METHODS["avl-often"], Formats("int8", "int8", "int4"), 2, marks=pytest.mark.long),
+    ],
+    ids=["full", "avl-often", "h2o", "coarse-packed", "avl-packed"],
+)
 def test_the_whole_path_on_the_emulated_source(
-    checkpoint: Checkpoints, emulated: Callable[[], EmulatedModule], method: str
+    checkpoint: Checkpoints,
+    emulated: Callable[[str], EmulatedModule],
+    method: Method,
+    formats: Formats,
+    sequences: int,
 ) -> None:
     """Against the reference kernels, which sum in another order: rows must be the same, logits but for a rounding."""
     directory = checkpoint("llama-bf16")
     spec = read_spec(directory)
-    sides = [Side(backend_for(directory, PAGES, *rest)[0], spec, 2, PAGES) for rest in ((), (emulated(), WARPS))]
-    requests = [(_prompt(spec, seed)[0], METHODS[method]) for seed in range(2)]
-    _run_both(sides[0], sides[1], requests, 0.03)
+    sides = [Side(backend_for(directory, PAGES, *rest)[0], spec, 2, PAGES) for rest in ((), (emulated, WARPS))]
+    requests = [(_prompt(spec, seed)[0], method, formats) for seed in range(sequences)]
+    _run_both(sides[0], sides[1], requests, 0.03, steps=STEPS if sequences > 1 else 2)
 
 
 def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
@@ -255,22 +343,14 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_packed_rows_are_refused_before_anything_is_computed(checkpoint: Checkpoints) -> None:
+def test_formats_that_the_kernels_do_not_read_are_refused_before_anything_is_computed(checkpoint: Checkpoints) -> None:
     _, ours, _ = _both(checkpoint("llama-mha"))
-    prompt = _prompt(ours.spec, 0, images=0)[0]
-    cache = ours.admit(prompt, Full(), Formats("int8", "int8", "int8"))
-    with pytest.raises(BadInput, match="use --device cpu"):
+    prompt = _prompt(ours.spec, 0)[0]
+    cache = ours.admit(prompt, Full(), Formats("exact", "lowrank:8", "lowrank:8"))
+    with pytest.raises(BadInput, match=r"exact, int8, int4, not lowrank:8: choose those, or --device cpu"):
         ours.backend.prefill(prompt, None, cache)
     cache.close()
     ours.pool.check_integrity([])
-
-
-def test_a_method_that_chooses_within_a_step_is_refused(checkpoint: Checkpoints) -> None:
-    _, ours, _ = _both(checkpoint("llama-mha"))
-    prompt = _prompt(ours.spec, 0, images=0)[0]
-    cache = ours.admit(prompt, Coarse())
-    with pytest.raises(BadInput, match="use --device cpu"):
-        ours.backend.prefill(prompt, None, cache)
 
 
 def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +358,7 @@ def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeyp
     whole, pieces = (_both(directory)[1] for _ in range(2))
     prompt = _prompt(whole.spec, 3, text=20)[0]
     expected, logits = whole.start(prompt, H2O())
-    launched = pieces.backend._kernels._module.launched
+    launched = pieces.backend._kernels._modules["exact"].launched
     monkeypatch.setattr("avl_edge.cuda_backend.backend._LOGITS_BYTES", 4 * 4 * len(prompt) * 7)
     cache, got = pieces.start(prompt, H2O())
     assert launched.count("avl_prompt_logits") == 4 * -(-(len(prompt) + 1) // 7)
@@ -289,43 +369,63 @@ def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeyp
 # Tables
 
 
-@given(
-    sequences=st.integers(1, 40),
-    rows=st.integers(0, 70000),
-)
+def _reads(rows: list[np.ndarray], format_: str = "exact") -> Reads:
+    return Reads([[_selected(ids, format_)] for ids in rows], format_)
+
+
+def _selected(ids: np.ndarray, format_: str) -> Selected:
+    return Selected(format_, np.arange(len(ids)), ids, ids)
+
+
+@given(sequences=st.integers(1, 40), rows=st.integers(0, 70000))
 def test_buckets_hold_what_they_are_for_and_not_twice_as_much(sequences: int, rows: int) -> None:
-    bucket = Bucket.of(sequences, rows, False)
+    nothing = np.empty(0, dtype=np.int32)
+    reads = [_reads([np.zeros(rows, dtype=np.int32)]), *[_reads([nothing])] * (sequences - 1)]
+    bucket = Bucket.of(reads, False)
     assert sequences <= bucket.batch < 2 * sequences or sequences == bucket.batch == 1
     assert rows <= bucket.capacity
     assert bucket.capacity == 256 or bucket.capacity < 1.5 * rows + 1
+    assert (bucket.formats, bucket.written, bucket.looked) == (("exact",), ("exact",), 0)
 
 
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -> None:
-    layers, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
-    bucket = Bucket(1 << (count - 1).bit_length(), 256, False)
+    """Lists of two formats, one after the other, with room behind them for what a look chooses."""
+    layers, most = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    names = data.draw(st.lists(st.sampled_from(("exact", "int4")), min_size=most, max_size=most))
+    bucket = Bucket(1 << (most - 1).bit_length(), 512, False, ("exact", "int4"), ("exact", "int4"), 256, ("int4",))
     tables = StepTables(HostDevice(), layers, bucket)
+    lengths = st.lists(st.integers(0, 40), min_size=layers, max_size=layers)
     for _ in range(2):  # the second time over what the first one left
-        count = data.draw(st.integers(1, count))
-        lengths = data.draw(
-            st.lists(st.lists(st.integers(0, 50), min_size=count, max_size=count), min_size=layers, max_size=layers)
-        )
-        rows = [
-            [np.arange(n, dtype=np.int32) + 1000 * layer + i for i, n in enumerate(own)]
-            for layer, own in enumerate(lengths)
-        ]
+        count = data.draw(st.integers(1, most))
+        reads = []
+        for number in range(count):
+            own = [np.arange(n, dtype=np.int32) + 1000 * number for n in data.draw(lengths)]
+            seen = [_selected(np.arange(n, dtype=np.int32) + 500, "int4") for n in data.draw(lengths)]
+            plain = _reads(own, names[number])
+            reads.append(replace(plain, looked=seen, share=0.5, most=7) if data.draw(st.booleans()) else plain)
         slots = np.arange(layers * count).reshape(layers, count)
-        tables.fill(list(range(count)), list(range(100, 100 + count)), slots, rows)
+        tables.fill(list(range(count)), list(range(100, 100 + count)), slots, reads)
         tables.upload()
         for layer in range(layers):
-            ends = np.cumsum(lengths[layer]).tolist()
-            assert tables.device_offsets[layer].tolist() == [0, *ends] + [ends[-1]] * (bucket.batch - count)
-            listed = tables.device_rows[layer, : ends[-1]].tolist()
-            assert listed == [int(row) for own in rows[layer] for row in own]
-            assert tables.device_slots[layer].tolist() == slots[layer].tolist() + [-1] * (bucket.batch - count)
+            offsets, looked = tables.device_offsets[layer].tolist(), tables.device_of_looked[layer].tolist()
+            for part, name in enumerate(bucket.formats):
+                for place in range(bucket.batch):
+                    at = part * bucket.batch + place
+                    each = reads[place] if place < count else Reads([()] * layers, "")
+                    ids = each.rows[layer][0].ids.tolist() if each.text == name else []
+                    seen_ids = each.looked[layer].ids.tolist() if each.looked and name == "int4" else []
+                    assert tables.device_rows[layer, offsets[at] : offsets[at] + len(ids)].tolist() == ids
+                    assert offsets[at + 1] == offsets[at] + len(ids) + min(7, len(seen_ids))
+                    assert tables.device_listed[layer, at] == offsets[at] + len(ids)
+                    assert tables.device_looked[layer, looked[at] : looked[at + 1]].tolist() == seen_ids
+                    slot = tables.device_slots[layer, at]
+                    assert slot == (slots[layer, place] if each.text == name else -1)
         assert tables.device_tokens[:count].tolist() == list(range(count))
         assert tables.device_positions[:count].tolist() == list(range(100, 100 + count))
+        for number, each in enumerate(reads):
+            assert not each.looked or tables.device_limits[2 * number : 2 * number + 2].tolist() == [2**29, 7]
 
 
 def test_without_a_gpu_it_is_one_clear_line() -> None:
@@ -355,14 +455,29 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", ["exact", "int8", "int4"])
+def test_rows_are_packed_read_and_moved_where_they_lie(name: str) -> None:
+    """Whatever the host knows of them are ids, which may come from the CPU."""
+    store = RowStore(4, KvShape(1, 2, 32, 2), torch.float16, "meta")
+    ids, rows = torch.tensor([0, 9, 18]), torch.empty(3, 2, 32, dtype=torch.float16, device="meta")
+    with OneDevice():
+        store.write(ids, rows, rows, name)
+        assert {each.device.type for each in store.read(ids, name)} == {"meta"}
+        store.copy(ids, ids + 27, name)
+
+
 class Nothing:
     """A module whose kernels do nothing."""
 
-    def __init__(self) -> None:
-        self.launched: list[str] = []
+    def __init__(self, format_: str = "", launched: list[str] | None = None) -> None:
+        self.launched = [] if launched is None else launched
+        self._format = format_
+
+    def packed(self, format_: str) -> Nothing:
+        return Nothing(f"{format_} ", self.launched)
 
     def launch(self, kernel: str, *_: object) -> None:
-        self.launched.append(kernel)
+        self.launched.append(self._format + kernel)
 
 
 class UncheckedRope(Rope):
@@ -372,17 +487,34 @@ class UncheckedRope(Rope):
         self._frequencies, self._magnitude = _KINDS[parameters["rope_type"]](head_dim, parameters)
 
 
-@pytest.mark.parametrize("scores", [False, True])
+CHOICE = ("avl_log_sums", "avl_scores", "avl_nucleus")
+STEP_KINDS = {
+    "exact": (Bucket(2, 256, False), ["avl_append", "avl_attend", "avl_merge"]),
+    "scores": (Bucket(2, 256, True), ["avl_append", "avl_attend", "avl_merge", "avl_scores"]),
+    "packed": (
+        Bucket(2, 256, False, ("exact", "int8", "int4"), ("int8",)),
+        ["int8 avl_append", "avl_attend", "int8 avl_attend", "int4 avl_attend", "avl_merge"],
+    ),
+    "coarse": (
+        Bucket(2, 256, False, ("exact", "int8"), ("exact",), 256, ("int8",)),
+        ["avl_append", "int8 avl_look", *CHOICE, "avl_attend", "int8 avl_attend", "avl_merge"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STEP_KINDS)
 def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, scores: bool
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    bucket, launched = STEP_KINDS[kind]
     monkeypatch.setattr("avl_edge.models.decoder.Rope", UncheckedRope)
     monkeypatch.setattr("avl_edge.cuda_backend.step.address", lambda _: 16)
     spec, device, module = read_spec(checkpoint("llama3-rope")), Elsewhere(), Nothing()
     with torch.inference_mode():
         model = load_model(spec, load_weights(checkpoint("llama3-rope")), device.device)
-        kernels, pool = Kernels(module, KernelShape(16, 2, "Half")), Pool(16, 16, 2, 32, 16, 32, 16)
-        step = DecodeStep(model, kernels, pool, device, Bucket(2, 256, scores), splits=2)
+        kernels = Kernels(module, KernelShape(16, 2, "Half"), packed=module.packed)
+        pool = Pool(16, 16, 2, 32, 16, 32, 16)
+        step = DecodeStep(model, kernels, pool, device, bucket, splits=2)
         with OneDevice():
             step.run()
             with pytest.raises(AssertionError, match="over"):
@@ -394,5 +526,4 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
         span = ImageSpan("", 1, spec.tokens_per_image)
         embedded = model.embed((1,) * (spec.tokens_per_image + 3), (span,), features)
         assert {features.device, embedded.device} == {device.device}
-    launched = ["avl_append", "avl_attend", "avl_merge"] + ["avl_scores"] * scores
     assert module.launched == launched * spec.text.layers

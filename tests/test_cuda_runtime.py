@@ -52,26 +52,32 @@ def test_greedy_answers_are_chosen_on_the_device(checkpoint: Checkpoints, monkey
 
 
 @pytest.mark.usefixtures("gpu")
-def test_rows_are_not_packed_to_keep_a_budget(checkpoint: Checkpoints) -> None:
-    runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
-    image = [random_image(0, 60)]
-    whole = runtime.prepare(image, PROMPT, Options(max_new_tokens=4)).plan.peak_bytes
-    request = runtime.prepare(image, PROMPT, Options(method="avl", max_new_tokens=4, kv_budget=whole * 3 // 4))
-    assert request.plan.formats.all_exact
-    assert runtime.prepare(image, PROMPT, Options(max_new_tokens=4, kv_budget=whole * 3 // 4)).plan.formats.all_exact
-    with pytest.raises(BadInput, match="exact rows only"):
-        runtime.prepare(image, PROMPT, Options(formats=Formats("int8", "int8", "int8")))
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(formats=Formats("int8", "int8", "int8"), max_new_tokens=8),
+        Options(method="avl", formats=Formats("exact", "int8", "int4"), max_new_tokens=8),
+        Options(method="coarse", formats=Formats("exact", "int4", "int4"), max_new_tokens=8),
+        Options(kv_budget=60_000, max_new_tokens=8),
+    ],
+    ids=["packed", "tiers", "coarse", "what a budget takes"],
+)
+def test_packed_answers_are_those_of_the_cpu(checkpoint: Checkpoints, options: Options) -> None:
+    directory = checkpoint("llama-gqa-full", dtype=torch.float16)
+    answers = []
+    for device in ("cpu", "cuda"):
+        runtime = Runtime.load(directory, device=device)
+        answers.append(runtime.generate([random_image(0, 60)], PROMPT, options).result())
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[0].method == answers[1].method
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_a_gpu_cannot_do_is_refused_before_the_weights_are_loaded(checkpoint: Checkpoints) -> None:
+def test_a_format_that_a_gpu_does_not_read_is_refused_before_the_weights_are_loaded(checkpoint: Checkpoints) -> None:
     runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
-    for options, reason in (
-        (Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8")), "exact rows only"),
-        (Options(method="coarse"), "does not choose rows within a step"),
-    ):
-        with pytest.raises(BadInput, match=reason):
-            runtime.prepare([random_image(0, 60)], PROMPT, options)
+    options = Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8"))
+    with pytest.raises(BadInput, match="exact, int8, int4, not lowrank:8"):
+        runtime.prepare([random_image(0, 60)], PROMPT, options)
 
 
 @pytest.mark.usefixtures("gpu")

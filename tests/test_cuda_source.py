@@ -6,7 +6,6 @@ the same rounded inputs; outputs and workspace start as NaN, so that what a kern
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import math
@@ -25,12 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avl_edge.cuda import NoCuda, digest, nvrtc, source
+from avl_edge.cuda import FORMATS, NoCuda, digest, nvrtc, source
+from tests.emulated_kernels import COMPILER, NAMES, PLUGINS, SHAPES, Kernels, Shape, compile_emulation
 
-ROOT = Path(__file__).resolve().parents[1]
-PLUGINS, RECORD = ROOT / "plugins", ROOT / "docs" / "measurements" / "cuda_resources.json"
-COMPILER, NVCC = shutil.which("g++") or shutil.which("clang++"), shutil.which("nvcc")
-NAMES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
+RECORD = PLUGINS.parent / "docs" / "measurements" / "cuda_resources.json"
+NVCC = shutil.which("nvcc")
 
 
 def _load_resources() -> Any:
@@ -49,123 +47,6 @@ except NoCuda:
     NVRTC = None
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the kernels are compiled for. Two warps to a block where no test needs more: threads are what takes time."""
-
-    dim: int
-    group: int
-    dtype: torch.dtype
-    warps: int = 2
-
-    @property
-    def macros(self) -> list[str]:
-        return [
-            f"-DHEAD_DIM={self.dim}",
-            f"-DGROUP={self.group}",
-            f"-DROW={NAMES[self.dtype]}",
-            f"-DWARPS={self.warps}",
-        ]
-
-    @property
-    def tile(self) -> int:
-        """Rows that a warp takes at once: four 16-byte loads of each lane."""
-        lanes = 1 << (self.dim // 8 - 1).bit_length()
-        return 4 * (32 // lanes)
-
-    def __str__(self) -> str:
-        return f"d{self.dim}-group{self.group}-{NAMES[self.dtype]}"
-
-
-SHAPES = (
-    Shape(64, 1, torch.float16),
-    Shape(80, 4, torch.bfloat16),
-    Shape(96, 2, torch.float16),
-    Shape(128, 1, torch.bfloat16, warps=4),
-    Shape(128, 8, torch.float16),
-    Shape(256, 7, torch.bfloat16),
-)
-
-
-def _compile(source: str, target: Path, *options: str, plugins: Path = PLUGINS) -> Path:
-    command = [str(COMPILER), "-std=c++20", "-O0", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    built = subprocess.run(
-        [*command, *options, str(plugins / "emulation" / source), "-o", str(target)], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    return target
-
-
-def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, math.nan, dtype=dtype)
-
-
-class Kernels:
-    """The kernels of one shape, launched as on a GPU, with tensors of the CPU."""
-
-    def __init__(self, library: Path, shape: Shape) -> None:
-        self.library, self.shape = ctypes.CDLL(str(library)), shape
-
-    def launch(
-        self, name: str, grid: tuple[int, ...], *arguments: Tensor | int | None, backwards: bool = False
-    ) -> None:
-        values = [
-            ctypes.c_int32(argument)
-            if isinstance(argument, int)
-            else ctypes.c_void_p(None if argument is None else argument.data_ptr())
-            for argument in arguments
-        ]
-        addresses = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        x, y, z = (*grid, 1, 1)[:3]
-        assert self.library.avl_launch(name.encode(), x, y, z, int(backwards), addresses) == 0
-
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        rows: Tensor,
-        offsets: Tensor,
-        splits: int,
-        *,
-        scores: bool = True,
-        backwards: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        (batch, heads, dim), capacity = query.shape, rows.numel() + 3
-        kv_heads = keys.shape[1]
-        sums, states = unwritten(batch, splits, heads, dim), unwritten(batch, splits, heads, 2)
-        logits = unwritten(heads, capacity) if scores else None
-        out, log_sums = unwritten(batch, heads, dim, dtype=query.dtype), unwritten(batch, heads)
-        strides = (keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
-        self.launch(
-            "avl_attend",
-            (kv_heads, splits, batch),
-            *(query, keys, values, rows, offsets, *strides, capacity, sums, states, logits),
-            backwards=backwards,
-        )
-        merge = (-(-heads // self.shape.warps), batch)
-        self.launch("avl_merge", merge, sums, states, offsets, heads, splits, out, log_sums, backwards=backwards)
-        if logits is None:
-            return out, None
-        weights = unwritten(capacity)
-        self.launch("avl_scores", (2, batch), logits, log_sums, offsets, heads, capacity, weights, backwards=backwards)
-        assert weights[rows.numel() :].isnan().all(), "written past the last row"
-        return out, weights[: rows.numel()]
-
-    def prompt_scores(self, query: Tensor, keys: Tensor, positions: Tensor, summed: int, total: Tensor) -> Tensor:
-        """Query [H, n, d] and keys [H_kv, n, d] of any strides; adds to `total`, returns `last`."""
-        heads, n, _ = query.shape
-        queries = positions.numel()
-        logits, log_sums, last = unwritten(queries, heads, n), unwritten(queries, heads), unwritten(n)
-        strides = (query.stride(1), query.stride(0), keys.stride(1), keys.stride(0))
-        self.launch("avl_prompt_logits", (keys.shape[0], 2), query, keys, positions, n, queries, *strides, logits)
-        self.launch(
-            "avl_prompt_log_sums", (-(-queries * heads // self.shape.warps),), logits, n, queries * heads, log_sums
-        )
-        self.launch("avl_prompt_scores", (-(-n // 32),), logits, log_sums, n, heads, queries, summed, last, total)
-        return last
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shape], Kernels]]:
     """``kernels(shape)``: compiled once, all shapes side by side from the first test on."""
@@ -173,11 +54,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shap
         pytest.skip("no C++ compiler to build the emulation with")
     folder = tmp_path_factory.mktemp("cuda")
     with ThreadPoolExecutor(2) as pool:
-        builds = {
-            shape: pool.submit(_compile, "driver.cpp", folder / f"{shape}.so", "-shared", "-fPIC", *shape.macros)
-            for shape in SHAPES
-        }
-        yield lambda shape: Kernels(builds[shape].result(), shape)
+        builds = {shape: pool.submit(shape.compile, folder) for shape in SHAPES}
+        yield lambda shape: Kernels(shape, {"exact": builds[shape].result()})
 
 
 @dataclass
@@ -390,12 +268,12 @@ def test_prompt_scores_in_pieces(kernels: Callable[[Shape], Kernels]) -> None:
     assert not only.any()
 
 
-def _sanitized(folder: Path, sanitizer: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
-    """The small case of plugins/emulation/check.cpp, run under a sanitizer, in a process of its own."""
+def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
+    """The small case of plugins/emulation/check.cpp for rows of a format, sanitized, in a process of its own."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
-    program = _compile("check.cpp", folder / sanitizer, *options, plugins=plugins)
+    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros, f"-DFORMAT={FORMATS[format_]}"]
+    program = compile_emulation("check.cpp", folder / sanitizer, *options, plugins=plugins)
     # Without a fixed layout of memory the thread sanitizer of older compilers does not start on newer kernels.
     fixed = [setarch, "-R"] if sanitizer == "thread" and (setarch := shutil.which("setarch")) else []
     if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
@@ -405,34 +283,64 @@ def _sanitized(folder: Path, sanitizer: str, plugins: Path = PLUGINS) -> subproc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
-    run = _sanitized(tmp_path, sanitizer)
+@pytest.mark.parametrize(
+    ("sanitizer", "format_"),
+    [
+        ("thread", "exact"),
+        ("address", "exact"),
+        ("thread", "int8"),
+        pytest.param("address", "int4", marks=pytest.mark.long),
+        pytest.param("address", "int8", marks=pytest.mark.long),
+        pytest.param("thread", "int4", marks=pytest.mark.long),
+    ],
+)
+def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str, format_: str) -> None:
+    run = _sanitized(tmp_path, sanitizer, format_)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+NO_TURN = ("    __syncthreads();\n    int higher_before", "    int higher_before")
+SCALES_WRITTEN = "        __syncthreads();  // of which each warp has written some\n"
+RUNS_OVER = "records + (long long)(row + 1) * kUnit"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sanitizer", "sound", "broken", "report"),
+    ("case", "sound", "broken", "report"),
     [
-        ("thread", "    __syncthreads();\n\n    const long long result", "    const long long result", "data race"),
         (
-            "address",
+            "thread exact",
+            "    __syncthreads();\n\n    const long long result",
+            "    const long long result",
+            "data race",
+        ),
+        (
+            "address exact",
             "entry(tile, u) < count ? rows[entry(tile, u)] : 0",
             "rows[entry(tile, u)]",
             "heap-buffer-overflow",
         ),
-        ("address", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
+        ("address exact", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
+        pytest.param("thread int8", SCALES_WRITTEN, "", "data race", marks=pytest.mark.long),
+        pytest.param("thread int4", *NO_TURN, "data race", marks=pytest.mark.long),
+        pytest.param("address int4", "records + (long long)row * kUnit", RUNS_OVER, "overflow", marks=pytest.mark.long),
     ],
-    ids=["a barrier missing", "rows past the end", "a copy not waited for"],
+    ids=[
+        "a barrier missing",
+        "rows past the end",
+        "a copy not waited for",
+        "scales not waited for",
+        "picks not waited for",
+        "records past the end",
+    ],
 )
-def test_the_emulation_notices(tmp_path: Path, sanitizer: str, sound: str, broken: str, report: str) -> None:
+def test_the_emulation_notices(tmp_path: Path, case: str, sound: str, broken: str, report: str) -> None:
     shutil.copytree(PLUGINS, tmp_path / "plugins")
-    source = tmp_path / "plugins" / "cuda" / "core_attention.cu"
-    text = source.read_text()
-    assert sound in text
-    source.write_text(text.replace(sound, broken))
-    run = _sanitized(tmp_path, sanitizer, tmp_path / "plugins")
+    files = [path for path in (tmp_path / "plugins" / "cuda").glob("*.cu*") if sound in path.read_text()]
+    assert files
+    for path in files:
+        path.write_text(path.read_text().replace(sound, broken))
+    run = _sanitized(tmp_path, *case.split(), tmp_path / "plugins")
     assert run.returncode != 0
     assert report in run.stdout + run.stderr
 
@@ -452,15 +360,19 @@ def _device_build(architecture: str, macros: list[str], folder: Path) -> tuple[s
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-@pytest.mark.parametrize(("dim", "group", "row"), [(128, 1, "Half"), (80, 7, "Bfloat"), (256, 8, "Half")])
+@pytest.mark.parametrize(
+    ("dim", "group", "row", "format_"),
+    [(128, 1, "Half", "exact"), (80, 7, "Bfloat", "int4"), (256, 8, "Half", "exact"), (128, 8, "Half", "int8")],
+)
 def test_compiles_for_the_device_without_spills(
-    tmp_path: Path, architecture: str, dim: int, group: int, row: str
+    tmp_path: Path, architecture: str, dim: int, group: int, row: str, format_: str
 ) -> None:
-    ptx, used = _device_build(architecture, [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}"], tmp_path)
-    assert len(used) == 7
+    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", f"-DFORMAT={FORMATS[format_]}"]
+    ptx, used = _device_build(architecture, macros, tmp_path)
+    assert len(used) == 10
     assert all(kernel["spills"] == 0 for kernel in used.values()), used
     attend = ptx[ptx.index(".entry avl_attend") :].split(".entry", 2)[1]
-    assert attend.count("cp.async.cg.shared.global") >= 8
+    assert attend.count("cp.async.cg.shared.global" if format_ == "exact" else "cp.async.ca.shared.global") >= 8
     if NVRTC and NVRTC.version <= (12, 6):
         assert nvrtc.isa(ptx) <= (8, 5), "JetPack 6 does not take newer PTX"
 
@@ -468,7 +380,8 @@ def test_compiles_for_the_device_without_spills(
 def test_the_recorded_resources_are_of_this_source() -> None:
     record = json.loads(RECORD.read_text())
     assert record["source_sha256"] == digest(), f"record them again: {record['command']}"
-    assert len(record["cases"]) == 100
+    assert len(record["cases"]) == 300
+    assert {case["format"] for case in record["cases"]} == FORMATS.keys()
     for case in record["cases"]:
         assert tuple(map(int, case["ptx_isa"].split("."))) <= (8, 5)
         for name, kernel in case["kernels"].items():

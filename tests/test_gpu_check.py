@@ -24,7 +24,7 @@ from avl_edge.trt import Attention
 from tests import trt_on_cpu
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice, ReferenceModule, at
-from tools.gpu import check, decode, model_speed, numerics, plugin, report, sanitize, speed
+from tools.gpu import check, decode, model_speed, numerics, packed, plugin, report, sanitize, speed
 from tools.gpu.place import CheckFailed, row_type
 
 SHAPES = (KernelShape(80, 4, "Half"), KernelShape(128, 1, "Bfloat"))
@@ -38,7 +38,8 @@ class HostPlace:
         self._make = make
 
     def kernels(self, shape: KernelShape) -> Kernels:
-        return Kernels(self._make(shape, row_type(shape)), shape)
+        module = self._make(shape, row_type(shape))
+        return Kernels(module, shape, packed=module.packed)
 
 
 class Wrong(ReferenceModule):
@@ -56,28 +57,56 @@ class Wrong(ReferenceModule):
 
     def a_score_is_off(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_scores":
-            at(arguments[5], torch.float32, 1)[0] += 1e-3
+            at(arguments[6], torch.float32, 1)[0] += 1e-3
 
     def scores_run_over(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_scores":
-            capacity = int(arguments[4].value or 0)
-            at(arguments[5], torch.float32, capacity)[-1] = 0
+            capacity = int(arguments[5].value or 0)
+            at(arguments[6], torch.float32, capacity)[-1] = 0
 
     def an_output_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_merge":
-            out = at(arguments[5], self._dtype, grid[1], int(arguments[3].value or 0), self._dim)
+            out = at(arguments[7], self._dtype, grid[1], int(arguments[4].value or 0), self._dim)
             out[1, 0, 0] += 1
 
     def an_empty_selection_is_left_alone(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_merge":
             counts = at(arguments[2], torch.int32, grid[1] + 1).diff()
-            out = at(arguments[5], self._dtype, grid[1], int(arguments[3].value or 0), self._dim)
+            out = at(arguments[7], self._dtype, grid[1], int(arguments[4].value or 0), self._dim)
             out[counts == 0] = float("nan")
 
     def neighbours_matter(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_merge":
-            out = at(arguments[5], self._dtype, grid[1], int(arguments[3].value or 0), self._dim)
+            out = at(arguments[7], self._dtype, grid[1], int(arguments[4].value or 0), self._dim)
             out *= 1 + 0.02 * (grid[1] > 1)
+
+    def a_packed_part_is_left_out(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_attend" and not self._format.is_exact:
+            splits, heads = int(arguments[12].value or 0), grid[0] * self._group
+            first = int(arguments[11].value or 0)
+            at(arguments[14], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
+
+    def a_scale_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_append" and not self._format.is_exact:
+            ids = at(arguments[2], torch.int32, grid[0])
+            records = self._records(arguments[8], ids[ids >= 0], int(arguments[3].value or 0))
+            records[ids[0].long(), 1] ^= 1
+
+    def a_record_runs_over(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_append" and not self._format.is_exact:
+            ids = at(arguments[2], torch.int32, grid[0])
+            size = self._records(arguments[9], ids[ids >= 0], int(arguments[3].value or 0)).shape[1]
+            at(arguments[9], torch.uint8, size + 1)[size] = 0
+
+    def a_look_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_look" and self._format.name == "int8":
+            begin = int(at(arguments[3], torch.int32, grid[2])[1])
+            at(arguments[8], torch.float32, begin + 1)[begin] += 1
+
+    def one_row_too_many_is_chosen(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_nucleus":
+            flags = at(arguments[8], torch.int8, 100)
+            flags[flags == 0] = 1
 
     def a_prompts_last_is_off(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_prompt_scores":
@@ -93,6 +122,9 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
     found = numerics.check_shape(HostPlace(), shape)
     assert found.keys() == {"out_relative", "out_max", "scores_max", "prompt_scores_max"}
     assert all(value == value for value in found.values())
+    found = packed.check_shape(HostPlace(), shape)
+    assert found.keys() == {"mixed_out_max", "mixed_scores_max", "look_max"}
+    assert all(value <= 1e-2 for value in found.values())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +136,14 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
         ("an empty selection is left alone", numerics.check_step),
         ("neighbours matter", numerics.check_alone),
         ("nothing is appended", numerics.check_append),
+        ("a packed part is left out", packed.check_mixture),
+        ("an output is off", packed.check_mixture),
+        ("a score is off", packed.check_mixture),
+        ("a scale is off", packed.check_packing),
+        ("a record runs over", packed.check_packing),
+        ("nothing is appended", packed.check_packing),
+        ("a look is off", packed.check_choice),
+        ("one row too many is chosen", packed.check_choice),
         ("a prompts last is off", numerics.check_prompt),
         ("a prompts total is off", numerics.check_prompt),
     ],
@@ -134,6 +174,7 @@ def test_decode_checks_pass_on_kernels_that_are_right(model: decode.Model) -> No
     half = decode.Model(model.spec, decode.AsHalf(model.weights))
     for each in (model, half):
         assert 0 <= decode.check_against_cpu(HostPlace(), each)["logits"] <= torch.finfo(each.weights.dtype).eps
+    assert 0 <= decode.check_packed_against_cpu(HostPlace(), half)["logits"] <= 1 / 254
     assert decode.check_graphs(HostPlace(), model) == {"logits": 0.0}
 
 
@@ -215,7 +256,7 @@ def test_the_sanitizer_runs_the_numerics(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", _fake_sanitizer(tmp_path, 0), prepend=":")
     assert sanitize.check_sanitizer(tool) == {"summary": "ERROR SUMMARY: 3 errors"}
     assert f"--tool {tool}" in (tmp_path / "arguments").read_text()
-    assert (tmp_path / "arguments").read_text().strip().endswith("-m tools.gpu.numerics")
+    assert (tmp_path / "arguments").read_text().strip().endswith("-m tools.gpu.small")
 
 
 def test_what_the_sanitizer_finds_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,9 +355,9 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = HostPlace()
     names = [name for name, _ in check.correctness(place) + check.speeds(place)]
-    assert len(names) == len(set(names)) == 30 + 3 + 1 + 2 + 2
+    assert len(names) == len(set(names)) == 30 + 30 + 4 + 1 + 2 + 2
     assert [name for name, _ in check.chosen(check.correctness(place), "d128*Half")] == []
-    assert len(check.chosen(check.correctness(place), "*d128*Half")) == 3
+    assert len(check.chosen(check.correctness(place), "*d128*Half")) == 6
     assert len(check.chosen(check.correctness(place), "sanitizer")) == 2
     assert check.check(lambda: (place, {"arch": "sm_87"}), "nonsense", True, tmp_path / "out.json", "") == 2
     assert "no check is named like 'nonsense'" in capsys.readouterr().err
@@ -326,7 +367,7 @@ def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_without_cuda_it_is_one_line_and_exit_code_2() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here: run tools/gpu/check.py itself")
-    for module in ("tools.gpu.check", "tools.gpu.numerics"):
+    for module in ("tools.gpu.check", "tools.gpu.small"):
         run = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120)
         assert run.returncode == NoCuda.exit_code == 2
         assert len(run.stderr.splitlines()) == 1

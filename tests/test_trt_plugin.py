@@ -26,7 +26,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_edge.cuda import Kernels, NoCuda, nvrtc
+from avl_edge.cuda import Kernels, NoCuda, nvrtc, source
 from avl_edge.errors import BadInput
 from avl_edge.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, reference_function
 from avl_edge.trt import Attention, PluginMissing, Sizes, TokenKernels, TokenShape, digest, register, token_cubin
@@ -179,7 +179,10 @@ def test_launches_follow_from_shapes_alone(dtype: str, tokens: int) -> None:
         a: b for one, two in zip(first, second, strict=True) for a, b in zip(one[4], two[4], strict=True) if a != b
     }
     tables = {"rows": 500, "row_offsets": 3, "slots": tokens}
-    assert moved == {inputs[INPUTS.index(name)]: inputs[INPUTS.index(name)] + 31 * 4 * n for name, n in tables.items()}
+    starts = {inputs[INPUTS.index(name)]: 31 * 4 * n for name, n in tables.items()}
+    if step:  # a list ends where the next one begins
+        starts[inputs[INPUTS.index("row_offsets")] + 4] = 31 * 4 * 3
+    assert moved == {start: start + further for start, further in starts.items()}
 
 
 def test_nobody_asks_for_scores() -> None:
@@ -255,7 +258,7 @@ class TestCompiled:
         except NoCuda as error:
             pytest.skip(str(error))
         options = ["--ptxas-options=-v", *TokenShape(head_dim, 4, row).options]
-        compiled = compiler.compile(token_kernels.source(), token_kernels.NAME, "sm_87", options)
+        compiled = compiler.compile(source.read(token_kernels.NAME), token_kernels.NAME, "sm_87", options)
         assert compiled.log.count("Compiling entry function 'avl_token_") == 3
         assert compiled.log.count("0 bytes spill stores, 0 bytes spill loads") == 3
         if compiler.version[0] == 12:
@@ -279,20 +282,16 @@ class TestCompiled:
             TokenShape(head_dim, group, row)
 
     def test_digest_follows_both_sources(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        before = digest()
-        text = token_kernels.source()
-        monkeypatch.setattr(token_kernels, "source", lambda: text + b"\n// more is said")
-        assert digest() == before
-        monkeypatch.setattr(token_kernels, "source", lambda: text + b"\nint more;")
-        assert digest() != before
-        monkeypatch.setattr(token_kernels, "source", lambda: text)
-        monkeypatch.setattr(token_kernels, "core_digest", lambda: "another")
-        assert digest() != before
+        before, texts = digest(), {name: source.read(name) for name in (source.NAME, token_kernels.NAME)}
 
-    def test_lost_source(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(token_kernels, "_PLACES", (Path("/nowhere/token_attention.cu"),))
-        with pytest.raises(NoCuda, match=r"token_attention\.cu is not in /nowhere: install avl-edge again"):
-            token_kernels.source()
+        def changed(name: str, more: bytes) -> str:
+            of_name = {**texts[name], name: texts[name][name] + more}
+            monkeypatch.setattr(source, "read", lambda other=source.NAME: {**texts, name: of_name}[other])
+            return digest()
+
+        for name in texts:
+            assert changed(name, b"\n// more is said") == before
+            assert changed(name, b"\nint more;") != before
 
 
 def test_shapes_that_contradict_each_other() -> None:

@@ -5,25 +5,30 @@ Imports without CUDA; a GPU and ``cuda-python`` are needed by :meth:`Kernels.loa
 
 from __future__ import annotations
 
-from .compile import DTYPES, KernelShape, cubin
+from .compile import DTYPES, FORMATS, KernelShape, compiled, cubin
 from .driver import Gpu, Module
 from .errors import CompileFailed, CudaError, NoCuda
-from .launch import Kernels, Pool, PromptHeads, Step, Workspace
+from .launch import Kernels
+from .pointers import Lists, Look, Pool, PromptHeads, Step, Workspace
 from .source import digest
 
 __all__ = [
     "DTYPES",
+    "FORMATS",
     "CompileFailed",
     "CudaError",
     "Gpu",
     "KernelShape",
     "Kernels",
+    "Lists",
+    "Look",
     "Module",
     "NoCuda",
     "Pool",
     "PromptHeads",
     "Step",
     "Workspace",
+    "compiled",
     "cubin",
     "digest",
 ]

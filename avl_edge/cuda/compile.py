@@ -1,14 +1,15 @@
-"""The kernels of ``plugins/cuda/core_attention.cu``, compiled once per shape, architecture and compiler, then cached.
+"""The kernels of ``plugins/cuda``, compiled once per shape, row format, architecture and compiler, then cached.
 
     shape = KernelShape.of(head_dim=128, heads=32, kv_heads=8, dtype="bfloat16")
-    image = cubin("sm_87", shape)          # bytes; needs NVRTC, no GPU
+    image = cubin("sm_87", shape)                  # bytes; needs NVRTC, no GPU
+    packed = cubin("sm_87", shape, "int8")
 
 :class:`avl_edge.cuda.launch.Kernels` does this for the GPU at hand.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from .store import CubinStore
 
 DTYPES = {"float16": "Half", "bfloat16": "Bfloat"}
 """By the name that torch and safetensors use: the type of rows, queries and results."""
+
+FORMATS = {"exact": "Exact", "int8": "Int8", "int4": "Int4"}
+"""The row formats that the kernels read, in the order in which a step's parts stand, and their names in the source."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,27 @@ class KernelShape:
         return f"-DHEAD_DIM={self.head_dim}", f"-DGROUP={self.group}", f"-DROW={self.row}", f"-DWARPS={self.warps}"
 
 
-def cubin(arch: str, shape: KernelShape, *, newest: tuple[int, int] | None = None, folder: Path | None = None) -> bytes:
-    """The kernels as a module for one architecture, from the cache where it is there.
+def cubin(
+    arch: str,
+    shape: KernelShape,
+    format_: str = "exact",
+    *,
+    newest: tuple[int, int] | None = None,
+    folder: Path | None = None,
+) -> bytes:
+    """The kernels of one row format as a module for one architecture; as :func:`compiled`."""
+    return compiled(source.NAME, arch, (*shape.options, f"-DFORMAT={FORMATS[format_]}"), newest, folder)
+
+
+def compiled(
+    name: str, arch: str, options: Sequence[str], newest: tuple[int, int] | None = None, folder: Path | None = None
+) -> bytes:
+    """A source of ``plugins/cuda`` as a module for one architecture, from the cache where it is there.
 
     Args:
+        name: of the ``.cu`` file.
         arch: "sm_87", "sm_90", ...: a compute capability of 8.0 or later.
-        shape: sizes and type of rows.
+        options: sizes and types, as macros.
         newest: the CUDA version of the driver that will load it; a compiler of a later major version is left out.
         folder: of the cache; None takes the user's own.
 
@@ -74,10 +93,10 @@ def cubin(arch: str, shape: KernelShape, *, newest: tuple[int, int] | None = Non
     :class:`~avl_edge.cuda.errors.CompileFailed` with its log.
     """
     compiler = compilers.find(newest)
-    identity = "\n".join((arch, *shape.options, str(compiler), hashlib.sha256(source.read()).hexdigest()))
+    identity = "\n".join((name, arch, *options, str(compiler), source.identity(name)))
     store = CubinStore(folder)
     image = store.get(identity)
     if image is None:
-        image = compiler.compile(source.read(), source.NAME, arch, shape.options).cubin
+        image = compiler.compile(source.read(name), name, arch, options).cubin
         store.put(identity, image)
     return image

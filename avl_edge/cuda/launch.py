@@ -5,109 +5,41 @@
     workspace = Workspace.of(kernels.shape, batch, heads, splits, capacity, scores=True)
     kernels.step(Step(...), pool, workspace, address, stream)  # one layer of a decode step; address: workspace.bytes
 
-B sequences, H query and H_kv key/value heads, d head size, S splits, R rows of the pool, ``capacity`` entries in the
-list of rows. Pointers are ``int`` addresses of device memory, 16-byte aligned, 0 for null; "row" is the kernels' type,
-float16 or bfloat16; ``stream`` is a ``cudaStream_t`` as an int, 0 the default stream. What a pointer names is
-contiguous unless a stride is given. Launches return at once, allocate nothing and read no count from the host's memory
-but those in their argument lists: they can be captured in a CUDA graph. Nothing is checked that only the device knows.
+Pointers and sizes are named as in :mod:`avl_edge.cuda.pointers`; ``stream`` is a ``cudaStream_t`` as an int, 0 the
+default stream. Launches return at once, allocate nothing and read no count from the host's memory but those in their
+argument lists: they can be captured in a CUDA graph. Nothing is checked that only the device knows.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from .compile import KernelShape, cubin
 from .driver import Argument, Gpu, Module
+from .pointers import Lists, Look, Pool, PromptHeads, Step, Workspace, aligned
 
-_ALIGN = 256
 _BLOCKS_ON_A_MULTIPROCESSOR = 3  # of avl_attend with 4 warps: 48 KB of shared memory each, of Orin's 164
 _WAVES = 3  # times the blocks that the GPU holds at once, so that its multiprocessors end together
 _MULTIPROCESSORS_OF_ORIN = 16
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Where rows lie: ``keys`` and ``values``, row ``[R, H_kv, d]`` each; strides in elements, multiples of 8."""
-
-    keys: int
-    values: int
-    kv_heads: int
-    key_row_stride: int
-    key_head_stride: int
-    value_row_stride: int
-    value_head_stride: int
-
-    @property
-    def strides(self) -> tuple[int, int, int, int]:
-        return self.key_row_stride, self.key_head_stride, self.value_row_stride, self.value_head_stride
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Scratch memory of one layer's attention, the next layer's too: byte offsets into one buffer of ``bytes``."""
-
-    batch: int
-    heads: int
-    splits: int
-    capacity: int
-    sums: int
-    states: int
-    log_sums: int
-    logits: int
-    bytes: int
-
-    @classmethod
-    def of(cls, shape: KernelShape, batch: int, heads: int, splits: int, capacity: int, *, scores: bool) -> Workspace:
-        """Float32 sums ``[B, S, H, d]``, states ``[B, S, H, 2]``, log_sums ``[B, H]``; with ``scores`` also logits
-        ``[H, capacity]``."""
-        parts = batch * splits * heads
-        sizes = (4 * parts * shape.head_dim, 8 * parts, 4 * batch * heads, 4 * heads * capacity if scores else 0)
-        places = [0]
-        for size in sizes:
-            places.append(-(-(places[-1] + size) // _ALIGN) * _ALIGN)
-        return cls(batch, heads, splits, capacity, *places)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Pointers of one layer of a decode step.
-
-    ``query`` row ``[B, H, d]``; ``new_keys``, ``new_values`` row ``[B, H_kv, d]``; ``slots`` int32 ``[B]``, the pool
-    row of each new token, negative: none; ``rows`` int32 ``[capacity]`` and ``offsets`` int32 ``[B + 1]``: sequence b
-    reads ``rows[offsets[b]]`` to ``rows[offsets[b + 1] - 1]``, its new token's own among them; ``out`` row
-    ``[B, H, d]``, zeros for a sequence that reads nothing; ``scores`` float32 ``[capacity]``, or 0 where nobody asks.
-    """
-
-    query: int
-    new_keys: int
-    new_values: int
-    slots: int
-    rows: int
-    offsets: int
-    out: int
-    scores: int = 0
-
-
-@dataclass(frozen=True)
-class PromptHeads:
-    """A prompt's queries or keys: element (token, head, i) at ``address + token_stride * token + head_stride * head +
-    i``, strides in elements, multiples of 8. So ``[n, H, d]`` and ``[H, n, d]`` both do."""
-
-    address: int
-    token_stride: int
-    head_stride: int
-
-
 class Kernels:
-    """The kernels of one shape, launched through ``module``."""
+    """The kernels of one shape, launched through ``module`` and, where rows are packed, through one for each format."""
 
-    def __init__(self, module: Module, shape: KernelShape, multiprocessors: int = _MULTIPROCESSORS_OF_ORIN) -> None:
-        """``multiprocessors`` of the GPU decide how finely selections are split."""
+    def __init__(
+        self,
+        module: Module,
+        shape: KernelShape,
+        multiprocessors: int = _MULTIPROCESSORS_OF_ORIN,
+        packed: Callable[[str], Module] | None = None,
+    ) -> None:
+        """``multiprocessors`` of the GPU decide how finely selections are split. ``packed`` gives the module of a
+        packed format, asked for once; without it rows are exact."""
         self.shape = shape
-        self._module = module
+        self._modules = {"exact": module}
         self._multiprocessors = multiprocessors
+        self._packed = packed
 
     @classmethod
     def load(cls, shape: KernelShape, device: int = 0) -> Kernels:
@@ -116,7 +48,18 @@ class Kernels:
         Raises :class:`~avl_edge.cuda.errors.NoCuda`, :class:`~avl_edge.cuda.errors.CompileFailed`.
         """
         gpu = Gpu(device)
-        return cls(gpu.load(cubin(gpu.arch, shape, newest=gpu.cuda)), shape, gpu.multiprocessors)
+
+        def load(format_: str) -> Module:
+            return gpu.load(cubin(gpu.arch, shape, format_, newest=gpu.cuda))
+
+        return cls(load("exact"), shape, gpu.multiprocessors, load)
+
+    def prepare(self, formats: Iterable[str]) -> None:
+        """Have the kernels of these formats ready, so that no launch has to wait for a compiler; as :meth:`load`."""
+        for format_ in formats:
+            if format_ not in self._modules:
+                assert self._packed is not None, "kernels for exact rows only"
+                self._modules[format_] = self._packed(format_)
 
     def splits(self, kv_heads: int, rows: int) -> int:
         """S, the splits of a selection of up to ``rows`` rows, for every batch.
@@ -131,74 +74,112 @@ class Kernels:
     # One layer of a decode step
 
     def step(self, step: Step, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
-        """Write the new rows into their slots, attend, and score where ``step.scores`` is given.
+        """Write the new rows into their slots, choose rows where ``step.look`` says so, attend, and score where
+        ``step.scores`` is given.
 
-        ``address``: ``workspace.bytes`` of device memory. Three launches, four with scores.
+        ``address``: ``workspace.bytes`` of device memory. Exact rows take three launches, four with scores; another
+        format one more, and one where new rows are written in it; a look three, and one for each format.
         """
-        batch, heads, splits, capacity = workspace.batch, workspace.heads, workspace.splits, workspace.capacity
+        lists, heads, splits = step.lists, workspace.heads, workspace.splits
         sums, states, log_sums, logits = (
             address + place for place in (workspace.sums, workspace.states, workspace.log_sums, workspace.logits)
         )
-        self.append(step.new_keys, step.new_values, step.slots, batch, pool, stream)
+        for part, format_ in enumerate(lists.formats):
+            if format_ in step.written:
+                slots = lists.of_part(step.slots, part)
+                self.append(step.new_keys, step.new_values, slots, lists.batch, pool, stream, format_)
+        if step.look is not None:
+            self._choose(step, step.look, pool, workspace, address, stream)
         asked = logits if step.scores else 0
-        self.attend(step.query, pool, step.rows, step.offsets, batch, splits, capacity, sums, states, asked, stream)
-        self.merge(sums, states, step.offsets, batch, heads, splits, step.out, log_sums, stream)
+        for part in range(len(lists.formats)):
+            self.attend(step.query, pool, lists, part, splits, sums, states, asked, stream)
+        self.merge(sums, states, lists, heads, splits, step.out, log_sums, stream)
         if step.scores:
-            self.scores(logits, log_sums, step.offsets, batch, heads, capacity, step.scores, stream)
+            self.scores(logits, log_sums, lists, heads, step.scores, stream)
 
-    def append(self, new_keys: int, new_values: int, slots: int, rows: int, pool: Pool, stream: int) -> None:
-        """avl_append: write ``rows`` new rows, row ``[rows, H_kv, d]`` each, into pool rows ``slots`` (int32
-        ``[rows]``, distinct; a negative one drops its row)."""
+    def _choose(self, step: Step, look: Look, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
+        heads, candidates = workspace.heads, look.lists
+        logits, log_sums, weights = (
+            address + place for place in (workspace.logits, workspace.log_sums, workspace.weights)
+        )
+        for part, format_ in enumerate(candidates.formats):
+            if format_ in look.formats:
+                self.look(step.query, pool, candidates, part, logits, stream)
+        self.log_sums(logits, candidates, heads, log_sums, stream)
+        self.scores(logits, log_sums, candidates, heads, weights, stream)
+        self.nucleus(weights, look, step.lists, stream)
+
+    def append(
+        self, new_keys: int, new_values: int, slots: int, rows: int, pool: Pool, stream: int, format_: str = "exact"
+    ) -> None:
+        """avl_append: write ``rows`` new rows, row ``[rows, H_kv, d]`` each, as rows ``slots`` of a format (int32
+        ``[rows]``, distinct ids; a negative one drops its row)."""
         if rows:
             grid = (rows, 2, 1)
-            numbers = (pool.kv_heads, *pool.strides)
-            self._launch("avl_append", grid, stream, _p(new_keys, new_values, slots), _i(*numbers), _pool(pool))
+            numbers = _i(pool.kv_heads, *pool.strides)
+            self._launch(
+                "avl_append", grid, stream, _p(new_keys, new_values, slots), numbers, _pool(pool), format_=format_
+            )
 
     def attend(
         self,
         query: int,
         pool: Pool,
-        rows: int,
-        offsets: int,
-        batch: int,
+        lists: Lists,
+        part: int,
         splits: int,
-        capacity: int,
         sums: int,
         states: int,
         logits: int,
         stream: int,
     ) -> None:
-        """avl_attend: partial results of each split; see :class:`Step` for ``query``, ``rows`` and ``offsets``.
+        """avl_attend: partial results of each split of one part, for row ``query`` ``[B, H, d]``.
 
-        Writes float32 ``sums`` ``[B, S, H, d]``, ``states`` ``[B, S, H, 2]`` and, unless it is 0, ``logits``
-        ``[H, capacity]``.
+        Writes its share of float32 ``sums`` ``[B, P * S, H, d]``, ``states`` ``[B, P * S, H, 2]`` and, unless it is 0,
+        ``logits`` ``[H, capacity]``.
         """
-        inputs = (*_p(query), *_pool(pool), *_p(rows, offsets))
-        grid = (pool.kv_heads, splits, batch)
-        self._launch("avl_attend", grid, stream, inputs, _i(*pool.strides, capacity), _p(sums, states, logits))
+        inputs = (*_p(query), *_pool(pool), *_p(lists.rows, *lists.part(part)))
+        numbers = _i(*pool.strides, lists.capacity, part * splits, len(lists.formats) * splits)
+        grid = (pool.kv_heads, splits, lists.batch)
+        results = _p(sums, states, logits)
+        self._launch("avl_attend", grid, stream, inputs, numbers, results, format_=lists.formats[part])
 
     def merge(
-        self,
-        sums: int,
-        states: int,
-        offsets: int,
-        batch: int,
-        heads: int,
-        splits: int,
-        out: int,
-        log_sums: int,
-        stream: int,
+        self, sums: int, states: int, lists: Lists, heads: int, splits: int, out: int, log_sums: int, stream: int
     ) -> None:
         """avl_merge: row ``out`` ``[B, H, d]`` and float32 ``log_sums`` ``[B, H]`` from what avl_attend left."""
-        grid = (self._warps_to_blocks(heads), batch, 1)
-        self._launch("avl_merge", grid, stream, _p(sums, states, offsets), _i(heads, splits), _p(out, log_sums))
+        grid = (self._warps_to_blocks(heads), lists.batch, 1)
+        inputs, numbers = _p(sums, states, lists.begins, lists.ends), _i(heads, splits, len(lists.formats))
+        self._launch("avl_merge", grid, stream, inputs, numbers, _p(out, log_sums))
 
-    def scores(
-        self, logits: int, log_sums: int, offsets: int, batch: int, heads: int, capacity: int, scores: int, stream: int
-    ) -> None:
+    def scores(self, logits: int, log_sums: int, lists: Lists, heads: int, scores: int, stream: int) -> None:
         """avl_scores: float32 ``scores`` ``[capacity]``, the weight of each listed row, the mean over heads."""
-        grid = (min(-(-capacity // 32), 4 * self._multiprocessors), batch, 1)
-        self._launch("avl_scores", grid, stream, _p(logits, log_sums, offsets), _i(heads, capacity), _p(scores))
+        grid = (min(-(-lists.capacity // 32), 4 * self._multiprocessors), lists.batch, len(lists.formats))
+        inputs = _p(logits, log_sums, lists.begins, lists.ends)
+        self._launch("avl_scores", grid, stream, inputs, _i(heads, lists.capacity), _p(scores))
+
+    # The choice of rows within a step
+
+    def look(self, query: int, pool: Pool, lists: Lists, part: int, logits: int, stream: int) -> None:
+        """avl_look: float32 ``logits`` ``[H, capacity]`` of one part by a coarse look at its keys."""
+        tiles = -(-lists.capacity // (self.shape.tile * self.shape.warps))
+        grid = (pool.kv_heads, min(tiles, -(-8 * self._multiprocessors // pool.kv_heads)), lists.batch)
+        inputs = _p(query, pool.keys, lists.rows, *lists.part(part))
+        numbers = _i(pool.key_row_stride, pool.key_head_stride, lists.capacity)
+        self._launch("avl_look", grid, stream, inputs, numbers, _p(logits), format_=lists.formats[part])
+
+    def log_sums(self, logits: int, lists: Lists, heads: int, log_sums: int, stream: int) -> None:
+        """avl_log_sums: float32 ``log_sums`` ``[B, H]`` of what avl_look left."""
+        grid = (self._warps_to_blocks(heads), lists.batch, len(lists.formats))
+        inputs, numbers = _p(logits, lists.begins, lists.ends), _i(heads, lists.capacity)
+        self._launch("avl_log_sums", grid, stream, inputs, numbers, _p(log_sums))
+
+    def nucleus(self, weights: int, look: Look, attended: Lists, stream: int) -> None:
+        """avl_nucleus: put the ids that ``look`` chooses by float32 ``weights`` into the lists ``attended``."""
+        candidates = look.lists
+        grid = (candidates.batch, len(candidates.formats), 1)
+        inputs = _p(weights, candidates.rows, candidates.begins, candidates.ends, look.limits, look.listed)
+        self._launch("avl_nucleus", grid, stream, inputs, _p(attended.rows, attended.ends, look.picked))
 
     # The scores of a prompt
 
@@ -223,7 +204,7 @@ class Kernels:
         time: :meth:`prompt_workspace` bytes of device memory.
         """
         heads = kv_heads * self.shape.group
-        log_sums = workspace + -(-4 * piece * heads * n // _ALIGN) * _ALIGN
+        log_sums = workspace + aligned(4 * piece * heads * n)
         for first in range(0, queries, piece):
             count = min(piece, queries - first)
             summed = count - (first + count == queries)
@@ -234,7 +215,7 @@ class Kernels:
     @staticmethod
     def prompt_workspace(n: int, heads: int, piece: int) -> int:
         """Bytes that :meth:`score_prompt` needs for ``piece`` queries at a time."""
-        return -(-4 * piece * heads * n // _ALIGN) * _ALIGN + 4 * piece * heads
+        return aligned(4 * piece * heads * n) + 4 * piece * heads
 
     def prompt_logits(
         self,
@@ -271,9 +252,17 @@ class Kernels:
     def _warps_to_blocks(self, warps: int) -> int:
         return -(-warps // self.shape.warps)
 
-    def _launch(self, kernel: str, grid: tuple[int, int, int], stream: int, *arguments: Iterable[Argument]) -> None:
+    def _launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        stream: int,
+        *arguments: Iterable[Argument],
+        format_: str = "exact",
+    ) -> None:
         flat = [argument for part in arguments for argument in part]
-        self._module.launch(kernel, grid, 32 * self.shape.warps, stream, flat)
+        self.prepare((format_,))
+        self._modules[format_].launch(kernel, grid, 32 * self.shape.warps, stream, flat)
 
 
 def _p(*addresses: int) -> tuple[Argument, ...]:

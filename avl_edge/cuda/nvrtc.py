@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,16 +35,21 @@ class Nvrtc:
     library: ctypes.CDLL
     version: tuple[int, int]
 
-    def compile(self, source: bytes, name: str, arch: str, options: Sequence[str] = ()) -> Compiled:
-        """Compile CUDA C++ ``source``, called ``name`` in messages, for ``arch``, like ``sm_87``.
+    def compile(self, files: Mapping[str, bytes], name: str, arch: str, options: Sequence[str] = ()) -> Compiled:
+        """Compile the CUDA C++ file ``name`` of ``files`` for ``arch``, like ``sm_87``; it may include the others.
 
         Raises :class:`CompileFailed` with the log.
         """
         arguments = [f"--gpu-architecture={arch}", "--std=c++17", *options]
         program = ctypes.c_void_p()
-        self._check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None))
+        headers = {other: text for other, text in files.items() if other != name}
+        included, names = _texts(headers.values()), _texts(map(str.encode, headers))
+        created = self.library.nvrtcCreateProgram(
+            ctypes.byref(program), files[name], name.encode(), len(headers), included, names
+        )
+        self._check(created)
         try:
-            texts = (ctypes.c_char_p * len(arguments))(*[argument.encode() for argument in arguments])
+            texts = _texts(map(str.encode, arguments))
             status = self.library.nvrtcCompileProgram(program, len(arguments), texts)
             log = self._get(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
             if status:
@@ -67,6 +72,11 @@ class Nvrtc:
 
     def __str__(self) -> str:
         return "{}.{}".format(*self.version)
+
+
+def _texts(texts: Iterable[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    every = list(texts)
+    return (ctypes.c_char_p * len(every))(*every)
 
 
 def find(newest: tuple[int, int] | None = None) -> Nvrtc:

@@ -1,7 +1,7 @@
 """The torch backend on a GPU. ``TorchBackend`` is the oracle: same policies, same cache, same order of events.
 
-Rows lie in device memory, in the model's dtype (packed formats are for the CPU so far), and our kernels read them
-there. What waits for what:
+Rows lie in device memory, exact or packed in int8 and int4, and our kernels read them there, several formats in one
+softmax. What waits for what:
 
 - Prefill: once per layer whose scores a policy asks for, since the policy chooses on the host which rows that layer
   stores; and once at its end, for the logits.
@@ -9,13 +9,17 @@ there. What waits for what:
   one block of numbers; a copy, one graph launch and the copies back are queued together. While the device works, the
   policies of sequences that look at no scores settle; then the host waits once, for the tokens and, in a step whose
   scores somebody wants, the scores of all layers. No layer waits for the host, and nothing is copied per layer.
+- A core that is picked within the step (``coarse``) is picked by the device, which lists the rows that it then attends;
+  the host reads afterwards which they were.
+- Rows that change their format, as a policy settles, are converted between two steps, by torch's operators.
 - Greedy tokens are chosen on the device (:meth:`CudaBackend.decode_greedy`); logits come back only where a sampler
   needs them (:meth:`CudaBackend.decode`).
 
 A decode step is recorded once for each :class:`~avl_edge.cuda_backend.tables.Bucket` and replayed: the row lists and
-their lengths are read from device memory, so that one recording serves any selection and every method. The numbers of
-splits do not depend on the bucket; the matrix products may, as their library chooses another algorithm for another
-batch, so that a sequence's last bits can change with its neighbours.
+their lengths are read from device memory, so that one recording serves any selection and every method. Formats that no
+sequence of the batch reads cost nothing: a step of exact rows launches what it would if there were no others. The
+numbers of splits do not depend on the bucket; the matrix products may, as their library chooses another algorithm for
+another batch, so that a sequence's last bits can change with its neighbours.
 
 Shown on a CPU: the whole path on kernels by reference and by emulation, and that no operator of a step leaves the
 device or waits. Left to a GPU, which this has not seen yet: recording and replay, and the speed; tools/gpu/check.py is
@@ -33,16 +37,16 @@ import torch
 from torch import Tensor
 
 from ..cache import Selected, SequenceCache
-from ..config import require
-from ..cuda import Kernels, KernelShape, Pool, PromptHeads
+from ..config import Formats, require
+from ..cuda import FORMATS, Kernels, KernelShape, Pool, PromptHeads
 from ..kernels import attend_prompt
 from ..models import Llava
 from ..pool import RowStore
 from ..request import Prompt
-from ..stored import distances
+from ..stored import StoredRows, distances, in_order
 from .device import Accelerator, CudaDevice
 from .step import DecodeStep, address
-from .tables import Bucket
+from .tables import Bucket, Reads
 
 _RECORDED = 12
 """Steps that are kept; each holds its tables and scratch memory, tens of MB for a 7B model and a large batch."""
@@ -53,9 +57,9 @@ _LOGITS_BYTES = 64 * 2**20
 class CudaBackend:
     """``encode_images``, ``prefill`` and ``decode`` on a GPU; what they give and take is the ``Backend`` protocol's.
 
-    Logits come back to the CPU, where samplers are. Raises :class:`~avl_edge.errors.BadInput` for a request whose rows
-    are packed, or whose method chooses rows within a step, by that step's own query (``coarse``). An error of the
-    device shows at the next wait, as torch's RuntimeError.
+    Logits come back to the CPU, where samplers are. Raises :class:`~avl_edge.errors.BadInput` for a request with rows
+    in a format that :func:`is_served` does not know. An error of the device shows at the next wait, as torch's
+    RuntimeError.
     """
 
     def __init__(self, model: Llava, store: RowStore, kernels: Kernels, accelerator: Accelerator) -> None:
@@ -64,7 +68,7 @@ class CudaBackend:
         text, (keys, values) = model.spec.text, store.arenas("exact")
         self.name = f"torch-{accelerator.device.type}+kernels"
         self._model, self._kernels, self._accelerator = model, kernels, accelerator
-        self._store = store  # whose memory the pool's addresses name
+        self._rows = StoredRows(store, model.decoder.angles)  # the pool's addresses name the store's memory
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
         self._scale = text.head_dim**-0.5
@@ -90,7 +94,8 @@ class CudaBackend:
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         """The last token's logits ``[vocabulary]``, on the CPU."""
-        _require_served(cache)
+        require_served(cache.formats)
+        self._kernels.prepare(cache.formats.by_tier().values())
         decoder, device = self._model.decoder, self._accelerator.device
         hidden = self._model.embed(prompt.token_ids, prompt.spans, features)
         positions = torch.arange(len(prompt), device=device)
@@ -100,8 +105,11 @@ class CudaBackend:
             attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
             attention = self._score(query.contiguous(), key.contiguous(), cache.prompt_queries(index))
             scores = (*attention, distances(value, cache, index))
-            for stored in cache.store_prompt(index, *scores):
-                self._write(stored, key.contiguous(), value.contiguous())
+            stored = cache.store_prompt(index, *scores)
+            for each in stored:
+                if each.format == "exact":
+                    self._write(each, key.contiguous(), value.contiguous())
+            self._rows.store_prompt(cache, index, [each for each in stored if each.format != "exact"], key, value)
             attended = attended.transpose(0, 1)
             if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
                 hidden = layer.finish(hidden[-1:], attended[-1:])
@@ -145,7 +153,7 @@ class CudaBackend:
         return last, total
 
     def _write(self, stored: Selected, key: Tensor, value: Tensor) -> None:
-        """Put a prompt's chosen tokens into their rows, out of key and value ``[n, H_kv, d]``."""
+        """Put a prompt's chosen tokens into their exact rows, out of key and value ``[n, H_kv, d]``."""
         slots = np.full(len(key), -1, dtype=np.int32)
         slots[stored.places] = stored.ids
         on_device = torch.from_numpy(slots).to(key.device)
@@ -167,23 +175,33 @@ class CudaBackend:
             self._accelerator.synchronize()
         layers = range(self._model.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
-        rows = [[_all_rows(cache.rows_to_read(layer)) for cache in caches] for layer in layers]
-        most = max(sum(map(len, of_layer)) for of_layer in rows)
-        step = self._step(Bucket.of(len(caches), most, any(cache.wants_scores for cache in caches)))
-        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), rows)
+        reads = [_reads(cache, layers) for cache in caches]
+        step = self._step(Bucket.of(reads, any(cache.wants_scores for cache in caches)))
+        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
         self._under_way = True
         step.start(logits=logits)
         for cache in caches:
-            if not cache.wants_scores:
+            if not cache.wants_scores and not cache.picks_core:
                 for layer in layers:
-                    cache.settle(layer, None)
+                    self._rows.move(cache, layer, cache.settle(layer, None))
         self._accelerator.synchronize()
         self._under_way = False
-        for number, cache in enumerate(caches):
-            if cache.wants_scores:
+        for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
+            if cache.wants_scores or cache.picks_core:
                 for layer in layers:
-                    cache.settle(layer, step.scores(layer, number))
+                    self._settle(step, number, cache, own, layer)
         return step
+
+    def _settle(self, step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> None:
+        """What a sequence that waited for the step's results does with them in one layer."""
+        if reads.looked:
+            cache.set_core(layer, step.picked(layer, number, reads.looked[layer].format))
+            cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
+        scores = None
+        if cache.wants_scores:
+            read = reads.rows[layer]
+            scores = in_order(read, [step.scores(layer, number, each.format) for each in read])
+        self._rows.move(cache, layer, cache.settle(layer, scores))
 
     def _step(self, bucket: Bucket) -> DecodeStep:
         if bucket not in self._steps:
@@ -196,19 +214,22 @@ class CudaBackend:
         return self._steps[bucket]
 
 
-def _require_served(cache: SequenceCache) -> None:
-    """:class:`~avl_edge.errors.BadInput` for what a step here cannot do."""
-    require(
-        cache.formats.all_exact,
-        "the GPU reads rows in the exact format only: leave the formats out, or use --device cpu",
-    )
-    require(
-        not cache.picks_core,
-        "the GPU does not choose rows within a step, as this method does: take another one, or use --device cpu",
-    )
+def is_served(formats: Formats) -> bool:
+    """Whether the kernels read rows of these formats."""
+    return FORMATS.keys() >= set(formats.by_tier().values())
 
 
-def _all_rows(selected: Sequence[Selected]) -> npt.NDArray[np.int32]:
-    """The ids of rows of one format, which are all, in the order of their places."""
-    (rows,) = selected
-    return rows.ids
+def require_served(formats: Formats) -> None:
+    """:class:`~avl_edge.errors.BadInput` for formats that the kernels do not read."""
+    others = ", ".join(sorted(set(formats.by_tier().values()) - FORMATS.keys()))
+    known = ", ".join(FORMATS)
+    require(not others, f"the GPU reads rows in the formats {known}, not {others}: choose those, or --device cpu")
+
+
+def _reads(cache: SequenceCache, layers: range) -> Reads:
+    """What a sequence reads in the step that has begun."""
+    looked = [cache.rows_to_look_at(layer)[0] for layer in layers] if cache.picks_core else []
+    if not any(len(each.ids) for each in looked):  # of a text alone there is nothing to choose
+        return Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text)
+    share, most = cache.nucleus
+    return Reads([[cache.text_rows(layer)] for layer in layers], cache.formats.text, looked, share, most)

@@ -123,6 +123,12 @@ class Policy(Protocol):
         """The core of this step and layer: a mask over the stored image rows, from their coarse weights."""
         ...
 
+    def nucleus(self) -> tuple[float, int]:
+        """What :meth:`pick_core` picks, for whoever picks in its stead: rows in order of their weight until they hold
+        this share of the sum, of equal weights the lower places first, and never more than so many rows. A share of 1
+        is never held: it is always as many."""
+        ...
+
     def reads_secondary(self, step: int) -> bool:
         """Whether decode step ``step`` (from 1) attends the secondary rows too."""
         ...
@@ -238,6 +244,9 @@ class KeepsCore(KeepsRows):
 
     def pick_core(self, weights: Scores) -> Mask:  # noqa: ARG002
         raise AssertionError("this policy does not pick its core before a step")
+
+    def nucleus(self) -> tuple[float, int]:
+        raise AssertionError("this policy picks no core within a step")
 
 
 class RowOrder:

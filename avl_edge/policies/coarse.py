@@ -135,6 +135,9 @@ class CoarsePolicy:
         core[order[: min(needed, self._core)]] = True
         return core
 
+    def nucleus(self) -> tuple[float, int]:
+        return self._mass, self._core
+
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return False
 

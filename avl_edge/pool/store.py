@@ -39,6 +39,7 @@ class RowStore:
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor, format_: str = "exact") -> None:
         """Put rows in place: ``ids`` int64 ``[n]``, ``keys`` and ``values`` ``[n, kv_heads, head_dim]``."""
+        ids = ids.to(self.keys.device)
         if format_ == "exact":
             self.keys.index_copy_(0, ids, keys)
             self.values.index_copy_(0, ids, values)
@@ -47,6 +48,7 @@ class RowStore:
 
     def read(self, ids: Tensor, format_: str = "exact") -> tuple[Tensor, Tensor]:
         """Keys and values of rows, each ``[n, kv_heads, head_dim]`` in the model's dtype."""
+        ids = ids.to(self.keys.device)
         if format_ == "exact":
             return self.keys[ids], self.values[ids]
         heads, dim, dtype = self._shape.kv_heads, self._shape.head_dim, self.keys.dtype
@@ -69,6 +71,7 @@ class RowStore:
 
     def copy(self, before: Tensor, after: Tensor, format_: str) -> None:
         """Copy rows of a format as they are, from ids ``before`` to ``after``, int64 ``[n]`` each, none in both."""
+        before = before.to(self.keys.device)
         if format_ == "exact":
             self.write(after, self.keys[before], self.values[before])
             return
@@ -88,7 +91,7 @@ class RowStore:
         arenas = (self.keys.data_ptr(), self.values.data_ptr())
         return sum(advise_free(start + begin, start + end) for start in arenas for begin, end in runs)
 
-    @staticmethod
-    def _units(ids: Tensor, record_bytes: int) -> Tensor:
+    def _units(self, ids: Tensor, record_bytes: int) -> Tensor:
         """The units of ``n`` records that begin at ``ids``, int64 ``[n * units of a record]``."""
-        return (ids[:, None] + torch.arange(record_bytes // UNIT)).flatten()
+        device = self.keys.device
+        return (ids.to(device)[:, None] + torch.arange(record_bytes // UNIT, device=device)).flatten()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import require
-from ..cuda import Gpu, Kernels, KernelShape, Pool, Workspace, cubin
+from ..cuda import Gpu, Kernels, KernelShape, Lists, Pool, Workspace, cubin
 from .kernels import ROWS, TokenKernels, Tokens, TokenShape
 
 _INT32 = 4
@@ -99,12 +99,12 @@ class Attention:
         places = self._step_workspace(sizes, batch, scores=scores)
         sums, states, log_sums = (workspace + at for at in (places.sums, places.states, places.log_sums))
         logits = workspace + places.logits if scores else 0
-        splits = places.splits
-        core.attend(of.query, pool, of.rows, of.row_offsets, batch, splits, room, sums, states, logits, stream)
-        core.merge(sums, states, of.row_offsets, batch, heads, splits, attended, log_sums, stream)
+        splits, lists = places.splits, Lists.of(of.rows, of.row_offsets, batch, room)
+        core.attend(of.query, pool, lists, 0, splits, sums, states, logits, stream)
+        core.merge(sums, states, lists, heads, splits, attended, log_sums, stream)
         self._tokens.join(of, attended, log_sums, token_scores if scores else 0, stream)
         if scores and room:
-            core.scores(logits, log_sums, of.row_offsets, batch, heads, room, row_scores, stream)
+            core.scores(logits, log_sums, lists, heads, row_scores, stream)
 
     def _prompt(self, of: Tokens, outputs: Sequence[int], workspace: int, stream: int) -> None:
         attended, row_scores, token_scores = outputs

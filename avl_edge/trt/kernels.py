@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import require
-from ..cuda import Gpu, Module, NoCuda
-from ..cuda import digest as core_digest
-from ..cuda import nvrtc as compilers
+from ..cuda import Gpu, Module, compiled, source
 from ..cuda.driver import Argument
-from ..cuda.store import CubinStore
 
 NAME = "token_attention.cu"
 ROWS = {"float16": "Half", "bfloat16": "Bfloat", "float32": "Float"}
 """By the name that torch and safetensors use."""
-_HERE = Path(__file__).resolve().parent
-_PLACES = (_HERE.parent / "cuda" / NAME, _HERE.parents[1] / "plugins" / "cuda" / NAME)
-"""In an installed package, and in the repository."""
 
 
 @dataclass(frozen=True)
@@ -56,33 +49,16 @@ class TokenShape:
         return f"-DHEAD_DIM={self.head_dim}", f"-DGROUP={self.group}", f"-DROW={self.row}", f"-DWARPS={self.warps}"
 
 
-def source() -> bytes:
-    """The kernels' text; :class:`NoCuda` where an installation lost it."""
-    for place in _PLACES:
-        if place.is_file():
-            return place.read_bytes()
-    raise NoCuda(f"{NAME} is not in {_PLACES[0].parent}: install avl-edge again")
-
-
 def digest() -> str:
     """SHA-256, in hexadecimal digits, of all kernels that the plugin launches, without comments and spacing."""
-    code = re.sub(r"//.*", "", source().decode())
-    return hashlib.sha256(f"{core_digest()} {' '.join(code.split())}".encode()).hexdigest()
+    return hashlib.sha256(f"{source.digest()} {source.digest(NAME)}".encode()).hexdigest()
 
 
 def token_cubin(
     arch: str, shape: TokenShape, *, newest: tuple[int, int] | None = None, folder: Path | None = None
 ) -> bytes:
-    """The kernels as a module for ``arch``, like "sm_87", from the cache where it is there; as
-    :func:`avl_edge.cuda.cubin`, errors included."""
-    compiler, text = compilers.find(newest), source()
-    identity = "\n".join((NAME, arch, *shape.options, str(compiler), hashlib.sha256(text).hexdigest()))
-    store = CubinStore(folder)
-    image = store.get(identity)
-    if image is None:
-        image = compiler.compile(text, NAME, arch, shape.options).cubin
-        store.put(identity, image)
-    return image
+    """The kernels as a module for ``arch``, like "sm_87"; as :func:`avl_edge.cuda.cubin`, errors included."""
+    return compiled(NAME, arch, shape.options, newest, folder)
 
 
 @dataclass(frozen=True)
@@ -120,7 +96,7 @@ class TokenKernels:
 
     @classmethod
     def load(cls, gpu: Gpu, shape: TokenShape) -> TokenKernels:
-        """On a GPU; raises :class:`NoCuda` and :class:`~avl_edge.cuda.CompileFailed`."""
+        """On a GPU; raises :class:`~avl_edge.cuda.NoCuda` and :class:`~avl_edge.cuda.CompileFailed`."""
         return cls(gpu.load(token_cubin(gpu.arch, shape, newest=gpu.cuda)), shape)
 
     def attend(self, of: Tokens, attended: int, log_sums: int, stream: int) -> None:

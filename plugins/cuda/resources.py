@@ -2,8 +2,9 @@
 
     python plugins/cuda/resources.py docs/measurements/cuda_resources.json
 
-writes registers, shared memory and spills of every kernel, for each shape and architecture. NVRTC comes with the wheel
-`nvidia-cuda-nvrtc-cu12` (12.6 is what JetPack 6 has, and emits PTX that its driver accepts) or from an installed CUDA.
+writes registers, shared memory and spills of every kernel, for each shape, row format and architecture. NVRTC comes
+with the wheel `nvidia-cuda-nvrtc-cu12` (12.6 is what JetPack 6 has, and emits PTX that its driver accepts) or from an
+installed CUDA.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from avl_edge.cuda import KernelShape, NoCuda, digest, nvrtc, source
+from avl_edge.cuda import FORMATS, KernelShape, NoCuda, digest, nvrtc, source
 
 ARCHITECTURES = ("sm_87", "sm_90")
 HEAD_SIZES, GROUPS, ROWS = (64, 80, 96, 128, 256), (1, 2, 4, 7, 8), ("Half", "Bfloat")
+BY_FORMAT = ("avl_append", "avl_attend", "avl_look")
+"""The kernels that depend on the format of rows; the others are the same for all."""
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -28,9 +31,9 @@ _KERNEL = re.compile(
 )
 
 
-def compile_for(compiler: nvrtc.Nvrtc, architecture: str, shape: KernelShape) -> nvrtc.Compiled:
-    """The kernels of one shape, with the assembler's account of them in the log."""
-    options = ("--ptxas-options=-v", *shape.options)
+def compile_for(compiler: nvrtc.Nvrtc, architecture: str, shape: KernelShape, format_: str) -> nvrtc.Compiled:
+    """The kernels of one shape and format, with the assembler's account of them in the log."""
+    options = ("--ptxas-options=-v", *shape.options, f"-DFORMAT={FORMATS[format_]}")
     return compiler.compile(source.read(), source.NAME, architecture, options)
 
 
@@ -49,11 +52,13 @@ def resources(log: str) -> dict[str, dict[str, int]]:
 
 def measure(compiler: nvrtc.Nvrtc, command: str) -> dict[str, Any]:
     cases = []
-    for architecture, dim, group, row in product(ARCHITECTURES, HEAD_SIZES, GROUPS, ROWS):
-        built = compile_for(compiler, architecture, KernelShape(dim, group, row))
-        case = {"architecture": architecture, "head_dim": dim, "group": group, "row": row}
+    for architecture, dim, group, row, format_ in product(ARCHITECTURES, HEAD_SIZES, GROUPS, ROWS, FORMATS):
+        built = compile_for(compiler, architecture, KernelShape(dim, group, row), format_)
+        case = {"architecture": architecture, "head_dim": dim, "group": group, "row": row, "format": format_}
         isa = "{}.{}".format(*nvrtc.isa(built.ptx))
-        cases.append({**case, "ptx_isa": isa, "kernels": resources(built.log)})
+        found = resources(built.log)
+        kernels = {name: found[name] for name in sorted(found) if format_ == "exact" or name in BY_FORMAT}
+        cases.append({**case, "ptx_isa": isa, "kernels": kernels})
     return {
         "command": command,
         "date": date.today().isoformat(),

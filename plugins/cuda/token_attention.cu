@@ -20,87 +20,26 @@
 // key/value head, -DROW=Half, Bfloat or Float. plugins/emulation runs the same text on a CPU. None of it has run on a
 // GPU yet.
 
-#if !defined(HEAD_DIM) || !defined(GROUP) || !defined(ROW)
-#error "HEAD_DIM, GROUP and ROW (Half, Bfloat or Float) select the kernels' shape"
-#endif
-#ifndef WARPS
-#define WARPS 4  // of a block
-#endif
+#include "device.cuh"
 
-struct Half { unsigned short bits; };
-struct Bfloat { unsigned short bits; };
 struct Float { float value; };
 using Row = ROW;
 
-// What only a GPU can do. The emulation brings functions of the same names.
-#ifdef __CUDACC__
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-    float result;
-    asm("lg2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
-__device__ __forceinline__ float2 unpack(Half, unsigned word) {
-    float2 pair;
-    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-        : "=f"(pair.x), "=f"(pair.y) : "r"(word));
-    return pair;
-}
-
-__device__ __forceinline__ float2 unpack(Bfloat, unsigned word) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-
-__device__ __forceinline__ unsigned pack(Half, float low, float high) {
-    unsigned word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-}
-
-__device__ __forceinline__ unsigned pack(Bfloat, float low, float high) {
-    unsigned word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-}
-
-#endif
-
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kThreads = 32 * WARPS;
-constexpr int kPiece = 8;                              // elements
-constexpr int kPieces = HEAD_DIM / kPiece;             // of one head of a row
 constexpr int kLanes = HEAD_DIM <= 64 ? 2 : HEAD_DIM <= 128 ? 4 : 8;
 constexpr int kMine = (kPieces + kLanes - 1) / kLanes; // pieces of a lane; those past kPieces are zeros
 constexpr int kTeams = kThreads / kLanes;              // of a block
 constexpr int kColumns = HEAD_DIM <= 128 ? 32 : 16;    // of a tile: at most 32 KB of keys and values
 constexpr int kAtOnce = 8;                             // columns between two looks at the peak
 constexpr int kUnseen = 0x7fffffff;                    // above the index of every token
-constexpr float kLowest = -3.0e38f;                    // under every logit, and finite: a difference is never NaN
-
-static_assert(HEAD_DIM % kPiece == 0 && HEAD_DIM <= 256, "a head is read in 16-byte pieces by at most eight lanes");
 
 __device__ __forceinline__ int team_index() { return threadIdx.x / kLanes; }
 __device__ __forceinline__ int lane_of_team() { return threadIdx.x % kLanes; }
 
 // A piece of a row in float32.
 template <class Narrow> __device__ __forceinline__ void load_piece(const Narrow* from, float (&to)[kPiece]) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack(Narrow{}, words[i]);
-        to[2 * i] = pair.x;
-        to[2 * i + 1] = pair.y;
-    }
+    widen<Narrow>(*reinterpret_cast<const uint4*>(from), to);
 }
 
 __device__ __forceinline__ void load_piece(const Float* from, float (&to)[kPiece]) {
@@ -159,9 +98,6 @@ struct Head {
             for (int i = 0; i < kPiece; ++i) parts[m][i] *= factor;
     }
 };
-
-// A query's product with a key is then a logit in units of log 2.
-__device__ __forceinline__ float query_scale() { return 1.44269504f / sqrtf(float(HEAD_DIM)); }
 
 // The sum over a team, in all of its lanes; all lanes of a warp must call.
 __device__ __forceinline__ float sum_over_team(float value) {

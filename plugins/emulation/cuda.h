@@ -60,9 +60,9 @@ constexpr int kWarp = 32;
 struct Block {
     std::barrier<> threads;
     std::vector<std::unique_ptr<std::barrier<>>> warps;
-    std::vector<uint32_t> slots[2];  // what each thread offers in a shuffle; the next shuffle takes the other set
+    std::vector<uint64_t> slots[2];  // what each thread offers in a shuffle; the next shuffle takes the other set
 
-    explicit Block(int count) : threads(count), slots{std::vector<uint32_t>(count), std::vector<uint32_t>(count)} {
+    explicit Block(int count) : threads(count), slots{std::vector<uint64_t>(count), std::vector<uint64_t>(count)} {
         for (int first = 0; first < count; first += kWarp) warps.push_back(std::make_unique<std::barrier<>>(kWarp));
     }
     std::barrier<>& warp() { return *warps[threadIdx.x / kWarp]; }
@@ -70,7 +70,7 @@ struct Block {
 
 inline std::unique_ptr<Block> block;
 
-struct Copy { void* to; const void* from; bool there; };
+struct Copy { void* to; const void* from; size_t bytes; bool there; };
 using Group = std::vector<Copy>;
 inline thread_local std::vector<Group> copies;  // groups on their way, oldest first; the last one is still open
 inline thread_local unsigned shuffles;
@@ -126,11 +126,23 @@ inline void __syncwarp() { emulation::block->warp().arrive_and_wait(); }
 
 // One barrier is enough: who writes into a set of slots again has passed the barrier of the shuffle in between, at
 // which all had arrived that read from it before.
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-    std::vector<uint32_t>& slots = emulation::block->slots[emulation::shuffles++ % 2];
-    slots[threadIdx.x] = std::bit_cast<uint32_t>(value);
+template <class Value> Value __shfl_xor_sync(unsigned, Value value, int mask) {
+    std::vector<uint64_t>& slots = emulation::block->slots[emulation::shuffles++ % 2];
+    std::memcpy(&slots[threadIdx.x], &value, sizeof(Value));
     __syncwarp();
-    return std::bit_cast<float>(slots[threadIdx.x ^ mask]);
+    std::memcpy(&value, &slots[threadIdx.x ^ mask], sizeof(Value));
+    return value;
+}
+
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+
+// Four bytes of those of `low` and `high`, numbered 0 to 7; each hexadecimal digit of `selector` chooses one.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
@@ -178,9 +190,9 @@ template <class Row> unsigned pack(Row, float low, float high) {
     return narrow(low) | narrow(high) << 16;
 }
 
-inline void copy_async(uint4* to, const void* from, bool there) {
-    std::memset(to, 0xff, 16);
-    emulation::copies.back().push_back({to, from, there});
+template <class Word> void copy_async(Word* to, const void* from, bool there) {
+    std::memset(to, 0xff, sizeof(Word));
+    emulation::copies.back().push_back({to, from, sizeof(Word), there});
 }
 
 inline void commit_copies() { emulation::copies.emplace_back(); }
@@ -189,8 +201,8 @@ template <int Pending> void wait_copies() {
     auto& groups = emulation::copies;
     while (groups.size() > Pending + 1) {
         for (const emulation::Copy& copy : groups.front()) {
-            if (copy.there) std::memcpy(copy.to, copy.from, 16);
-            else std::memset(copy.to, 0, 16);
+            if (copy.there) std::memcpy(copy.to, copy.from, copy.bytes);
+            else std::memset(copy.to, 0, copy.bytes);
         }
         groups.erase(groups.begin());
     }

@@ -12,6 +12,9 @@
 extern "C" int avl_launch(const char* kernel, unsigned x, unsigned y, unsigned z, int backwards, void** arguments) {
     KERNEL(avl_append);
     KERNEL(avl_attend);
+    KERNEL(avl_look);
+    KERNEL(avl_log_sums);
+    KERNEL(avl_nucleus);
     KERNEL(avl_merge);
     KERNEL(avl_scores);
     KERNEL(avl_prompt_logits);

@@ -2,9 +2,10 @@
 
     python -m tools.gpu.check [--only PATTERN] [--no-speed] [--out docs/measurements/gpu_sm_87.json]
 
-Numerics of every kernel against float64; the decode path against the CPU's, and CUDA graphs against plain launches; the
-TensorRT plugin on real memory; compute-sanitizer where it is installed; then bandwidth and latency. Writes one JSON
-with the command, date, machine and versions. Ends with 1 when a check fails, with 2 where there is no CUDA.
+Numerics of every kernel against float64, over every row format; the decode path against the CPU's, and CUDA graphs
+against plain launches; the TensorRT plugin on real memory; compute-sanitizer where it is installed; then bandwidth and
+latency. Writes one JSON with the command, date, machine and versions. Ends with 1 when a check fails, with 2 where
+there is no CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from avl_edge.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
 from avl_edge.cuda_backend import CudaDevice
 from avl_edge.runtime import DEMO
 from avl_edge.spec import read_spec
-from tools.gpu import decode, model_speed, numerics, report, speed
+from tools.gpu import decode, model_speed, numerics, packed, report, speed
 from tools.gpu.place import GpuPlace, Place
 from tools.gpu.plugin import check_plugin
 from tools.gpu.sanitize import TOOLS, check_sanitizer
@@ -39,8 +40,10 @@ def correctness(place: Place) -> list[report.Check]:
     model, half = decode.Model(spec, weights), decode.Model(spec, decode.AsHalf(weights))
     return [
         *((f"numerics {_named(shape)}", partial(numerics.check_shape, place, shape)) for shape in numerics.shapes()),
+        *((f"formats {_named(shape)}", partial(packed.check_shape, place, shape)) for shape in numerics.shapes()),
         ("decode against the CPU, as stored", partial(decode.check_against_cpu, place, model)),
         ("decode against the CPU, float16", partial(decode.check_against_cpu, place, half)),
+        ("decode against the CPU, packed rows", partial(decode.check_packed_against_cpu, place, half)),
         ("decode by graphs against launches", partial(decode.check_graphs, place, model)),
         ("TensorRT plugin", partial(check_plugin, place)),
         *((f"sanitizer {tool}", partial(check_sanitizer, tool)) for tool in TOOLS),

@@ -16,14 +16,25 @@ from avl_edge.checkpoint import Weights
 from avl_edge.config import Formats
 from avl_edge.cuda_backend import load_model
 from avl_edge.models import Llava
-from avl_edge.policies import H2O, Avl, Full, Method, Streaming
+from avl_edge.policies import H2O, Avl, Coarse, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.spec import ModelSpec
 from tools.gpu.place import Place, backend, require
 
 STEPS = 12
-METHODS: tuple[Method, ...] = (Full(), Avl(), H2O(), Streaming())
+PACKED = Formats("int8", "int8", "int8")
+REQUESTS: tuple[tuple[Method, Formats], ...] = (
+    (Full(), Formats()),
+    (Avl(), Formats()),
+    (H2O(), Formats()),
+    (Streaming(), Formats()),
+    (Full(), PACKED),
+    (Avl(), Formats("exact", "int8", "int4")),
+    (Coarse(), Formats("exact", "int4", "int4")),
+    (Coarse(core=30), PACKED),
+)
+"""Of which the exact ones are decoded together, and then all of them."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +72,18 @@ def random_prompt(spec: ModelSpec, seed: int) -> Prompt:
 class Sequences:
     """A few requests on one backend, decoded together."""
 
-    def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, methods: Sequence[Method]) -> None:
+    def __init__(
+        self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[tuple[Method, Formats]]
+    ) -> None:
         self.backend = of
         shape = model.spec.text.kv_shape(itemsize)
         pool = RowPool(pages, shape)
         self.caches: list[SequenceCache] = []
         self.first: list[Tensor] = []
-        for seed, method in enumerate(methods):
+        for seed, (method, formats) in enumerate(requests):
             prompt = random_prompt(model.spec, seed)
             assert prompt.pixel_values is not None
-            planned = kv_plan(method, Formats(), shape, prompt_shape(len(prompt), prompt.spans), STEPS)
+            planned = kv_plan(method, formats, shape, prompt_shape(len(prompt), prompt.spans), STEPS)
             cache = SequenceCache(pool, planned, len(prompt), prompt.spans, shape.layers)
             features = of.encode_images(prompt.pixel_values)
             self.first.append(of.prefill(prompt, features, cache))
@@ -97,32 +110,49 @@ def pages_for(model: Model, sequences: int) -> int:
 def check_against_cpu(place: Place, model: Model, sequences: int = 3) -> dict[str, float]:
     """Full attention, whose rows no rounding can change: logits of the prompt and of each step, the CPU's tokens going
     on in both."""
-    dtype = model.weights.dtype
+    limit = 4 * torch.finfo(model.weights.dtype).eps  # of two programs that round to this dtype after each operator
+    return {"logits": _against_cpu(place, model, [(Full(), Formats())] * sequences, limit)}
+
+
+def check_packed_against_cpu(place: Place, model: Model) -> dict[str, float]:
+    """The same over int8 rows, and over int8 image rows alone: values that round to the next number there are half a
+    step of the format away, as those of the format itself are."""
+    requests = [(Full(), PACKED), (Full(), Formats("exact", "int8", "int8"))]
+    return {"logits": _against_cpu(place, model, requests, 4 * torch.finfo(model.weights.dtype).eps + 1 / 254)}
+
+
+def _against_cpu(place: Place, model: Model, requests: Sequence[tuple[Method, Formats]], limit: float) -> float:
+    """The largest distance of logits."""
+    sequences, dtype = len(requests), model.weights.dtype
     pages = pages_for(model, sequences)
     oracle = TorchBackend(
         Llava(model.spec, model.weights), RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype)
     )
     ours = backend(place, load_model(model.spec, model.weights, place.accelerator.device), pages)
-    methods = [Full()] * sequences
-    expected, got = (Sequences(each, model, dtype.itemsize, pages, methods) for each in (oracle, ours))
+    expected, got = (Sequences(each, model, dtype.itemsize, pages, requests) for each in (oracle, ours))
     worst = max(_distance(a, b) for a, b in zip(got.first, expected.first, strict=True))
     tokens = [int(logits.argmax()) for logits in expected.first]
     for _ in range(STEPS):
         theirs = expected.step(tokens)
         worst = max(worst, _distance(got.step(tokens), theirs))
         tokens = theirs.argmax(-1).tolist()
-    limit = 4 * torch.finfo(dtype).eps  # of two programs that round to this dtype after each operator
     require(worst <= limit, f"logits are {worst:.2e} of their size from the CPU's, more than {limit:.2e}")
-    return {"logits": worst}
+    return worst
 
 
 def check_graphs(place: Place, model: Model) -> dict[str, float]:
-    """Recorded steps give what launched ones give: logits, tokens and rows, for methods that change their rows."""
+    """Recorded steps give what launched ones give: logits, tokens and rows, for methods that change their rows and
+    formats, and choose rows within a step."""
+    exact = [request for request in REQUESTS if request[1].all_exact]
+    return {"logits": max(_graphs(place, model, requests) for requests in (exact, REQUESTS))}
+
+
+def _graphs(place: Place, model: Model, requests: Sequence[tuple[Method, Formats]]) -> float:
     dtype = model.weights.dtype
-    pages = pages_for(model, len(METHODS))
+    pages = pages_for(model, len(requests))
     on_device = load_model(model.spec, model.weights, place.accelerator.device)
     recorded, launched = (
-        Sequences(backend(place, on_device, pages, eager=eager), model, dtype.itemsize, pages, METHODS)
+        Sequences(backend(place, on_device, pages, eager=eager), model, dtype.itemsize, pages, requests)
         for eager in (False, True)
     )
     tokens, worst = [int(logits.argmax()) for logits in launched.first], 0.0
@@ -132,7 +162,7 @@ def check_graphs(place: Place, model: Model) -> dict[str, float]:
         require(recorded.membership() == launched.membership(), f"the rows differ after step {number + 1}")
         tokens = theirs.argmax(-1).tolist()
     require(worst <= torch.finfo(dtype).eps, f"logits of recorded and launched steps are {worst:.2e} apart")
-    return {"logits": worst}
+    return worst
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""Whole decode steps of a model in LLaVA-1.6-7B's shape, its weights drawn at random, under full attention and A-VL."""
+"""Whole decode steps of a model in LLaVA-1.6-7B's shape, its weights drawn at random, under full attention,
+A-VL, and packed rows."""
 
 from __future__ import annotations
 
@@ -16,14 +17,21 @@ from avl_edge.checkpoint import Weights
 from avl_edge.config import Formats
 from avl_edge.cuda_backend import CudaBackend
 from avl_edge.models import Llava
-from avl_edge.policies import Avl, Full, Method
+from avl_edge.policies import Avl, Coarse, Full, Method
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
 from tools.gpu.place import Place, backend
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36
-METHODS: tuple[Method, ...] = (Full(), Avl())
+REQUESTS: tuple[tuple[Method, str], ...] = (
+    (Full(), "exact"),
+    (Avl(), "exact"),
+    (Full(), "int8"),
+    (Full(), "int4"),
+    (Coarse(), "int8"),
+)
+"""Methods, and the format of all their rows."""
 
 
 class RandomWeights(Weights):
@@ -83,11 +91,13 @@ class Model:
         self.features = torch.randn(1, sizes.image, sizes.hidden, dtype=dtype, device=device)
 
 
-def measure(place: Place, model: Model, sizes: Sizes, method: Method, batch: int) -> dict[str, Any]:
+def measure(place: Place, model: Model, sizes: Sizes, method: Method, format_: str, batch: int) -> dict[str, Any]:
     """Prompts one after the other, then ``steps`` tokens for all of them together."""
     text, prompt = sizes.spec.text, sizes.prompt
     shape = text.kv_shape(model.model.dtype.itemsize)
-    planned = kv_plan(method, Formats(), shape, prompt_shape(len(prompt), prompt.spans), sizes.steps)
+    planned = kv_plan(
+        method, Formats(format_, format_, format_), shape, prompt_shape(len(prompt), prompt.spans), sizes.steps
+    )
     pool = RowPool(batch * planned.pages, shape)
     ours = backend(place, model.model, pool.pages)
     caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
@@ -97,10 +107,10 @@ def measure(place: Place, model: Model, sizes: Sizes, method: Method, batch: int
     prefilled = time.perf_counter()
     times = _decode(ours, caches, sizes.steps)
     step = _typical(times)
-    rows = sum(cache.rows_read for cache in caches) / sizes.steps
-    kv_bytes = rows * shape.row_bytes
+    kv_bytes = sum(cache.bytes_read for cache in caches) / sizes.steps
     return {
         "method": method.name,
+        "format": format_,
         "batch": batch,
         "prefill_ms": round(1000 * (prefilled - start) / batch, 2),
         "step_ms": round(1000 * step, 3),
@@ -135,13 +145,14 @@ def cases(place: Place, sizes: Sizes, batches: tuple[int, ...] = (1, 16)) -> dic
     model = Model(place, sizes)
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        for method in METHODS:
+        for method, format_ in REQUESTS:
             try:
-                rows.append(measure(place, model, sizes, method, batch))
+                rows.append(measure(place, model, sizes, method, format_, batch))
             except torch.OutOfMemoryError:
-                rows.append({"method": method.name, "batch": batch, "skipped": "it does not fit the device's memory"})
+                named = {"method": method.name, "format": format_, "batch": batch}
+                rows.append({**named, "skipped": "it does not fit the device's memory"})
     steps: dict[tuple[str, int], float] = {
-        (row["method"], row["batch"]): row["step_ms"] for row in rows if "step_ms" in row
+        (row["method"], row["batch"]): row["step_ms"] for row in rows if "step_ms" in row and row["format"] == "exact"
     }
     ratios = {
         f"full_to_avl_step_at_{batch}": round(steps["full", batch] / steps["avl", batch], 3)

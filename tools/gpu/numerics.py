@@ -1,12 +1,9 @@
-"""Every kernel against float64 on the same rounded inputs; what a kernel fails to write stays NaN and shows.
-
-python -m tools.gpu.numerics            the small part that a sanitizer runs, on the GPU
-"""
+"""Every kernel of exact rows against float64 on the same rounded inputs; what a kernel fails to write stays NaN and
+shows."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
@@ -14,9 +11,8 @@ from itertools import accumulate, pairwise, product
 import torch
 from torch import Tensor
 
-from avl_edge.cuda import KernelShape, NoCuda, Pool, PromptHeads, Step, Workspace
-from avl_edge.cuda_backend import CudaDevice
-from tools.gpu.place import GpuPlace, Place, require, row_type
+from avl_edge.cuda import KernelShape, Lists, Pool, PromptHeads, Step, Workspace
+from tools.gpu.place import Place, require, row_type
 
 HEAD_SIZES, ROWS = (64, 80, 96, 128, 256), ("Half", "Bfloat")
 GROUPS = (1, 4, 7)
@@ -94,8 +90,9 @@ def run_step(place: Place, shape: KernelShape, case: Case, splits: int) -> tuple
     out, scores = torch.full_like(case.query, math.nan), torch.full((capacity,), math.nan, device=device)
     slots = torch.full((batch,), -1, dtype=torch.int32, device=device)
     unused = torch.zeros(batch, case.keys.shape[1], shape.head_dim, dtype=case.keys.dtype, device=device)
-    tensors = (case.query, unused, unused, slots, rows, case.offsets, out, scores)
-    step = Step(*(tensor.data_ptr() for tensor in tensors))
+    lists = Lists.of(rows.data_ptr(), case.offsets.data_ptr(), batch, capacity)
+    query, new = case.query.data_ptr(), unused.data_ptr()
+    step = Step(query, new, new, slots.data_ptr(), lists, out.data_ptr(), scores.data_ptr())
     stream = place.accelerator.stream()
     place.kernels(shape).step(step, pool_of(case.keys, case.values), space, scratch.data_ptr(), stream)
     place.accelerator.synchronize()
@@ -196,18 +193,3 @@ def check_shape(place: Place, shape: KernelShape) -> dict[str, float]:
     for check in KERNEL_CHECKS:
         found |= check(place, shape)
     return found
-
-
-def main() -> None:
-    """Two shapes, for a sanitizer: those whose rows leave lanes without work, and the largest group."""
-    try:
-        place = GpuPlace(CudaDevice())
-        for shape in (KernelShape(80, 2, "Half"), KernelShape(128, 7, "Bfloat")):
-            check_shape(place, shape)
-    except NoCuda as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()

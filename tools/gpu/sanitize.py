@@ -17,7 +17,7 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def check_sanitizer(
-    tool: str, program: Sequence[str] = (sys.executable, "-m", "tools.gpu.numerics"), limit: float = 1800
+    tool: str, program: Sequence[str] = (sys.executable, "-m", "tools.gpu.small"), limit: float = 1800
 ) -> dict[str, str]:
     """No access outside of an allocation, no race over shared memory; ``tool`` is one of :data:`TOOLS`."""
     sanitizer = shutil.which("compute-sanitizer")

@@ -1,0 +1,197 @@
+"""Rows of every format in one softmax, new rows packed, and the choice of rows within a step: against float64.
+
+References decode the same records, so that what is compared is the kernels' arithmetic and not the formats' rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avl_edge.config import KvShape, PromptShape
+from avl_edge.cuda import FORMATS, KernelShape, Lists, Look, Pool, Step, Workspace
+from avl_edge.kernels import Part, attend_parts_reference, coarse_weights_reference
+from avl_edge.layout import UNIT, Format
+from avl_edge.policies import Coarse
+from avl_edge.pool.formats import decode, encode
+from tools.gpu.numerics import SCORES, border_counts
+from tools.gpu.place import Place, require, row_type
+
+KV_HEADS = 2
+_WHOLE = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Two arenas in which rows of all formats lie, as in a pool: what is no row that is read, is a NaN in any of them.
+
+    ``parts`` are on the CPU, for references, over the arenas' content there; ``rows`` and ``offsets`` int32 ``[P * B +
+    1]`` are all lists on the device.
+    """
+
+    parts: list[Part]
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    offsets: Tensor
+    pool: Pool
+
+
+def make_memory(place: Place, shape: KernelShape, counts: Sequence[Sequence[int]], seed: int) -> Memory:
+    """``counts`` rows for each format and sequence, each of a row of its own or shared."""
+    device, dtype = place.accelerator.device, row_type(shape)
+    generator = torch.Generator().manual_seed(seed)
+    size, most = KV_HEADS * shape.head_dim * dtype.itemsize, max(max(map(sum, counts)), 1)
+    keys, values = (torch.full((3 * most, size), 255, dtype=torch.uint8) for _ in range(2))
+    ids = []
+    for number, (name, of_part) in enumerate(zip(FORMATS, counts, strict=True)):
+        rows = torch.randn(2, most, KV_HEADS, shape.head_dim, generator=generator).to(dtype)
+        own = number * most + torch.arange(most)  # of the places of exact rows, of which each packed row takes one
+        for arena, new in zip((keys, values), rows, strict=True):
+            bytes_ = new.flatten(1).view(torch.uint8) if name == "exact" else encode(Format(name), new)
+            arena[own, : bytes_.shape[1]] = bytes_
+        chosen = own[torch.randint(most, (sum(of_part),), generator=generator)]
+        ids.append((chosen if name == "exact" else chosen * (size // UNIT)).int())
+    starts = [torch.tensor([0, *accumulate(of_part)], dtype=torch.int32) for of_part in counts]
+    arenas = [(each.view(dtype).view(3 * most, KV_HEADS, shape.head_dim), each.flatten()) for each in (keys, values)]
+    parts = [
+        Part(name, arenas[0][name != "exact"], arenas[1][name != "exact"], own, start)
+        for name, own, start in zip(FORMATS, ids, starts, strict=True)
+    ]
+    on_device = [arena[0].to(device) for arena in arenas]
+    offsets = torch.tensor([0, *accumulate(n for of_part in counts for n in of_part)], dtype=torch.int32)
+    strides = KV_HEADS * shape.head_dim, shape.head_dim
+    pool = Pool(on_device[0].data_ptr(), on_device[1].data_ptr(), KV_HEADS, *strides, *strides)
+    return Memory(parts, on_device[0], on_device[1], torch.cat(ids).to(device), offsets.to(device), pool)
+
+
+def _wide(part: Part) -> Part:
+    keys, values = (part.keys.double(), part.values.double()) if part.format == "exact" else (part.keys, part.values)
+    return Part(part.format, keys, values, part.rows, part.offsets)
+
+
+def check_mixture(place: Place, shape: KernelShape, splits: int = 3) -> dict[str, float]:
+    """One softmax over rows of three formats: sequences with some of each, of one only, with none; borders of
+    splits."""
+    borders = border_counts(shape, splits)
+    empty, few = [0] * len(borders), [3] * len(borders)
+    counts = [[*few, *borders, *empty, 0], [*borders, *empty, *few, 0], [*empty, *few, *borders, 0]]
+    memory, batch, heads = make_memory(place, shape, counts, seed=1), len(counts[0]), KV_HEADS * shape.group
+    device, capacity, kernels = place.accelerator.device, memory.rows.numel(), place.kernels(shape)
+    query = torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(2)).to(row_type(shape))
+    space = Workspace.of(shape, batch, heads, splits, capacity, scores=True, parts=len(FORMATS))
+    scratch = torch.full((space.bytes,), 255, dtype=torch.uint8, device=device)
+    own = query.to(device)
+    out, scores = torch.full_like(own, torch.nan), torch.full((capacity,), torch.nan, device=device)
+    lists = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, capacity, tuple(FORMATS))
+    step = Step(own.data_ptr(), 0, 0, 0, lists, out.data_ptr(), scores.data_ptr(), written=())
+    kernels.step(step, memory.pool, space, scratch.data_ptr(), place.accelerator.stream())
+    place.accelerator.synchronize()
+    parts = [_wide(part) for part in memory.parts]
+    expected, weights = attend_parts_reference(query.double(), parts, KV_HEADS, shape.head_dim**-0.5, scores=True)
+    assert weights is not None
+    limits, error = torch.finfo(query.dtype), (out.cpu().double() - expected).abs()
+    allowed = expected.abs() * limits.eps + limits.smallest_normal * limits.eps + 5e-5
+    require(bool((error <= allowed).all()), f"{shape}: a mixed output is {float(error.max()):.2e} from float64")
+    worst = float((scores.cpu().double() - torch.cat(weights)).abs().max())
+    require(worst <= SCORES, f"{shape}: a mixed score is {worst:.2e} from float64")
+    return {"mixed_out_max": float(error.max()), "mixed_scores_max": worst}
+
+
+def check_packing(place: Place, shape: KernelShape) -> dict[str, float]:
+    """New rows are packed as the pool packs them, bit for bit in their values; a negative slot drops its row, and
+    nothing else is touched."""
+    device, dtype, count = place.accelerator.device, row_type(shape), 9
+    new = torch.randn(2, count, KV_HEADS, shape.head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    new[:, 2], new[0, 4, 0, 0] = 0, torch.finfo(dtype).max
+    places = torch.tensor([8, -1, 0, 3, 7, -1, 4, 5, 6], dtype=torch.int32)
+    on_device = new.to(device)
+    for name in FORMATS.keys() - {"exact"}:
+        size = Format(name).record_bytes(KvShape(1, KV_HEADS, shape.head_dim, dtype.itemsize))
+        step = size + UNIT
+        arenas = torch.full((2, 9 * step), 77, dtype=torch.uint8, device=device)
+        slots = torch.where(places < 0, places, places * (step // UNIT)).int().to(device)
+        pool = Pool(arenas[0].data_ptr(), arenas[1].data_ptr(), KV_HEADS, 0, 0, 0, 0)
+        pointers = (on_device[0].data_ptr(), on_device[1].data_ptr(), slots.data_ptr(), count)
+        place.kernels(shape).append(*pointers, pool, place.accelerator.stream(), name)
+        place.accelerator.synchronize()
+        records = arenas.cpu().view(2, 9, step)
+        for arena, rows in zip(records, new, strict=True):
+            kept = places >= 0
+            got, expected = arena[places[kept].long()][:, :size], encode(Format(name), rows[kept])
+            same = torch.equal(*(decode(Format(name), each, KV_HEADS, shape.head_dim) for each in (got, expected)))
+            require(same, f"{shape}: rows are not packed in {name} as the pool packs them")
+            unwritten = torch.ones(9, dtype=torch.bool)
+            unwritten[places[kept].long()] = False
+            clean = bool((arena[:, size:] == 77).all() and (arena[unwritten] == 77).all())
+            require(clean, f"{shape}: packing in {name} wrote outside of its records")
+    return {}
+
+
+def check_choice(place: Place, shape: KernelShape) -> dict[str, float]:
+    """The weights of a look at keys of every format against float64, and the rows that are chosen by them against the
+    policy's own choice; each sequence looks at one format."""
+    sizes = [1, 40, 333, 0, 2, 97]
+    counts = [[n if b % 3 == part else 0 for b, n in enumerate(sizes)] for part in range(len(FORMATS))]
+    memory, batch, heads = make_memory(place, shape, counts, seed=4), len(sizes), KV_HEADS * shape.group
+    device, looked, room = place.accelerator.device, memory.rows.numel(), 20
+    query = 2 * torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(5))
+    query = query.to(row_type(shape))
+    segments, own = len(FORMATS) * batch, query.to(device)
+    listed = torch.arange(segments, dtype=torch.int32, device=device) * room
+    ends, rows = torch.full_like(listed, -1), torch.full((segments * room,), -1, dtype=torch.int32, device=device)
+    limits = torch.tensor([[_WHOLE * 9 // 10, room], [_WHOLE, 7]] * (batch // 2), dtype=torch.int32, device=device)
+    picked = torch.full((looked,), -1, dtype=torch.int8, device=device)
+    logits, weights = (torch.full(size, torch.nan, device=device) for size in ((heads, looked), (looked,)))
+    log_sums = torch.full((batch, heads), torch.nan, device=device)
+    candidates = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, looked, tuple(FORMATS))
+    attended = Lists(rows.data_ptr(), listed.data_ptr(), ends.data_ptr(), batch, len(rows), tuple(FORMATS))
+    look = Look(candidates, tuple(FORMATS), limits.data_ptr(), listed.data_ptr(), picked.data_ptr())
+    kernels, stream = place.kernels(shape), place.accelerator.stream()
+    for part in range(len(FORMATS)):
+        kernels.look(own.data_ptr(), memory.pool, candidates, part, logits.data_ptr(), stream)
+    kernels.log_sums(logits.data_ptr(), candidates, heads, log_sums.data_ptr(), stream)
+    kernels.scores(logits.data_ptr(), log_sums.data_ptr(), candidates, heads, weights.data_ptr(), stream)
+    kernels.nucleus(weights.data_ptr(), look, attended, stream)
+    place.accelerator.synchronize()
+    wide = [
+        coarse_weights_reference(query.double(), _wide(part), KV_HEADS, shape.head_dim**-0.5) for part in memory.parts
+    ]
+    worst = float((weights.cpu().double() - torch.cat(wide)).abs().max())
+    require(worst <= SCORES, f"{shape}: the weight of a look is {worst:.2e} from float64")
+    for segment, (begin, end) in enumerate(pairwise(memory.offsets.tolist())):
+        share, most = limits[segment % batch].tolist()
+        expected = _nucleus(weights[begin:end].cpu(), share / _WHOLE, most)
+        first, last = segment * room, int(ends[segment])
+        chosen = picked[begin:end].cpu().nonzero()[:, 0].tolist()
+        require(chosen == expected, f"{shape}: other rows were chosen than by the policy")
+        same = torch.equal(
+            rows[first:last], memory.rows[begin:end][torch.tensor(chosen, dtype=torch.long, device=device)]
+        )
+        require(same, f"{shape}: the list of chosen rows is not of those")
+    return {"look_max": worst}
+
+
+def _nucleus(weights: Tensor, share: float, most: int) -> list[int]:
+    """What the policy picks, with a cap of ``most``."""
+    if not len(weights):
+        return []
+    core = min(100.0, 100 * (most + 0.5) / len(weights))  # percent, of which a policy rounds down
+    policy = Coarse(core=core, mass=100 * share).policy(PromptShape(0, len(weights), 1), 1)
+    return [int(place) for place in np.flatnonzero(policy.pick_core(weights.numpy()))]
+
+
+CHECKS = (check_mixture, check_packing, check_choice)
+
+
+def check_shape(place: Place, shape: KernelShape) -> dict[str, float]:
+    """All checks of one shape; the largest errors."""
+    found: dict[str, float] = {}
+    for check in CHECKS:
+        found |= check(place, shape)
+    return found

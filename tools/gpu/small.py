@@ -1,0 +1,29 @@
+"""The small part of the numerics that a sanitizer runs, on the GPU: ``python -m tools.gpu.small``."""
+
+from __future__ import annotations
+
+import sys
+
+from avl_edge.cuda import KernelShape, NoCuda
+from avl_edge.cuda_backend import CudaDevice
+from tools.gpu import numerics, packed
+from tools.gpu.place import GpuPlace
+
+SHAPES = (KernelShape(80, 2, "Half"), KernelShape(128, 7, "Bfloat"))
+"""One whose rows leave lanes without work, and one of a large group."""
+
+
+def main() -> None:
+    """Every kernel once; what it computes is checked too."""
+    try:
+        place = GpuPlace(CudaDevice())
+        for shape in SHAPES:
+            numerics.check_shape(place, shape)
+            packed.check_shape(place, shape)
+    except NoCuda as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
