@@ -33,7 +33,7 @@ from avl_edge.planner import (
     tiers,
     tokens_in,
 )
-from avl_edge.policies import H2O, Avl, Coarse, FastV, Full, Method, Streaming
+from avl_edge.policies import H2O, METHODS, Avl, Coarse, Distinct, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan
 from avl_edge.shapes import KNOWN, ModelShape, Precision, known_shape
@@ -116,8 +116,15 @@ _methods = st.one_of(
     st.builds(H2O, st.integers(1, 100), st.integers(0, 100), st.integers(0, 1)),
     st.builds(FastV, st.integers(1, 4), st.integers(0, 100)),
     st.builds(Streaming, st.integers(0, 6), st.integers(1, 60)),
-    st.builds(lambda s, c: Coarse(max(s, c), c, 100), st.integers(1, 100), st.integers(1, 100)),
+    st.builds(lambda s, c: Coarse(s, c, 100), st.integers(1, 100), st.integers(1, 100)),
+    st.builds(Distinct, st.integers(1, 100)),
 )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_planned(name: str) -> None:
+    answer = Answer(METHODS[name](), PromptShape(10, 576, 20), KvShape(32, 32, 128, 2), 4)
+    assert answer.mean().rows > 0
 
 
 @settings(deadline=None, max_examples=120)
@@ -282,7 +289,7 @@ def _keeps(found: Plan, request: PlanRequest) -> None:
 
 def _applied(way: Way, model: str, of: profile.DeviceProfile, request: PlanRequest) -> Plan | None:
     """The plan once the options of ``way`` are given, read from its text as a person would."""
-    words = way.option.replace("--method avl without its parameters", "--method avl").split()
+    words = way.option.replace("--method distinct without its parameters", "--method distinct").split()
     options = dict(zip(words[::2], words[1::2], strict=True))
     device = options.pop("--device", of.device.name)
     power = options.pop("--power", of.power_mode.name if of.power_mode else None)

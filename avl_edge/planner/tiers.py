@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, singledispatch
 
 from ..config import PromptShape
-from ..policies import H2O, AttentionPack, Avl, Coarse, FastV, Full, Method, Random, Streaming, base
+from ..policies import H2O, AttentionPack, Avl, Coarse, Distinct, FastV, Full, Method, Random, Streaming, base
 
 # Exact percents are slow arithmetic, and a search for a plan asks for the same ones over and over.
 share = lru_cache(maxsize=4096)(base.share)
@@ -70,8 +70,9 @@ def _(method: AttentionPack, prompt: PromptShape, steps: int, layer: int) -> Tie
     return _tiers(prompt, steps, text, prompt.images, share(prompt.images, method.core))
 
 
-@tiers.register
-def _(method: Random, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG001
+@tiers.register(Distinct)
+@tiers.register(Random)
+def _(method: Distinct | Random, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG001
     text = prompt.prefix + prompt.suffix + steps
     return _tiers(prompt, steps, text, share(prompt.images, method.secondary))
 
@@ -80,7 +81,8 @@ def _(method: Random, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # 
 def _(method: Coarse, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG001
     """At most C of the image rows are read on a step; a nucleus may be smaller, as only scores can tell."""
     text = prompt.prefix + prompt.suffix + steps
-    return _tiers(prompt, steps, text, share(prompt.images, method.secondary), share(prompt.images, method.core))
+    stored = share(prompt.images, method.secondary)
+    return _tiers(prompt, steps, text, stored, min(stored, share(prompt.images, method.core)))
 
 
 @tiers.register
