@@ -30,8 +30,9 @@ def choices(
     """The settings to choose from, best answers first; as :func:`avl_edge.policies.candidates` for a method by name.
 
     Without a name: full attention, and where a budget or a target is to be met (``fitted``), whatever the table
-    expects the best answers of, without packing where rows of ``shape`` cannot be packed; and A-VL for less than it
-    has measured, or in ``formats`` that it does not know. Raises :class:`BadInput` for an unknown method or parameter.
+    expects the best answers of, without packing where rows of ``shape`` cannot be packed; and `distinct`, then A-VL,
+    for less than it has measured, or in ``formats`` that it does not know. Raises :class:`BadInput` for an unknown
+    method or parameter.
     """
     if name is not None:
         yield from candidates(name, parameters, fitted, formats)
@@ -47,7 +48,8 @@ def choices(
         known = ranked(Formats())
     yield from known
     smallest = formats or (_SMALLEST if can_hold(_SMALLEST, shape) else Formats())
-    yield from candidates("avl", {"prompt_mean": 1}, True, smallest)
+    yield from candidates("distinct", {}, True, smallest)
+    yield from candidates("avl", {"by_values": 1}, True, smallest)  # which drops text as well
 
 
 def at_share(
