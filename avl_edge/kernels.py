@@ -22,7 +22,7 @@ from .config import KvShape
 from .layout import UNIT, Format
 from .pool.formats import decode, decode_coarse
 
-_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _PACKED = ("int8", "int4")
 
 
@@ -81,7 +81,7 @@ def _check(query: Tensor, part: Part, kv_heads: int) -> list[int]:
     if not dtype == keys.dtype == values.dtype:
         raise ValueError(f"query, keys and values are of one dtype, not {query.dtype}, {keys.dtype}, {values.dtype}")
     rows, offsets = part.rows, part.offsets
-    if not (rows.dtype == offsets.dtype == torch.int32 and rows.device.type == offsets.device.type == "cpu"):
+    if not (rows.dtype == offsets.dtype == torch.int32 and rows.is_cpu and offsets.is_cpu):
         raise ValueError(f"rows and offsets are int32 on the CPU, not {rows.dtype} and {offsets.dtype}")
     bounds: list[int] = offsets.tolist()
     if len(bounds) != batch + 1 or bounds[0] != 0 or bounds[-1] != rows.numel() or bounds != sorted(bounds):
@@ -207,7 +207,7 @@ def coarse_weights(query: Tensor, part: Part, kv_heads: int, scale: float) -> Te
 def _is_native(query: Tensor, parts: Sequence[Part]) -> bool:
     """Whether the kernel is there, and reads tensors like these."""
     tensors = [query, *(tensor for part in parts for tensor in (part.keys, part.values))]
-    if query.dtype not in _NATIVE or any(tensor.device.type != "cpu" for tensor in tensors):
+    if query.dtype not in _NATIVE or not all(tensor.is_cpu for tensor in tensors):
         return False
     return native.core_attention() is not None and all(tensor.stride(-1) == 1 for tensor in tensors[1:])
 
@@ -257,7 +257,7 @@ def _run(
 def _describe(part: Part, rows: Tensor, offsets: Tensor, kv_heads: int, dim: int, coarse: bool) -> native.Part:
     keys, values = part.keys, part.values
     exact = part.format == "exact"
-    name = str(keys.dtype).removeprefix("torch.") if exact else part.format
+    name = _NATIVE[keys.dtype] if exact else part.format
     strides = (*keys.stride()[:2], *values.stride()[:2]) if exact else (0, 0, 0, 0)
     return native.Part(
         keys.data_ptr(),

@@ -33,7 +33,7 @@ from .pressure import Limits, Monitor
 from .profile import DeviceProfile
 from .prompt import ImageSource, Processor, check_sources
 from .relief import Relief
-from .request import Result, TokenEvent
+from .request import Prompt, Result, TokenEvent
 from .sampler import Sampler
 from .scene import Scene
 from .scheduler import Request, Running, Scheduler, Work
@@ -80,6 +80,7 @@ class Runtime:
         self._backend: Backend | None = None
         self._scheduler = Scheduler(self._pool, shape.layers)
         self._rows: StoredRows | None = None
+        self._features: FeatureCache | None = None
         self._monitor: Monitor | None = None
         self._follower: Follower | None = None
 
@@ -261,7 +262,9 @@ class Runtime:
 
     def submit(self, request: Request) -> Generation:
         """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
-        :class:`BadInput` for a question about a scene that was closed."""
+        :class:`BadInput` for a question about a scene that was closed, or is another runtime's."""
+        home = request.look.home if request.look else self
+        require(home is self, "the question is about a scene of another runtime: submit it there")
         with self._lock:
             if self._backend is None:
                 self.load_weights()
@@ -384,12 +387,16 @@ class Runtime:
     def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
         prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
         start = time.perf_counter()
-        features = None if sequence.request.look else self._features(prompt)
+        features = None if sequence.request.look else self._encode(prompt)
         encoded = time.perf_counter()
         logits = backend.prefill(prompt, features, cache)
         sequence.encode_seconds = encoded - start
         sequence.prefill_seconds = time.perf_counter() - encoded
         return logits
+
+    def _encode(self, prompt: Prompt) -> Tensor | None:
+        assert self._features is not None, "nothing runs before the weights are loaded"
+        return self._features(prompt)
 
     def _show(self, sequence: Running) -> bool:
         """Run the pictures of the scene that a request is about, if it is the first; whether it asks for no more."""
@@ -398,7 +405,7 @@ class Runtime:
             assert isinstance(self._backend, SceneBackend), "no scene was made for another one"
             cache = self._scheduler.show(look)
             start = time.perf_counter()
-            features = self._features(look.prompt)
+            features = self._encode(look.prompt)
             look.encode_seconds = time.perf_counter() - start
             self._backend.look(look.prompt, features, cache)
             look.prefill_seconds = time.perf_counter() - start - look.encode_seconds

@@ -63,7 +63,7 @@ class Scene:
         token_ids, spans = processor.lay_out_images(len(images))
         runtime.new_tokens(len(token_ids), options)
         plan = _plan_scene(options, prompt_shape(len(token_ids), spans), shape)
-        look = Look(processor.read(images, token_ids, spans), plan)
+        look = Look(processor.read(images, token_ids, spans), plan, runtime)
         return cls(runtime, processor, shape, look, options)
 
     def load(self) -> SceneStats:
@@ -92,7 +92,7 @@ class Scene:
         """
         look, shape = self._look, self._shape
         require(not look.is_closed, "the scene is closed: look at the pictures again to ask about them")
-        options = checked_options(options or replace(self._options, kv_budget=None))
+        options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
         token_ids, spans = self._processor.lay_out(len(look.prompt.spans), prompt)
         require(
             self._processor.head(token_ids, spans)[0] == look.prompt.token_ids,
@@ -100,11 +100,11 @@ class Scene:
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
         whole = prompt_shape(len(token_ids), spans)
-        (method, formats), share = _choice(options, whole, shape, look.plan.formats)
+        (method, formats), share = _choice(options, _head(look), shape, look.plan.formats)
         require(
             share >= look.share,
-            f"the scene stores {look.share:g} % of the picture's rows, and a question about it reads any of them: give "
-            f"secondary={look.share:g} or more",
+            f"the scene stores {look.share:g} % of the picture's rows, and questions may read any of them: give the "
+            f"question secondary={look.share:g}",
         )
         require(
             formats == look.plan.formats,
@@ -153,6 +153,11 @@ class Scene:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _head(look: Look) -> PromptShape:
+    """The scene's own tokens: what a preset's share is taken of, for the scene and for its questions."""
+    return prompt_shape(len(look.prompt), look.prompt.spans)
 
 
 def _plan_scene(options: Options, prompt: PromptShape, shape: KvShape) -> KvPlan[Method]:

@@ -20,7 +20,8 @@ from .shared import QuestionCache, SceneCache
 
 @dataclass(eq=False)
 class Look:
-    """A picture that several questions are asked about: ``prompt`` ends with its last image, ``plan`` counts its rows.
+    """A picture that several questions are asked about: ``prompt`` ends with its last image, ``plan`` counts its rows,
+    ``home`` is the runtime in whose pool they are.
 
     ``cache`` has them from the admission of its first question until it was closed and its last question has ended;
     ``is_ready``: they are written. Closed, it takes no more questions.
@@ -28,6 +29,7 @@ class Look:
 
     prompt: Prompt
     plan: KvPlan[Method]
+    home: object
     cache: SceneCache | None = None
     is_ready: bool = False
     is_closed: bool = False

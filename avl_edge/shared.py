@@ -61,8 +61,8 @@ class QuestionCache(SequenceCache):
     """The rows of a question: those of its ``scene``, and its own text's.
 
     The policy is asked as for any prompt, over the tokens that the scene stored in a layer and the question's own: what
-    it sees are the scores that it would see if the whole prompt had been run for this question. ``plan`` counts what
-    the question adds (:func:`~avl_edge.budget.plan_after`).
+    it sees are the scores that it would see if the prompt had been run over the rows that are stored. ``plan`` counts
+    what the question adds (:func:`~avl_edge.budget.plan_after`).
     """
 
     def __init__(self, scene: SceneCache, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan]) -> None:

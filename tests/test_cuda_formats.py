@@ -251,7 +251,7 @@ def test_the_nucleus_is_the_policys(kernels: Callable[[Shape], Kernels], data: s
     """Weights in 2^-12, whose sums are exact: ties, zeros, lists of one row and of none."""
     lists = data.draw(st.lists(st.lists(st.integers(0, 40), max_size=90), min_size=1, max_size=3), "weights")
     weights = [torch.tensor(each, dtype=torch.float32) / 4096 for each in lists]
-    mass = data.draw(st.sampled_from((1.0, 25.0, 50.0, 62.5, 95.0, 99.9)), "mass")
+    mass = data.draw(st.sampled_from((1.0, 25.0, 50.0, 62.5, 95.0, 99.9, 100.0)), "mass")
     most = data.draw(st.integers(0, 60), "most")
     picked = kernels(SMALL).nucleus(weights, [(round(mass / 100 * 2**30), most)] * len(lists))
     for own, got in zip(weights, picked, strict=True):

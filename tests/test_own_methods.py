@@ -69,6 +69,12 @@ def test_the_nucleus_is_the_smallest_set_that_holds_the_share(weights: list[floa
         assert chosen.sum() - chosen.min() < mass / 100 * sum(weights) * (1 + 1e-9)
 
 
+@given(weights=st.lists(st.sampled_from([0.0, 1e-30, 1.0]), min_size=1, max_size=40), core=st.integers(1, 100))
+def test_all_of_the_mass_takes_as_many_as_may_be(weights: list[float], core: int) -> None:
+    picked = Coarse(100, core, 100).policy(PromptShape(1, 40, 1), 1).pick_core(np.array(weights))
+    assert picked.sum() == min(core * 40 // 100, len(weights))
+
+
 def _text_only(share: float, layer: int, step: int, count: int) -> StepLayer:
     """A step whose image rows have ``share`` of the attention."""
     suffix = np.ones(SUFFIX + step, dtype=bool)

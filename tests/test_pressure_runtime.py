@@ -123,6 +123,13 @@ def test_features_of_earlier_pictures_go(runtime: Runtime, tree: Path, monkeypat
     assert len(encoded) == 2
 
 
+def test_pressure_before_there_are_weights(checkpoint: Checkpoints, tree: Path) -> None:
+    runtime = Runtime.open(checkpoint("mistral-gqa"))
+    runtime.keep_free(RESERVE, root=tree)
+    write(tree, GB)
+    assert not runtime.step()
+
+
 def test_low_rank_rows_can_only_go(runtime: Runtime, tree: Path) -> None:
     """There is no smaller format for them. The basis of their layer stays, and moves with the other rows."""
     options = Options("avl", {"secondary": 90, "core": 30}, Formats("exact", "exact", "lowrank:8"), max_new_tokens=30)

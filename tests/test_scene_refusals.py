@@ -64,6 +64,7 @@ def test_what_makes_no_scene_is_refused(runtime: Runtime) -> None:
         (lambda: runtime.look(IMAGES * 20), f"context ends at {context}"),
         (lambda: scene.ask(""), "the prompt is empty"),
         (lambda: scene.ask(FIRST, 3), "options must be avl_edge.Options"),  # type: ignore[arg-type]
+        (lambda: scene.ask(FIRST, {}), "options must be avl_edge.Options"),  # type: ignore[arg-type]
         (lambda: scene.ask("boat " * context), f"context ends at {context}"),
         (lambda: scene.ask(FIRST, Options(formats=Formats("int8", "exact", "exact"))), "formats of its scene"),
         (lambda: scene.ask(FIRST, Options(preset="lossless")), "formats of its scene"),
@@ -73,6 +74,27 @@ def test_what_makes_no_scene_is_refused(runtime: Runtime) -> None:
     with runtime.look(IMAGES, Options(preset="lossless", max_new_tokens=4)) as packed:
         assert packed.ask(FIRST).result().method == "coarse"
         assert packed.stats.formats["core"] == "int4"
+
+
+@pytest.mark.parametrize("name", ["small", "lossless"])
+def test_presets_share(name: str) -> None:
+    """Whatever the question's length, a preset stores of the picture what the scene stored."""
+    runtime = Runtime.load("demo")
+    with runtime.look(IMAGES[:1], Options(preset=name, max_new_tokens=2)) as scene:
+        for prompt in ("Hi", FIRST, f"{FIRST} {SECOND} {FIRST}"):
+            assert scene.ask(prompt).result().token_ids
+        assert scene.ask(FIRST, Options(preset=name, max_new_tokens=2)).result().token_ids
+    assert is_empty(runtime)
+
+
+def test_a_question_stays_with_its_runtime(runtime: Runtime, checkpoint: Checkpoints) -> None:
+    other = Runtime.load(checkpoint("mistral-gqa"))
+    with runtime.look(IMAGES[:1]) as scene:
+        question = scene.prepare(FIRST)
+        with pytest.raises(BadInput, match="another runtime"):
+            other.submit(question)
+        assert runtime.submit(question).result().token_ids
+    assert is_empty(other)
 
 
 def test_a_gpu_refuses_scenes(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
     if request.options.kv_budget is not None:
         _say_plan(request)
     if show.explain:
-        _explain(request)
+        _explain(request, asked=request.options.method is not None or request.plan.budget is None)
     _load(runtime, request.plan.peak_bytes)
     with readers_may_leave():
         result = _answer(runtime, request, quiet=show.as_json)
@@ -155,7 +155,7 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
     if budget is not None:
         several.say_plan(asked, budget)
     if show.explain:
-        _explain(asked.requests[0])
+        _explain(asked.requests[0], asked=options.method is not None or budget is None)
     _load(runtime, asked.peak_bytes)
     with readers_may_leave(), asked.scene as scene:
         results = asked.answer(runtime, quiet=show.as_json)
@@ -205,9 +205,8 @@ def _say_plan(request: Request) -> None:
     )
 
 
-def _explain(request: Request) -> None:
+def _explain(request: Request, *, asked: bool) -> None:
     plan, preset = request.plan, request.options.preset
-    asked = request.options.method is not None or plan.budget is None
     why = quality.preset(preset).why if preset else quality.explain(Choice(plan.method, plan.formats), asked=asked)
     settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]
     formats = _spoken(plan.formats.by_tier()) or "rows exact"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..checkpoint import Progress as Report
 from ..config import parse_parameter
 from ..errors import BadInput
-from ..policies import Avl
+from ..policies import Avl, Coarse, Distinct
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
@@ -26,14 +26,17 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON 
 Debug: TypeAlias = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
 
+_SECONDARY = (
+    f"S: percent of image rows stored per layer. "
+    f"[avl {Avl.secondary}, distinct {Distinct.secondary}, coarse {Coarse.secondary}]"
+)
 PrefillKeep: TypeAlias = Annotated[
     float | None, typer.Option(help=f"avl, P: percent of image tokens beyond the early layers. [{Avl.prefill_keep}]")
 ]
-Secondary: TypeAlias = Annotated[
-    float | None, typer.Option(help=f"avl, S: percent of image rows stored per layer. [{Avl.secondary}]")
-]
+Secondary: TypeAlias = Annotated[float | None, typer.Option(help=_SECONDARY)]
 Core: TypeAlias = Annotated[
-    float | None, typer.Option(help=f"avl, C: percent of image rows read on an ordinary step. [{Avl.core}]")
+    float | None,
+    typer.Option(help=f"C: percent of image rows read on an ordinary step. [avl {Avl.core}, coarse {Coarse.core}]"),
 ]
 Refresh: TypeAlias = Annotated[
     int | None, typer.Option(help=f"avl, K: every K-th step reads all stored rows; 0: never. [{Avl.refresh}]")

@@ -129,8 +129,10 @@ class CoarsePolicy:
 
     def pick_core(self, weights: Scores) -> Mask:
         order = np.argsort(-weights, kind="stable")
-        held = np.cumsum(weights[order], dtype=np.float64)
-        needed = int(np.searchsorted(held, self._mass * held[-1])) + 1 if len(held) else 0
+        needed = len(order)
+        if self._mass < 1 and needed:
+            held = np.cumsum(weights[order], dtype=np.float64)
+            needed = int(np.searchsorted(held, self._mass * held[-1])) + 1
         core = np.zeros(len(weights), dtype=np.bool_)
         core[order[: min(needed, self._core)]] = True
         return core

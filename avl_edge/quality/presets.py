@@ -53,7 +53,7 @@ def _lossless() -> Preset:
         f"the fewest bytes within {100 * INDISTINGUISHABLE:g} points of full attention with every row stored: "
         f"{_measured(point)}"
     )
-    return Preset("lossless", point.setting, point.kv_fraction, why)
+    return Preset("lossless", point.setting, 1, why)  # the first rung of its ladder, on any model
 
 
 def _small() -> Preset:

@@ -38,7 +38,7 @@ def _rungs() -> tuple[_Rung, ...]:
 
 
 def stores_all(point: Point) -> bool:
-    """Whether a point of the table left no image row out."""
+    """Whether a point of the table left no row out."""
     notation = parse(point.setting)
     budget = round(point.kv_fraction * _PROMPT.length * _SHAPE.layers * _SHAPE.row_bytes)
     settings = candidates(notation.name, notation.parameters, True, notation.formats)
@@ -46,7 +46,7 @@ def stores_all(point: Point) -> bool:
     if found is None:
         return False
     tiers = found.method.peak_tiers(_PROMPT, 0, _SHAPE.layers)
-    return tiers.core + tiers.secondary == _PROMPT.images * _SHAPE.layers
+    return sum(tiers) == _PROMPT.length * _SHAPE.layers
 
 
 def _unbeaten(rungs: Iterable[_Rung]) -> tuple[_Rung, ...]:
@@ -69,10 +69,12 @@ def _ladder(setting: str) -> list[_Rung]:
         stored = kv_plan(*choice, _SHAPE, _PROMPT, 0).peak_bytes / full
         if stored < _MARGIN * shares[0]:
             continue  # so little was never measured
-        score = _between(shares, scores, stored)
+        # A model whose scales weigh a little less than those measured does not answer worse for it.
+        stored_at_least = max(stored, shares[0])
+        score = _between(shares, scores, stored_at_least)
         if score >= table().full.score - INDISTINGUISHABLE:
             score = table().full.score
-        rungs.append(_Rung(choice, setting, stored, _between(shares, reads, stored), score))
+        rungs.append(_Rung(choice, setting, stored, _between(shares, reads, stored_at_least), score))
     return rungs
 
 

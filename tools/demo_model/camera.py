@@ -43,10 +43,12 @@ def main(
 ) -> None:
     """Draw the questions."""
     folder.mkdir(parents=True, exist_ok=True)
+    drawn: set[int] = set()
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as lines:
         for number, question in held_out(seed, questions):
             name = f"scene_{number}.jpg"
-            if not (folder / name).exists():
+            if number not in drawn:
+                drawn.add(number)
                 as_seen(render(number).image, strength, number).save(folder / name, quality=90)
             row = {"image": name, "question": question.text, "answers": [question.answer], "kind": question.kind}
             lines.write(json.dumps(row) + "\n")
