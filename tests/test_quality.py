@@ -66,6 +66,14 @@ def test_more_memory_is_never_expected_to_answer_worse(prompt: PromptShape, step
     assert places[0] >= places[1]
 
 
+def test_packing_comes_before_leaving_rows_out() -> None:
+    """Half of the bytes hold all rows in int4: none of them has to go, whatever else was measured to answer as well."""
+    prompt = PromptShape(2, 576, 11)
+    full = kv_plan(Full(), Formats(), SHAPE, prompt, 0)
+    found = fit(choices(None, {}, True, None, SHAPE), SHAPE, prompt, 0, full.peak_bytes // 2)
+    assert sum(found.method.peak_tiers(prompt, 0, SHAPE.layers)) == prompt.length * SHAPE.layers
+
+
 def test_what_fits_whole_stays_whole() -> None:
     assert ranked()[0] == Choice(Full(), Formats())
     assert next(choices(None, {}, True, None, SHAPE)) == Choice(Full(), Formats())

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from ..budget import kv_plan
 from ..config import Formats, KvShape, PromptShape
-from ..policies import Choice, Full, candidates
+from ..policies import Choice, Full, Method, candidates
 from ..policies.notation import parse
 from .table import Point, table
 
@@ -43,10 +43,11 @@ def stores_all(point: Point) -> bool:
     budget = round(point.kv_fraction * _PROMPT.length * _SHAPE.layers * _SHAPE.row_bytes)
     settings = candidates(notation.name, notation.parameters, True, notation.formats)
     found = next((each for each in settings if kv_plan(*each, _SHAPE, _PROMPT, 0).peak_bytes <= budget), None)
-    if found is None:
-        return False
-    tiers = found.method.peak_tiers(_PROMPT, 0, _SHAPE.layers)
-    return sum(tiers) == _PROMPT.length * _SHAPE.layers
+    return found is not None and _is_whole(found.method)
+
+
+def _is_whole(method: Method) -> bool:
+    return sum(method.peak_tiers(_PROMPT, 0, _SHAPE.layers)) == _PROMPT.length * _SHAPE.layers
 
 
 def _unbeaten(rungs: Iterable[_Rung]) -> tuple[_Rung, ...]:
@@ -67,8 +68,8 @@ def _ladder(setting: str) -> list[_Rung]:
     rungs = []
     for choice in candidates(notation.name, notation.parameters, True, notation.formats):
         stored = kv_plan(*choice, _SHAPE, _PROMPT, 0).peak_bytes / full
-        if stored < _MARGIN * shares[0]:
-            continue  # so little was never measured
+        if not _MARGIN * shares[0] <= stored <= shares[-1] / _MARGIN:
+            continue  # so little, or so much, was never measured
         # A model whose scales weigh a little less than those measured does not answer worse for it.
         stored_at_least = max(stored, shares[0])
         score = _between(shares, scores, stored_at_least)
@@ -102,14 +103,14 @@ def _between(shares: Sequence[float], values: Sequence[float], share: float) -> 
 
 @lru_cache(maxsize=32)
 def ranked(formats: Formats | None = None) -> tuple[Choice, ...]:
-    """Every setting worth trying, of those in ``formats`` if these are given, best expected answers first, of equals
-    the most bytes.
+    """Every setting worth trying, of those in ``formats`` if these are given, best expected answers first; of equals
+    those that leave no row out, and then the most bytes.
 
     Full attention in the model's own dtype comes first: where it fits, nothing is gained by less.
     """
     exact = Choice(Full(), Formats())
     asked = _unbeaten(rung for rung in _rungs() if formats in (None, rung.choice.formats))
-    order = sorted(asked, key=lambda rung: (-rung.score, -rung.stored))
+    order = sorted(asked, key=lambda rung: (-rung.score, not _is_whole(rung.choice.method), -rung.stored))
     first = [exact] if formats in (None, exact.formats) else []
     return (*first, *(rung.choice for rung in order if rung.choice != exact))
 
