@@ -128,15 +128,34 @@ def fit(
 
     Raises :class:`DoesNotFit`, naming the smallest budget that would do, when none fits.
     """
+    plans = (kv_plan(method, formats, shape, prompt, steps, budget) for method, formats in candidates)
+    what = f"{prompt.length} prompt tokens and {steps + 1} new ones"
+    return first_within(budget, plans, what, "raise --kv-budget, lower --max-new-tokens or let the method drop more")
+
+
+class Promised(Protocol):
+    """What holds at most so many bytes."""
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+
+P = TypeVar("P", bound=Promised)
+
+
+def first_within(budget: int | None, found: Iterable[P], what: str, instead: str) -> P:
+    """The first of ``found`` (the best first) within ``budget`` bytes; without a budget the first.
+
+    Raises :class:`DoesNotFit` where there is none: with ``what`` did not fit, the smallest budget that would do, and
+    what to do ``instead``.
+    """
     smallest = 0
-    for method, formats in candidates:
-        found = kv_plan(method, formats, shape, prompt, steps, budget)
-        if budget is None or found.peak_bytes <= budget:
-            return found
-        smallest = min(smallest or found.peak_bytes, found.peak_bytes)
-    assert budget is not None, "without a budget the first candidate is taken"
+    for each in found:
+        if budget is None or each.peak_bytes <= budget:
+            return each
+        smallest = min(smallest or each.peak_bytes, each.peak_bytes)
+    assert budget is not None, "without a budget the first is taken"
     raise DoesNotFit(
-        f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {prompt.length} prompt tokens and "
-        f"{steps + 1} new ones: the smallest that would do is {format_size(smallest)} ({smallest} bytes); "
-        f"raise --kv-budget, lower --max-new-tokens or let the method drop more"
+        f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {what}: the smallest that would do is "
+        f"{format_size(smallest)} ({smallest} bytes); {instead}"
     )

@@ -225,9 +225,10 @@ class SequenceCache:
         selected = self._by_format(rows, image, np.arange(count))
         self.rows_read += count
         self.rows_full += self.length + self.step
-        self.bytes_read += sum(len(each.ids) * Format(each.format).read_bytes(self._shape) for each in selected)
-        basis = max((Format(each.format).basis_rows_read for each in selected), default=0)
-        self.bytes_read += basis * self._shape.row_bytes
+        formats = [Format(each.format) for each in selected]
+        pairs = zip(selected, formats, strict=True)
+        self.bytes_read += sum(len(each.ids) * format_.read_bytes(self._shape) for each, format_ in pairs)
+        self.bytes_read += max(format_.basis_rows_read for format_ in formats) * self._shape.row_bytes
         return selected
 
     @property

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
 from . import quality
-from .budget import KvPlan, kv_plan, plan_after
+from .budget import KvPlan, first_within, kv_plan, plan_after
 from .cache import prompt_shape
-from .config import Formats, KvShape, Options, PromptShape, checked_options, format_size, require
-from .errors import BadInput, DoesNotFit
+from .config import Formats, KvShape, Options, PromptShape, checked_options, require
+from .errors import BadInput
 from .generation import Generation
 from .layout import Format, can_hold
 from .policies import Avl, Choice, Coarse, Distinct, Full, Method, candidates
@@ -113,7 +113,7 @@ class Scene:
         shared, budget = len(look.prompt), options.kv_budget_bytes
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
         what = f"{len(token_ids) - shared} tokens of the question and {max_new_tokens} new ones"
-        _first_within(budget, [plan], what, "lower --max-new-tokens")
+        first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
         asked = Prompt(token_ids, look.prompt.spans, look.prompt.pixel_values)
         return Request(asked, options, plan, max_new_tokens, look=look)
 
@@ -168,20 +168,8 @@ def _plan_scene(options: Options, prompt: PromptShape, shape: KvShape) -> KvPlan
     every = [formats, *(each for each in smaller if can_hold(each, shape))]
     method: Method = Full() if share == 100 else Distinct(share)
     plans = (kv_plan(method, each, shape, prompt, 0, budget) for each in every)
-    return _first_within(budget, plans, f"the {prompt.length} tokens of the scene", "give fewer images")
-
-
-def _first_within(budget: int | None, plans: Iterable[KvPlan[Method]], what: str, instead: str) -> KvPlan[Method]:
-    smallest = 0
-    for plan in plans:
-        if budget is None or plan.peak_bytes <= budget:
-            return plan
-        smallest = min(smallest or plan.peak_bytes, plan.peak_bytes)
-    assert budget is not None, "without a budget the first plan is taken"
-    raise DoesNotFit(
-        f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {what}: the smallest that would do is "
-        f"{format_size(smallest)} ({smallest} bytes); raise --kv-budget or {instead}"
-    )
+    what = f"the {prompt.length} tokens of the scene"
+    return first_within(budget, plans, what, "raise --kv-budget or give fewer images")
 
 
 def _choice(options: Options, prompt: PromptShape, shape: KvShape, formats: Formats | None) -> tuple[Choice, float]:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from ..budget import first_within
 from ..config import Formats, Options, format_size
-from ..errors import BadInput, DoesNotFit
+from ..errors import BadInput
 from ..layout import can_hold
 from ..prompt import ImageSource
 from ..request import Result, SceneStats
@@ -53,19 +54,15 @@ def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str]
     """
     if not images:
         raise BadInput("several prompts share a picture: give --image, or ask them one at a time")
-    budget, smallest = options.kv_budget_bytes, 0
-    for formats in _formats(runtime, options):
-        scene = runtime.look(images, replace(options, kv_budget=None, formats=formats))
-        found = Several(prompts, scene, [scene.prepare(prompt) for prompt in prompts])
-        if budget is None or found.peak_bytes <= budget:
-            return found
-        smallest = min(smallest or found.peak_bytes, found.peak_bytes)
-    assert budget is not None, "without a budget the first formats are taken"
-    raise DoesNotFit(
-        f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold the picture and {len(prompts)} questions "
-        f"about it: the smallest that would do is {format_size(smallest)} ({smallest} bytes); raise --kv-budget, lower "
-        f"--max-new-tokens or ask fewer at a time"
-    )
+
+    def every() -> Iterator[Several]:
+        for formats in _formats(runtime, options):
+            scene = runtime.look(images, replace(options, kv_budget=None, formats=formats))
+            yield Several(prompts, scene, [scene.prepare(prompt) for prompt in prompts])
+
+    what = f"the picture and {len(prompts)} questions about it"
+    instead = "raise --kv-budget, lower --max-new-tokens or ask fewer at a time"
+    return first_within(options.kv_budget_bytes, every(), what, instead)
 
 
 def _formats(runtime: Runtime, options: Options) -> Iterator[Formats | None]:
