@@ -147,7 +147,7 @@ STORED, FRESH = 12, 24
 """Rows of each format that a pool holds, and places for new ones."""
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=500)
 @given(
     shape=st.sampled_from(list(SHAPES)),
     sequences=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9), st.booleans()), min_size=1, max_size=4),

@@ -20,7 +20,7 @@ from avl_edge.checkpoint import load_weights
 from avl_edge.cuda import Kernels, KernelShape, NoCuda
 from avl_edge.cuda.driver import Argument, Grid
 from avl_edge.spec import read_spec
-from avl_edge.trt import Attention
+from avl_edge.trt import Attention, Sizes
 from tests import trt_on_cpu
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice, ReferenceModule, at
@@ -291,25 +291,39 @@ def _tensorrt() -> Any:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("works", [True, False])
-def test_the_plugin_check_on_the_emulated_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
+    """The plugin's kernels, on the CPU."""
     if trt_on_cpu.COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    shape = trt_on_cpu.Shape(128, 4, "float16")
-    shape.compile(tmp_path)
-    attention = shape.attention(tmp_path)
+    shape, folder = trt_on_cpu.Shape(128, 4, "float16"), tmp_path_factory.mktemp("kernels")
+    shape.compile(folder)
+    return shape.attention(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", ["everything", "nothing", "exact rows"])
+def test_the_plugin_check_on_the_emulated_source(
+    attention: Attention, monkeypatch: pytest.MonkeyPatch, works: str
+) -> None:
     monkeypatch.setattr(Attention, "load", lambda *_: attention)
     monkeypatch.setattr(plugin, "find_spec", lambda _: object())
     monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt())
-    if not works:
-        monkeypatch.setattr(Attention, "run", lambda *_: None)
-        with pytest.raises(CheckFailed, match="did not write the new rows"):
-            plugin.check_plugin(HostPlace())
+    if works == "everything":
+        found = plugin.check_plugin(HostPlace())
+        for kind in ("", "packed_"):
+            assert found[f"{kind}scores_max"] <= 1e-6
+            assert found[f"{kind}out_relative"] <= 1e-3
         return
-    found = plugin.check_plugin(HostPlace())
-    assert found["scores_max"] <= 1e-6
-    assert found["out_relative"] <= 1e-3
+    run = Attention.run
+
+    def run_some(self: Attention, sizes: Sizes, *rest: Any) -> None:
+        if works == "exact rows" and sizes.parts == 1:
+            run(self, sizes, *rest)
+
+    monkeypatch.setattr(Attention, "run", run_some)
+    with pytest.raises(CheckFailed, match="did not write the new rows"):
+        plugin.check_plugin(HostPlace())
 
 
 # The command
