@@ -84,10 +84,12 @@ class Shape:
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
 
-    def attention(self, folder: Path, *, backwards: bool = False) -> Attention:
-        """The plugin's own choice of kernels, which run on the CPU."""
+    def attention(self, folder: Path, *, backwards: bool = False, log: list[str] | None = None) -> Attention:
+        """The plugin's own choice of kernels, which run on the CPU; ``log`` takes the names of what is loaded."""
 
         def load(format_: str) -> EmulatedModule:
+            if log is not None:
+                log.append(format_)
             return EmulatedModule(self.library(folder, format_), self.core.warps, backwards)
 
         core = Kernels(load("exact"), self.core, multiprocessors=1, packed=load)
@@ -335,8 +337,9 @@ def _descriptions(trt: Any, tensors: Sequence[Tensor], dynamic: bool) -> list[An
     return made
 
 
-def enqueue(trt: Any, creator: Any, call: Call) -> Call:
-    """A call through the plugin, in the order in which TensorRT goes: made, serialised, made again, attached, run."""
+def enqueue(trt: Any, creator: Any, call: Call, kernels: list[str]) -> Call:
+    """A call through the plugin, in the order in which TensorRT goes: made, serialised, made again, attached, run.
+    ``kernels``: the names of what is loaded."""
     placed = Placed.of(call)
     inputs, outputs = (_descriptions(trt, tensors, True) for tensors in (placed.inputs, placed.outputs))
     built = creator.create_plugin("built", _fields(trt, call["layer"]), trt.TensorRTPhase.BUILD).clone()
@@ -351,11 +354,13 @@ def enqueue(trt: Any, creator: Any, call: Call) -> Call:
     inputs, outputs = (_descriptions(trt, tensors, False) for tensors in (placed.inputs, placed.outputs))
     running.on_shape_change(inputs, outputs)
     running.set_tactic(0)
+    ready = list(kernels)
     workspace = placed.memory.unwritten(size, dtype=torch.uint8)
     # The builder takes times with whatever its inputs hold: nothing may follow from that.
     built.enqueue(inputs, outputs, *placed.addresses, workspace.data_ptr(), STREAM)
     assert bool((placed.outputs[1].view(torch.int32) == -1).all())
     running.enqueue(inputs, outputs, *placed.addresses, workspace.data_ptr(), STREAM)
+    assert kernels == ready, "what is captured has to be loaded before"
     return placed.results()
 
 
@@ -463,15 +468,20 @@ def main() -> None:
 
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     cases: list[tuple[Shape, Call]] = torch.load(path, weights_only=False)
-    loaded = []
+    loaded: list[list[int | str]] = []
+    kernels: list[str] = []
 
     def load(head_dim: int, group: int, dtype: str) -> Attention:
         loaded.append([head_dim, group, dtype])
-        return Shape(head_dim, group, dtype).attention(folder)
+        return Shape(head_dim, group, dtype).attention(folder, log=kernels)
 
     creator = make_creator(trt, load)
-    torch.save([enqueue(trt, creator, call) for _, call in cases], path.with_suffix(".out"))
-    report = {**describe(trt, creator, cases[0][1]), "loaded": loaded}
+    torch.save([enqueue(trt, creator, call, kernels) for _, call in cases], path.with_suffix(".out"))
+    report = {
+        **describe(trt, creator, cases[0][1]),
+        "loaded": loaded,
+        "packed": sorted({"int8", "int4"} & set(kernels)),
+    }
     try:
         register(trt, load)
     except PluginMissing as error:
