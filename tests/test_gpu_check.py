@@ -21,7 +21,7 @@ from avl_edge.cuda import Kernels, KernelShape, NoCuda
 from avl_edge.cuda.driver import Argument, Grid
 from avl_edge.spec import read_spec
 from avl_edge.trt import Attention, Sizes
-from tests import trt_on_cpu
+from tests import trt_calls
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice, ReferenceModule, at
 from tools.gpu import check, decode, model_speed, numerics, packed, plugin, report, sanitize, speed
@@ -294,9 +294,9 @@ def _tensorrt() -> Any:
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
     """The plugin's kernels, on the CPU."""
-    if trt_on_cpu.COMPILER is None:
+    if trt_calls.COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    shape, folder = trt_on_cpu.Shape(128, 4, "float16"), tmp_path_factory.mktemp("kernels")
+    shape, folder = trt_calls.Shape(128, 4, "float16"), tmp_path_factory.mktemp("kernels")
     shape.compile(folder)
     return shape.attention(folder)
 
