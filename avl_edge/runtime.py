@@ -19,7 +19,7 @@ from .budget import KvPlan, fit, kv_plan
 from .cache import SequenceCache, prompt_shape
 from .checkpoint import Progress
 from .config import KvShape, Options, PromptShape, checked_options, format_size, require
-from .cuda_backend import CudaBackend, CudaDevice, is_served, load_model, require_served
+from .cuda_backend import CudaBackend, CudaDevice, load_model
 from .errors import BadInput, BadModel, DoesNotFit
 from .features import FeatureCache
 from .follow import Follower, Standing, Wishes
@@ -217,8 +217,6 @@ class Runtime:
             plan = self._plan_on(standing, options, settings, shape, max_new_tokens - 1)
         else:
             plan = self._plan(options, settings, shape, max_new_tokens - 1)
-        if self._gpu is not None:
-            require_served(plan.formats)
         device = standing.stats if standing else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
@@ -246,10 +244,7 @@ class Runtime:
     def _settings(self, options: Options) -> Iterator[Choice]:
         if options.preset is None:
             fitted = options.kv_budget_bytes is not None
-            found = quality.choices(options.method, options.parameters, fitted, options.formats, self.kv_shape)
-            if self._gpu is None or options.method or options.formats:
-                return found
-            return (choice for choice in found if is_served(choice.formats))  # what nobody asked for is not refused
+            return quality.choices(options.method, options.parameters, fitted, options.formats, self.kv_shape)
         return quality.preset(options.preset).choices()
 
     def _plan(self, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int) -> KvPlan[Method]:
@@ -295,7 +290,6 @@ class Runtime:
 
         Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        require(self._gpu is None, "the GPU serves no scenes: ask about the pictures with generate, or use the cpu")
         return Scene.of(self, self._processor, self.kv_shape, images, checked_options(options))
 
     def free_scenes(self) -> None:

@@ -15,13 +15,17 @@ from ..models import Llava
 from .device import Accelerator
 from .tables import Bucket, StepTables
 
+Beside = Callable[[int, Tensor, Tensor], None]
+"""What attends beside the kernels: of a layer by its number it takes query ``[B, H, d]``, and puts what is its own into
+what was attended, ``[B, H, d]``. The new rows are written when it is called."""
+
 
 class DecodeStep:
     """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :attr:`logits`, :meth:`scores`,
     :meth:`picked`.
 
     What the device runs touches only memory that is allocated here, the weights and the pool, and asks the host for
-    nothing: it is recorded once and launched as a whole.
+    nothing: it is recorded once and launched as a whole, unless something attends beside it.
     """
 
     def __init__(
@@ -59,18 +63,22 @@ class DecodeStep:
         }
         self._replay: Callable[[], None] | None = None
 
-    def start(self, *, logits: bool) -> None:
+    def start(self, *, logits: bool, beside: Beside | None = None) -> None:
         """Queue everything: tables up, the step, and down come the likeliest tokens, the scores and the choices of a
-        bucket that has them and, when asked for, the logits."""
+        bucket that has them and, when asked for, the logits. With ``beside`` the step is launched operator by operator,
+        from the same tables."""
         self.tables.upload()
-        if self._replay is None:
-            self._replay = self._accelerator.record(self.run)
-        self._replay()
+        if beside is not None:
+            self.run(beside)
+        else:
+            if self._replay is None:
+                self._replay = self._accelerator.record(self.run)
+            self._replay()
         for name, output in self._outputs.items():
             if logits or name != "logits":
                 self._results[name].copy_(output, non_blocking=True)
 
-    def run(self) -> None:
+    def run(self, beside: Beside | None = None) -> None:
         """The step on the device, from its tables to its outputs. Running it twice is running it once."""
         decoder, tables = self._model.decoder, self.tables
         hidden = decoder.embed(tables.device_tokens)
@@ -78,6 +86,8 @@ class DecodeStep:
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             self._attend(index, query.contiguous(), key.contiguous(), value.contiguous())
+            if beside is not None:
+                beside(index, query, self._attended)
             hidden = layer.finish(hidden, self._attended)
         logits = self._outputs["logits"]
         logits.copy_(decoder.logits(hidden))

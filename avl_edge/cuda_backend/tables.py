@@ -43,6 +43,11 @@ class Reads:
     share: float = 1
     most: int = 0
 
+    @property
+    def elsewhere(self) -> Reads:
+        """The same for the kernels where something else attends the rows: its new one is all that is theirs."""
+        return Reads([()] * len(self.rows), self.text)
+
     def room(self, layer: int) -> int:
         """Rows that may be chosen."""
         return min(self.most, len(self.looked[layer].ids)) if self.looked else 0
