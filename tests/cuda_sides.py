@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from avl_edge.backend import TorchBackend
-from avl_edge.budget import kv_plan
+from avl_edge.budget import kv_plan, plan_after
 from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.checkpoint import load_weights
 from avl_edge.config import Formats
@@ -22,6 +22,7 @@ from avl_edge.models.rope import _KINDS, Rope
 from avl_edge.policies import H2O, Avl, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore
 from avl_edge.request import ImageSpan, Prompt
+from avl_edge.shared import QuestionCache, SceneCache
 from avl_edge.spec import ModelSpec, read_spec
 from tests.cuda_on_cpu import HostDevice, backend_for
 
@@ -75,6 +76,38 @@ class Side:
         cache = self.admit(prompt, method, formats)
         features = None if prompt.pixel_values is None else self.backend.encode_images(prompt.pixel_values)
         return cache, self.backend.prefill(prompt, features, cache)
+
+
+class SceneSide(Side):
+    """A side on which requests that begin as its scene's prompt are questions about that; others are plain."""
+
+    def __init__(self, side: Side, head: Prompt, method: Method, formats: Formats) -> None:
+        super().__init__(side.backend, side.spec, side.shape.itemsize, side.pool.pages)
+        plan = kv_plan(method, formats, self.shape, prompt_shape(len(head), head.spans), 0)
+        self.head, self.scene = head, SceneCache(self.pool, plan, len(head), head.spans, self.shape.layers)
+        self.lent = [self.scene]
+        self.backend.look(head, self.backend.encode_images(head.pixel_values), self.scene)
+
+    def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
+        if prompt.token_ids[: len(self.head)] != self.head.token_ids:
+            return super().start(prompt, method, formats)
+        shape, shared = prompt_shape(len(prompt), prompt.spans), len(self.head)
+        plan = plan_after(method, formats or Formats(), self.shape, shape, shared, STEPS * 2, None)
+        cache = QuestionCache(self.scene, plan, len(prompt), prompt.spans)
+        return cache, self.backend.prefill(prompt, None, cache)
+
+
+def scenes(
+    sides: Sequence[Side], images: int, method: Method, formats: Formats
+) -> tuple[list[SceneSide], list[Prompt]]:
+    """The same pictures looked at on each side, and the prompts of three questions about them."""
+    prompt, _ = random_prompt(sides[0].spec, 5, images=images)
+    end = prompt.spans[-1].start + prompt.spans[-1].length
+    head = Prompt(prompt.token_ids[:end], prompt.spans, prompt.pixel_values)
+    rng = np.random.default_rng(6)
+    texts = [tuple(map(int, rng.integers(10, 300, n))) for n in (9, 1, 30)]
+    questions = [Prompt(head.token_ids + text, head.spans, head.pixel_values) for text in texts]
+    return [SceneSide(side, head, method, formats) for side in sides], questions
 
 
 PAGES = 4096

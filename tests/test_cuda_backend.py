@@ -47,6 +47,7 @@ from tests.cuda_sides import (
     membership,
     random_prompt,
     run_both,
+    scenes,
 )
 
 
@@ -188,6 +189,17 @@ def test_the_whole_path_on_the_emulated_source(
     sides = [Side(backend_for(directory, PAGES, *rest)[0], spec, 2, PAGES) for rest in ((), (emulated, WARPS))]
     requests = [(random_prompt(spec, seed)[0], method, formats) for seed in range(sequences)]
     run_both(sides[0], sides[1], requests, 0.03, steps=STEPS if sequences > 1 else 2)
+
+
+@pytest.mark.slow
+def test_a_scene_on_the_emulated_source(checkpoint: Checkpoints, emulated: Callable[[str], EmulatedModule]) -> None:
+    """A question whose policy looks at its prompt's attention, which begins where the scene ends."""
+    directory, formats = checkpoint("llama-bf16"), Formats("exact", "int8", "int8")
+    backends = [backend_for(directory, PAGES, *rest)[0] for rest in ((), (emulated, WARPS))]
+    sides = [Side(backend, read_spec(directory), 2, PAGES) for backend in backends]
+    of_scenes, prompts = scenes(sides, 2, Full(), formats)
+    method = Avl(secondary=100, prefill_keep=100, core=30, prompt_mean=1)
+    run_both(*of_scenes, [(prompts[0], method, formats)], 0.03, steps=2)
 
 
 def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:

@@ -100,6 +100,9 @@ def test_what_is_recorded_and_what_is_not(checkpoint: Checkpoints) -> None:
         assert device.log[-1] == "synchronize"
         if reads_low_rank:
             assert launched == step * layers, "the kernels run once, with the new rows of all"
+            tables = next(reversed(ours.backend._steps.values())).tables
+            listed = np.diff(tables.offsets)[:, : len(caches)]
+            assert (listed > 0).tolist() == [[each is exact for each in caches]] * layers, "and read those of others"
 
 
 def test_neighbours_are_attended_by_the_kernels_as_without_low_rank_rows(checkpoint: Checkpoints) -> None:

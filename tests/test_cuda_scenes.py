@@ -7,17 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from avl_edge.budget import kv_plan, plan_after
-from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.config import Formats
+from avl_edge.models.decoder import Decoder
 from avl_edge.policies import Avl, Coarse, Distinct, Full, Method
 from avl_edge.request import Prompt
-from avl_edge.shared import QuestionCache, SceneCache
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice
-from tests.cuda_sides import STEP_OF, STEPS, Side, both, random_prompt, run_both
+from tests.cuda_sides import STEP_OF, SceneSide, both, random_prompt, run_both, scenes
 
 FORMATS = {
     "exact": Formats(),
@@ -38,43 +35,12 @@ PART: dict[str, Method] = {
 }
 
 
-class SceneSide(Side):
-    """A side on which requests that begin as its scene's prompt are questions about that; others are plain."""
-
-    @classmethod
-    def of(cls, side: Side, head: Prompt, method: Method, formats: Formats) -> SceneSide:
-        own = cls(side.backend, side.spec, side.backend._rows._store.keys.itemsize, side.pool.pages)
-        plan = kv_plan(method, formats, own.shape, prompt_shape(len(head), head.spans), 0)
-        own.head, own.scene = head, SceneCache(own.pool, plan, len(head), head.spans, own.shape.layers)
-        own.lent = [own.scene]
-        own.backend.look(head, own.backend.encode_images(head.pixel_values), own.scene)
-        return own
-
-    head: Prompt
-    scene: SceneCache
-
-    def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
-        if prompt.token_ids[: len(self.head)] != self.head.token_ids:
-            return super().start(prompt, method, formats)
-        shape, shared = prompt_shape(len(prompt), prompt.spans), len(self.head)
-        plan = plan_after(method, formats or Formats(), self.shape, shape, shared, STEPS * 2, None)
-        cache = QuestionCache(self.scene, plan, len(prompt), prompt.spans)
-        return cache, self.backend.prefill(prompt, None, cache)
-
-
 def _scenes(
     directory: Path, images: int, method: Method, formats: Formats
 ) -> tuple[SceneSide, SceneSide, HostDevice, list[Prompt]]:
-    """Both sides' scenes of the same pictures, and the prompts of three questions about them."""
     oracle, ours, device = both(directory)
-    prompt, _ = random_prompt(oracle.spec, 5, images=images)
-    end = prompt.spans[-1].start + prompt.spans[-1].length
-    head = Prompt(prompt.token_ids[:end], prompt.spans, prompt.pixel_values)
-    rng = np.random.default_rng(6)
-    texts = [tuple(map(int, rng.integers(10, 300, n))) for n in (9, 1, 30)]
-    sides = [SceneSide.of(side, head, method, formats) for side in (oracle, ours)]
-    questions = [Prompt(head.token_ids + text, head.spans, head.pixel_values) for text in texts]
-    return sides[0], sides[1], device, questions
+    sides, prompts = scenes([oracle, ours], images, method, formats)
+    return sides[0], sides[1], device, prompts
 
 
 @pytest.mark.parametrize("formats", FORMATS)
@@ -122,7 +88,9 @@ def test_scores_of_a_question_come_in_pieces(checkpoint: Checkpoints, monkeypatc
     assert launched.count("avl_prompt_logits") == ours.spec.text.layers * -(-31 // 7)
 
 
-def test_a_scene_is_there_when_look_returns(checkpoint: Checkpoints) -> None:
+def test_a_scene_is_there_when_look_returns(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody asked for its logits."""
+    monkeypatch.setattr(Decoder, "logits", None)
     *_, device, _ = _scenes(checkpoint("llama-mha"), 1, Full(), Formats())
     assert device.log == ["synchronize"]
 
