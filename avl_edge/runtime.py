@@ -166,7 +166,11 @@ class Runtime:
     def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
         smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
-        require(self._gpu is None, "rows on a GPU cannot be stored smaller while they are read: use the device cpu")
+        require(
+            self._gpu is None,
+            "no part of a GPU's rows can be handed back to the system, so that smaller ones would leave no more to "
+            "others: give a KV budget instead of a reserve, or use the device cpu",
+        )
         self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
 
     def follow(

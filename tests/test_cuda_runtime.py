@@ -134,7 +134,7 @@ def test_a_reserve_of_the_profile_does_not_forbid_the_gpu(
     arguments = ["run", "--prompt", "hi", "--device", "cuda", "--max-new-tokens", "2"]
     assert run_app(arguments) == 0
     assert run_app([*arguments, "--reserve", "1kB"]) == 2
-    assert "rows on a GPU cannot be stored smaller" in capsys.readouterr().err
+    assert "no part of a GPU's rows can be handed back to the system" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_command_ends_with_2(checkpoint: Checkpoints) -> None:

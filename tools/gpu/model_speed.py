@@ -21,7 +21,7 @@ from avl_edge.policies import Avl, Coarse, Full, Method
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
-from tools.gpu.place import Place, backend
+from tools.gpu.place import Place, backend, row_store
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36
 REQUESTS: tuple[tuple[Method, str], ...] = (
@@ -99,7 +99,7 @@ def measure(place: Place, model: Model, sizes: Sizes, method: Method, format_: s
         method, Formats(format_, format_, format_), shape, prompt_shape(len(prompt), prompt.spans), sizes.steps
     )
     pool = RowPool(batch * planned.pages, shape)
-    ours = backend(place, model.model, pool.pages)
+    ours = backend(place, model.model, row_store(place, model.model, pool.pages))
     caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
     start = time.perf_counter()
     for cache in caches:
