@@ -1,16 +1,13 @@
-"""The GPU backend beside the oracle: two sides given the same requests, and devices that only look at places."""
+"""The GPU backend beside the oracle: two sides that are given the same requests."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from avl_edge.backend import TorchBackend
 from avl_edge.budget import kv_plan, plan_after
@@ -18,7 +15,6 @@ from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.checkpoint import load_weights
 from avl_edge.config import Formats
 from avl_edge.models import Llava
-from avl_edge.models.rope import _KINDS, Rope
 from avl_edge.policies import H2O, Avl, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore
 from avl_edge.request import ImageSpan, Prompt
@@ -161,42 +157,3 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     assert (got.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max()
-
-
-class Elsewhere(HostDevice):
-    """A device whose tensors have shapes and places, but no values: what needs one raises."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device = torch.device("meta")
-
-
-class OneDevice(TorchDispatchMode):
-    """Refuses an operator over two devices, as a GPU would; numbers of no dimension may come from the CPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        places = {each.device.type for each in tensors if each.dim() or each.device.type == "meta"}
-        assert len(places) < 2, f"{func} over {places}"
-        return func(*args, **(kwargs or {}))
-
-
-class Nothing:
-    """A module whose kernels do nothing."""
-
-    def __init__(self, format_: str = "", launched: list[str] | None = None) -> None:
-        self.launched = [] if launched is None else launched
-        self._format = format_
-
-    def packed(self, format_: str) -> Nothing:
-        return Nothing(f"{format_} ", self.launched)
-
-    def launch(self, kernel: str, *_: object) -> None:
-        self.launched.append(self._format + kernel)
-
-
-class UncheckedRope(Rope):
-    """Without the look at its frequencies, at load, which have no values here."""
-
-    def __init__(self, head_dim: int, parameters: Mapping[str, Any]) -> None:
-        self._frequencies, self._magnitude = _KINDS[parameters["rope_type"]](head_dim, parameters)

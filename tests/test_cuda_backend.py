@@ -1,7 +1,6 @@
 """The GPU backend against the oracle, the torch backend on the CPU: the whole path from prompt to rows and tokens.
 
-No GPU is needed: `tests/cuda_on_cpu.py` brings a device that works at once, and kernels by reference or emulation. That
-no operator of the step mixes devices or waits for the host is checked with torch's fake tensors of a CUDA device.
+No GPU is needed: `tests/cuda_on_cpu.py` brings a device that works at once, and kernels by reference or emulation.
 """
 
 from __future__ import annotations
@@ -19,16 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avl_edge.cache import Selected, SequenceCache
-from avl_edge.checkpoint import load_weights
-from avl_edge.config import Formats, KvShape
-from avl_edge.cuda import FORMATS, Kernels, KernelShape, NoCuda, Pool
+from avl_edge.config import Formats
+from avl_edge.cuda import FORMATS, NoCuda
 from avl_edge.cuda_backend import CudaDevice
-from avl_edge.cuda_backend.model import load_model
-from avl_edge.cuda_backend.step import DecodeStep
 from avl_edge.cuda_backend.tables import Bucket, Reads, StepTables
 from avl_edge.policies import H2O, Avl, Coarse, Full, Method
-from avl_edge.pool import RowStore
-from avl_edge.request import ImageSpan
 from avl_edge.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import EmulatedModule, HostDevice, backend_for
@@ -38,11 +32,7 @@ from tests.cuda_sides import (
     PAGES,
     STEP_OF,
     STEPS,
-    Elsewhere,
-    Nothing,
-    OneDevice,
     Side,
-    UncheckedRope,
     both,
     membership,
     random_prompt,
@@ -345,56 +335,3 @@ def test_without_a_gpu_it_is_one_clear_line() -> None:
         CudaDevice()
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["exact", "int8", "int4"])
-def test_rows_are_packed_read_and_moved_where_they_lie(name: str) -> None:
-    """Whatever the host knows of them are ids, which may come from the CPU."""
-    store = RowStore(4, KvShape(1, 2, 32, 2), torch.float16, "meta")
-    ids, rows = torch.tensor([0, 9, 18]), torch.empty(3, 2, 32, dtype=torch.float16, device="meta")
-    with OneDevice():
-        store.write(ids, rows, rows, name)
-        assert {each.device.type for each in store.read(ids, name)} == {"meta"}
-        store.copy(ids, ids + 27, name)
-
-
-CHOICE = ("avl_log_sums", "avl_scores", "avl_nucleus")
-STEP_KINDS = {
-    "exact": (Bucket(2, 256, False), ["avl_append", "avl_attend", "avl_merge"]),
-    "scores": (Bucket(2, 256, True), ["avl_append", "avl_attend", "avl_merge", "avl_scores"]),
-    "packed": (
-        Bucket(2, 256, False, ("exact", "int8", "int4"), ("int8",)),
-        ["int8 avl_append", "avl_attend", "int8 avl_attend", "int4 avl_attend", "avl_merge"],
-    ),
-    "coarse": (
-        Bucket(2, 256, False, ("exact", "int8"), ("exact",), 256, ("int8",)),
-        ["avl_append", "int8 avl_look", *CHOICE, "avl_attend", "int8 avl_attend", "avl_merge"],
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", STEP_KINDS)
-def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    bucket, launched = STEP_KINDS[kind]
-    monkeypatch.setattr("avl_edge.models.decoder.Rope", UncheckedRope)
-    monkeypatch.setattr("avl_edge.cuda_backend.step.address", lambda _: 16)
-    spec, device, module = read_spec(checkpoint("llama3-rope")), Elsewhere(), Nothing()
-    with torch.inference_mode():
-        model = load_model(spec, load_weights(checkpoint("llama3-rope")), device.device)
-        kernels = Kernels(module, KernelShape(16, 2, "Half"), packed=module.packed)
-        pool = Pool(16, 16, 2, 32, 16, 32, 16)
-        step = DecodeStep(model, kernels, pool, device, bucket, splits=2)
-        with OneDevice():
-            step.run()
-            with pytest.raises(AssertionError, match="over"):
-                model.decoder.embed(torch.zeros(2, dtype=torch.int32))
-        assert all(output.device == device.device for output in step._outputs.values())
-        pixels = np.zeros((1, 3, spec.vision.image_size, spec.vision.image_size), dtype=np.float32)
-        features = model.encode_images(pixels)
-        assert features.shape == (1, spec.tokens_per_image, spec.text.hidden_size)
-        span = ImageSpan("", 1, spec.tokens_per_image)
-        embedded = model.embed((1,) * (spec.tokens_per_image + 3), (span,), features)
-        assert {features.device, embedded.device} == {device.device}
-    assert module.launched == launched * spec.text.layers

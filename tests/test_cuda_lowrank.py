@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from avl_edge.budget import kv_plan
-from avl_edge.cache import SequenceCache, prompt_shape
-from avl_edge.checkpoint import load_weights
 from avl_edge.config import Formats
-from avl_edge.cuda import Kernels, KernelShape, Pool
 from avl_edge.cuda_backend.low_rank import LowRankReads
-from avl_edge.cuda_backend.model import load_model
-from avl_edge.cuda_backend.step import DecodeStep
-from avl_edge.cuda_backend.tables import Bucket
 from avl_edge.policies import H2O, AttentionPack, Avl, Coarse, Full, Method
-from avl_edge.pool import RowPool, RowStore
-from avl_edge.spec import read_spec
-from avl_edge.stored import StoredRows
 from tests.conftest import Checkpoints
 from tests.cuda_sides import (
     STEP_OF,
-    Elsewhere,
-    Nothing,
-    OneDevice,
     Request,
     Side,
-    UncheckedRope,
     both,
     random_prompt,
     run_both,
@@ -125,83 +108,6 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
         expected = sides[0].backend.decode(tokens, held[0]).argmax(-1).tolist()
         tokens = sides[1].backend.decode_greedy(tokens, held[1])
         assert tokens == expected
-
-
-# No operator over two devices
-
-
-class Places:
-    """A model, rows and caches on a device without values; what a prompt would store is chosen by random scores."""
-
-    def __init__(self, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("avl_edge.models.decoder.Rope", UncheckedRope)
-        monkeypatch.setattr("avl_edge.cuda_backend.step.address", lambda _: 16)
-        self.spec, self.device = read_spec(checkpoint("llama3-rope")), Elsewhere()
-        with torch.inference_mode():
-            self.model = load_model(self.spec, load_weights(checkpoint("llama3-rope")), self.device.device)
-        self.shape = self.spec.text.kv_shape(self.model.dtype.itemsize)
-        self.pool = RowPool(1024, self.shape)
-        store = RowStore(1024, self.shape, self.model.dtype, "meta")
-        self.rows = StoredRows(store, self.model.decoder.angles)
-
-    def new_rows(self, count: int) -> tuple[Tensor, Tensor]:
-        size = (count, self.shape.kv_heads, self.shape.head_dim)
-        return torch.empty(size, dtype=self.model.dtype, device="meta"), torch.empty(
-            size, dtype=self.model.dtype, device="meta"
-        )
-
-    def start(self, method: Method, formats: Formats, seed: int) -> SequenceCache:
-        prompt, _ = random_prompt(self.spec, seed)
-        plan = kv_plan(method, formats, self.shape, prompt_shape(len(prompt), prompt.spans), 16)
-        cache = SequenceCache(self.pool, plan, len(prompt), prompt.spans, self.shape.layers)
-        rng = np.random.default_rng(seed)
-        for layer in range(self.shape.layers):
-            last, total = rng.random((2, len(prompt)))
-            stored = cache.store_prompt(layer, last, total)
-            self.rows.store_prompt(cache, layer, stored, *self.new_rows(len(prompt)))
-        return cache
-
-
-def test_a_step_with_low_rank_rows_stays_on_the_device(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows are fitted, written, read, attended and moved where they lie; of the host come ids alone."""
-    places, module = Places(checkpoint, monkeypatch), Nothing()
-    kernels = Kernels(module, KernelShape(16, 2, "Half"), packed=module.packed)
-    with torch.inference_mode(), OneDevice():
-        kinds: Sequence[tuple[Method, Formats]] = [
-            (AttentionPack(), PACK),
-            (Full(), Formats()),
-            (Avl(secondary=80, core=30, refresh=1), Formats("int8", "int4", "lowrank:8+int8")),
-        ]
-        caches = [places.start(*each, seed) for seed, each in enumerate(kinds)]
-        for cache in caches:
-            cache.begin_step()
-        layers = range(places.shape.layers)
-        reads = [[cache.rows_to_read(layer) for layer in layers] for cache in caches]
-        low = LowRankReads(places.rows, places.device, caches, reads, 0.25)
-        assert low.numbers == {0, 2}
-        bucket = Bucket(4, 256, False, ("exact", "int8"), ("exact", "int8"))
-        step = DecodeStep(places.model, kernels, Pool(16, 16, 2, 32, 16, 32, 16), places.device, bucket, splits=2)
-        step.run(low.attend)
-        weights = [each for of_layer in low._weights.values() for each in of_layer]
-        assert len(low._weights) == 2 * len(layers)
-        assert {each.device.type for each in weights} == {"meta"}
-        moved = 0
-        for cache, read in zip(caches, reads, strict=True):
-            for layer in layers:
-                count = sum(len(each.ids) for each in read[layer])
-                changes = cache.settle(layer, np.random.default_rng(layer).random(count))
-                moved += sum(len(each.before) for each in changes)
-                places.rows.move(cache, layer, changes)
-        assert moved, "between int4 and coefficients"
-
-
-def test_an_operator_over_two_devices_is_noticed(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = Places(checkpoint, monkeypatch)
-    monkeypatch.setattr(RowStore, "index", lambda _, ids: torch.from_numpy(ids.astype(np.int64)))
-    with torch.inference_mode(), OneDevice(), pytest.raises(AssertionError, match="over"):
-        places.start(AttentionPack(), PACK, 0)
 
 
 def test_an_interrupted_step_leaves_nothing_behind(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
