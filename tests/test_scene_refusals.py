@@ -98,7 +98,7 @@ def test_a_question_stays_with_its_runtime(runtime: Runtime, checkpoint: Checkpo
 
 
 def test_a_gpu_refuses_scenes(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avl_edge.runtime.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.places.cuda.CudaDevice", HostDevice)
     runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
     with pytest.raises(BadInput, match="the GPU serves no scenes"):
         runtime.look(IMAGES)

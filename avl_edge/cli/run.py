@@ -15,10 +15,11 @@ from rich.table import Table
 from .. import quality
 from ..config import Options, format_names, format_size
 from ..errors import BadInput
+from ..places import PLACES
 from ..policies import METHODS, Choice
 from ..prompt import ImageSource
 from ..request import Result
-from ..runtime import DEVICES, Runtime
+from ..runtime import Runtime
 from ..scheduler import Request
 from . import several
 from .reserve import Reserve, reserve_bytes, spoken
@@ -85,7 +86,7 @@ def run(
         str | None, typer.Option(help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.")
     ] = None,
     reserve: Reserve = None,
-    device: Annotated[str, typer.Option(help=f"Where to compute: {' or '.join(DEVICES)}, a GPU.")] = "cpu",
+    device: Annotated[str, typer.Option(help=f"Where to compute: {' or '.join(PLACES)}, a GPU.")] = "cpu",
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
