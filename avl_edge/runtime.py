@@ -250,6 +250,7 @@ class Runtime:
         with :class:`DoesNotFit`.
         """
         with self._lock:
+            self._end_step()  # again, where an interrupt cut the last one's short
             self._relieve()
             work = self._scheduler.next()
             stuck = self._scheduler.stuck if work is None else None
@@ -276,6 +277,7 @@ class Runtime:
             relief = Relief(self._monitor, self._pool, self._rows, self._scheduler, self._features)
             relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
+            self._stepping = False  # before any call, at which an interrupt may fall
             self._end_step()
 
     def _run(self, work: Work) -> None:
@@ -290,12 +292,13 @@ class Runtime:
             if not isinstance(error, Exception):
                 raise
         finally:
+            self._stepping = False  # before any call, at which an interrupt may fall
             self._end_step()
 
     def _end_step(self) -> None:
-        self._stepping = False
         while self._abandoned:
-            self.finish(self._abandoned.popleft(), "cancelled")
+            self.finish(self._abandoned[0], "cancelled")
+            self._abandoned.popleft()
         self.free_scenes()
 
     def _forward(self, work: Work) -> Iterator[int]:
