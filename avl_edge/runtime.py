@@ -21,7 +21,7 @@ from .features import FeatureCache
 from .follow import Follower, Wishes
 from .generation import Generation
 from .outcome import result_of
-from .places import PLACES, Place
+from .places import Place, open_place
 from .planning import DEFAULT_STREAMS, Planning
 from .pool import RowPool
 from .pressure import Limits, Monitor
@@ -69,17 +69,17 @@ class Runtime:
         self._follower: Follower | None = None
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str = "cpu") -> Runtime:
-        """Read and check the small files of ``model``: "demo", or a checkpoint directory (:class:`BadModel`).
+    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
+        """Read and check the small files of ``model``: "demo", the directory of a checkpoint (:class:`BadModel`), or of
+        a package that ``avl-edge build`` has made.
 
-        ``device`` names one of :data:`~avl_edge.places.PLACES`, which raises what is wrong with it.
+        ``device`` names one of :data:`~avl_edge.places.PLACES`, which raises what is wrong with it; None takes
+        tensorrt for a package, and the cpu for others.
         """
-        if device not in PLACES:
-            raise BadInput(f"there is no device {device!r}: choose one of {', '.join(PLACES)}")
         given = DEMO if model == "demo" else Path(model)
         if not os.fspath(model) or not given.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
-        place = PLACES[device](given)
+        place = open_place(given, device)
         spec = read_spec(place.directory)
         processor = Processor.open(
             place.directory,
@@ -96,7 +96,7 @@ class Runtime:
         cls,
         model: str | os.PathLike[str] = "demo",
         *,
-        device: str = "cpu",
+        device: str | None = None,
         pool_bytes: int | None = None,
         progress: Progress | None = None,
         reserve_bytes: int | None = None,
@@ -137,10 +137,15 @@ class Runtime:
             self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
             self.load_ms = 1000 * (time.perf_counter() - start)
 
+    @property
+    def can_keep_free(self) -> bool:
+        """Whether :meth:`keep_free` is served where the model runs."""
+        return self._place.no_relief is None
+
     def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
         smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
-        self._place.require_relief()
+        require(self.can_keep_free, self._place.no_relief or "")
         self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
 
     def follow(
@@ -222,7 +227,7 @@ class Runtime:
 
         Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        self._place.require_scenes()
+        require(self._place.no_scenes is None, self._place.no_scenes or "")
         return Scene.of(self, self._processor, self.kv_shape, images, checked_options(options))
 
     def free_scenes(self) -> None:

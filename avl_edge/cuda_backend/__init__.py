@@ -5,5 +5,16 @@ from __future__ import annotations
 from .backend import CudaBackend, is_served, require_served
 from .device import Accelerator, CudaDevice
 from .model import load_model
+from .tables import Bucket, Reads, StepTables
 
-__all__ = ["Accelerator", "CudaBackend", "CudaDevice", "is_served", "load_model", "require_served"]
+__all__ = [
+    "Accelerator",
+    "Bucket",
+    "CudaBackend",
+    "CudaDevice",
+    "Reads",
+    "StepTables",
+    "is_served",
+    "load_model",
+    "require_served",
+]

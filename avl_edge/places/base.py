@@ -34,6 +34,10 @@ class Place(ABC):
 
     most_rows: int | None = None
     """Of a pool; None where its memory is the only bound."""
+    no_scenes: str | None = None
+    """Why several questions cannot share a picture's rows here, and what to do instead; None where they can."""
+    no_relief: str | None = None
+    """Why rows cannot give memory back while requests run; None where they can."""
 
     def __init__(self, directory: Path) -> None:
         """Raises what is wrong with the device or the model's files."""
@@ -57,12 +61,6 @@ class Place(ABC):
         except BadInput:
             return False
         return True
-
-    def require_scenes(self) -> None:  # noqa: B027
-        """Raise :class:`BadInput` where several questions cannot share a picture's rows."""
-
-    def require_relief(self) -> None:  # noqa: B027
-        """Raise :class:`BadInput` where rows cannot give memory back while requests run."""
 
     @abstractmethod
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
