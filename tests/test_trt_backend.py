@@ -22,6 +22,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from tests.engines_on_cpu import GraphRunner
+from tools.gpu import engines
+from tools.gpu.place import CheckFailed
+from tools.gpu.report import Skipped
 
 PROMPT = "What is shown in this picture, and where?"
 SECOND = "Name it."
@@ -240,6 +243,19 @@ class TestOpen:
         build(Job.of(checkpoint("llama-gqa-full"), RECIPE), tmp_path / "out", "1.0")
         with pytest.raises(Mismatch, match=r"holds ONNX graphs but no engines: .* on the device"):
             Runtime.open(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tools/gpu's check of engines: the demo model, in float32 as ONNX Runtime takes it, against the CPU's bfloat16."""
+    monkeypatch.setattr(engines, "decoder_plugin", lambda: None)
+    with pytest.raises(Skipped, match="there is no tensorrt that takes plugins"):
+        engines.check_engines()
+    monkeypatch.setattr(engines, "decoder_plugin", lambda: Plugin(digest(), lambda _: None))
+    assert engines.check_engines("float32")["answers"] == 12
+    monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
+    with pytest.raises(CheckFailed, match="of 12 answers are not the CPU's"):
+        engines.check_engines("float32")
 
 
 def test_command(package: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
