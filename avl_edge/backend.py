@@ -56,6 +56,15 @@ class SceneBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class GreedyBackend(Backend, Protocol):
+    """A device that can choose tokens by itself."""
+
+    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
+        """As :meth:`decode`, but the likeliest token of each sequence."""
+        ...
+
+
 class TorchBackend:
     """The CPU path: torch, and the native attention kernel where it was built."""
 

@@ -26,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype = {"Half": "float16", "Bfloat": "bfloat16"}[shape.row]
         return reference_kernels(shape.head_dim, shape.group, getattr(torch, dtype))
 
-    monkeypatch.setattr("avl_edge.runtime.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.places.cuda.CudaDevice", HostDevice)
     monkeypatch.setattr(Kernels, "load", load)
 
 
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_cpu(checkpoint: Checkpoints, temperature: floa
 
 @pytest.mark.usefixtures("gpu")
 def test_greedy_answers_are_chosen_on_the_device(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaBackend, "decode", None)
+    monkeypatch.setattr(CudaBackend, "decode", lambda *_: pytest.fail("the logits came back"))
     runtime = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
     result = runtime.generate([], PROMPT, Options(method="full", max_new_tokens=5)).result()
     assert len(result.token_ids) == 5
