@@ -15,7 +15,7 @@ from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.checkpoint import load_weights
 from avl_edge.config import Formats
 from avl_edge.models import Llava
-from avl_edge.policies import H2O, Avl, FastV, Full, Method, Streaming
+from avl_edge.policies import H2O, AttentionPack, Avl, Distinct, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.shared import QuestionCache, SceneCache
@@ -30,6 +30,8 @@ METHODS: dict[str, Method] = {
     "h2o": H2O(),
     "fastv": FastV(),
     "streaming": Streaming(),
+    "attentionpack": AttentionPack(),
+    "distinct": Distinct(60),
 }
 FORMATS_OF: dict[str, Formats] = {
     "int8": Formats("int8", "int8", "int8"),

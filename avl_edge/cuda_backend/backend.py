@@ -4,7 +4,7 @@ Rows lie in device memory. Our kernels read exact ones and those packed in int8 
 softmax; low-rank rows are rebuilt and attended by torch's operators, there too. What waits for what:
 
 - Prefill: once per layer whose scores a policy asks for, since the policy chooses on the host which rows that layer
-  stores; and once at its end, for the logits.
+  stores, or for which a low-rank basis is fitted; and once at its end, for the logits. A scene likewise.
 - Decode: once per step. The host knows all row lists before the step, as policies only change the next one. It fills
   one block of numbers; a copy, one graph launch and the copies back are queued together. While the device works, the
   policies of sequences that look at no scores settle; then the host waits once, for the tokens and, in a step whose
@@ -22,8 +22,9 @@ numbers of splits do not depend on the bucket; the matrix products may, as their
 another batch, so that a sequence's last bits can change with its neighbours.
 
 A step in which somebody reads low-rank rows is not recorded: its operators are launched one by one, the weights still
-read once for the whole batch, and the others' rows by the kernels (:mod:`avl_edge.cuda_backend.low_rank`). A sequence
-whose low-rank rows are not read in a step (A-VL between two refreshes) does not keep it from being recorded.
+read once for the whole batch, and the others' rows by the kernels (:mod:`avl_edge.cuda_backend.low_rank`). The ids of
+low-rank rows are copied layer by layer, which nobody waits for either. A sequence whose low-rank rows are not read in a
+step (A-VL between two refreshes) does not keep it from being recorded.
 
 Shown on a CPU: the whole path on kernels by reference and by emulation, and that no operator of a step leaves the
 device or waits. Left to a GPU, which this has not seen yet: recording and replay, and the speed; tools/gpu/check.py is
