@@ -284,6 +284,9 @@ def test_a_models_steps_are_timed_with_the_bytes_that_they_read() -> None:
     assert (full["method"], avl["method"]) == ("full", "avl")
     assert avl["kv_bytes_per_step"] < full["kv_bytes_per_step"]
     assert full["step_ms"] > 0
+    pack = found["cases"][5]
+    assert (pack["method"], pack["format"]) == ("attentionpack", "exact/lowrank:64/lowrank:64@16")
+    assert pack["step_ms"] > 0
     assert found.keys() >= {"full_to_avl_step_at_1", "full_to_avl_step_at_2"}
     weights = model_speed.Model(HostPlace(), sizes).bytes
     per_layer = 4 * 128 * 128 + 3 * 128 * 64 + 2 * 128
