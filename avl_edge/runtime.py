@@ -70,26 +70,16 @@ class Runtime:
 
     @classmethod
     def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
-        """Read and check the small files of ``model``: "demo", the directory of a checkpoint (:class:`BadModel`), or of
-        a package that ``avl-edge build`` has made.
-
-        ``device`` names one of :data:`~avl_edge.places.PLACES`, which raises what is wrong with it; None takes
-        tensorrt for a package, and the cpu for others.
-        """
+        """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
+        of a built package. ``device``: one of :data:`~avl_edge.places.PLACES`, which raises what is wrong with it; None
+        takes tensorrt for a package, and the cpu for others."""
         given = DEMO if model == "demo" else Path(model)
         if not os.fspath(model) or not given.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
         place = open_place(given, device)
         spec = read_spec(place.directory)
-        processor = Processor.open(
-            place.directory,
-            image_token_id=spec.image_token_id,
-            tokens_per_image=spec.tokens_per_image,
-            vocab_size=spec.text.vocab_size,
-            image_size=spec.vision.image_size,
-        )
         name = "demo" if model == "demo" else given.resolve().name
-        return cls(name, place, spec, processor)
+        return cls(name, place, spec, Processor.of(spec, place.directory))
 
     @classmethod
     def load(

@@ -164,7 +164,7 @@ REFUSED = {
         "avl prunes after layer 1, by what the package cannot",
     ),
     "a choice within a step": (Options(method="coarse"), "coarse picks rows within a step, which an engine cannot"),
-    "a reserve": (None, "rows on a GPU cannot be stored smaller"),
+    "a reserve": (None, "no part of a GPU's rows can be handed back"),
 }
 
 
@@ -267,4 +267,4 @@ def test_command(package: Callable[..., Path], tmp_path: Path, capsys: pytest.Ca
     assert run_app([str(each) for each in [*arguments, "--stats"]]) == 0
     assert "rows read" in capsys.readouterr().err
     assert run_app([str(each) for each in [*arguments, "--reserve", "1kB"]]) == 2
-    assert "rows on a GPU cannot be stored smaller" in capsys.readouterr().err
+    assert "no part of a GPU's rows can be handed back" in capsys.readouterr().err

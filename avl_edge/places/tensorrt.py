@@ -18,6 +18,7 @@ from ..spec import ModelSpec
 from ..trt import Engine, digest
 from ..trt_backend import EngineBackend, Engines
 from .base import Loaded, Place
+from .cuda import Cuda
 
 _FORMATS = {"exact"}
 
@@ -26,7 +27,7 @@ class TensorRt(Place):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
     no_scenes = "engines serve no scenes: ask about the pictures one at a time, or use --device cpu"
-    no_relief = "rows on a GPU cannot be stored smaller while they are read: use --device cpu"
+    no_relief = Cuda.no_relief
 
     def __init__(self, directory: Path) -> None:
         """Raises :class:`~avl_edge.engine.BadPackage` where ``directory`` holds no package for this machine and
