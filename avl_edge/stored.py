@@ -80,14 +80,16 @@ class StoredRows:
         self, cache: SequenceCache, layer: int, read: Sequence[Selected], query: Tensor, scale: float
     ) -> tuple[Tensor, list[Tensor]]:
         """One query ``[H, d]`` over rows of any formats: what :func:`avl_edge.lowrank.attend` gives for them."""
-        return lowrank.attend(query, [self._read(cache, layer, each) for each in read], scale)
+        lists = [cache.rows.layers[layer].basis, *(each.ids for each in read), *(each.positions for each in read)]
+        basis, *rest = self._store.indices(lists)
+        places = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
+        rows = [self._read(each.format, ids, positions, basis) for each, ids, positions in places]
+        return lowrank.attend(query, rows, scale)
 
-    def _read(self, cache: SequenceCache, layer: int, selected: Selected) -> lowrank.Rows:
-        ids = self._store.index(selected.ids)
-        if not is_low_rank(selected):
-            return lowrank.Rows(*self._store.read(ids, selected.format))
-        basis = self._store.index(cache.rows.layers[layer].basis)
-        return self._low_rank.read(Format(selected.format), ids, basis, self._store.index(selected.positions))
+    def _read(self, name: str, ids: Tensor, positions: Tensor, basis: Tensor) -> lowrank.Rows:
+        if Format(name).rank is None:
+            return lowrank.Rows(*self._store.read(ids, name))
+        return self._low_rank.read(Format(name), ids, basis, positions)
 
     def move(self, cache: SequenceCache, layer: int, moved: Sequence[Moved]) -> None:
         """Convert rows that changed their format."""
