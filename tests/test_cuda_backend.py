@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from avl_edge.cache import Selected, SequenceCache
 from avl_edge.config import Formats
 from avl_edge.cuda import FORMATS, NoCuda
-from avl_edge.cuda_backend import CudaDevice
-from avl_edge.cuda_backend.tables import Bucket, Reads, StepTables
 from avl_edge.policies import H2O, Avl, Coarse, Full, Method
 from avl_edge.spec import read_spec
+from avl_edge.steps import Bucket, CudaDevice, Reads, StepTables
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import EmulatedModule, HostDevice, backend_for
 from tests.cuda_sides import (
@@ -216,7 +215,7 @@ def test_a_step_is_recorded_once_and_reads_its_lists_anew(checkpoint: Checkpoint
 
 
 def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avl_edge.cuda_backend.backend._RECORDED", 2)
+    monkeypatch.setattr("avl_edge.steps.recorded._KEPT", 2)
     _, ours, device = both(checkpoint("llama-mha"))
     caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(3)]
     for batch in (1, 2, 3, 3, 2, 1):

@@ -23,13 +23,13 @@ from avl_edge.cuda import Kernels, KernelShape, Pool
 from avl_edge.cuda_backend.low_rank import LowRankReads
 from avl_edge.cuda_backend.model import load_model
 from avl_edge.cuda_backend.step import DecodeStep
-from avl_edge.cuda_backend.tables import Bucket
 from avl_edge.models.rope import _KINDS, Rope
 from avl_edge.policies import AttentionPack, Avl, FastV, Full, Method
 from avl_edge.pool import RowStore
 from avl_edge.prefill import Prefill
 from avl_edge.request import ImageSpan
 from avl_edge.spec import read_spec
+from avl_edge.steps import Bucket
 from avl_edge.stored import StoredRows
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from .backend import CudaBackend
-from .device import Accelerator, CudaDevice
 from .model import load_model
-from .tables import Bucket, Reads, StepTables
 
-__all__ = ["Accelerator", "Bucket", "CudaBackend", "CudaDevice", "Reads", "StepTables", "load_model"]
+__all__ = ["CudaBackend", "load_model"]

@@ -15,7 +15,7 @@ softmax; low-rank rows are rebuilt and attended by torch's operators, there too.
 - Greedy tokens are chosen on the device (:meth:`CudaBackend.decode_greedy`); logits come back only where a sampler
   needs them (:meth:`CudaBackend.decode`).
 
-A decode step is recorded once for each :class:`~avl_edge.cuda_backend.tables.Bucket` and replayed: the row lists and
+A decode step is recorded once for each :class:`~avl_edge.steps.Bucket` and replayed: the row lists and
 their lengths are read from device memory, so that one recording serves any selection and every method. Formats that no
 sequence of the batch reads cost nothing: a step of exact rows launches what it would if there were no others. The
 numbers of splits do not depend on the bucket; the matrix products may, as their library chooses another algorithm for
@@ -33,7 +33,6 @@ for that.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,14 +47,11 @@ from ..pool import RowStore
 from ..prefill import Attention, Prefill
 from ..request import Prompt
 from ..shared import SceneCache
+from ..steps import Accelerator, Bucket, CudaDevice, Reads, RecordedSteps
 from ..stored import StoredRows, in_order
-from .device import Accelerator, CudaDevice
 from .low_rank import LowRankReads
 from .step import DecodeStep, address
-from .tables import Bucket, Reads
 
-_RECORDED = 12
-"""Steps that are kept; each holds its tables and scratch memory, tens of MB for a 7B model and a large batch."""
 _LOGITS_BYTES = 64 * 2**20
 """For the scores of a prompt, whose queries are taken in pieces that fit."""
 
@@ -79,7 +75,9 @@ class CudaBackend:
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
         self._scale = text.head_dim**-0.5
-        self._steps: OrderedDict[Bucket, DecodeStep] = OrderedDict()
+        self._steps = RecordedSteps(
+            lambda bucket: DecodeStep(model, kernels, self._pool, accelerator, bucket, self._splits)
+        )
         self._under_way = False
 
     @classmethod
@@ -152,7 +150,7 @@ class CudaBackend:
         low = LowRankReads(self._rows, self._accelerator, caches, [own.rows for own in reads], self._scale)
         listed = [own if number not in low.numbers else own.elsewhere for number, own in enumerate(reads)]
         scores = any(cache.wants_scores for number, cache in enumerate(caches) if number not in low.numbers)
-        step = self._step(Bucket.of(listed, scores))
+        step = self._steps.of(Bucket.of(listed, scores))
         step.tables.fill(token_ids, positions, np.stack(slots, axis=1), listed)
         self._under_way = True
         step.start(logits=logits, beside=low.attend if low.numbers else None)
@@ -183,16 +181,6 @@ class CudaBackend:
             read = reads.rows[layer]
             scores = in_order(read, [step.scores(layer, number, each.format) for each in read])
         self._rows.move(cache, layer, cache.settle(layer, scores))
-
-    def _step(self, bucket: Bucket) -> DecodeStep:
-        if bucket not in self._steps:
-            if len(self._steps) >= _RECORDED:
-                self._steps.popitem(last=False)
-            self._steps[bucket] = DecodeStep(
-                self._model, self._kernels, self._pool, self._accelerator, bucket, self._splits
-            )
-        self._steps.move_to_end(bucket)
-        return self._steps[bucket]
 
 
 def _reads(cache: SequenceCache, layers: range) -> Reads:

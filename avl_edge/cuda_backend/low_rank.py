@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..cache import Selected, SequenceCache, is_low_rank
+from ..steps import Accelerator
 from ..stored import StoredRows, in_order
-from .device import Accelerator
 
 
 class LowRankReads:

@@ -7,9 +7,10 @@ from pathlib import Path
 from .. import checkpoint
 from ..checkpoint import Progress
 from ..config import KvShape
-from ..cuda_backend import CudaBackend, CudaDevice, load_model
+from ..cuda_backend import CudaBackend, load_model
 from ..pool import RowStore
 from ..spec import ModelSpec
+from ..steps import CudaDevice
 from ..stored import StoredRows
 from .base import Loaded, Place
 

@@ -8,13 +8,13 @@ import torch
 
 from ..checkpoint import Progress
 from ..config import KvShape, PromptShape, require
-from ..cuda_backend import CudaDevice
 from ..device import probe
 from ..engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Target, open_package
 from ..export import decoder_bindings, vision_bindings
 from ..policies import Choice
 from ..pool import RowStore
 from ..spec import ModelSpec
+from ..steps import CudaDevice
 from ..trt import Engine, digest
 from ..trt_backend import EngineBackend, Engines
 from .base import Loaded, Place

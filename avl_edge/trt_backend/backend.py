@@ -11,7 +11,6 @@ engines themselves, recording and replay, and the speed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,19 +20,16 @@ import torch
 from torch import Tensor
 
 from ..cache import SequenceCache
-from ..cuda_backend import Accelerator, Bucket, Reads
 from ..engine import PROMPT
 from ..export import bindings as names
 from ..models.rope import Rope
 from ..pool import RowStore
 from ..request import Prompt
+from ..steps import Accelerator, Bucket, Reads, RecordedSteps
 from ..stored import StoredRows, distances, in_order
 from .engines import Buffers, Engines
 from .prompt import buffers, pruned_after, scores_of
 from .step import EngineStep
-
-_RECORDED = 12
-"""Steps that are kept; each holds its tables and outputs."""
 
 
 class EngineBackend:
@@ -54,7 +50,7 @@ class EngineBackend:
         self._memory = torch.empty(max(each.memory_bytes for each in runners), dtype=torch.uint8, device=device)
         for each in runners:
             each.take_memory(self._memory.data_ptr())
-        self._steps: OrderedDict[Bucket, EngineStep] = OrderedDict()
+        self._steps = RecordedSteps(lambda bucket: EngineStep(engines, store, accelerator, bucket))
         self._under_way = False
 
     @torch.inference_mode()
@@ -112,7 +108,7 @@ class EngineBackend:
         layers = range(self._engines.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
         reads = [Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text) for cache in caches]
-        step = self._step(self._bucket(reads, any(cache.wants_scores for cache in caches)))
+        step = self._steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
         step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
         self._under_way = True
         step.start(logits=logits)
@@ -135,11 +131,3 @@ class EngineBackend:
         found = Bucket.of(reads, scores)
         batch = min(found.batch, recipe.sequences)
         return replace(found, batch=batch, capacity=min(found.capacity, recipe.sequences * context))
-
-    def _step(self, bucket: Bucket) -> EngineStep:
-        if bucket not in self._steps:
-            if len(self._steps) >= _RECORDED:
-                self._steps.popitem(last=False)
-            self._steps[bucket] = EngineStep(self._engines, self._store, self._accelerator, bucket)
-        self._steps.move_to_end(bucket)
-        return self._steps[bucket]

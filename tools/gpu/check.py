@@ -23,9 +23,9 @@ import typer
 
 from avl_edge.checkpoint import load_weights
 from avl_edge.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
-from avl_edge.cuda_backend import CudaDevice
 from avl_edge.runtime import DEMO
 from avl_edge.spec import read_spec
+from avl_edge.steps import CudaDevice
 from tools.gpu import decode, model_speed, numerics, packed, report, speed
 from tools.gpu.place import GpuPlace, Place
 from tools.gpu.plugin import check_plugin

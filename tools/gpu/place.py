@@ -10,9 +10,10 @@ import torch
 
 from avl_edge.config import KvShape
 from avl_edge.cuda import Kernels, KernelShape
-from avl_edge.cuda_backend import Accelerator, CudaBackend, CudaDevice
+from avl_edge.cuda_backend import CudaBackend
 from avl_edge.models import Llava
 from avl_edge.pool import RowStore
+from avl_edge.steps import Accelerator, CudaDevice
 
 
 class CheckFailed(Exception):
