@@ -13,14 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import lowrank, native
-from .cache import SequenceCache, is_low_rank
-from .kernels import attend_parts, attend_prompt, coarse_weights, prompt_scores
+from . import native
+from .cache import Index, SequenceCache, is_low_rank
+from .kernels import attend_parts, coarse_weights, prompt_scores
 from .models import Llava
 from .pool import RowStore
+from .prefill import Attention, Prefill
 from .request import Prompt
 from .shared import SceneCache
-from .stored import StoredRows, distances, in_order, own_scores
+from .stored import StoredRows, in_order, own_scores
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
@@ -55,6 +56,15 @@ class SceneBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class GreedyBackend(Backend, Protocol):
+    """A device that can choose tokens by itself."""
+
+    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
+        """As :meth:`decode`, but the likeliest token of each sequence."""
+        ...
+
+
 class TorchBackend:
     """The CPU path: torch, and the native attention kernel where it was built."""
 
@@ -62,6 +72,7 @@ class TorchBackend:
         """``attend`` computes the decode attention; its contract is :func:`avl_edge.kernels.attend_parts`'s."""
         self._model = model
         self._rows = StoredRows(store, model.decoder.angles)
+        self._prefill = Prefill(model, self._rows, self._score)
         self._attend = attend
         self.name = "torch-cpu+native" if native.available() else "torch-cpu"
         self._kv_heads = model.spec.text.kv_heads
@@ -71,49 +82,13 @@ class TorchBackend:
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         return self._model.encode_images(pixels)
 
-    @torch.inference_mode()
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
-        decoder, begin = self._model.decoder, cache.begin
-        hidden = self._model.embed(prompt.token_ids[begin:], () if begin else prompt.spans, features)
-        positions = torch.arange(begin, len(prompt))
-        angles = decoder.angles(positions)
-        for index, layer in enumerate(decoder.layers):
-            query, key, value = layer.project(hidden, *angles)
-            if begin:
-                key, value = self._rows.after(cache, index, key, value)
-            attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache, index))
-            self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
-            attended = attended.transpose(0, 1)
-            if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
-                hidden = layer.finish(hidden[-1:], attended[-1:])
-                break
-            hidden = layer.finish(hidden, attended)
-            survivors = cache.prune_prompt(index, *scores)
-            if survivors is not None:
-                hidden, positions = hidden[survivors], positions[survivors]
-                angles = decoder.angles(positions)
-        return decoder.logits(hidden)[0]
+        return self._prefill.run(prompt, features, cache)
 
-    @torch.inference_mode()
     def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
-        decoder = self._model.decoder
-        hidden = self._model.embed(prompt.token_ids, prompt.spans, features)
-        angles = decoder.angles(torch.arange(len(prompt)))
-        for index, layer in enumerate(decoder.layers):
-            query, key, value = layer.project(hidden, *angles)
-            scores = (*self._score(query, key, cache.prompt_queries(index)), distances(value, cache, index))
-            self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
-            if index < len(decoder.layers) - 1:  # nothing after the last layer's rows is read
-                by_head = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-                hidden = layer.finish(hidden, attend_prompt(*by_head, self._scale).transpose(0, 1))
+        self._prefill.look(prompt, features, cache)
 
-    def _score(
-        self, query: Tensor, key: Tensor, queries: npt.NDArray[np.int64] | None
-    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-        if queries is None:
-            nothing = np.zeros(len(key), dtype=np.float32)
-            return nothing, nothing
+    def _score(self, query: Tensor, key: Tensor, queries: Index) -> Attention:
         last, total = prompt_scores(query.transpose(0, 1), key.transpose(0, 1), torch.from_numpy(queries), self._scale)
         return last.numpy(), total.numpy()
 
@@ -159,8 +134,9 @@ class TorchBackend:
                 if weights is not None and wants[number]:
                     scores[number] = own_scores(place, read[number], parts, weights)
         for number in low:
-            pieces = [self._rows.read(caches[number], layer, each) for each in read[number]]
-            attended[number], low_weights = lowrank.attend(query[number], pieces, self._scale)
+            attended[number], low_weights = self._rows.attend(
+                caches[number], layer, read[number], query[number], self._scale
+            )
             if wants[number]:
                 scores[number] = in_order(read[number], low_weights)
         return attended, scores

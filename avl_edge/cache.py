@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .budget import KvPlan
 from .config import PromptShape
 from .layout import Format
-from .policies import Method, PromptLayer, StepLayer
+from .policies import Method, PromptLayer, StepLayer, pruned
 from .pool import Moved, RowPool, SequenceRows
 from .pool.rows import Ids
 from .pool.sequence import LayerRows, Mask
@@ -166,11 +166,17 @@ class SequenceCache:
 
     def prune_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> Index | None:
         """Indices of the tokens that go on beyond ``layer``; None: all of them."""
-        keep = self.policy.prune_prompt(self._view(layer, last, total, distances))
-        if keep is None:
+        prune = self.policy.prunes(layer)
+        if prune is None:
             return None
-        self._positions = self._positions[keep]
-        return np.flatnonzero(keep)
+        survivors = np.flatnonzero(pruned(self._view(layer, last, total, distances), prune))
+        self.go_on(survivors)
+        return survivors
+
+    def go_on(self, survivors: Index) -> None:
+        """In the layers to come the prompt has only these of the tokens still in it, ascending: for a device that
+        prunes by itself, as the policy's :meth:`~avl_edge.policies.Policy.prunes` says."""
+        self._positions = self._positions[survivors]
 
     def _view(self, layer: int, last: Scores, total: Scores, distances: Scores) -> PromptLayer:
         positions, is_image = self.positions(layer), self.is_image(layer)

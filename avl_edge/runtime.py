@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from . import allocator, checkpoint, quality
-from .backend import Backend, SceneBackend, TorchBackend
-from .budget import KvPlan, fit, kv_plan
+from . import allocator
+from .backend import Backend, GreedyBackend, SceneBackend
 from .cache import SequenceCache, prompt_shape
 from .checkpoint import Progress
-from .config import KvShape, Options, PromptShape, checked_options, format_size, require
-from .cuda_backend import CudaBackend, CudaDevice, is_served, load_model, require_served
+from .config import Options, checked_options, format_size, require
 from .errors import BadInput, BadModel, DoesNotFit
 from .features import FeatureCache
-from .follow import Follower, Standing, Wishes
+from .follow import Follower, Wishes
 from .generation import Generation
-from .layout import page_bytes
-from .models import Llava
 from .outcome import result_of
-from .policies import Choice, Method
-from .pool import RowPool, RowStore
+from .places import Place, open_place
+from .planning import DEFAULT_STREAMS, Planning
+from .pool import RowPool
 from .pressure import Limits, Monitor
 from .profile import DeviceProfile
 from .prompt import ImageSource, Processor, check_sources
@@ -42,9 +37,6 @@ from .spec import ModelSpec, read_spec
 from .stored import StoredRows
 
 DEMO = Path(__file__).parent / "demo"
-DEVICES = ("cpu", "cuda")
-_DEFAULT_STREAMS = 4
-_DEFAULT_POOL_LIMIT = 4 * 2**30
 _WAIT_SECONDS = 0.02
 _NO_ROOM = "open scenes hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
 
@@ -57,62 +49,44 @@ class Runtime:
     One lock guards the loop: several threads may iterate their generations.
     """
 
-    def __init__(
-        self,
-        name: str,
-        directory: Path,
-        spec: ModelSpec,
-        processor: Processor,
-        shape: KvShape,
-        gpu: CudaDevice | None = None,
-    ) -> None:
+    def __init__(self, name: str, place: Place, spec: ModelSpec, processor: Processor) -> None:
         self.name = name
         self.spec = spec
-        self.kv_shape = shape
+        self.kv_shape = spec.text.kv_shape(place.dtype.itemsize)
         self.load_ms = 0.0
-        self._directory = directory
+        self._place = place
+        self._planning = Planning(place, spec, self.kv_shape)
         self._processor = processor
-        self._gpu = gpu
         self._lock = threading.RLock()
         self._stepping = False
         self._abandoned: deque[Running] = deque()
-        self._pool = RowPool(0, shape)
+        self._pool = RowPool(0, self.kv_shape)
         self._backend: Backend | None = None
-        self._scheduler = Scheduler(self._pool, shape.layers)
+        self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
         self._rows: StoredRows | None = None
         self._features: FeatureCache | None = None
         self._monitor: Monitor | None = None
         self._follower: Follower | None = None
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str = "cpu") -> Runtime:
-        """Read and check the small files of ``model``: "demo", or a checkpoint directory (:class:`BadModel`).
-
-        ``device`` is one of :data:`DEVICES`; :class:`~avl_edge.cuda.NoCuda` where that one is not here.
-        """
-        if device not in DEVICES:
-            raise BadInput(f"there is no device {device!r}: choose one of {', '.join(DEVICES)}")
-        gpu = CudaDevice() if device == "cuda" else None
-        directory = DEMO if model == "demo" else Path(model)
-        if not os.fspath(model) or not directory.is_dir():
+    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
+        """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
+        of a built package. ``device``: one of :data:`~avl_edge.places.PLACES`, which raises what is wrong with it; None
+        takes tensorrt for a package, and the cpu for others."""
+        given = DEMO if model == "demo" else Path(model)
+        if not os.fspath(model) or not given.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
-        spec = read_spec(directory)
-        shape = spec.text.kv_shape(checkpoint.stored_dtype(directory).itemsize)
-        processor = Processor.open(
-            directory,
-            image_token_id=spec.image_token_id,
-            tokens_per_image=spec.tokens_per_image,
-            vocab_size=spec.text.vocab_size,
-            image_size=spec.vision.image_size,
-        )
-        return cls("demo" if model == "demo" else directory.resolve().name, directory, spec, processor, shape, gpu)
+        place = open_place(given, device)
+        spec = read_spec(place.directory)
+        name = "demo" if model == "demo" else given.resolve().name
+        return cls(name, place, spec, Processor.of(spec, place.directory))
 
     @classmethod
     def load(
         cls,
         model: str | os.PathLike[str] = "demo",
         *,
-        device: str = "cpu",
+        device: str | None = None,
         pool_bytes: int | None = None,
         progress: Progress | None = None,
         reserve_bytes: int | None = None,
@@ -144,29 +118,24 @@ class Runtime:
                 raise BadInput("the weights are loaded already: open another Runtime for another pool")
             allocator.bound()
             start = time.perf_counter()
-            pages = self._pool_pages(pool_bytes)
-            model, place = self._load_model(progress)
-            store = RowStore(pages, self.kv_shape, model.dtype, place)
-            backend: Backend = TorchBackend(model, store)
-            if self._gpu is not None:
-                backend = CudaBackend.on_gpu(model, store, self._gpu)
-            self._rows = StoredRows(store, model.decoder.angles)
+            pages = self._planning.pool_pages(pool_bytes)
+            loaded = self._place.load(self.spec, self.kv_shape, pages, progress)
+            backend, self._rows = loaded.backend, loaded.rows
             self._pool = RowPool(pages, self.kv_shape)
             self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
             self._backend = backend
             self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
             self.load_ms = 1000 * (time.perf_counter() - start)
 
-    def _load_model(self, progress: Progress | None) -> tuple[Llava, str]:
-        weights = checkpoint.load_weights(self._directory, progress)
-        if self._gpu is None:
-            return Llava(self.spec, weights), "cpu"
-        return load_model(self.spec, weights, self._gpu.device), str(self._gpu.device)
+    @property
+    def can_keep_free(self) -> bool:
+        """Whether :meth:`keep_free` is served where the model runs."""
+        return self._place.no_relief is None
 
     def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
         smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
-        require(self._gpu is None, "rows on a GPU cannot be stored smaller while they are read: use the device cpu")
+        require(self.can_keep_free, self._place.no_relief or "")
         self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
 
     def follow(
@@ -174,7 +143,7 @@ class Runtime:
         profiles: Sequence[DeviceProfile] = (),
         *,
         follow_device: bool = True,
-        streams: int = _DEFAULT_STREAMS,
+        streams: int = DEFAULT_STREAMS,
         target_ms_per_token: float | None = None,
         root: str | os.PathLike[str] = "/",
     ) -> None:
@@ -184,20 +153,9 @@ class Runtime:
         With ``follow_device`` the profile is that of the machine in its present power mode, matched anew for each
         request: ``profiles`` (of this machine) before those that are shipped. Without it, the first of ``profiles``.
         """
-        model = shape_of_checkpoint(self._directory, self.name)
+        model = shape_of_checkpoint(self._place.directory, self.name)
         wishes = Wishes(streams, target_ms_per_token)
         self._follower = Follower(model, wishes, profiles, follows=follow_device, root=os.fspath(root))
-
-    def _pool_pages(self, pool_bytes: int | None) -> int:
-        page = page_bytes(self.kv_shape)
-        if pool_bytes is None:
-            context = self.spec.text.context * self.kv_shape.layers * self.kv_shape.row_bytes
-            return min(_DEFAULT_STREAMS * -(-context // page), _DEFAULT_POOL_LIMIT // page)
-        if not isinstance(pool_bytes, int) or pool_bytes < page:
-            raise BadInput(
-                f"pool_bytes must be a whole number of bytes, at least one page of {page}, not {pool_bytes!r}"
-            )
-        return pool_bytes // page
 
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
@@ -206,19 +164,11 @@ class Runtime:
         """
         options = checked_options(options)
         check_sources(images)
-        settings = self._settings(options)
-        first = next(settings)
         token_ids, spans = self._processor.lay_out(len(images), prompt)
         max_new_tokens = self.new_tokens(len(token_ids), options)
-        shape = prompt_shape(len(token_ids), spans)
-        settings = itertools.chain((first,), settings)
         standing = self._follower.look() if self._follower else None
-        if standing and options.preset is None:
-            plan = self._plan_on(standing, options, settings, shape, max_new_tokens - 1)
-        else:
-            plan = self._plan(options, settings, shape, max_new_tokens - 1)
-        if self._gpu is not None:
-            require_served(plan.formats)
+        pages = self._pool.pages or self._planning.pool_pages(None)
+        plan = self._planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, standing)
         device = standing.stats if standing else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
@@ -231,34 +181,6 @@ class Runtime:
                 f"{self.spec.text.context}: ask a shorter question or give fewer images"
             )
         return min(options.max_new_tokens, room)
-
-    def _plan_on(
-        self, standing: Standing, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int
-    ) -> KvPlan[Method]:
-        """By the profile of the device: a method's own defaults where they fit, then what fits."""
-        budget = options.kv_budget_bytes
-        if budget is None and standing.kv_budget is not None:
-            pool = (self._pool.pages or self._pool_pages(None)) * page_bytes(self.kv_shape)
-            budget = min(standing.kv_budget, pool)
-            settings = itertools.chain(settings, self._settings(replace(options, kv_budget=budget)))
-        return fit(standing.in_time(settings, shape, steps), self.kv_shape, shape, steps, budget)
-
-    def _settings(self, options: Options) -> Iterator[Choice]:
-        if options.preset is None:
-            fitted = options.kv_budget_bytes is not None
-            found = quality.choices(options.method, options.parameters, fitted, options.formats, self.kv_shape)
-            if self._gpu is None or options.method or options.formats:
-                return found
-            return (choice for choice in found if is_served(choice.formats))  # what nobody asked for is not refused
-        return quality.preset(options.preset).choices()
-
-    def _plan(self, options: Options, settings: Iterator[Choice], shape: PromptShape, steps: int) -> KvPlan[Method]:
-        # A share is one of a picture's rows: of a text alone there is nothing to leave out.
-        share = quality.preset(options.preset).share if options.preset and shape.images else None
-        if share is None:
-            return fit(settings, self.kv_shape, shape, steps, options.kv_budget_bytes)
-        found = quality.at_share(list(settings), share, shape, self.kv_shape, f"the preset {options.preset}")
-        return kv_plan(found.method, found.formats, self.kv_shape, shape, steps)
 
     def submit(self, request: Request) -> Generation:
         """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
@@ -295,7 +217,7 @@ class Runtime:
 
         Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        require(self._gpu is None, "the GPU serves no scenes: ask about the pictures with generate, or use the cpu")
+        require(self._place.no_scenes is None, self._place.no_scenes or "")
         return Scene.of(self, self._processor, self.kv_shape, images, checked_options(options))
 
     def free_scenes(self) -> None:
@@ -323,6 +245,7 @@ class Runtime:
         with :class:`DoesNotFit`.
         """
         with self._lock:
+            self._end_step()  # again, where an interrupt cut the last one's short
             self._relieve()
             work = self._scheduler.next()
             stuck = self._scheduler.stuck if work is None else None
@@ -349,6 +272,7 @@ class Runtime:
             relief = Relief(self._monitor, self._pool, self._rows, self._scheduler, self._features)
             relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
+            self._stepping = False  # before any call, at which an interrupt may fall
             self._end_step()
 
     def _run(self, work: Work) -> None:
@@ -363,12 +287,13 @@ class Runtime:
             if not isinstance(error, Exception):
                 raise
         finally:
+            self._stepping = False  # before any call, at which an interrupt may fall
             self._end_step()
 
     def _end_step(self) -> None:
-        self._stepping = False
         while self._abandoned:
-            self.finish(self._abandoned.popleft(), "cancelled")
+            self.finish(self._abandoned[0], "cancelled")
+            self._abandoned.popleft()
         self.free_scenes()
 
     def _forward(self, work: Work) -> Iterator[int]:
@@ -379,7 +304,7 @@ class Runtime:
             return iter([sequence.sampler(self._prefill(self._backend, sequence))])
         tokens = [sequence.token_ids[-1] for sequence in work.sequences]
         caches = [_cache(sequence) for sequence in work.sequences]
-        if isinstance(self._backend, CudaBackend) and all(sequence.sampler.greedy for sequence in work.sequences):
+        if isinstance(self._backend, GreedyBackend) and all(sequence.sampler.greedy for sequence in work.sequences):
             return iter(self._backend.decode_greedy(tokens, caches))
         logits = self._backend.decode(tokens, caches)
         return (sequence.sampler(own) for sequence, own in zip(work.sequences, logits, strict=True))

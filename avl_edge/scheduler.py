@@ -153,12 +153,19 @@ class Scheduler:
 
     def next(self) -> Work | None:
         """What to do now; None when nothing is running or can be admitted."""
-        sequence = None if self.is_held else self._first()
+        sequence = self._begun() or (None if self.is_held else self._first())
         if sequence:
-            self._waiting.remove(sequence)
-            self._running.append(sequence)
+            # In both lists for a moment, rather than in none: an interrupt may fall in between.
+            if sequence not in self._running:
+                self._running.append(sequence)
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
             return Work((sequence,), prefill=True)
         return Work(tuple(self._running), prefill=False) if self._running else None
+
+    def _begun(self) -> Running | None:
+        """Who was let in by a step that an interrupt ended before it did anything."""
+        return next((each for each in self._running if each.cache is None), None)
 
     def _first(self) -> Running | None:
         """Who is admitted now: the first of the queue if it fits. Where nobody runs, whose end it could wait for, the

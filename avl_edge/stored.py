@@ -9,11 +9,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from . import lowrank
 from .cache import Selected, SequenceCache, is_low_rank
 from .config import Formats
 from .kernels import Part, value_distances
 from .layout import Format
-from .lowrank import LowRankRows, Rows
+from .lowrank import LowRankRows
 from .pool import Moved, RowStore
 from .pool.smaller import Demotion, crowd
 
@@ -37,20 +38,22 @@ class StoredRows:
         ranks = [Format(each.format).basis_rows for each in stored if is_low_rank(each)]
         if ranks:
             places, positions = cache.stored_images(stored)
-            basis = cache.rows.take_basis(layer, ranks[0])
-            self._low_rank.begin(_index(basis), keys[places], values[places], _index(positions))
+            basis, chosen = self._store.index(cache.rows.take_basis(layer, ranks[0])), self._store.index(places)
+            self._low_rank.begin(basis, keys[chosen], values[chosen], self._store.index(positions))
         for each in stored:
-            self._write(cache, layer, each.format, each.ids, each.positions, keys[each.places], values[each.places])
+            chosen = self._store.index(each.places)
+            self._write(cache, layer, each.format, each.ids, each.positions, keys[chosen], values[chosen])
 
     def after(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A prompt's ``keys`` and ``values`` ``[m, H_kv, d]`` behind those of the tokens before its cache's ``begin``,
         as many as the layer has, read from their rows."""
         before = cache.rows_before(layer)
         count = sum(len(each.ids) for each in before)
-        every = [torch.empty(count + len(new), *new.shape[1:], dtype=new.dtype) for new in (keys, values)]
+        every = [new.new_empty(count + len(new), *new.shape[1:]) for new in (keys, values)]
         for each in before:
-            for rows, held in zip(every, self._store.read(_index(each.ids), each.format), strict=True):
-                rows[each.places] = held
+            places = self._store.index(each.places)
+            for rows, held in zip(every, self._store.read(self._store.index(each.ids), each.format), strict=True):
+                rows[places] = held
         for rows, new in zip(every, (keys, values), strict=True):
             rows[count:] = new
         return every[0], every[1]
@@ -73,13 +76,20 @@ class StoredRows:
             parts.append(Part(name, keys, values, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(offsets)))
         return parts
 
-    def read(self, cache: SequenceCache, layer: int, selected: Selected) -> Rows:
-        """Rows of any format for :func:`avl_edge.lowrank.attend`."""
-        ids = _index(selected.ids)
-        if not is_low_rank(selected):
-            return Rows(*self._store.read(ids, selected.format))
-        basis = _index(cache.rows.layers[layer].basis)
-        return self._low_rank.read(Format(selected.format), ids, basis, _index(selected.positions))
+    def attend(
+        self, cache: SequenceCache, layer: int, read: Sequence[Selected], query: Tensor, scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One query ``[H, d]`` over rows of any formats: what :func:`avl_edge.lowrank.attend` gives for them."""
+        lists = [cache.rows.layers[layer].basis, *(each.ids for each in read), *(each.positions for each in read)]
+        basis, *rest = self._store.indices(lists)
+        places = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
+        rows = [self._read(each.format, ids, positions, basis) for each, ids, positions in places]
+        return lowrank.attend(query, rows, scale)
+
+    def _read(self, name: str, ids: Tensor, positions: Tensor, basis: Tensor) -> lowrank.Rows:
+        if Format(name).rank is None:
+            return lowrank.Rows(*self._store.read(ids, name))
+        return self._low_rank.read(Format(name), ids, basis, positions)
 
     def move(self, cache: SequenceCache, layer: int, moved: Sequence[Moved]) -> None:
         """Convert rows that changed their format."""
@@ -117,18 +127,18 @@ class StoredRows:
 
     def _carry(self, moves: Iterable[tuple[str, npt.NDArray[np.int32], npt.NDArray[np.int32]]]) -> None:
         for name, before, after in moves:
-            self._store.copy(_index(before), _index(after), name)
+            self._store.copy(self._store.index(before), self._store.index(after), name)
 
     def give_back(self, pages: npt.NDArray[np.int64]) -> int:
         """Hand the memory of the pool's free ``pages`` back to the operating system; how many bytes went."""
         return self._store.give_back(pages)
 
     def _dense(self, cache: SequenceCache, layer: int, moved: Moved) -> tuple[Tensor, Tensor]:
-        form, ids = Format(moved.old_format), _index(moved.before)
+        form, ids = Format(moved.old_format), self._store.index(moved.before)
         if form.rank is None:
             return self._store.read(ids, form.name)
-        basis = _index(cache.rows.layers[layer].basis)
-        return self._low_rank.dense(form, ids, basis, _index(moved.positions))
+        basis = self._store.index(cache.rows.layers[layer].basis)
+        return self._low_rank.dense(form, ids, basis, self._store.index(moved.positions))
 
     def _write(
         self,
@@ -141,10 +151,10 @@ class StoredRows:
         values: Tensor,
     ) -> None:
         if Format(name).rank is None:
-            self._store.write(_index(ids), keys, values, name)
+            self._store.write(self._store.index(ids), keys, values, name)
             return
-        basis = _index(cache.rows.layers[layer].basis)
-        self._low_rank.write(Format(name), _index(ids), basis, keys, values, _index(positions))
+        basis = self._store.index(cache.rows.layers[layer].basis)
+        self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, self._store.index(positions))
 
 
 def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[np.floating]:
@@ -175,10 +185,6 @@ def in_order(selected: Sequence[Selected], scores: Sequence[Tensor]) -> npt.NDAr
     for each, weights in zip(selected, scores, strict=True):
         ordered[each.places] = weights.numpy()
     return ordered
-
-
-def _index(ids: npt.NDArray[np.integer]) -> Tensor:
-    return torch.from_numpy(ids.astype(np.int64))
 
 
 def _ids_of(name: str, selected: Sequence[Selected]) -> npt.NDArray[np.int32]:

@@ -93,7 +93,7 @@ class Kernels:
         self,
         name: str,
         grid: tuple[int, ...],
-        *arguments: Tensor | int | None,
+        *arguments: Tensor | int | ctypes.c_void_p | None,
         backwards: bool = False,
         format_: str | None = None,
     ) -> None:
@@ -102,6 +102,8 @@ class Kernels:
         values = [
             ctypes.c_int32(argument)
             if isinstance(argument, int)
+            else argument
+            if isinstance(argument, ctypes.c_void_p)
             else ctypes.c_void_p(None if argument is None else argument.data_ptr())
             for argument in arguments
         ]
@@ -218,12 +220,13 @@ class Kernels:
         return found
 
     def prompt_scores(self, query: Tensor, keys: Tensor, positions: Tensor, summed: int, total: Tensor) -> Tensor:
-        """Query [H, n, d] and keys [H_kv, n, d] of any strides; adds to `total`, returns `last`."""
-        heads, n, _ = query.shape
+        """Query [H, w, d] of the last w tokens, keys [H_kv, n, d], of any strides; adds to `total`, returns `last`."""
+        (heads, w, _), n = query.shape, keys.shape[1]
+        first = ctypes.c_void_p(query.data_ptr() - (n - w) * query.stride(1) * query.itemsize)
         queries = positions.numel()
         logits, log_sums, last = unwritten(queries, heads, n), unwritten(queries, heads), unwritten(n)
         strides = (query.stride(1), query.stride(0), keys.stride(1), keys.stride(0))
-        self.launch("avl_prompt_logits", (keys.shape[0], 2), query, keys, positions, n, queries, *strides, logits)
+        self.launch("avl_prompt_logits", (keys.shape[0], 2), first, keys, positions, n, queries, *strides, logits)
         self.launch(
             "avl_prompt_log_sums", (-(-queries * heads // self.shape.warps),), logits, n, queries * heads, log_sums
         )

@@ -1,170 +1,64 @@
 """The GPU backend against the oracle, the torch backend on the CPU: the whole path from prompt to rows and tokens.
 
-No GPU is needed: `tests/cuda_on_cpu.py` brings a device that works at once, and kernels by reference or emulation. That
-no operator of the step mixes devices or waits for the host is checked with torch's fake tensors of a CUDA device.
+No GPU is needed: `tests/cuda_on_cpu.py` brings a device that works at once, and kernels by reference or emulation.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from avl_edge.backend import TorchBackend
-from avl_edge.budget import kv_plan
-from avl_edge.cache import Selected, SequenceCache, prompt_shape
-from avl_edge.checkpoint import load_weights
-from avl_edge.config import Formats, KvShape
-from avl_edge.cuda import FORMATS, Kernels, KernelShape, NoCuda, Pool
-from avl_edge.cuda_backend import CudaDevice
-from avl_edge.cuda_backend.model import load_model
-from avl_edge.cuda_backend.step import DecodeStep
-from avl_edge.cuda_backend.tables import Bucket, Reads, StepTables
-from avl_edge.errors import BadInput
-from avl_edge.models import Llava
-from avl_edge.models.rope import _KINDS, Rope
-from avl_edge.policies import H2O, Avl, Coarse, FastV, Full, Method, Streaming
-from avl_edge.pool import RowPool, RowStore
-from avl_edge.request import ImageSpan, Prompt
-from avl_edge.spec import ModelSpec, read_spec
+from avl_edge.cache import Selected, SequenceCache
+from avl_edge.config import Formats
+from avl_edge.cuda import FORMATS, NoCuda
+from avl_edge.policies import H2O, Avl, Coarse, Full, Method
+from avl_edge.spec import read_spec
+from avl_edge.steps import Bucket, CudaDevice, Reads, StepTables
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import EmulatedModule, HostDevice, backend_for
-
-METHODS: dict[str, Method] = {
-    "full": Full(),
-    "avl": Avl(refresh=3, text_floor=4),
-    "avl-often": Avl(prefill_keep=80, secondary=60, core=20, refresh=2, text_keep=50, text_floor=2, prune_layer=1),
-    "avl-mean": Avl(prompt_mean=1, text_keep=100),
-    "h2o": H2O(),
-    "fastv": FastV(),
-    "streaming": Streaming(),
-}
-FORMATS_OF: dict[str, Formats] = {
-    "int8": Formats("int8", "int8", "int8"),
-    "int4": Formats("int4", "int4", "int4"),
-    "falling": Formats("exact", "int8", "int4"),
-    "text packed": Formats("int8", "exact", "int8"),
-}
-# Text is packed as it comes, where the two sides' last bits differ: one may round to the next number.
-STEP_OF = {"exact": 1e-4, "int8": 1 / 254, "int4": 1 / 14}
-STEPS = 8
-Request = tuple[Prompt, Method, Formats]
-
-
-def _prompt(spec: ModelSpec, seed: int, text: int = 12, images: int = 1) -> tuple[Prompt, np.ndarray | None]:
-    """A prompt with pictures in its middle, and their pixels."""
-    rng = np.random.default_rng(seed)
-    length = spec.tokens_per_image
-    ids = rng.integers(10, 300, text + images * length + text // 2)
-    spans = tuple(ImageSpan(f"{seed}{i}", 3 + text // 2 + i * (length + 1), length) for i in range(images))
-    side = spec.vision.image_size
-    pixels = rng.standard_normal((images, 3, side, side), dtype=np.float32) if images else None
-    return Prompt(tuple(map(int, ids)), spans, pixels), pixels
-
-
-class Side:
-    """One backend with a pool of its own, and the sequences on it."""
-
-    def __init__(self, backend: Any, spec: ModelSpec, itemsize: int, pages: int) -> None:
-        self.backend, self.spec = backend, spec
-        self.shape = spec.text.kv_shape(itemsize)
-        self.pool = RowPool(pages, self.shape)
-
-    def admit(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> SequenceCache:
-        shape = prompt_shape(len(prompt), prompt.spans)
-        planned = kv_plan(method, formats or Formats(), self.shape, shape, STEPS * 2)
-        return SequenceCache(self.pool, planned, len(prompt), prompt.spans, self.shape.layers)
-
-    def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
-        cache = self.admit(prompt, method, formats)
-        features = None if prompt.pixel_values is None else self.backend.encode_images(prompt.pixel_values)
-        return cache, self.backend.prefill(prompt, features, cache)
-
-
-PAGES = 4096
-
-
-def _both(directory: Path, module: Any = None, warps: int = 4) -> tuple[Side, Side, HostDevice]:
-    spec = read_spec(directory)
-    model = Llava(spec, load_weights(directory))
-    oracle = TorchBackend(model, RowStore(PAGES, spec.text.kv_shape(model.dtype.itemsize), model.dtype))
-    backend, device = backend_for(directory, PAGES, module, warps)
-    sides = [Side(each, spec, model.dtype.itemsize, PAGES) for each in (oracle, backend)]
-    return sides[0], sides[1], device
-
-
-def _membership(cache: SequenceCache) -> list[tuple[list[int], list[int], list[bool]]]:
-    """Which tokens each layer holds, and in which tier, whatever rows they lie in."""
-    return [(r.text_positions.tolist(), r.image_positions.tolist(), r.core.tolist()) for r in cache.rows.layers]
-
-
-def _run_both(oracle: Side, ours: Side, requests: Sequence[Request], tolerance: float, steps: int = STEPS) -> None:
-    """Sequences join one after the other; every step's logits and rows are compared, the oracle's tokens go on."""
-    held: list[list[SequenceCache]] = [[], []]
-    tokens: list[int] = []
-    waiting = list(requests)
-    for turn in range(steps + len(waiting)):
-        if waiting:
-            request = waiting.pop(0)
-            started = [side.start(*request) for side in (oracle, ours)]
-            for caches, (cache, _) in zip(held, started, strict=True):
-                caches.append(cache)
-            _close(started[1][1], started[0][1], tolerance)
-            tokens.append(int(started[0][1].argmax()))
-        expected, got = (side.backend.decode(tokens, caches) for side, caches in zip((oracle, ours), held, strict=True))
-        _close(got, expected, tolerance)
-        for theirs, own in zip(*held, strict=True):
-            assert _membership(own) == _membership(theirs), turn
-            assert [getattr(own, name) for name in COUNTS] == [getattr(theirs, name) for name in COUNTS]
-        tokens = expected.argmax(-1).tolist()
-        if turn == 4 and len(tokens) > 1:  # somebody leaves: the batch changes its bucket and its order
-            for side, caches in zip((oracle, ours), held, strict=True):
-                caches.pop(0).close()
-                side.pool.check_integrity(cache.rows for cache in caches)
-            tokens.pop(0)
-
-
-COUNTS = ("rows_read", "rows_full", "bytes_read", "refreshes")
-
-
-def _close(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert got.device.type == "cpu"
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    assert (got.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max()
+from tests.cuda_sides import (
+    FORMATS_OF,
+    METHODS,
+    PAGES,
+    STEP_OF,
+    STEPS,
+    Side,
+    both,
+    membership,
+    random_prompt,
+    run_both,
+    scenes,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama-gqa-full", "qwen2-gqa", "mistral-wide"])
 def test_the_whole_path_equals_the_oracle(checkpoint: Checkpoints, name: str, method: str) -> None:
     """float32 rows, which only the reference kernels take, so that both sides round alike and choose the same rows."""
-    oracle, ours, _ = _both(checkpoint(name))
+    oracle, ours, _ = both(checkpoint(name))
     prompts = [
-        _prompt(oracle.spec, seed, text, images)[0] for seed, text, images in ((0, 12, 1), (1, 20, 2), (2, 5, 0))
+        random_prompt(oracle.spec, seed, text, images)[0] for seed, text, images in ((0, 12, 1), (1, 20, 2), (2, 5, 0))
     ]
-    _run_both(oracle, ours, [(prompt, METHODS[method], Formats()) for prompt in prompts], 1e-4)
+    run_both(oracle, ours, [(prompt, METHODS[method], Formats()) for prompt in prompts], 1e-4)
 
 
 @pytest.mark.parametrize("formats", FORMATS_OF)
 @pytest.mark.parametrize("method", ["full", "avl-often", "h2o"])
 def test_packed_rows_equal_the_oracles(checkpoint: Checkpoints, method: str, formats: str) -> None:
     """Text that is packed as it comes, tiers of several formats in one softmax, rows that move between tiers."""
-    oracle, ours, _ = _both(checkpoint("llama-gqa-full"))
+    oracle, ours, _ = both(checkpoint("llama-gqa-full"))
     chosen = FORMATS_OF[formats]
-    prompts = [_prompt(oracle.spec, seed, images=images)[0] for seed, images in enumerate((1, 2))]
-    _run_both(oracle, ours, [(prompt, METHODS[method], chosen) for prompt in prompts], STEP_OF[chosen.text])
+    prompts = [random_prompt(oracle.spec, seed, images=images)[0] for seed, images in enumerate((1, 2))]
+    run_both(oracle, ours, [(prompt, METHODS[method], chosen) for prompt in prompts], STEP_OF[chosen.text])
 
 
 @pytest.mark.parametrize(
@@ -173,35 +67,37 @@ def test_packed_rows_equal_the_oracles(checkpoint: Checkpoints, method: str, for
     ids=["exact", "int8", "int4", "text packed"],
 )
 def test_a_core_picked_on_the_device_is_the_oracles(checkpoint: Checkpoints, chosen: Formats) -> None:
-    oracle, ours, device = _both(checkpoint("llama-gqa-full"))
+    oracle, ours, device = both(checkpoint("llama-gqa-full"))
     methods = (Coarse(), Coarse(secondary=80, core=30, mass=60, by_mass=1), Coarse(mass=100), Full())
-    requests = [(_prompt(oracle.spec, seed)[0], method, chosen) for seed, method in enumerate(methods)]
-    requests.append((_prompt(oracle.spec, 4, images=0)[0], Coarse(), chosen))  # nothing to choose from
-    _run_both(oracle, ours, requests, STEP_OF[chosen.text])
+    requests = [(random_prompt(oracle.spec, seed)[0], method, chosen) for seed, method in enumerate(methods)]
+    requests.append((random_prompt(oracle.spec, 4, images=0)[0], Coarse(), chosen))  # nothing to choose from
+    run_both(oracle, ours, requests, STEP_OF[chosen.text])
     assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
 
 
 def test_a_method_that_picks_its_core_answers_a_text_alone(checkpoint: Checkpoints) -> None:
-    oracle, ours, _ = _both(checkpoint("llama-mha"))
-    _run_both(oracle, ours, [(_prompt(oracle.spec, 4, images=0)[0], Coarse(), Formats("exact", "int8", "int8"))], 1e-4)
+    oracle, ours, _ = both(checkpoint("llama-mha"))
+    run_both(
+        oracle, ours, [(random_prompt(oracle.spec, 4, images=0)[0], Coarse(), Formats("exact", "int8", "int8"))], 1e-4
+    )
 
 
 def test_formats_and_methods_share_a_batch(checkpoint: Checkpoints) -> None:
-    oracle, ours, device = _both(checkpoint("llama-mha"))
+    oracle, ours, device = both(checkpoint("llama-mha"))
     mixed = [Formats(), *FORMATS_OF.values()]
     methods = [METHODS["avl-often"], Full(), METHODS["avl-often"], H2O(), Coarse(core=30)]
     chosen = [(m, f if f.core == f.secondary else FORMATS_OF["int4"]) for m, f in zip(methods, mixed, strict=True)]
-    requests = [(_prompt(oracle.spec, seed)[0], *each) for seed, each in enumerate(chosen)]
-    requests.append((_prompt(oracle.spec, 9)[0], Avl(refresh=2), FORMATS_OF["falling"]))
-    _run_both(oracle, ours, requests, STEP_OF["int4"])
+    requests = [(random_prompt(oracle.spec, seed)[0], *each) for seed, each in enumerate(chosen)]
+    requests.append((random_prompt(oracle.spec, 9)[0], Avl(refresh=2), FORMATS_OF["falling"]))
+    run_both(oracle, ours, requests, STEP_OF["int4"])
     assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
 
 
 def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -> None:
     """Also after a neighbour with packed rows has left, and beside secondary rows that this step does not read."""
-    _, ours, _ = _both(checkpoint("llama-mha"))
-    exact = ours.start(_prompt(ours.spec, 0)[0], Full())[0]
-    packed = ours.start(_prompt(ours.spec, 1)[0], Avl(text_keep=100), Formats("exact", "exact", "int4"))[0]
+    _, ours, _ = both(checkpoint("llama-mha"))
+    exact = ours.start(random_prompt(ours.spec, 0)[0], Full())[0]
+    packed = ours.start(random_prompt(ours.spec, 1)[0], Avl(text_keep=100), Formats("exact", "exact", "int4"))[0]
     launched = ours.backend._kernels._modules["exact"].launched
     for caches in ([exact, packed], [exact, packed], [exact]):
         ours.backend.decode([5] * len(caches), caches)
@@ -214,9 +110,11 @@ def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -
 
 
 def test_methods_share_a_batch(checkpoint: Checkpoints) -> None:
-    oracle, ours, device = _both(checkpoint("llama-mha"))
-    requests = [(_prompt(oracle.spec, seed)[0], method, Formats()) for seed, method in enumerate(METHODS.values())]
-    _run_both(oracle, ours, requests, 1e-4)
+    oracle, ours, device = both(checkpoint("llama-mha"))
+    requests = [
+        (random_prompt(oracle.spec, seed)[0], method, Formats()) for seed, method in enumerate(METHODS.values())
+    ]
+    run_both(oracle, ours, requests, 1e-4)
     waits = device.log.count("synchronize")
     assert waits == device.log.count("replay"), "a step waits once"
 
@@ -224,9 +122,9 @@ def test_methods_share_a_batch(checkpoint: Checkpoints) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat"])
 def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dtype: torch.dtype) -> None:
     """Full attention, which chooses nothing that a rounding could turn over."""
-    oracle, ours, _ = _both(checkpoint("llama-gqa-full", dtype=dtype))
-    requests = [(_prompt(oracle.spec, seed)[0], Full(), Formats()) for seed in range(3)]
-    _run_both(oracle, ours, requests, 8 * torch.finfo(dtype).eps)
+    oracle, ours, _ = both(checkpoint("llama-gqa-full", dtype=dtype))
+    requests = [(random_prompt(oracle.spec, seed)[0], Full(), Formats()) for seed in range(3)]
+    run_both(oracle, ours, requests, 8 * torch.finfo(dtype).eps)
 
 
 @pytest.fixture(scope="module")
@@ -278,15 +176,26 @@ def test_the_whole_path_on_the_emulated_source(
     directory = checkpoint("llama-bf16")
     spec = read_spec(directory)
     sides = [Side(backend_for(directory, PAGES, *rest)[0], spec, 2, PAGES) for rest in ((), (emulated, WARPS))]
-    requests = [(_prompt(spec, seed)[0], method, formats) for seed in range(sequences)]
-    _run_both(sides[0], sides[1], requests, 0.03, steps=STEPS if sequences > 1 else 2)
+    requests = [(random_prompt(spec, seed)[0], method, formats) for seed in range(sequences)]
+    run_both(sides[0], sides[1], requests, 0.03, steps=STEPS if sequences > 1 else 2)
+
+
+@pytest.mark.slow
+def test_a_scene_on_the_emulated_source(checkpoint: Checkpoints, emulated: Callable[[str], EmulatedModule]) -> None:
+    """A question whose policy looks at its prompt's attention, which begins where the scene ends."""
+    directory, formats = checkpoint("llama-bf16"), Formats("exact", "int8", "int8")
+    backends = [backend_for(directory, PAGES, *rest)[0] for rest in ((), (emulated, WARPS))]
+    sides = [Side(backend, read_spec(directory), 2, PAGES) for backend in backends]
+    of_scenes, prompts = scenes(sides, 2, Full(), formats)
+    method = Avl(secondary=100, prefill_keep=100, core=30, prompt_mean=1)
+    run_both(*of_scenes, [(prompts[0], method, formats)], 0.03, steps=2)
 
 
 def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
     directory = checkpoint("llama-gqa-full")
     spec = read_spec(directory)
     sides = [Side(backend_for(directory, PAGES)[0], spec, 4, PAGES) for _ in range(2)]
-    held = [[side.start(_prompt(spec, seed)[0], Avl())[0] for seed in range(3)] for side in sides]
+    held = [[side.start(random_prompt(spec, seed)[0], Avl())[0] for seed in range(3)] for side in sides]
     tokens = [5, 6, 7]
     for _ in range(STEPS):
         expected = sides[0].backend.decode(tokens, held[0]).argmax(-1).tolist()
@@ -297,8 +206,8 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
 
 def test_a_step_is_recorded_once_and_reads_its_lists_anew(checkpoint: Checkpoints) -> None:
     """A selection that grows, shrinks and changes its core is the same recording, with scores or without."""
-    _, ours, device = _both(checkpoint("llama-mha"))
-    cache, _ = ours.start(_prompt(ours.spec, 0)[0], Avl(refresh=3, text_keep=100))
+    _, ours, device = both(checkpoint("llama-mha"))
+    cache, _ = ours.start(random_prompt(ours.spec, 0)[0], Avl(refresh=3, text_keep=100))
     for _ in range(2 * STEPS):
         ours.backend.decode([5], [cache])
     assert device.log.count("record") == 2, "one for steps with scores, one for those without"
@@ -306,9 +215,9 @@ def test_a_step_is_recorded_once_and_reads_its_lists_anew(checkpoint: Checkpoint
 
 
 def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avl_edge.cuda_backend.backend._RECORDED", 2)
-    _, ours, device = _both(checkpoint("llama-mha"))
-    caches = [ours.start(_prompt(ours.spec, seed)[0], Full())[0] for seed in range(3)]
+    monkeypatch.setattr("avl_edge.steps.recorded._KEPT", 2)
+    _, ours, device = both(checkpoint("llama-mha"))
+    caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(3)]
     for batch in (1, 2, 3, 3, 2, 1):
         ours.backend.decode([5] * batch, caches[:batch])
     assert len(ours.backend._steps) == 2
@@ -316,8 +225,8 @@ def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: 
 
 
 def test_logits_are_the_callers_own(checkpoint: Checkpoints) -> None:
-    _, ours, _ = _both(checkpoint("llama-mha"))
-    cache, _ = ours.start(_prompt(ours.spec, 0)[0], Full())
+    _, ours, _ = both(checkpoint("llama-mha"))
+    cache, _ = ours.start(random_prompt(ours.spec, 0)[0], Full())
     first = ours.backend.decode([5], [cache])
     before = first.clone()
     ours.backend.decode([6], [cache])
@@ -327,8 +236,8 @@ def test_logits_are_the_callers_own(checkpoint: Checkpoints) -> None:
 def test_after_an_interrupted_step_nothing_is_filled_before_the_device_is_done(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, ours, device = _both(checkpoint("llama-mha"))
-    caches = [ours.start(_prompt(ours.spec, seed)[0], Full())[0] for seed in range(2)]
+    _, ours, device = both(checkpoint("llama-mha"))
+    caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(SequenceCache, "settle", _interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -343,26 +252,16 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_formats_that_the_kernels_do_not_read_are_refused_before_anything_is_computed(checkpoint: Checkpoints) -> None:
-    _, ours, _ = _both(checkpoint("llama-mha"))
-    prompt = _prompt(ours.spec, 0)[0]
-    cache = ours.admit(prompt, Full(), Formats("exact", "lowrank:8", "lowrank:8"))
-    with pytest.raises(BadInput, match=r"exact, int8, int4, not lowrank:8: choose those, or --device cpu"):
-        ours.backend.prefill(prompt, None, cache)
-    cache.close()
-    ours.pool.check_integrity([])
-
-
 def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = checkpoint("llama-gqa-full")
-    whole, pieces = (_both(directory)[1] for _ in range(2))
-    prompt = _prompt(whole.spec, 3, text=20)[0]
+    whole, pieces = (both(directory)[1] for _ in range(2))
+    prompt = random_prompt(whole.spec, 3, text=20)[0]
     expected, logits = whole.start(prompt, H2O())
     launched = pieces.backend._kernels._modules["exact"].launched
     monkeypatch.setattr("avl_edge.cuda_backend.backend._LOGITS_BYTES", 4 * 4 * len(prompt) * 7)
     cache, got = pieces.start(prompt, H2O())
     assert launched.count("avl_prompt_logits") == 4 * -(-(len(prompt) + 1) // 7)
-    assert _membership(cache) == _membership(expected)
+    assert membership(cache) == membership(expected)
     assert torch.equal(got, logits)
 
 
@@ -435,95 +334,3 @@ def test_without_a_gpu_it_is_one_clear_line() -> None:
         CudaDevice()
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
-
-
-class Elsewhere(HostDevice):
-    """A device whose tensors have shapes and places, but no values: what needs one raises."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device = torch.device("meta")
-
-
-class OneDevice(TorchDispatchMode):
-    """Refuses an operator over two devices, as a GPU would; numbers of no dimension may come from the CPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        places = {each.device.type for each in tensors if each.dim() or each.device.type == "meta"}
-        assert len(places) < 2, f"{func} over {places}"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", ["exact", "int8", "int4"])
-def test_rows_are_packed_read_and_moved_where_they_lie(name: str) -> None:
-    """Whatever the host knows of them are ids, which may come from the CPU."""
-    store = RowStore(4, KvShape(1, 2, 32, 2), torch.float16, "meta")
-    ids, rows = torch.tensor([0, 9, 18]), torch.empty(3, 2, 32, dtype=torch.float16, device="meta")
-    with OneDevice():
-        store.write(ids, rows, rows, name)
-        assert {each.device.type for each in store.read(ids, name)} == {"meta"}
-        store.copy(ids, ids + 27, name)
-
-
-class Nothing:
-    """A module whose kernels do nothing."""
-
-    def __init__(self, format_: str = "", launched: list[str] | None = None) -> None:
-        self.launched = [] if launched is None else launched
-        self._format = format_
-
-    def packed(self, format_: str) -> Nothing:
-        return Nothing(f"{format_} ", self.launched)
-
-    def launch(self, kernel: str, *_: object) -> None:
-        self.launched.append(self._format + kernel)
-
-
-class UncheckedRope(Rope):
-    """Without the look at its frequencies, at load, which have no values here."""
-
-    def __init__(self, head_dim: int, parameters: Mapping[str, Any]) -> None:
-        self._frequencies, self._magnitude = _KINDS[parameters["rope_type"]](head_dim, parameters)
-
-
-CHOICE = ("avl_log_sums", "avl_scores", "avl_nucleus")
-STEP_KINDS = {
-    "exact": (Bucket(2, 256, False), ["avl_append", "avl_attend", "avl_merge"]),
-    "scores": (Bucket(2, 256, True), ["avl_append", "avl_attend", "avl_merge", "avl_scores"]),
-    "packed": (
-        Bucket(2, 256, False, ("exact", "int8", "int4"), ("int8",)),
-        ["int8 avl_append", "avl_attend", "int8 avl_attend", "int4 avl_attend", "avl_merge"],
-    ),
-    "coarse": (
-        Bucket(2, 256, False, ("exact", "int8"), ("exact",), 256, ("int8",)),
-        ["avl_append", "int8 avl_look", *CHOICE, "avl_attend", "int8 avl_attend", "avl_merge"],
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", STEP_KINDS)
-def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    bucket, launched = STEP_KINDS[kind]
-    monkeypatch.setattr("avl_edge.models.decoder.Rope", UncheckedRope)
-    monkeypatch.setattr("avl_edge.cuda_backend.step.address", lambda _: 16)
-    spec, device, module = read_spec(checkpoint("llama3-rope")), Elsewhere(), Nothing()
-    with torch.inference_mode():
-        model = load_model(spec, load_weights(checkpoint("llama3-rope")), device.device)
-        kernels = Kernels(module, KernelShape(16, 2, "Half"), packed=module.packed)
-        pool = Pool(16, 16, 2, 32, 16, 32, 16)
-        step = DecodeStep(model, kernels, pool, device, bucket, splits=2)
-        with OneDevice():
-            step.run()
-            with pytest.raises(AssertionError, match="over"):
-                model.decoder.embed(torch.zeros(2, dtype=torch.int32))
-        assert all(output.device == device.device for output in step._outputs.values())
-        pixels = np.zeros((1, 3, spec.vision.image_size, spec.vision.image_size), dtype=np.float32)
-        features = model.encode_images(pixels)
-        assert features.shape == (1, spec.tokens_per_image, spec.text.hidden_size)
-        span = ImageSpan("", 1, spec.tokens_per_image)
-        embedded = model.embed((1,) * (spec.tokens_per_image + 3), (span,), features)
-        assert {features.device, embedded.device} == {device.device}
-    assert module.launched == launched * spec.text.layers

@@ -15,6 +15,7 @@ from avl_edge.cuda_backend import CudaBackend
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice, reference_kernels
+from tests.scenes import AVL, COARSE, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, is_empty
 
 PROMPT = "What is shown in this picture?"
 
@@ -25,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype = {"Half": "float16", "Bfloat": "bfloat16"}[shape.row]
         return reference_kernels(shape.head_dim, shape.group, getattr(torch, dtype))
 
-    monkeypatch.setattr("avl_edge.runtime.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.places.cuda.CudaDevice", HostDevice)
     monkeypatch.setattr(Kernels, "load", load)
 
 
@@ -45,7 +46,7 @@ def test_answers_are_those_of_the_cpu(checkpoint: Checkpoints, temperature: floa
 
 @pytest.mark.usefixtures("gpu")
 def test_greedy_answers_are_chosen_on_the_device(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaBackend, "decode", None)
+    monkeypatch.setattr(CudaBackend, "decode", lambda *_: pytest.fail("the logits came back"))
     runtime = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
     result = runtime.generate([], PROMPT, Options(method="full", max_new_tokens=5)).result()
     assert len(result.token_ids) == 5
@@ -73,11 +74,51 @@ def test_packed_answers_are_those_of_the_cpu(checkpoint: Checkpoints, options: O
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_format_that_a_gpu_does_not_read_is_refused_before_the_weights_are_loaded(checkpoint: Checkpoints) -> None:
-    runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
-    options = Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8"))
-    with pytest.raises(BadInput, match="exact, int8, int4, not lowrank:8"):
-        runtime.prepare([random_image(0, 60)], PROMPT, options)
+@pytest.mark.parametrize(
+    ("method", "formats"),
+    [
+        ("attentionpack", Formats("exact", "lowrank:8", "lowrank:8@2")),
+        ("attentionpack", Formats("int8", "lowrank:8+int8", "lowrank:8+int8")),
+        ("avl", Formats("exact", "int8", "lowrank:8")),
+    ],
+    ids=["attentionpack", "packed coefficients", "secondary rows"],
+)
+def test_low_rank_answers_are_those_of_the_cpu(checkpoint: Checkpoints, method: str, formats: Formats) -> None:
+    """Beside an answer over exact rows, in the same steps."""
+    directory = checkpoint("llama-gqa-full", dtype=torch.float16)
+    both = [Options(method=method, formats=formats, max_new_tokens=8), Options(method="full", max_new_tokens=8)]
+    answers = []
+    for device in ("cpu", "cuda"):
+        runtime = Runtime.load(directory, device=device)
+        running = [runtime.generate([random_image(seed, 60)], PROMPT, own) for seed, own in enumerate(both)]
+        answers.append([generation.result() for generation in running])
+        assert is_empty(runtime)
+    for expected, got in zip(*answers, strict=True):
+        assert got.token_ids == expected.token_ids
+        for name in ("bytes_stored", "bytes_peak", "bytes_read_fraction", "rows_read_fraction"):
+            assert getattr(got.kv, name) == getattr(expected.kv, name)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "options",
+    [FULL, AVL, COARSE, PROMPT_MEAN, Options(preset="lossless", max_new_tokens=24)],
+    ids=["full", "avl", "coarse", "prompt_mean", "lossless"],
+)
+def test_answers_about_a_scene_are_those_of_the_cpu(checkpoint: Checkpoints, options: Options) -> None:
+    """Two questions at once, one after them, and a plain request between."""
+    directory = checkpoint("mistral-gqa", dtype=torch.float16)
+    answers = []
+    for device in ("cpu", "cuda"):
+        runtime = Runtime.load(directory, device=device)
+        with runtime.look(IMAGES, options) as scene:
+            plain = runtime.generate(IMAGES[:1], FIRST, FULL)
+            questions = [scene.ask(FIRST), scene.ask(SECOND)]
+            answers.append([each.result() for each in (*questions, plain)])
+            answers[-1].append(scene.ask(SECOND).result())
+        assert is_empty(runtime)
+    assert [each.token_ids for each in answers[0]] == [each.token_ids for each in answers[1]]
+    assert [each.kv.bytes_stored for each in answers[0]] == [each.kv.bytes_stored for each in answers[1]]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -93,7 +134,7 @@ def test_a_reserve_of_the_profile_does_not_forbid_the_gpu(
     arguments = ["run", "--prompt", "hi", "--device", "cuda", "--max-new-tokens", "2"]
     assert run_app(arguments) == 0
     assert run_app([*arguments, "--reserve", "1kB"]) == 2
-    assert "rows on a GPU cannot be stored smaller" in capsys.readouterr().err
+    assert "no part of a GPU's rows can be handed back to the system" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_command_ends_with_2(checkpoint: Checkpoints) -> None:

@@ -253,6 +253,23 @@ def test_prompt_scores(kernels: Callable[[Shape], Kernels], shape: Shape, token_
     assert not total[18:].any(), "no query sees what comes after it"
 
 
+@pytest.mark.parametrize("own", [1, 9])
+def test_prompt_scores_of_the_last_tokens_alone(kernels: Callable[[Shape], Kernels], own: int) -> None:
+    """Where the queries of those before them were never made: positions are those in the prompt all the same."""
+    shape, n = SHAPES[1], 41
+    query, keys = (torch.randn(n, heads, shape.dim).to(shape.dtype).transpose(0, 1) for heads in (2 * shape.group, 2))
+    positions = torch.tensor([n - own, n - 1, n - (own + 1) // 2, n - 1], dtype=torch.int32)
+    of_all, of_last = torch.zeros(2, n)
+    run = kernels(shape).prompt_scores
+    expected = run(query, keys, positions, 3, of_all)
+    mine = query[:, n - own :].transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(run(mine, keys, positions, 3, of_last), expected)
+    assert torch.equal(of_last, of_all)
+    received = prompt_reference(query, keys, positions.tolist())
+    assert ((of_all - sum(received[:-1])).abs() <= 1e-5).all()
+    assert ((expected - received[-1]).abs() <= 1e-5).all()
+
+
 def test_prompt_scores_in_pieces(kernels: Callable[[Shape], Kernels]) -> None:
     shape, n = SHAPES[2], 37
     query, keys = (torch.randn(heads, n, shape.dim).to(shape.dtype) for heads in (2 * shape.group, 2))

@@ -34,7 +34,7 @@ from avl_edge.engine import (
 
 ORIN = Target("10.3.0", "12.6", "sm_87", "36.4.3", "c" * 64)
 SHAPES = {"images": 4, "prompt_tokens": 3072, "sequences": 16}
-FINGERPRINT = Fingerprint("a" * 64, "b" * 64, "float16", SHAPES, ORIN)
+FINGERPRINT = Fingerprint("a" * 64, "b" * 64, "float16", 2, SHAPES, ORIN)
 
 
 def fill(text: str = "engine", fingerprint: Fingerprint = FINGERPRINT) -> Callable[[Path], Fingerprint]:
@@ -190,8 +190,8 @@ class TestDamage:
 
     def test_manifest_of_another_format(self, out: Path) -> None:
         path = out / "manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-        with pytest.raises(BadPackage, match="format 2, this program reads 1"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+        with pytest.raises(BadPackage, match="format 1, this program reads 2"):
             open_package(out)
 
     def test_forged_manifest_reaches_no_file_outside(self, out: Path) -> None:

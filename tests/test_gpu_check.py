@@ -8,18 +8,23 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from avl_edge.cache import Selected
 from avl_edge.checkpoint import load_weights
 from avl_edge.cuda import Kernels, KernelShape, NoCuda
 from avl_edge.cuda.driver import Argument, Grid
+from avl_edge.cuda_backend import CudaBackend
 from avl_edge.spec import read_spec
+from avl_edge.stored import StoredRows
 from avl_edge.trt import Attention, Sizes
 from tests import trt_calls
 from tests.conftest import Checkpoints
@@ -175,13 +180,57 @@ def test_decode_checks_pass_on_kernels_that_are_right(model: decode.Model) -> No
     for each in (model, half):
         assert 0 <= decode.check_against_cpu(HostPlace(), each)["logits"] <= torch.finfo(each.weights.dtype).eps
     assert 0 <= decode.check_packed_against_cpu(HostPlace(), half)["logits"] <= 1 / 254
+    assert decode.check_scenes_against_cpu(HostPlace(), half).keys() == {"logits_exact", "logits_packed"}
+    assert 0 <= decode.check_low_rank_against_cpu(HostPlace(), half)["logits"] <= torch.finfo(torch.float16).eps
     assert decode.check_graphs(HostPlace(), model) == {"logits": 0.0}
 
 
-@pytest.mark.parametrize("fault", ["an output is off", "nothing is appended"])
-def test_decode_checks_fail_on_kernels_that_are_wrong(model: decode.Model, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "decodes"),
+    [
+        ("an output is off", decode.check_against_cpu),
+        ("nothing is appended", decode.check_against_cpu),
+        ("an output is off", decode.check_scenes_against_cpu),
+        ("nothing is appended", decode.check_scenes_against_cpu),
+        ("nothing is appended", decode.check_low_rank_against_cpu),
+    ],
+)
+def test_decode_checks_fail_on_kernels_that_are_wrong(
+    model: decode.Model, fault: str, decodes: Callable[..., Any]
+) -> None:
     with pytest.raises(CheckFailed, match="logits"):
-        decode.check_against_cpu(HostPlace(lambda shape, dtype: Wrong(fault, shape, dtype)), model)
+        decodes(HostPlace(lambda shape, dtype: Wrong(fault, shape, dtype)), model)
+
+
+def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device alone: of low-rank rows the first is read twice, of a scene's the order is turned."""
+    attend, after = StoredRows.attend, StoredRows.after
+
+    def doubled(self: StoredRows, cache: Any, layer: int, read: Sequence[Selected], *rest: Any) -> Any:
+        first = read[0]
+        ids = np.concatenate([first.ids[:1], first.ids[:-1]]) if self is ours else first.ids
+        return attend(self, cache, layer, [replace(first, ids=ids), *read[1:]], *rest)
+
+    def turned(self: StoredRows, *arguments: Any) -> Any:
+        keys, values = after(self, *arguments)
+        return (keys, values.flip(0)) if self is ours else (keys, values)
+
+    def backend(*arguments: Any, **options: Any) -> CudaBackend:
+        nonlocal ours
+        made = decode_backend(*arguments, **options)
+        ours = made._rows
+        return made
+
+    ours: StoredRows | None = None
+    decode_backend = decode.backend
+    monkeypatch.setattr(decode, "backend", backend)
+    for name, fault, decodes in (
+        ("attend", doubled, decode.check_low_rank_against_cpu),
+        ("after", turned, decode.check_scenes_against_cpu),
+    ):
+        monkeypatch.setattr(StoredRows, name, fault)
+        with pytest.raises(CheckFailed, match="logits"):
+            decodes(HostPlace(), model)
 
 
 def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +284,9 @@ def test_a_models_steps_are_timed_with_the_bytes_that_they_read() -> None:
     assert (full["method"], avl["method"]) == ("full", "avl")
     assert avl["kv_bytes_per_step"] < full["kv_bytes_per_step"]
     assert full["step_ms"] > 0
+    pack = found["cases"][5]
+    assert (pack["method"], pack["format"]) == ("attentionpack", "exact/lowrank:64/lowrank:64@16")
+    assert pack["step_ms"] > 0
     assert found.keys() >= {"full_to_avl_step_at_1", "full_to_avl_step_at_2"}
     weights = model_speed.Model(HostPlace(), sizes).bytes
     per_layer = 4 * 128 * 128 + 3 * 128 * 64 + 2 * 128
@@ -369,7 +421,7 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = HostPlace()
     names = [name for name, _ in check.correctness(place) + check.speeds(place)]
-    assert len(names) == len(set(names)) == 30 + 30 + 4 + 1 + 2 + 2
+    assert len(names) == len(set(names)) == 30 + 30 + 6 + 1 + 2 + 2
     assert [name for name, _ in check.chosen(check.correctness(place), "d128*Half")] == []
     assert len(check.chosen(check.correctness(place), "*d128*Half")) == 6
     assert len(check.chosen(check.correctness(place), "sanitizer")) == 2

@@ -35,7 +35,9 @@ def test_the_basis_is_as_good_as_the_exact_one(count: int, width: int, rank: int
     norms = np.sqrt(np.diag(gram))
     assert np.abs(gram - np.diag(np.diag(gram))).max() <= 1e-5 * (norms.max() ** 2 + 1e-30)
     assert coefficients(torch.tensor(rows), basis).abs().max() <= 1 + 1e-4
+    state = torch.get_rng_state()
     assert torch.equal(basis, fit(torch.tensor(rows), rank))
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers are touched"
 
 
 @settings(max_examples=30)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import re
 import signal
+import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -197,6 +200,49 @@ def test_real_interrupts_at_any_moment_lose_no_row(runtime: Runtime) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, usual)
     assert interrupted > 5
+    assert kept.ask(FIRST).result().token_ids == expected
+    kept.close()
+    assert is_empty(runtime)
+
+
+def test_an_interrupt_at_a_call_of_any_function_leaves_the_books_in_order(runtime: Runtime) -> None:
+    """Where a function begins, Python lets an interrupt in: at the first, second and last call of each of ours."""
+    kept, ours = runtime.look(IMAGES[1:], AVL), re.compile("(runtime|scheduler|scene|generation|shared|pool/.*)[.]py")
+    expected = kept.ask(FIRST).result().token_ids
+
+    def run(wanted: tuple[CodeType, int] | None) -> Counter[CodeType]:
+        """The calls of each function, up to the one that is interrupted."""
+        calls: Counter[CodeType] = Counter()
+
+        def called(frame: FrameType, event: str, _: object) -> None:
+            code = frame.f_code
+            if event == "call" and code.co_name != "<genexpr>" and ours.search(code.co_filename):
+                calls[code] += 1
+                if (code, calls[code]) == wanted:
+                    raise KeyboardInterrupt
+
+        scene = runtime.look(IMAGES[:1], AVL)
+        both = [scene.ask(prompt) for prompt in (FIRST, SECOND)]
+        with suppress(KeyboardInterrupt):
+            sys.setprofile(called)
+            try:
+                both[0].result()
+                scene.close()
+                both[1].result()
+            finally:
+                sys.setprofile(None)
+        for each in both:
+            each.close()
+        scene.close()
+        return calls
+
+    calls = run(None)
+    assert len(calls) > 40
+    for code, count in calls.items():
+        for which in sorted({1, min(2, count), count}):
+            run((code, which))
+            check(runtime)
+            assert len(runtime._scheduler._looks) == 1, code
     assert kept.ask(FIRST).result().token_ids == expected
     kept.close()
     assert is_empty(runtime)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.cli import run_app
 from tests.conftest import Checkpoints
-from tests.cuda_on_cpu import HostDevice
 from tests.scenes import FIRST, IMAGES, SECOND, is_empty
 
 
@@ -95,13 +93,6 @@ def test_a_question_stays_with_its_runtime(runtime: Runtime, checkpoint: Checkpo
             other.submit(question)
         assert runtime.submit(question).result().token_ids
     assert is_empty(other)
-
-
-def test_a_gpu_refuses_scenes(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avl_edge.runtime.CudaDevice", HostDevice)
-    runtime = Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
-    with pytest.raises(BadInput, match="the GPU serves no scenes"):
-        runtime.look(IMAGES)
 
 
 def _with_template(checkpoint: Checkpoints, folder: Path, old: str, new: str) -> Runtime:

@@ -30,7 +30,7 @@ from avl_edge.engine import (
 )
 from avl_edge.errors import BadInput
 from avl_edge.export import PLUGIN_DECODER, VISION, Bindings, decoder_bindings
-from avl_edge.trt import Decoder, EngineFailed, PluginMissing, decoder_plugin, digest
+from avl_edge.trt import Engine, EngineFailed, PluginMissing, decoder_plugin, digest
 from avl_edge.trt import runner as runners
 from tests.checkpoints import SPECS
 from tests.conftest import Checkpoints
@@ -51,7 +51,7 @@ def spec(checkpoint: Checkpoints) -> Any:
 class Context:
     """An execution context that minds the order of calls, and of what it was given."""
 
-    def __init__(self, engine: Engine, log: list[str]) -> None:
+    def __init__(self, engine: Serialized, log: list[str]) -> None:
         self.engine, self.log = engine, log
         self.profile: int | None = None
         self.memory = 0
@@ -87,7 +87,7 @@ class Context:
         return True
 
 
-class Engine:
+class Serialized:
     device_memory_size_v2 = 4096
     largest = 4096
 
@@ -105,30 +105,6 @@ class Engine:
         return self.contexts[-1]
 
 
-class Driver:
-    """The graph calls of cuda-python."""
-
-    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread")
-    CUstream = staticmethod(lambda stream: stream)
-
-    def __init__(self, log: list[str], fails: str = "") -> None:
-        self._log, self._fails = log, fails
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            self._log.append(name)
-            if name == self._fails:
-                return (SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE"),)
-            results = {"cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("recorded",)}
-            wanted = {"cuGraphInstantiate": ("graph", 0), "cuGraphDestroy": ("graph",)}
-            wanted |= {"cuGraphLaunch": ("recorded", STREAM), "cuStreamEndCapture": (STREAM,)}
-            assert arguments == wanted.get(name, (STREAM, "thread"))
-            return (0, *results.get(name, ()))
-
-        return call
-
-
 @pytest.fixture
 def log() -> list[str]:
     return []
@@ -143,8 +119,8 @@ TRT = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MA
 
 
 @pytest.fixture
-def decoder(bindings: Bindings, log: list[str]) -> Decoder:
-    decoder = Decoder(TRT, Engine(bindings, log), bindings, STREAM)
+def decoder(bindings: Bindings, log: list[str]) -> Engine:
+    decoder = Engine(TRT, Serialized(bindings, log), bindings, 2, STREAM)
     assert decoder.memory_bytes == 4096
     decoder.take_memory(1024)
     return decoder
@@ -156,10 +132,10 @@ def addresses(bindings: Bindings) -> dict[str, int]:
     return {name: 256 * at for at, name in enumerate(names, 1) if name != "survivors"}
 
 
-class TestDecoder:
-    def test_prompt_and_step(self, decoder: Decoder, addresses: dict[str, int], log: list[str]) -> None:
-        decoder.prompt(PROMPT, addresses)
-        decoder.step(STEP, addresses)
+class TestEngine:
+    def test_prompt_and_step(self, decoder: Engine, addresses: dict[str, int], log: list[str]) -> None:
+        decoder.run(0, PROMPT, addresses, STREAM)
+        decoder.run(1, STEP, addresses, STREAM)
         assert log == ["profile 0: T 9, 6 survive", "profile 1: T 2, 2 survive"]
         shapes = decoder._contexts[0].shapes
         layers, text = SPEC.layers, SPEC
@@ -171,58 +147,31 @@ class TestDecoder:
         assert decoder._contexts[1].shapes["score_queries"] == (0,)
         assert decoder._contexts[0].addresses["logits"] == addresses["logits"]
 
-    def test_step_is_recorded_after_a_first_run(
-        self, decoder: Decoder, addresses: dict[str, int], log: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(runners, "optional", lambda *_: Driver(log))
-        replay = decoder.capture(STEP, addresses)
-        run = "profile 1: T 2, 2 survive"
-        recorded = [run, "cuStreamBeginCapture", run, "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy"]
-        assert log == recorded
-        decoder.prompt(PROMPT, addresses)
-        replay()
-        replay()
-        assert log == [*recorded, "profile 0: T 9, 6 survive", "cuGraphLaunch", "cuGraphLaunch"]
-
-    def test_capture_that_fails_leaves_the_stream_usable(
-        self, decoder: Decoder, addresses: dict[str, int], log: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(runners, "optional", lambda *_: Driver(log))
-        context, run = decoder._contexts[1], Context.execute_async_v3
-
-        def fail_while_recorded(stream: int) -> bool:
-            return "cuStreamBeginCapture" not in log and run(context, stream)
-
-        monkeypatch.setattr(context, "execute_async_v3", fail_while_recorded)
-        with pytest.raises(EngineFailed, match="TensorRT does not take the decoder's run"):
-            decoder.capture(STEP, addresses)
-        assert log[-1] == "cuStreamEndCapture"
-
-    def test_driver_that_refuses(
-        self, decoder: Decoder, addresses: dict[str, int], log: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(runners, "optional", lambda *_: Driver(log, "cuGraphInstantiate"))
-        with pytest.raises(EngineFailed, match="cuGraphInstantiate failed: CUDA_ERROR_INVALID_VALUE"):
-            decoder.capture(STEP, addresses)
-
-    def test_sizes_that_the_engine_was_not_built_for(self, decoder: Decoder, addresses: dict[str, int]) -> None:
+    def test_sizes_that_the_engine_was_not_built_for(self, decoder: Engine, addresses: dict[str, int]) -> None:
         with pytest.raises(EngineFailed, match=r"token_ids of shape \[9999\]: the engine was built for other sizes"):
-            decoder.prompt({**PROMPT, "T": 9999}, addresses)
+            decoder.run(0, {**PROMPT, "T": 9999}, addresses, STREAM)
 
-    def test_missing_address(self, decoder: Decoder, addresses: dict[str, int]) -> None:
+    def test_run_that_is_refused(
+        self, decoder: Engine, addresses: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decoder._contexts[1], "execute_async_v3", lambda _: False)
+        with pytest.raises(EngineFailed, match="TensorRT does not take the engine's run"):
+            decoder.run(1, STEP, addresses, STREAM)
+
+    def test_missing_address(self, decoder: Engine, addresses: dict[str, int]) -> None:
         del addresses["slots"]
-        with pytest.raises(BadInput, match="the decoder needs the address of slots"):
-            decoder.step(STEP, addresses)
+        with pytest.raises(BadInput, match="the engine needs the address of slots"):
+            decoder.run(1, STEP, addresses, STREAM)
 
-    def test_engine_wants_more(self, decoder: Decoder, addresses: dict[str, int]) -> None:
+    def test_engine_wants_more(self, decoder: Engine, addresses: dict[str, int]) -> None:
         decoder._engine.wants.append("more")
-        with pytest.raises(EngineFailed, match="cannot tell the shapes of the decoder without more"):
-            decoder.step(STEP, addresses)
+        with pytest.raises(EngineFailed, match="cannot tell the shapes of the engine without more"):
+            decoder.run(1, STEP, addresses, STREAM)
 
     def test_engine_of_another_graph(self, bindings: Bindings, spec: Any, log: list[str]) -> None:
         without = decoder_bindings(spec, "float16", None)
         with pytest.raises(EngineFailed, match=r"other inputs and outputs \(kept, pinned, survivors\)"):
-            Decoder(TRT, Engine(bindings, log), without, STREAM)
+            Engine(TRT, Serialized(bindings, log), without, 2, STREAM)
 
 
 class TestOpen:
@@ -236,8 +185,8 @@ class TestOpen:
             def __init__(self, logger: object) -> None:
                 assert logger == "logger"
 
-            def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
-                return Engine(bindings, log) if content == b"good" else None
+            def deserialize_cuda_engine(self, content: bytes) -> Serialized | None:
+                return Serialized(bindings, log) if content == b"good" else None
 
         class Logger:
             ERROR = 1
@@ -254,7 +203,7 @@ class TestOpen:
     def package(self, out: Path, name: str, content: bytes) -> Any:
         def fill(staging: Path) -> Fingerprint:
             (staging / name).write_bytes(content)
-            return Fingerprint("model", "graphs", "float16", {})
+            return Fingerprint("model", "graphs", "float16", None, {})
 
         publish(out, "1.0", fill)
         return open_package(out)
@@ -262,7 +211,7 @@ class TestOpen:
     @pytest.mark.usefixtures("trt")
     def test_open(self, tmp_path: Path, bindings: Bindings, log: list[str]) -> None:
         with self.package(tmp_path / "out", DECODER_ENGINE, b"good") as package:
-            assert Decoder.open(package, bindings, STREAM).memory_bytes == 4096
+            assert Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM).memory_bytes == 4096
         assert log == ["register True"], "an engine with an unknown plugin is refused"
 
     @pytest.mark.usefixtures("trt")
@@ -271,7 +220,7 @@ class TestOpen:
             self.package(tmp_path / "out", DECODER_ENGINE, b"bad") as package,
             pytest.raises(EngineFailed, match=r"does not take .*decoder\.engine: build the package again"),
         ):
-            Decoder.open(package, bindings, STREAM)
+            Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM)
 
     @pytest.mark.usefixtures("trt")
     def test_graphs_alone(self, tmp_path: Path, bindings: Bindings) -> None:
@@ -279,7 +228,7 @@ class TestOpen:
             self.package(tmp_path / "out", VISION, b"") as package,
             pytest.raises(BadPackage, match=r"has no decoder\.engine: rebuild it"),
         ):
-            Decoder.open(package, bindings, STREAM)
+            Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM)
 
     def test_without_tensorrt(self, tmp_path: Path, bindings: Bindings, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -287,7 +236,7 @@ class TestOpen:
             self.package(tmp_path / "out", DECODER_ENGINE, b"good") as package,
             pytest.raises(BadInput, match="running an engine needs TensorRT, which comes with JetPack"),
         ):
-            Decoder.open(package, bindings, STREAM)
+            Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM)
 
 
 class TestBuild:

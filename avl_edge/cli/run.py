@@ -15,10 +15,11 @@ from rich.table import Table
 from .. import quality
 from ..config import Options, format_names, format_size
 from ..errors import BadInput
+from ..places import PLACES
 from ..policies import METHODS, Choice
 from ..prompt import ImageSource
 from ..request import Result
-from ..runtime import DEVICES, Runtime
+from ..runtime import Runtime
 from ..scheduler import Request
 from . import several
 from .reserve import Reserve, reserve_bytes, spoken
@@ -28,7 +29,6 @@ from .terminal import (
     CoreFormat,
     Debug,
     KvFormat,
-    Model,
     Parameters,
     PrefillKeep,
     Refresh,
@@ -52,7 +52,9 @@ def run(
         list[str] | None,
         typer.Option(help="A picture (JPEG, PNG, WebP, BMP), or - for stdin; may be given several times."),
     ] = None,
-    model: Model = "demo",
+    model: Annotated[
+        str, typer.Option(help="'demo', the directory of a LLaVA-1.5 checkpoint, or one that avl-edge build has made.")
+    ] = "demo",
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = Options.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = Options.temperature,
     top_p: Annotated[
@@ -85,7 +87,10 @@ def run(
         str | None, typer.Option(help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.")
     ] = None,
     reserve: Reserve = None,
-    device: Annotated[str, typer.Option(help=f"Where to compute: {' or '.join(DEVICES)}, a GPU.")] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(help=f"Where to compute: {', '.join(PLACES)}. [default: cpu; tensorrt for a built package]"),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
@@ -116,8 +121,8 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     runtime = Runtime.open(model, device=device)
-    # Rows on a GPU cannot give memory back: there a profile's reserve is no default.
-    left = reserve_bytes(reserve) if reserve is not None or device == "cpu" else None
+    # Where rows cannot give memory back, a profile's reserve is no default.
+    left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
     if left is not None:
         runtime.keep_free(left)
     show = Show(as_json=as_json, stats=stats, explain=explain)

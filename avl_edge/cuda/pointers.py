@@ -143,7 +143,8 @@ class Step:
 @dataclass(frozen=True)
 class PromptHeads:
     """A prompt's queries or keys: element (token, head, i) at ``address + token_stride * token + head_stride * head +
-    i``, strides in elements, multiples of 8. So ``[n, H, d]`` and ``[H, n, d]`` both do."""
+    i``, strides in elements, multiples of 8. So ``[n, H, d]`` and ``[H, n, d]`` both do. Of queries only those at the
+    positions that are asked for are read: tokens before them need not be there, but in the ``address``."""
 
     address: int
     token_stride: int

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .backend import CudaBackend, is_served, require_served
-from .device import Accelerator, CudaDevice
+from .backend import CudaBackend
 from .model import load_model
 
-__all__ = ["Accelerator", "CudaBackend", "CudaDevice", "is_served", "load_model", "require_served"]
+__all__ = ["CudaBackend", "load_model"]

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..cuda import Kernels, Lists, Look, Pool, Step, Workspace
 from ..models import Llava
-from .device import Accelerator
-from .tables import Bucket, StepTables
+from ..steps import Accelerator, Beside, Bucket, RecordedStep, StepTables
 
 
-class DecodeStep:
-    """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :attr:`logits`, :meth:`scores`,
-    :meth:`picked`.
-
-    What the device runs touches only memory that is allocated here, the weights and the pool, and asks the host for
-    nothing: it is recorded once and launched as a whole.
-    """
+class DecodeStep(RecordedStep):
+    """A step of the torch model. What the device runs touches only memory that is allocated here, the weights and the
+    pool, and asks the host for nothing: it is recorded once and launched as a whole, unless something attends beside
+    it."""
 
     def __init__(
         self, model: Llava, kernels: Kernels, pool: Pool, accelerator: Accelerator, bucket: Bucket, splits: int
     ) -> None:
         text, device = model.spec.text, accelerator.device
-        self._model, self._kernels, self._pool, self._accelerator = model, kernels, pool, accelerator
-        self.tables = StepTables(accelerator, text.layers, bucket)
+        self._model, self._kernels, self._pool = model, kernels, pool
         batch = bucket.batch
         self._workspace = Workspace.of(
             kernels.shape,
@@ -43,41 +35,28 @@ class DecodeStep:
         )
         self._scratch = torch.empty(self._workspace.bytes, dtype=torch.uint8, device=device)
         self._attended = torch.empty(batch, text.heads, text.head_dim, dtype=model.dtype, device=device)
-        self._outputs = {
+        outputs = {
             "logits": torch.empty(batch, text.vocab_size, dtype=model.dtype, device=device),
             "tokens": torch.empty(batch, dtype=torch.int64, device=device),
         }
         if bucket.scores:
             size = (text.layers, bucket.capacity)
-            self._outputs["scores"] = torch.empty(size, dtype=torch.float32, device=device)
+            outputs["scores"] = torch.empty(size, dtype=torch.float32, device=device)
         if bucket.looked:
             size = (text.layers, bucket.looked)
-            self._outputs["picked"] = torch.zeros(size, dtype=torch.int8, device=device)
+            outputs["picked"] = torch.zeros(size, dtype=torch.int8, device=device)
             self._ends = torch.zeros(len(bucket.formats) * batch, dtype=torch.int32, device=device)
-        self._results = {
-            name: accelerator.host_memory(tuple(output.shape), output.dtype) for name, output in self._outputs.items()
-        }
-        self._replay: Callable[[], None] | None = None
+        super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs)
 
-    def start(self, *, logits: bool) -> None:
-        """Queue everything: tables up, the step, and down come the likeliest tokens, the scores and the choices of a
-        bucket that has them and, when asked for, the logits."""
-        self.tables.upload()
-        if self._replay is None:
-            self._replay = self._accelerator.record(self.run)
-        self._replay()
-        for name, output in self._outputs.items():
-            if logits or name != "logits":
-                self._results[name].copy_(output, non_blocking=True)
-
-    def run(self) -> None:
-        """The step on the device, from its tables to its outputs. Running it twice is running it once."""
+    def run(self, beside: Beside | None = None) -> None:
         decoder, tables = self._model.decoder, self.tables
         hidden = decoder.embed(tables.device_tokens)
         angles = decoder.angles(tables.device_positions)
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             self._attend(index, query.contiguous(), key.contiguous(), value.contiguous())
+            if beside is not None:
+                beside(index, query, self._attended)
             hidden = layer.finish(hidden, self._attended)
         logits = self._outputs["logits"]
         logits.copy_(decoder.logits(hidden))
@@ -112,31 +91,6 @@ class DecodeStep:
             listed=address(tables.device_listed[layer]),
             picked=address(self._outputs["picked"][layer]),
         )
-
-    @property
-    def tokens(self) -> list[int]:
-        """The likeliest token of each place in the batch."""
-        tokens: list[int] = self._results["tokens"].tolist()
-        return tokens
-
-    @property
-    def logits(self) -> Tensor:
-        """``[B, vocabulary]`` on the host, overwritten by the next step of this bucket."""
-        return self._results["logits"]
-
-    def scores(self, layer: int, sequence: int, format_: str) -> Tensor:
-        """The weights of the rows of a format that one sequence read in a layer, in the order of its list: float32, on
-        the host, overwritten by the next step of this bucket."""
-        number = self.tables.list_of(sequence, format_)
-        begin, end = self.tables.offsets[layer, number : number + 2]
-        return self._results["scores"][layer, begin:end]
-
-    def picked(self, layer: int, sequence: int, format_: str) -> npt.NDArray[np.bool_]:
-        """Which of the rows that one sequence looked at in a layer it attended, in the order of that list."""
-        number = self.tables.list_of(sequence, format_)
-        begin, end = self.tables.of_looked[layer, number : number + 2]
-        picked: npt.NDArray[np.bool_] = self._results["picked"][layer, begin:end].numpy().astype(np.bool_)
-        return picked
 
 
 def address(tensor: Tensor) -> int:

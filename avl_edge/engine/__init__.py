@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from .decoder import PROMPT, STEP, Plugin, decoder_formats, decoder_profiles
 from .errors import BadPackage, BadRecipe, BuildFailed, BuildRunning, Mismatch
-from .fingerprint import Fingerprint, Target, checkpoint_digest, file_digest, require_match
+from .fingerprint import MODEL_FILES, Fingerprint, Target, checkpoint_digest, file_digest, require_match
 from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
 from .manifest import File, Manifest
 from .recipe import Recipe, read_recipe
-from .store import Package, open_package, publish
+from .store import Package, is_package, open_package, publish
 from .tensorrt import Sizes, build_engine, find_tensorrt
 
 __all__ = [
     "DECODER_ENGINE",
+    "MODEL_FILES",
     "PROMPT",
     "STEP",
     "TIMINGS",
@@ -38,6 +39,7 @@ __all__ = [
     "decoder_profiles",
     "file_digest",
     "find_tensorrt",
+    "is_package",
     "open_package",
     "publish",
     "read_recipe",

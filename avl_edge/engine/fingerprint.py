@@ -12,6 +12,18 @@ from ..errors import BadModel
 from .errors import Mismatch, rebuild
 
 _CHUNK = 2**22
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What is read of a model beside its weights; a package brings them along."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +47,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``model`` is the digest of the checkpoint, ``graphs`` that of the ONNX graphs without their weights; ``shapes``
-    are the largest sizes that are served, by name. ``target`` None: graphs alone, which hold on every machine."""
+    """``model`` is the digest of the checkpoint, ``graphs`` that of the ONNX graphs without their weights;
+    ``prune_after`` the layer after which they can prune, None for nowhere; ``shapes`` are the largest sizes that are
+    served, by name. ``target`` None: graphs alone, which hold on every machine."""
 
     model: str
     graphs: str
     precision: str
+    prune_after: int | None
     shapes: dict[str, int]
     target: Target | None = None
 
@@ -48,6 +62,7 @@ class Fingerprint:
 _WORDS = {
     "model": "checkpoint",
     "graphs": "form of the ONNX graphs",
+    "prune_after": "layer to prune after",
     "tensorrt": "TensorRT",
     "cuda": "CUDA",
     "sm": "compute capability",
@@ -62,7 +77,7 @@ def require_match(built: Fingerprint, wanted: Fingerprint, out: Path) -> None:
     A package without engines is good where none are wanted, one with engines also where only its graphs are.
     """
     # The precision decides the graphs too: the field that a person set is named first.
-    pairs = _fields(built, wanted, ("model", "precision", "shapes", "graphs"))
+    pairs = _fields(built, wanted, ("model", "precision", "prune_after", "shapes", "graphs"))
     if wanted.target is not None:
         if built.target is None:
             raise Mismatch("target", f"{out} holds ONNX graphs but no engines: {rebuild(out)} on the device")
@@ -99,7 +114,7 @@ def file_digest(path: Path) -> str:
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """SHA-256 over what decides a checkpoint's numbers: config.json, the weights and their index, names included.
+    """SHA-256 over what decides a checkpoint's answers: its :data:`MODEL_FILES` and weights, names included.
 
     Reads every byte: seconds for a model of several GB.
     """
@@ -113,5 +128,11 @@ def checkpoint_digest(directory: Path) -> str:
 
 
 def _checkpoint_files(directory: Path) -> Iterator[Path]:
-    yield directory / "config.json"
+    yield from model_files(directory)
     yield from sorted((*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")))
+
+
+def model_files(directory: Path) -> Iterator[Path]:
+    """Those of :data:`MODEL_FILES` that a checkpoint has, and its config.json in any case."""
+    yield directory / "config.json"
+    yield from (directory / name for name in MODEL_FILES[1:] if (directory / name).is_file())

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,10 +30,10 @@ from ..export import (
 from ..spec import ModelSpec, read_spec
 from .decoder import Plugin, decoder_profiles
 from .errors import BadPackage, BuildFailed
-from .fingerprint import Fingerprint, Target, checkpoint_digest
+from .fingerprint import Fingerprint, Target, checkpoint_digest, model_files, require_match
 from .manifest import Manifest
 from .recipe import STORED, Recipe
-from .store import open_package, publish
+from .store import Package, open_package, publish
 from .tensorrt import build_engine, find_tensorrt
 
 VISION_ENGINE, DECODER_ENGINE, TIMINGS = "vision.engine", "decoder.engine", "timing.cache"
@@ -102,7 +102,24 @@ class Job:
     def fingerprint(self, target: Target | None = None) -> Fingerprint:
         """Of the graphs, and of the engines for ``target``; reads the whole checkpoint."""
         model = checkpoint_digest(self.directory)
-        return Fingerprint(model, self.plan.digest, self.settings.precision, self.recipe.shapes, target)
+        return self._fingerprint(model, target)
+
+    def _fingerprint(self, model: str, target: Target | None) -> Fingerprint:
+        settings = self.settings
+        return Fingerprint(
+            model, self.plan.digest, settings.precision, settings.prune_after, self.recipe.shapes, target
+        )
+
+    @classmethod
+    def of_package(cls, package: Package, target: Target) -> Job:
+        """What a package was built to do, by the files of the model that it brings along: its directory is that of the
+        job. :class:`~.errors.Mismatch` where this program or the machine that is ``target`` would build another one."""
+        built = package.manifest.fingerprint
+        prune_after: int | Literal["never"] = "never" if built.prune_after is None else built.prune_after
+        recipe = Recipe(built.precision, prune_after, **built.shapes)  # type: ignore[arg-type]
+        job = cls.of(package.directory, recipe)
+        require_match(built, job._fingerprint(built.model, target), package.directory.parent)
+        return job
 
 
 def _stored_precision(directory: Path) -> str:
@@ -133,6 +150,8 @@ def build(
 
     def fill(staging: Path) -> Fingerprint:
         export_model(job.spec, job.directory, staging, job.settings, progress)
+        for path in model_files(job.directory):
+            shutil.copyfile(path, staging / path.name)
         if trt:
             _build_engines(job, trt, staging, timings, progress, plugin)
         return fingerprint

@@ -13,7 +13,7 @@ from .errors import BadPackage, rebuild
 from .fingerprint import Fingerprint, Target, file_digest
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """Of the files and their directory: no separator, no way up."""
 

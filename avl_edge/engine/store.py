@@ -19,7 +19,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +36,19 @@ _NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used u
 
 @dataclass(frozen=True)
 class Package:
-    """A package whose files were verified; while it is open no builder removes them. Use it in a ``with``."""
+    """A package whose files, all or those asked for, were verified; while it is open no builder removes them. Use it in
+    a ``with``."""
 
     directory: Path
     manifest: Manifest
+    _checked: frozenset[str]
     _descriptor: int
 
     def __getitem__(self, name: str) -> Path:
         """The path of a file; :class:`BadPackage` for one that the package does not have."""
         if name not in self.manifest.files:
             raise BadPackage(f"{self.directory.parent} has no {name}: {rebuild(self.directory.parent)}")
+        assert name in self._checked, "the package was opened for other files"
         return self.directory / name
 
     def __enter__(self) -> Package:
@@ -57,8 +60,14 @@ class Package:
         os.close(self._descriptor)
 
 
-def open_package(out: Path, wanted: Fingerprint | None = None) -> Package:
-    """The package in ``out``, every byte of it checked against its digest: seconds for several GB.
+def is_package(directory: Path) -> bool:
+    """Whether a directory says that it is a package."""
+    return (directory / manifests.NAME).is_file()
+
+
+def open_package(out: Path, wanted: Fingerprint | None = None, files: Collection[str] | None = None) -> Package:
+    """The package in ``out``, every byte of it checked against its digest: seconds for several GB. Where only some
+    ``files`` are needed, those of them that the package has are checked and can be had.
 
     :class:`BadPackage` where there is none or not all of it, :class:`~.errors.Mismatch` where it is not as ``wanted``.
     """
@@ -67,7 +76,7 @@ def open_package(out: Path, wanted: Fingerprint | None = None) -> Package:
         if wanted is not None:
             require_match(manifest.fingerprint, wanted, out)
         try:
-            return _open_files(out, manifest)
+            return _open_files(out, manifest, files)
         except BadPackage:
             # A build that ended in between has moved the package: then what it published counts.
             if _read_manifest(out) == manifest:
@@ -87,19 +96,20 @@ def _read_manifest(out: Path) -> Manifest:
         raise BadPackage(f"{path} cannot be read ({error.strerror}): give the directory of a package") from None
 
 
-def _open_files(out: Path, manifest: Manifest) -> Package:
+def _open_files(out: Path, manifest: Manifest, files: Collection[str] | None) -> Package:
     directory = out / manifest.directory
     with _reading(directory, out):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             _refuse_foreign(directory)
-            for name, file in manifest.files.items():
+            checked = {name: file for name, file in manifest.files.items() if files is None or name in files}
+            for name, file in checked.items():
                 _verify(directory / name, file, out)
         except BaseException:
             os.close(descriptor)
             raise
-    return Package(directory, manifest, descriptor)
+    return Package(directory, manifest, frozenset(checked), descriptor)
 
 
 @contextmanager

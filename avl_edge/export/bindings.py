@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config import Formats
@@ -26,6 +27,10 @@ class Binding:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+    def shape_at(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where the dimensions that vary are ``dims``."""
+        return tuple(dim if isinstance(dim, int) else dims[dim] for dim in self.shape)
 
 
 @dataclass(frozen=True)

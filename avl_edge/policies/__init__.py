@@ -10,7 +10,7 @@ from ..config import Formats
 from ..errors import BadInput
 from .attentionpack import AttentionPack
 from .avl import Avl
-from .base import Kept, Method, Policy, PromptLayer, Settlement, StepLayer
+from .base import Kept, Method, Policy, PromptLayer, Prune, Settlement, StepLayer, pruned
 from .coarse import Coarse
 from .distinct import Distinct
 from .fastv import FastV
@@ -47,12 +47,14 @@ __all__ = [
     "Method",
     "Policy",
     "PromptLayer",
+    "Prune",
     "Random",
     "Settlement",
     "StepLayer",
     "Streaming",
     "candidates",
     "method_parameters",
+    "pruned",
 ]
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import Formats, PromptShape, require
-from .base import KeepsCore, Kept, Mask, PromptLayer, Queries, Scores, Settlement, StepLayer, TierPeaks, share, top
+from .base import KeepsCore, Kept, PromptLayer, Queries, Scores, Settlement, StepLayer, TierPeaks, share, top
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,6 @@ class AttentionPackPolicy(KeepsCore):
         core = np.zeros(len(view.is_image), dtype=np.bool_)
         core[view.is_image] = top(importance, self._core)
         return Kept(stored=np.ones(len(view.is_image), dtype=np.bool_), core=core)
-
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
-        return None
 
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return True

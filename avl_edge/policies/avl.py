@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -21,12 +21,14 @@ from .base import (
     Kept,
     Mask,
     PromptLayer,
+    Prune,
     Queries,
     Scores,
     Settlement,
     StepLayer,
     TierPeaks,
     exact,
+    pruned,
     share,
     spread,
     top,
@@ -134,6 +136,10 @@ class AvlPolicy(KeepsCore):
 
     def __init__(self, settings: Avl, prompt: PromptShape, layers: int) -> None:
         self._settings = settings
+        self._images = prompt.images
+        # What image tokens are stored by, and go on by.
+        attention: Literal["last", "total"] = "total" if settings.prompt_mean else "last"
+        self._worth: Literal["last", "total", "distances"] = "distances" if settings.by_values else attention
         self._stored = share(prompt.images, settings.secondary)
         self._core = share(prompt.images, settings.core)
         self._survivors = share(prompt.images, settings.prefill_keep)
@@ -152,8 +158,8 @@ class AvlPolicy(KeepsCore):
         return bool(self._settings.by_values)
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
-        scores = self._attention(view)
-        image = spread(top(self._worth(view)[view.is_image], self._stored), view.is_image)
+        scores = view.total if self._settings.prompt_mean else view.last
+        image = pruned(view, Prune(self._stored, self._worth)) & view.is_image
         core = spread(top(scores[image], self._core), image)
         self._scores[view.layer] = scores[image]
         sums = view.total[view.is_suffix]
@@ -163,17 +169,10 @@ class AvlPolicy(KeepsCore):
         self._fresh[view.layer] = _odds(view.last[core], view.last[~view.is_image])
         return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
 
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:
-        if view.layer != self._settings.prune_layer or self._survivors >= view.is_image.sum():
+    def prunes(self, layer: int) -> Prune | None:
+        if layer != self._settings.prune_layer or self._survivors >= self._images:
             return None
-        return ~view.is_image | spread(top(self._worth(view)[view.is_image], self._survivors), view.is_image)
-
-    def _attention(self, view: PromptLayer) -> Scores:
-        return view.total if self._settings.prompt_mean else view.last
-
-    def _worth(self, view: PromptLayer) -> Scores:
-        """What image tokens are stored by."""
-        return view.distances if self._settings.by_values else self._attention(view)
+        return Prune(self._survivors, self._worth)
 
     def reads_secondary(self, step: int) -> bool:
         every = self._settings.refresh

@@ -58,6 +58,14 @@ class Kept:
     earlier: Mapping[int, Mask] = field(default_factory=dict)
 
 
+class Prune(NamedTuple):
+    """How many image tokens go on to the deeper layers, and by which of :class:`PromptLayer`'s fields they are ranked;
+    of equals the lower positions go on. All text does."""
+
+    images: int
+    by: Literal["last", "total", "distances"]
+
+
 @dataclass(frozen=True)
 class StepLayer:
     """One layer of a decode step: scores of the rows that were attended, in order of position.
@@ -111,8 +119,8 @@ class Policy(Protocol):
         """Which rows this layer stores, asked once per layer in order."""
         ...
 
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:
-        """Which tokens go on to the deeper layers, as a mask ``[m]``; None: all."""
+    def prunes(self, layer: int) -> Prune | None:
+        """Which image tokens end with ``layer`` of prefill, by its scores; None: none."""
         ...
 
     def picks_core(self, step: int) -> bool:
@@ -209,6 +217,11 @@ def without_lowest(scores: Scores, core: Mask, count: int) -> Mask:
     return core | spread(top(scores[~core], int((~core).sum()) - count), ~core)
 
 
+def pruned(view: PromptLayer, prune: Prune) -> Mask:
+    """The tokens that go on, a mask ``[m]``."""
+    return ~view.is_image | spread(top(getattr(view, prune.by)[view.is_image], prune.images), view.is_image)
+
+
 def spread(selected: Mask, within: Mask) -> Mask:
     """A mask over the true entries of ``within`` as a mask over all its entries."""
     mask = np.zeros(len(within), dtype=np.bool_)
@@ -221,7 +234,14 @@ def recent(count: int, budget: int) -> Mask:
     return np.arange(count) >= count - budget
 
 
-class KeepsRows:
+class Unpruned:
+    """For policies under which all tokens of the prompt go through all layers."""
+
+    def prunes(self, layer: int) -> Prune | None:  # noqa: ARG002
+        return None
+
+
+class KeepsRows(Unpruned):
     """For policies that give up no row but when a step settles: they have no secondary rows, or need all of them.
     Their decisions in prefill depend on attention, if on anything."""
 

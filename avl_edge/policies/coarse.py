@@ -28,6 +28,7 @@ from .base import (
     Settlement,
     StepLayer,
     TierPeaks,
+    Unpruned,
     share,
     spread,
     top,
@@ -77,7 +78,7 @@ class Coarse:
             yield cls(**{**fixed, "secondary": s})  # type: ignore[arg-type]
 
 
-class CoarsePolicy:
+class CoarsePolicy(Unpruned):
     """One request. Nothing is remembered from step to step, but how far the values of the stored image rows lie from
     the mean."""
 
@@ -120,9 +121,6 @@ class CoarsePolicy:
         image = spread(masks[-1], view.is_image)
         earlier = {layer: mask for layer, mask in enumerate(masks[:-1]) if not mask.all()}
         return Kept(stored=~view.is_image | image, core=image, earlier=earlier)
-
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
-        return None
 
     def picks_core(self, step: int) -> bool:  # noqa: ARG002
         return True

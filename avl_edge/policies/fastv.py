@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape, require
-from .base import KeepsCore, Kept, Mask, PromptLayer, Queries, Settlement, StepLayer, TierPeaks, exact, spread, top
+from .base import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, StepLayer, TierPeaks, exact
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,8 @@ class FastVPolicy(KeepsCore):
     def keep_prompt(self, view: PromptLayer) -> Kept:
         return Kept(stored=np.ones_like(view.is_image), core=view.is_image)
 
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:
-        if view.layer != self._ranked_layer:
-            return None
-        return ~view.is_image | spread(top(view.last[view.is_image], self._kept), view.is_image)
+    def prunes(self, layer: int) -> Prune | None:
+        return Prune(self._kept, "last") if layer == self._ranked_layer else None
 
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return False

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..config import PromptShape
-from .base import KeepsCore, Kept, Mask, PromptLayer, Queries, Settlement, StepLayer, TierPeaks
+from .base import KeepsCore, Kept, PromptLayer, Queries, Settlement, StepLayer, TierPeaks
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,6 @@ class FullPolicy(KeepsCore):
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         return Kept(stored=np.ones_like(view.is_image), core=view.is_image)
-
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
-        return None
 
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return False

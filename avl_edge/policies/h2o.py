@@ -95,9 +95,6 @@ class H2OPolicy(KeepsCore):
     def keep_prompt(self, view: PromptLayer) -> Kept:
         return self._order.store(view, self._select(view.layer, view.total, generated=0))
 
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
-        return None
-
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return False
 

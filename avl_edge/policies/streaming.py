@@ -84,9 +84,6 @@ class StreamingPolicy(KeepsCore):
     def keep_prompt(self, view: PromptLayer) -> Kept:
         return self._order.store(view, self._select(len(view.positions)))
 
-    def prune_prompt(self, view: PromptLayer) -> Mask | None:  # noqa: ARG002
-        return None
-
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return False
 

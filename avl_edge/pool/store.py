@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,6 +38,16 @@ class RowStore:
     def arenas(self, format_: str) -> tuple[Tensor, Tensor]:
         """Keys and values as rows of a format lie in them: rows of numbers for ``exact``, bytes for packed ones."""
         return (self.keys, self.values) if format_ == "exact" else (self.key_bytes, self.value_bytes)
+
+    def index(self, ids: npt.NDArray[np.integer]) -> Tensor:
+        """Ids, or places among rows, int64 ``[n]`` on the rows' device; nobody waits for a GPU."""
+        index, device = torch.from_numpy(ids.astype(np.int64)), self.keys.device
+        # Only from pinned memory a copy is queued like any other work; torch keeps that memory until it is done.
+        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+    def indices(self, lists: Sequence[npt.NDArray[np.integer]]) -> tuple[Tensor, ...]:
+        """:meth:`index` of each of several lists, by one copy."""
+        return torch.split(self.index(np.concatenate(lists)), [len(each) for each in lists])
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor, format_: str = "exact") -> None:
         """Put rows in place: ``ids`` int64 ``[n]``, ``keys`` and ``values`` ``[n, kv_heads, head_dim]``."""

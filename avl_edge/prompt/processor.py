@@ -11,6 +11,7 @@ import numpy as np
 from ..config import read_json
 from ..errors import BadInput, BadModel
 from ..request import ImageSpan, Prompt
+from ..spec import ModelSpec
 from .detokenizer import Detokenizer
 from .image_config import ImageProcessorConfig
 from .images import ImageSource, open_image
@@ -31,6 +32,17 @@ class Processor:
     image_token: str
     tokens_per_image: int
     eos_token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, directory: Path) -> Processor:
+        """:meth:`open` for the model that ``spec`` describes."""
+        return cls.open(
+            directory,
+            image_token_id=spec.image_token_id,
+            tokens_per_image=spec.tokens_per_image,
+            vocab_size=spec.text.vocab_size,
+            image_size=spec.vision.image_size,
+        )
 
     @classmethod
     def open(

@@ -9,11 +9,11 @@ from ..engine import Plugin, find_tensorrt
 from .attention import Attention, Sizes
 from .kernels import TokenKernels, TokenShape, digest, token_cubin
 from .plugin import PluginMissing, make_creator, register, takes_plugins
-from .runner import Decoder, EngineFailed
+from .runner import Engine, EngineFailed
 
 __all__ = [
     "Attention",
-    "Decoder",
+    "Engine",
     "EngineFailed",
     "PluginMissing",
     "Sizes",

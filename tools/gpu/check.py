@@ -23,9 +23,9 @@ import typer
 
 from avl_edge.checkpoint import load_weights
 from avl_edge.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
-from avl_edge.cuda_backend import CudaDevice
 from avl_edge.runtime import DEMO
 from avl_edge.spec import read_spec
+from avl_edge.steps import CudaDevice
 from tools.gpu import decode, model_speed, numerics, packed, report, speed
 from tools.gpu.place import GpuPlace, Place
 from tools.gpu.plugin import check_plugin
@@ -44,6 +44,8 @@ def correctness(place: Place) -> list[report.Check]:
         ("decode against the CPU, as stored", partial(decode.check_against_cpu, place, model)),
         ("decode against the CPU, float16", partial(decode.check_against_cpu, place, half)),
         ("decode against the CPU, packed rows", partial(decode.check_packed_against_cpu, place, half)),
+        ("decode against the CPU, scenes", partial(decode.check_scenes_against_cpu, place, half)),
+        ("decode against the CPU, low-rank rows", partial(decode.check_low_rank_against_cpu, place, half)),
         ("decode by graphs against launches", partial(decode.check_graphs, place, model)),
         ("TensorRT plugin", partial(check_plugin, place)),
         *((f"sanitizer {tool}", partial(check_sanitizer, tool)) for tool in TOOLS),

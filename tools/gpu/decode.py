@@ -9,22 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avl_edge.backend import Backend, TorchBackend
-from avl_edge.budget import kv_plan
+from avl_edge.backend import Backend, SceneBackend, TorchBackend
+from avl_edge.budget import KvPlan, kv_plan, plan_after
 from avl_edge.cache import SequenceCache, prompt_shape
 from avl_edge.checkpoint import Weights
 from avl_edge.config import Formats
 from avl_edge.cuda_backend import load_model
 from avl_edge.models import Llava
-from avl_edge.policies import H2O, Avl, Coarse, Full, Method, Streaming
+from avl_edge.policies import H2O, AttentionPack, Avl, Coarse, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore
 from avl_edge.request import ImageSpan, Prompt
+from avl_edge.shared import QuestionCache, SceneCache
 from avl_edge.spec import ModelSpec
-from tools.gpu.place import Place, backend, require
+from tools.gpu.place import Place, backend, require, row_store
 
 STEPS = 12
+Request = tuple[Method, Formats]
 PACKED = Formats("int8", "int8", "int8")
-REQUESTS: tuple[tuple[Method, Formats], ...] = (
+REQUESTS: tuple[Request, ...] = (
     (Full(), Formats()),
     (Avl(), Formats()),
     (H2O(), Formats()),
@@ -35,6 +37,8 @@ REQUESTS: tuple[tuple[Method, Formats], ...] = (
     (Coarse(core=30), PACKED),
 )
 """Of which the exact ones are decoded together, and then all of them."""
+LOW_RANK = Formats("exact", "lowrank:16", "lowrank:16@4")
+SECONDARY = Formats("exact", "exact", "lowrank:16+int8")
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,7 @@ def random_prompt(spec: ModelSpec, seed: int) -> Prompt:
 class Sequences:
     """A few requests on one backend, decoded together."""
 
-    def __init__(
-        self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[tuple[Method, Formats]]
-    ) -> None:
+    def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[Request]) -> None:
         self.backend = of
         shape = model.spec.text.kv_shape(itemsize)
         pool = RowPool(pages, shape)
@@ -101,6 +103,28 @@ class Sequences:
         ]
 
 
+class Questions(Sequences):
+    """Questions about one scene, of which each request is one; the first's formats are the scene's."""
+
+    def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[Request]) -> None:
+        super().__init__(of, model, itemsize, pages, ())
+        assert isinstance(of, SceneBackend)
+        shape, whole = model.spec.text.kv_shape(itemsize), random_prompt(model.spec, 0)
+        end = whole.spans[0].start + whole.spans[0].length
+        head = Prompt(whole.token_ids[:end], whole.spans, whole.pixel_values)
+        plan: KvPlan[Method] = kv_plan(Full(), requests[0][1], shape, prompt_shape(end, head.spans), 0)
+        scene = SceneCache(RowPool(pages, shape), plan, end, head.spans, shape.layers)
+        assert head.pixel_values is not None
+        of.look(head, of.encode_images(head.pixel_values), scene)
+        for seed, (method, formats) in enumerate(requests):
+            text = random_prompt(model.spec, seed).token_ids[5 * seed - 20 :]
+            prompt = Prompt(head.token_ids + text, head.spans, None)
+            planned = plan_after(method, formats, shape, prompt_shape(len(prompt), head.spans), end, STEPS)
+            cache = QuestionCache(scene, planned, len(prompt), head.spans)
+            self.first.append(of.prefill(prompt, None, cache))
+            self.caches.append(cache)
+
+
 def pages_for(model: Model, sequences: int) -> int:
     """Pages of a pool that holds that many whole contexts of the prompts used here."""
     longest = len(random_prompt(model.spec, sequences)) + STEPS
@@ -121,15 +145,46 @@ def check_packed_against_cpu(place: Place, model: Model) -> dict[str, float]:
     return {"logits": _against_cpu(place, model, requests, 4 * torch.finfo(model.weights.dtype).eps + 1 / 254)}
 
 
-def _against_cpu(place: Place, model: Model, requests: Sequence[tuple[Method, Formats]], limit: float) -> float:
-    """The largest distance of logits."""
-    sequences, dtype = len(requests), model.weights.dtype
-    pages = pages_for(model, sequences)
-    oracle = TorchBackend(
-        Llava(model.spec, model.weights), RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype)
-    )
-    ours = backend(place, load_model(model.spec, model.weights, place.accelerator.device), pages)
-    expected, got = (Sequences(each, model, dtype.itemsize, pages, requests) for each in (oracle, ours))
+def check_scenes_against_cpu(place: Place, model: Model) -> dict[str, float]:
+    """The same for questions about a picture, over its exact rows and over packed ones, which their prompts attend as
+    they are read back."""
+    limit, found = 4 * torch.finfo(model.weights.dtype).eps, {}
+    for name, formats, more in (("exact", Formats(), 0.0), ("packed", Formats("exact", "int8", "int8"), 1 / 254)):
+        requests: list[Request] = [(Full(), formats)] * 3
+        found[f"logits_{name}"] = _against_cpu(place, model, requests, limit + more, kind=Questions)
+    return found
+
+
+def check_low_rank_against_cpu(place: Place, model: Model) -> dict[str, float]:
+    """The same over coefficients, all that are stored and the first of them, beside exact rows. The prompt's rows are
+    the CPU's on both sides: a basis turns with the last bits of what it is fitted to."""
+    requests: list[Request] = [
+        (AttentionPack(core=100), LOW_RANK),
+        (AttentionPack(core=0), LOW_RANK),
+        (Full(), Formats()),
+    ]
+    limit = 4 * torch.finfo(model.weights.dtype).eps
+    return {"logits": _against_cpu(place, model, requests, limit, of_cpu=True)}
+
+
+def _against_cpu(
+    place: Place,
+    model: Model,
+    requests: Sequence[Request],
+    limit: float,
+    *,
+    kind: type[Sequences] = Sequences,
+    of_cpu: bool = False,
+) -> float:
+    """The largest distance of logits; with ``of_cpu`` the steps go over the rows that the CPU stored."""
+    dtype, pages = model.weights.dtype, pages_for(model, len(requests))
+    on_device = load_model(model.spec, model.weights, place.accelerator.device)
+    stores = RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype), row_store(place, on_device, pages)
+    backends = TorchBackend(Llava(model.spec, model.weights), stores[0]), backend(place, on_device, stores[1])
+    expected, got = (kind(each, model, dtype.itemsize, pages, requests) for each in backends)
+    if of_cpu:
+        stores[1].keys.copy_(stores[0].keys)
+        stores[1].values.copy_(stores[0].values)
     worst = max(_distance(a, b) for a, b in zip(got.first, expected.first, strict=True))
     tokens = [int(logits.argmax()) for logits in expected.first]
     for _ in range(STEPS):
@@ -142,17 +197,24 @@ def _against_cpu(place: Place, model: Model, requests: Sequence[tuple[Method, Fo
 
 def check_graphs(place: Place, model: Model) -> dict[str, float]:
     """Recorded steps give what launched ones give: logits, tokens and rows, for methods that change their rows and
-    formats, and choose rows within a step."""
+    formats, choose rows within a step, and read low-rank ones every few steps."""
     exact = [request for request in REQUESTS if request[1].all_exact]
-    return {"logits": max(_graphs(place, model, requests) for requests in (exact, REQUESTS))}
+    every_third: list[Request] = [(Avl(refresh=3), SECONDARY), (Full(), PACKED)]  # the others are recorded
+    return {"logits": max(_graphs(place, model, requests) for requests in (exact, REQUESTS, every_third))}
 
 
-def _graphs(place: Place, model: Model, requests: Sequence[tuple[Method, Formats]]) -> float:
+def _graphs(place: Place, model: Model, requests: Sequence[Request]) -> float:
     dtype = model.weights.dtype
     pages = pages_for(model, len(requests))
     on_device = load_model(model.spec, model.weights, place.accelerator.device)
     recorded, launched = (
-        Sequences(backend(place, on_device, pages, eager=eager), model, dtype.itemsize, pages, requests)
+        Sequences(
+            backend(place, on_device, row_store(place, on_device, pages), eager=eager),
+            model,
+            dtype.itemsize,
+            pages,
+            requests,
+        )
         for eager in (False, True)
     )
     tokens, worst = [int(logits.argmax()) for logits in launched.first], 0.0

@@ -1,5 +1,5 @@
 """Whole decode steps of a model in LLaVA-1.6-7B's shape, its weights drawn at random, under full attention,
-A-VL, and packed rows."""
+A-VL, packed rows and low-rank ones."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from avl_edge.checkpoint import Weights
 from avl_edge.config import Formats
 from avl_edge.cuda_backend import CudaBackend
 from avl_edge.models import Llava
-from avl_edge.policies import Avl, Coarse, Full, Method
+from avl_edge.policies import AttentionPack, Avl, Coarse, Full, Method
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
-from tools.gpu.place import Place, backend
+from tools.gpu.place import Place, backend, row_store
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36
-REQUESTS: tuple[tuple[Method, str], ...] = (
-    (Full(), "exact"),
-    (Avl(), "exact"),
-    (Full(), "int8"),
-    (Full(), "int4"),
-    (Coarse(), "int8"),
+INT8 = Formats("int8", "int8", "int8")
+REQUESTS: tuple[tuple[Method, Formats], ...] = (
+    (Full(), Formats()),
+    (Avl(), Formats()),
+    (Full(), INT8),
+    (Full(), Formats("int4", "int4", "int4")),
+    (Coarse(), INT8),
+    (AttentionPack(), AttentionPack.formats),
 )
-"""Methods, and the format of all their rows."""
+"""The last one's steps are not recorded."""
 
 
 class RandomWeights(Weights):
@@ -91,15 +93,13 @@ class Model:
         self.features = torch.randn(1, sizes.image, sizes.hidden, dtype=dtype, device=device)
 
 
-def measure(place: Place, model: Model, sizes: Sizes, method: Method, format_: str, batch: int) -> dict[str, Any]:
+def measure(place: Place, model: Model, sizes: Sizes, method: Method, formats: Formats, batch: int) -> dict[str, Any]:
     """Prompts one after the other, then ``steps`` tokens for all of them together."""
     text, prompt = sizes.spec.text, sizes.prompt
     shape = text.kv_shape(model.model.dtype.itemsize)
-    planned = kv_plan(
-        method, Formats(format_, format_, format_), shape, prompt_shape(len(prompt), prompt.spans), sizes.steps
-    )
+    planned = kv_plan(method, formats, shape, prompt_shape(len(prompt), prompt.spans), sizes.steps)
     pool = RowPool(batch * planned.pages, shape)
-    ours = backend(place, model.model, pool.pages)
+    ours = backend(place, model.model, row_store(place, model.model, pool.pages))
     caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
     start = time.perf_counter()
     for cache in caches:
@@ -110,7 +110,7 @@ def measure(place: Place, model: Model, sizes: Sizes, method: Method, format_: s
     kv_bytes = sum(cache.bytes_read for cache in caches) / sizes.steps
     return {
         "method": method.name,
-        "format": format_,
+        "format": _named(formats),
         "batch": batch,
         "prefill_ms": round(1000 * (prefilled - start) / batch, 2),
         "step_ms": round(1000 * step, 3),
@@ -121,6 +121,11 @@ def measure(place: Place, model: Model, sizes: Sizes, method: Method, format_: s
         "kv_peak_bytes": sum(cache.rows.lease.peak for cache in caches) * pool.page_bytes,
         "end_to_end_s": round(prefilled - start + sum(times), 3),
     }
+
+
+def _named(formats: Formats) -> str:
+    """The formats of all rows: one name where they have one."""
+    return "/".join(dict.fromkeys(formats.by_tier().values()))
 
 
 def _decode(ours: CudaBackend, caches: list[SequenceCache], steps: int) -> list[float]:
@@ -145,11 +150,11 @@ def cases(place: Place, sizes: Sizes, batches: tuple[int, ...] = (1, 16)) -> dic
     model = Model(place, sizes)
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        for method, format_ in REQUESTS:
+        for method, formats in REQUESTS:
             try:
-                rows.append(measure(place, model, sizes, method, format_, batch))
+                rows.append(measure(place, model, sizes, method, formats, batch))
             except torch.OutOfMemoryError:
-                named = {"method": method.name, "format": format_, "batch": batch}
+                named = {"method": method.name, "format": _named(formats), "batch": batch}
                 rows.append({**named, "skipped": "it does not fit the device's memory"})
     steps: dict[tuple[str, int], float] = {
         (row["method"], row["batch"]): row["step_ms"] for row in rows if "step_ms" in row and row["format"] == "exact"

@@ -10,9 +10,10 @@ import torch
 
 from avl_edge.config import KvShape
 from avl_edge.cuda import Kernels, KernelShape
-from avl_edge.cuda_backend import Accelerator, CudaBackend, CudaDevice
+from avl_edge.cuda_backend import CudaBackend
 from avl_edge.models import Llava
 from avl_edge.pool import RowStore
+from avl_edge.steps import Accelerator, CudaDevice
 
 
 class CheckFailed(Exception):
@@ -52,13 +53,17 @@ class Eager:
         return step
 
 
-def backend(place: Place, model: Llava, pages: int, *, eager: bool = False) -> CudaBackend:
-    """A backend over a pool of its own on the place's device, where ``model`` lies."""
+def row_store(place: Place, model: Llava, pages: int) -> RowStore:
+    """A pool on the place's device for a model's rows."""
+    shape: KvShape = model.spec.text.kv_shape(model.dtype.itemsize)
+    return RowStore(pages, shape, model.dtype, str(place.accelerator.device))
+
+
+def backend(place: Place, model: Llava, store: RowStore, *, eager: bool = False) -> CudaBackend:
+    """A backend over a pool on the place's device, where ``model`` lies."""
     text, accelerator = model.spec.text, place.accelerator
     dtype = str(model.dtype).removeprefix("torch.")
     kernels = place.kernels(KernelShape.of(text.head_dim, text.heads, text.kv_heads, dtype))
-    shape: KvShape = text.kv_shape(model.dtype.itemsize)
-    store = RowStore(pages, shape, model.dtype, str(accelerator.device))
     return CudaBackend(model, store, kernels, Eager(accelerator) if eager else accelerator)
 
 

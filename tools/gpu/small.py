@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from avl_edge.cuda import KernelShape, NoCuda
-from avl_edge.cuda_backend import CudaDevice
+from avl_edge.steps import CudaDevice
 from tools.gpu import numerics, packed
 from tools.gpu.place import GpuPlace
 

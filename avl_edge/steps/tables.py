@@ -43,6 +43,11 @@ class Reads:
     share: float = 1
     most: int = 0
 
+    @property
+    def elsewhere(self) -> Reads:
+        """The same for the kernels where something else attends the rows: its new one is all that is theirs."""
+        return Reads([()] * len(self.rows), self.text)
+
     def room(self, layer: int) -> int:
         """Rows that may be chosen."""
         return min(self.most, len(self.looked[layer].ids)) if self.looked else 0
@@ -91,6 +96,10 @@ def room_for(rows: int) -> int:
     return three_quarters if _SMALLEST < rows <= three_quarters else power
 
 
+def _aligned(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
 def _in_order(names: set[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in names)
 
@@ -98,14 +107,17 @@ def _in_order(names: set[str]) -> tuple[str, ...]:
 class StepTables:
     """The block on the host and on the device, and where its tables lie in it."""
 
-    def __init__(self, accelerator: Accelerator, layers: int, bucket: Bucket) -> None:
+    def __init__(self, accelerator: Accelerator, layers: int, bucket: Bucket, *, dense: bool = False) -> None:
+        """``dense``: the rows of a table follow each other without gaps, and tables begin at multiples of 256 bytes: as
+        engines want their inputs."""
         self.bucket, self._layers, self._range = bucket, layers, range(layers)
         batch, lists = bucket.batch, len(bucket.formats) * bucket.batch
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
         widths += [(layers, bucket.capacity)]
         widths += [(layers, lists), (layers, lists + 1), (layers, bucket.looked)] if bucket.looked else []
-        strides = [-(-width // 4) * 4 for _, width in widths]
-        starts = np.cumsum([0, *(count * stride for (count, _), stride in zip(widths, strides, strict=True))])
+        strides = [width if dense else _aligned(width, 4) for _, width in widths]
+        sizes = [_aligned(count * stride, 64) for (count, _), stride in zip(widths, strides, strict=True)]
+        starts = np.cumsum([0, *sizes])
         self._host = accelerator.host_memory((int(starts[-1]),), torch.int32)
         self._device = torch.zeros(int(starts[-1]), dtype=torch.int32, device=accelerator.device)
 

@@ -1,0 +1,93 @@
+"""TensorRT: a package's engines, on the device that they were built on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import Progress
+from ..config import KvShape, PromptShape, require
+from ..device import probe
+from ..engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Target, decoder_formats, open_package
+from ..export import decoder_bindings, vision_bindings
+from ..policies import Choice
+from ..pool import RowStore
+from ..spec import ModelSpec
+from ..steps import CudaDevice
+from ..trt import Engine, digest
+from ..trt_backend import EngineBackend, Engines
+from .base import Loaded, Place
+from .cuda import Cuda
+
+
+class TensorRt(Place):
+    """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
+
+    no_scenes = "engines serve no scenes: ask about the pictures one at a time, or use --device cpu"
+    no_relief = Cuda.no_relief
+
+    def __init__(self, directory: Path) -> None:
+        """Raises :class:`~avl_edge.engine.BadPackage` where ``directory`` holds no package for this machine and
+        version, and :class:`~avl_edge.cuda.NoCuda` without a GPU."""
+        self._package = directory
+        with open_package(directory, files=MODEL_FILES) as package:
+            self._job = Job.of_package(package, Target.of(probe(), digest()))
+        super().__init__(self._job.directory)
+        self.most_rows = self._job.recipe.pool_rows
+        self._gpu = CudaDevice()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._job.settings.precision)
+        return dtype
+
+    def check_prompt(self, prompt: PromptShape, spec: ModelSpec) -> None:
+        recipe = self._job.recipe
+        fits = prompt.length <= recipe.prompt_tokens and prompt.images <= recipe.images * spec.tokens_per_image
+        require(
+            fits,
+            f"the prompt takes {prompt.length} tokens, {prompt.images} of images, but the package was built for "
+            f"{recipe.prompt_tokens} and {recipe.images} images: ask for less, or build it for more",
+        )
+
+    def check(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> None:
+        method, formats = choice
+        precision = self._job.settings.precision
+        served = decoder_formats(spec, precision)
+        others = ", ".join(sorted(set(formats.by_tier().values()) - set(served)))
+        message = f"this package's engine, of {precision}, reads {', '.join(served)} rows, not {others}"
+        require(not others, f"{message}: give other formats, or use --device cuda")
+        policy = method.policy(prompt, spec.text.layers)
+        require(
+            not policy.picks_core(1),
+            f"{method.name} picks rows within a step, which an engine cannot: take another method, or --device cuda",
+        )
+        for layer in range(spec.text.layers):
+            prune = policy.prunes(layer)
+            require(
+                prune is None or (layer == self._job.settings.prune_after and prune.by == "last"),
+                f"{method.name} prunes after layer {layer}, by what the package cannot: {self._can_prune()}",
+            )
+
+    def _can_prune(self) -> str:
+        layer = self._job.settings.prune_after
+        if layer is None:
+            return "it was built with prune_after never; build it with another, or prune nothing"
+        return f"it prunes after layer {layer}, by the last token's attention"
+
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
+        job, device, stream = self._job, self._gpu.device, self._gpu.stream()
+        vision = vision_bindings(spec, job.settings.precision)
+        decoder = decoder_bindings(spec, job.settings.precision, job.settings.prune_after)
+        wanted = {VISION_ENGINE: (vision, 1), DECODER_ENGINE: (decoder, 2)}
+        opened = []
+        with open_package(self._package, files=wanted) as package:
+            for done, (name, (bindings, profiles)) in enumerate(wanted.items()):
+                opened.append(Engine.open(package[name], bindings, profiles, stream))
+                if progress:
+                    progress(done + 1, len(wanted))
+        store = RowStore(pages, shape, self.dtype, str(device))
+        engines = Engines(spec, job.recipe, opened[0], vision, opened[1], decoder)
+        backend = EngineBackend(engines, store, self._gpu)
+        return Loaded(backend, backend.rows)

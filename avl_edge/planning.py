@@ -1,0 +1,105 @@
+"""What a request is planned to hold: its options, its budget, the place and the device's profile become one setting."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from . import quality
+from .budget import KvPlan, fit, kv_plan
+from .config import KvShape, Options, PromptShape, format_size
+from .errors import BadInput, DoesNotFit
+from .follow import Standing
+from .layout import PAGE_ROWS, page_bytes
+from .places import Place
+from .policies import Choice, Method
+from .spec import ModelSpec
+
+DEFAULT_STREAMS = 4
+_DEFAULT_POOL_LIMIT = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Plans for one model in one place."""
+
+    place: Place
+    spec: ModelSpec
+    shape: KvShape
+
+    def pool_pages(self, pool_bytes: int | None) -> int:
+        """How many pages a pool of ``pool_bytes`` has; None takes four full contexts, 4 GiB at most."""
+        page, most = page_bytes(self.shape), self.place.most_rows
+        if pool_bytes is None:
+            context = self.spec.text.context * self.shape.layers * self.shape.row_bytes
+            pages = min(DEFAULT_STREAMS * -(-context // page), _DEFAULT_POOL_LIMIT // page)
+            return pages if most is None else min(pages, most // PAGE_ROWS)
+        if not isinstance(pool_bytes, int) or pool_bytes < page:
+            raise BadInput(
+                f"pool_bytes must be a whole number of bytes, at least one page of {page}, not {pool_bytes!r}"
+            )
+        pages = pool_bytes // page
+        if most is not None and pages * PAGE_ROWS > most:
+            raise DoesNotFit(
+                f"a pool of {format_size(pool_bytes)} has {pages * PAGE_ROWS} rows, but the model was built for "
+                f"{most}: build it with more pool_rows, or ask for less at a time"
+            )
+        return pages
+
+    def plan(
+        self, pool_pages: int, options: Options, prompt: PromptShape, steps: int, standing: Standing | None = None
+    ) -> KvPlan[Method]:
+        """The first settings that keep the budget and, where a device's profile stands by, its target, best answers
+        first. ``steps`` follow the prompt; a profile gives no more than the pool has.
+
+        Raises :class:`BadInput` for options that contradict themselves or that the place does not serve, and
+        :class:`DoesNotFit`.
+        """
+        settings = self._settings(options, prompt)
+        self.place.check_prompt(prompt, self.spec)
+        if options.preset:
+            plan = self._preset(options.preset, options.kv_budget_bytes, settings, prompt, steps)
+        elif standing:
+            plan = self._in_time(standing, pool_pages, options, settings, prompt, steps)
+        else:
+            plan = fit(settings, self.shape, prompt, steps, options.kv_budget_bytes)
+        self.place.check(Choice(plan.method, plan.formats), prompt, self.spec)
+        return plan
+
+    def _settings(self, options: Options, prompt: PromptShape) -> Iterator[Choice]:
+        if options.preset:
+            return quality.preset(options.preset).choices()
+        fitted = options.kv_budget_bytes is not None
+        found = quality.choices(options.method, options.parameters, fitted, options.formats, self.shape)
+        # Looked at now, so that what contradicts itself is said before what does not fit.
+        found = itertools.chain([next(found)], found)
+        if options.method or options.formats:
+            return found
+        return (each for each in found if self.place.serves(each, prompt, self.spec))  # nobody asked for what is not
+
+    def _preset(
+        self, name: str, budget: int | None, settings: Iterator[Choice], prompt: PromptShape, steps: int
+    ) -> KvPlan[Method]:
+        # A share is one of a picture's rows: of a text alone there is nothing to leave out.
+        share = quality.preset(name).share if prompt.images else None
+        if share is None:
+            return fit(settings, self.shape, prompt, steps, budget)
+        found = quality.at_share(list(settings), share, prompt, self.shape, f"the preset {name}")
+        return kv_plan(found.method, found.formats, self.shape, prompt, steps)
+
+    def _in_time(
+        self,
+        standing: Standing,
+        pool_pages: int,
+        options: Options,
+        settings: Iterator[Choice],
+        prompt: PromptShape,
+        steps: int,
+    ) -> KvPlan[Method]:
+        """By the profile of the device: a method's own defaults where they fit, then what fits."""
+        budget = options.kv_budget_bytes
+        if budget is None and standing.kv_budget is not None:
+            budget = min(standing.kv_budget, pool_pages * page_bytes(self.shape))
+            settings = itertools.chain(settings, self._settings(replace(options, kv_budget=budget), prompt))
+        return fit(standing.in_time(settings, prompt, steps), self.shape, prompt, steps, budget)

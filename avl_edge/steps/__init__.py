@@ -1,0 +1,18 @@
+"""Decode steps on a device, whoever computes them: what goes up, what is replayed, what comes down."""
+
+from __future__ import annotations
+
+from .device import Accelerator, CudaDevice
+from .recorded import Beside, RecordedStep, RecordedSteps
+from .tables import Bucket, Reads, StepTables
+
+__all__ = [
+    "Accelerator",
+    "Beside",
+    "Bucket",
+    "CudaDevice",
+    "Reads",
+    "RecordedStep",
+    "RecordedSteps",
+    "StepTables",
+]

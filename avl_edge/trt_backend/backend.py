@@ -1,0 +1,136 @@
+"""``encode_images``, ``prefill`` and ``decode`` by a package's engines. ``TorchBackend`` is the oracle.
+
+A prompt runs whole; its scores, keys and values of all layers come out together, the policy chooses, and torch writes
+the chosen rows into the pool, in any format: so a prompt's full cache does exist for a moment, in the engine's outputs.
+A decode step is one recorded run of the engine, whose plugin reads the rows where they lie; see
+:mod:`avl_edge.cuda_backend` for what waits for what, which is the same here.
+
+Shown on a CPU: the whole path, with ONNX Runtime on the exported graphs in the engines' place. Left to a device: the
+engines themselves, recording and replay, and the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..cache import SequenceCache
+from ..cuda import FORMATS
+from ..engine import PROMPT
+from ..export import bindings as names
+from ..models.rope import Rope
+from ..pool import RowStore
+from ..request import Prompt
+from ..steps import Accelerator, Bucket, Reads, RecordedSteps
+from ..stored import StoredRows, distances, in_order
+from .engines import Buffers, Engines
+from .prompt import buffers, pruned_after, scores_of
+from .step import EngineStep
+
+
+class EngineBackend:
+    """The ``Backend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
+    device, logits come back to the CPU. An error of the device shows at the next wait, as torch's RuntimeError."""
+
+    name = "tensorrt"
+
+    def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator) -> None:
+        """``store``: the pool, in the engines' dtype, on the accelerator's device."""
+        self._engines, self._store, self._accelerator = engines, store, accelerator
+        text, device = engines.spec.text, accelerator.device
+        with device:
+            rope = Rope(text.head_dim, text.rope)
+        self.rows = StoredRows(store, lambda positions: rope.angles(positions, store.keys.dtype))
+        # One run at a time: all engines share the memory of the largest.
+        runners = (engines.vision, engines.decoder)
+        self._memory = torch.empty(max(each.memory_bytes for each in runners), dtype=torch.uint8, device=device)
+        for each in runners:
+            each.take_memory(self._memory.data_ptr())
+        self._steps = RecordedSteps(lambda bucket: EngineStep(engines, store, accelerator, bucket))
+        self._under_way = False
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+        """The features stay on the device."""
+        most = self._engines.recipe.images
+        return torch.cat([self._encode(pixels[at : at + most]) for at in range(0, len(pixels), most)])
+
+    def _encode(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+        device, dims = self._accelerator.device, {"I": len(pixels)}
+        given = {names.PIXELS: torch.from_numpy(np.ascontiguousarray(pixels)).to(device)}
+        run = Buffers.of(self._engines.vision_bindings, dims, device, given)
+        self._engines.vision.run(0, dims, run.addresses, self._accelerator.stream())
+        return run[names.FEATURES]
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+        """The last token's logits ``[vocabulary]``, float32 on the CPU."""
+        text = self._engines.spec.text
+        run, pruned = buffers(self._engines, self._store, prompt, features, cache), pruned_after(cache, text.layers)
+        self._engines.decoder.run(PROMPT, run.dims, run.addresses, self._accelerator.stream())
+        scores = scores_of(run, text, cache)
+        for layer in range(text.layers):
+            keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
+            stored = cache.store_prompt(layer, *scores[layer], distances(values, cache, layer))
+            self.rows.store_prompt(cache, layer, stored, keys, values)
+            if pruned and layer == pruned.layer:
+                cache.go_on(run[names.KEPT].cpu().numpy().astype(np.int64))
+        return run[names.LOGITS][0].cpu()
+
+    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+        """Logits ``[sequences, vocabulary]``, float32 on the CPU, of one step for every sequence; the caller's."""
+        pieces = []
+        for some in self._pieces(len(caches)):
+            step = self._decode(token_ids[some], caches[some], logits=True)
+            pieces.append(step.logits[: len(caches[some])].clone())
+        return torch.cat(pieces)
+
+    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
+        """As :meth:`decode`, but the likeliest token of each sequence, chosen on the device."""
+        tokens: list[int] = []
+        for some in self._pieces(len(caches)):
+            tokens += self._decode(token_ids[some], caches[some], logits=False).tokens[: len(caches[some])]
+        return tokens
+
+    def _pieces(self, count: int) -> list[slice]:
+        """As many sequences at a time as the engine was built for."""
+        most = self._engines.recipe.sequences
+        return [slice(at, at + most) for at in range(0, count, most)]
+
+    @torch.inference_mode()
+    def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
+        if self._under_way:  # a step was interrupted: its copies may still read what is filled next
+            self._accelerator.synchronize()
+        layers = range(self._engines.spec.text.layers)
+        positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
+        reads = [Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text) for cache in caches]
+        step = self._steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
+        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
+        self._under_way = True
+        step.start(logits=logits)
+        for cache in caches:
+            if not cache.wants_scores:
+                for layer in layers:
+                    self.rows.move(cache, layer, cache.settle(layer, None))
+        self._accelerator.synchronize()
+        self._under_way = False
+        for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
+            if cache.wants_scores:
+                for layer, read in zip(layers, own.rows, strict=True):
+                    scores = in_order(read, [step.scores(layer, number, each.format) for each in read])
+                    self.rows.move(cache, layer, cache.settle(layer, scores))
+        return step
+
+    def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
+        """The smallest that the engine's sizes allow."""
+        recipe, context = self._engines.recipe, self._engines.spec.text.context
+        found = Bucket.of(reads, scores)
+        batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
+        every = tuple(FORMATS)  # of which an engine's step has the first ones, whether all of them are read or not
+        formats = every[: 1 + max(every.index(name) for name in found.formats)]
+        return replace(found, batch=batch, capacity=capacity, formats=formats)

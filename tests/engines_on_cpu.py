@@ -1,0 +1,98 @@
+"""Engines without TensorRT: the exported graphs, run by ONNX Runtime, over the same addresses.
+
+The graphs' bodies leave the pool as it is; what the plugin writes into it, a decode step's new rows, is written here,
+from the graph's own keys and values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+
+from avl_edge.cuda import FORMATS
+from avl_edge.engine import DECODER_ENGINE
+from avl_edge.export import DECODER, VISION, Binding, Bindings
+from avl_edge.layout import Format
+from avl_edge.pool.formats import encode
+from tests.cuda_on_cpu import HostDevice
+
+Array = npt.NDArray[Any]
+STREAM = HostDevice().stream()
+
+
+class GraphRunner:
+    """An :class:`avl_edge.trt.Engine` of ``vision.onnx`` or ``decoder.onnx``."""
+
+    memory_bytes = 4096
+
+    def __init__(self, path: Path, bindings: Bindings, profiles: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._bindings, self._profiles = bindings, profiles
+        self.memory = 0
+        self.runs: list[tuple[int, dict[str, int]]] = []
+
+    @classmethod
+    def open(cls, path: Path, bindings: Bindings, profiles: int, stream: int) -> GraphRunner:
+        """In the place of :meth:`avl_edge.trt.Engine.open`: the graph beside the engine's file."""
+        assert stream == STREAM
+        graph = DECODER if path.name == DECODER_ENGINE else VISION
+        return cls(path.with_name(graph), bindings, profiles)
+
+    def take_memory(self, address: int) -> None:
+        self.memory = address
+
+    def run(self, profile: int, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None:
+        assert stream == STREAM
+        assert profile < self._profiles
+        assert self.memory, "it has no memory to work in"
+        self.runs.append((profile, dict(dims)))
+        inputs = {each.name: self._input(each, dims, addresses) for each in self._bindings.inputs}
+        names = [each.name for each in self._bindings.outputs]
+        outputs = dict(zip(names, self._session.run(names, inputs), strict=True))
+        for each in self._bindings.outputs:
+            if dims.get("W") == 0 and "scores" in each.name:
+                continue  # nobody looks at them
+            _at(addresses[each.name], each, dims)[...] = outputs[each.name]
+        if "slots" in inputs:
+            self._write_rows(inputs, outputs, dims, addresses)
+
+    def _input(self, binding: Binding, dims: Mapping[str, int], addresses: Mapping[str, int]) -> Array:
+        if binding.name == "survivors":
+            assert binding.name not in addresses, "a size is read on the host"
+            return np.array([dims["survivors"]], dtype=np.int64)
+        return _at(addresses[binding.name], binding, dims).copy()
+
+    def _write_rows(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], dims: Mapping[str, int], at: Mapping[str, int]
+    ) -> None:
+        pools = {each.name: each for each in self._bindings.inputs if each.name.startswith("pool_")}
+        for layer, slots in enumerate(inputs["slots"]):
+            for name, own in zip(FORMATS, slots.reshape(-1, dims["T"]), strict=False):
+                written = np.flatnonzero(own >= 0)
+                for kind in ("key", "value"):
+                    new = outputs[f"{kind}.{layer}"][written]
+                    if name == "exact":
+                        _at(at[f"pool_{kind}s"], pools[f"pool_{kind}s"], dims)[own[written]] = new
+                        continue
+                    words = _at(at[f"pool_{kind}_words"], pools[f"pool_{kind}_words"], dims)
+                    records = encode(Format(name), torch.from_numpy(new)).numpy().view(np.int32)
+                    for slot, record in zip(own[written], records, strict=True):
+                        words[slot : slot + len(record) // 4] = record.reshape(-1, 4)
+
+
+def _at(address: int, binding: Binding, dims: Mapping[str, int]) -> Array:
+    """The memory behind an address as an array of the binding's shape."""
+    shape, dtype = binding.shape_at(dims), np.dtype(binding.dtype)
+    assert address, f"{binding.name} has no address"
+    memory = (ctypes.c_char * max(1, math.prod(shape) * dtype.itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype=dtype, count=math.prod(shape)).reshape(shape)

@@ -1,0 +1,331 @@
+"""The engines' backend against the torch backend: the same answers, rows and statistics, by the exported graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from avl_edge import BadInput, DoesNotFit, Formats, Options, Result, Runtime
+from avl_edge.cli import run_app
+from avl_edge.cuda import FORMATS
+from avl_edge.engine import BadPackage, Job, Mismatch, Plugin, Recipe, build
+from avl_edge.trt import digest
+from avl_edge.trt_backend import EngineBackend
+from tests.checkpoints import random_image
+from tests.conftest import Checkpoints
+from tests.cuda_on_cpu import HostDevice
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+from tests.engines_on_cpu import GraphRunner
+from tools.gpu import engines
+from tools.gpu.place import CheckFailed
+from tools.gpu.report import Skipped
+
+PROMPT = "What is shown in this picture, and where?"
+SECOND = "Name it."
+PRUNE_AFTER = 1
+METHODS = {
+    "full": Options(method="full"),
+    "A-VL": Options(method="avl", parameters={"prune_layer": PRUNE_AFTER, "prefill_keep": 60, "text_floor": 4}),
+    "A-VL by drift": Options(method="avl", parameters={"prefill_keep": 100, "prompt_mean": 1, "drift": 5}),
+    "A-VL by values": Options(
+        method="avl", parameters={"prefill_keep": 100, "by_values": 1, "secondary": 20, "core": 9}
+    ),
+    "FastV": Options(method="fastv", parameters={"layer": PRUNE_AFTER + 1, "drop": 30}),
+    "H2O": Options(method="h2o"),
+    "StreamingLLM": Options(method="streaming"),
+    "distinct": Options(method="distinct", parameters={"secondary": 30}),
+}
+RECIPE = Recipe(prune_after=PRUNE_AFTER, images=2, prompt_tokens=200, sequences=4, pool_rows=8192)
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU and TensorRT, as far as building and opening go."""
+    monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: "trt")
+    monkeypatch.setattr("avl_edge.engine.job.build_engine", lambda *_: (b"an engine", b"its times"))
+    monkeypatch.setattr("avl_edge.places.tensorrt.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.places.tensorrt.Engine", GraphRunner)
+
+
+@pytest.fixture
+def package(checkpoint: Checkpoints, tmp_path: Path) -> Callable[..., Path]:
+    """``package(name, recipe, dtype)``: a random checkpoint as a package; gives its directory."""
+
+    def make(name: str = "llama-gqa-full", recipe: Recipe = RECIPE, dtype: torch.dtype = torch.float32) -> Path:
+        out = tmp_path / f"{name}-{recipe.sequences}-{recipe.prune_after}"
+        job = Job.of(checkpoint(name, dtype=dtype), recipe)
+        build(job, out, "1.0", None, Plugin(digest(), lambda _: None))
+        return out
+
+    return make
+
+
+def answers(runtime: Runtime, options: Options, prompts: tuple[str, ...] = (PROMPT, SECOND, PROMPT)) -> list[Result]:
+    """Those of several requests that run together: about one picture, another, and both."""
+    pictures = ([random_image(1, 60)], [random_image(2, 40)], [random_image(1, 60), random_image(2, 40)])
+    running = [runtime.generate(images, prompt, options) for images, prompt in zip(pictures, prompts, strict=True)]
+    return [generation.result() for generation in running]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-full", "qwen2-tied"])
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_are_those_of_the_cpu(
+    package: Callable[..., Path], checkpoint: Checkpoints, name: str, method: str
+) -> None:
+    """Token by token, with as many rows stored and read and as many refreshes."""
+    options = METHODS[method]
+    built = Runtime.load(package(name))
+    expected = answers(Runtime.load(checkpoint(name, dtype=torch.float32)), options)
+    found = answers(built, options)
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    for ours, oracle in zip(found, expected, strict=True):
+        assert ours.backend == "tensorrt"
+        assert ours.kv == oracle.kv
+    assert built.kv_bytes_in_use == 0
+
+
+PACKED = {
+    "full": (Options(method="full", formats=Formats("int8", "int8", "int8")),),
+    "int4": (Options(method="full", formats=Formats("int4", "int4", "int4")),),
+    "tiers": (
+        Options(
+            method="avl",
+            parameters={"prefill_keep": 100, "prompt_mean": 1, "refresh": 2},
+            formats=Formats("exact", "int8", "int4"),
+        ),
+    ),
+    "mixed": (
+        Options(method="h2o", formats=Formats("int4", "exact", "exact")),
+        Options(method="full"),
+        Options(method="distinct", parameters={"secondary": 30}, formats=Formats("int8", "int4", "int4")),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PACKED)
+def test_answers_over_packed_rows_are_those_of_the_cpu(
+    package: Callable[..., Path], checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """By the graphs in float32, whose packed rows no kernel of a GPU reads: to compare tokens.
+
+    Two programs in float32 part in the last bits. Where such a bit decides to which number a new row is rounded, an
+    answer may go its own way: one of three, and not at its beginning.
+    """
+    monkeypatch.setattr("avl_edge.places.tensorrt.decoder_formats", lambda *_: tuple(FORMATS))
+    options = [replace(each, max_new_tokens=24) for each in PACKED[what] * (3 // len(PACKED[what]))]
+    runtimes = Runtime.load(package()), Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32))
+    found, expected = (_each_its_own(runtime, options) for runtime in runtimes)
+    assert [each.token_ids[:8] for each in found] == [each.token_ids[:8] for each in expected]
+    assert sum(ours.token_ids == oracle.token_ids for ours, oracle in zip(found, expected, strict=True)) >= 2
+    assert [each.kv for each in found] == [each.kv for each in expected]
+    assert runtimes[0].kv_bytes_in_use == 0
+
+
+def _each_its_own(runtime: Runtime, options: Sequence[Options]) -> list[Result]:
+    """Answers of requests that run together, each with options of its own."""
+    running = [runtime.generate([random_image(seed, 60)], PROMPT, own) for seed, own in enumerate(options)]
+    return [generation.result() for generation in running]
+
+
+def test_packed_rows_in_half_precision(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+    """As an engine serves them; the answers begin as the CPU's do."""
+    options = Options(method="full", formats=Formats("int8", "int8", "int8"), max_new_tokens=6)
+    runtime = Runtime.load(package(dtype=torch.float16))
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16)), options)
+    found = answers(runtime, options)
+    assert [each.token_ids[0] for each in found] == [each.token_ids[0] for each in expected]
+    assert [each.kv for each in found] == [each.kv for each in expected]
+    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    assert {dims["P * T"] // dims["T"] for profile, dims in decoder.runs if profile == 1} == {2}
+
+
+def test_sampled_answers_are_those_of_the_cpu(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+    options = Options(method="full", temperature=0.8, seed=5, max_new_tokens=6)
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
+    assert [each.token_ids for each in answers(Runtime.load(package()), options)] == [
+        each.token_ids for each in expected
+    ]
+
+
+def test_half_precision(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+    """As the graphs compute it; the rows of the pool are as wide."""
+    options = Options(method="avl", parameters={"prefill_keep": 100}, max_new_tokens=6)
+    runtime = Runtime.load(package(dtype=torch.float16))
+    assert runtime.kv_shape.itemsize == 2
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16)), options)
+    assert [each.token_ids for each in answers(runtime, options)] == [each.token_ids for each in expected]
+
+
+def test_a_step_is_recorded_once_for_each_bucket(package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And greedy tokens come back alone, without the logits."""
+    monkeypatch.setattr(EngineBackend, "decode", lambda *_: pytest.fail("the logits came back"))
+    runtime = Runtime.load(package())
+    for _ in range(2):
+        answers(runtime, Options(method="h2o", max_new_tokens=6))
+    device = runtime._backend._accelerator  # type: ignore[union-attr]
+    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    steps = [dims for profile, dims in decoder.runs if profile == 1]
+    shapes = {tuple(sorted(dims.items())) for dims in steps}
+    assert device.log.count("record") == len(shapes) == 1
+    assert device.log.count("replay") == 2 * 5
+    assert steps[0]["T"] == 4, "three sequences take the room of four"
+
+
+def test_more_sequences_than_a_step_has_room_for(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+    options = Options(method="full", max_new_tokens=6)
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
+    for sequences, temperature in ((1, 0.0), (2, 0.0), (2, 0.7)):
+        runtime = Runtime.load(package(recipe=Recipe(sequences=sequences, prune_after="never", pool_rows=8192)))
+        found = answers(runtime, Options(method="full", max_new_tokens=6, temperature=temperature))
+        assert all(len(each.token_ids) == 6 for each in found)
+        if not temperature:
+            assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+
+
+def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Callable[..., Path]) -> None:
+    runtime = Runtime.load(package(recipe=Recipe(images=1, prune_after="never", pool_rows=8192)))
+    assert runtime._backend is not None
+    spec = runtime.spec.vision
+    pixels = torch.randn(3, 3, spec.image_size, spec.image_size).numpy()
+    together = runtime._backend.encode_images(pixels)
+    alone = [runtime._backend.encode_images(pixels[at : at + 1]) for at in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
+
+
+def test_a_budget_takes_what_engines_serve(package: Callable[..., Path]) -> None:
+    """The measured table puts packed rows first: nobody asked for those."""
+    runtime = Runtime.load(package())
+    whole = runtime.prepare([random_image(1, 60)], PROMPT, Options(max_new_tokens=6)).plan.peak_bytes
+    request = runtime.prepare([random_image(1, 60)], PROMPT, Options(kv_budget=whole * 9 // 10, max_new_tokens=6))
+    assert request.plan.formats == Formats()
+    assert request.plan.peak_bytes <= whole * 9 // 10
+    assert len(runtime.submit(request).result().token_ids) == 6
+
+
+REFUSED = {
+    "low-rank rows": (
+        Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8")),
+        "this package's engine, of float32, reads exact rows, not lowrank:8: give other formats",
+    ),
+    "packed rows in float32": (
+        Options(method="full", formats=Formats("exact", "int8", "int4")),
+        "this package's engine, of float32, reads exact rows, not int4, int8: give other formats, or use --device cuda",
+    ),
+    "another layer": (Options(method="avl"), r"avl prunes after layer 2, .* it prunes after layer 1, by the last"),
+    "another rank": (
+        Options(method="avl", parameters={"prune_layer": 1, "prefill_keep": 60, "prompt_mean": 1}),
+        "avl prunes after layer 1, by what the package cannot",
+    ),
+    "a choice within a step": (Options(method="coarse"), "coarse picks rows within a step, which an engine cannot"),
+    "a reserve": (None, "no part of a GPU's rows can be handed back"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_engines_do_not_serve_is_refused_before_anything_is_loaded(
+    package: Callable[..., Path], what: str
+) -> None:
+    options, message = REFUSED[what]
+    runtime = Runtime.open(package("qwen2-tied"))
+    with pytest.raises(BadInput, match=message):
+        runtime.prepare([random_image(1, 60)], PROMPT, options) if options else runtime.keep_free(10)
+    with pytest.raises(BadInput, match="engines serve no scenes"):
+        runtime.look([random_image(1, 60)])
+
+
+def test_sizes_that_the_package_was_not_built_for(package: Callable[..., Path]) -> None:
+    out = package(recipe=Recipe(images=1, prompt_tokens=60, prune_after="never", pool_rows=160))
+    runtime = Runtime.open(out)
+    for images, prompt in (([random_image(1, 60)] * 2, "hi"), ([], "word " * 70)):
+        with pytest.raises(BadInput, match="the package was built for 60 and 1 images: ask for less"):
+            runtime.prepare(images, prompt)
+    with pytest.raises(DoesNotFit, match="has 320 rows, but the model was built for 160"):
+        runtime.load_weights(pool_bytes=320 * runtime.kv_shape.row_bytes)
+    runtime.load_weights()
+    assert runtime._pool.pages == 10
+
+
+class TestOpen:
+    def test_the_package_is_enough(self, package: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path) -> None:
+        """Nothing of the checkpoint is read any more: the tokenizer and the templates came along."""
+        out = package()
+        expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), METHODS["full"])
+        (moved := tmp_path / "elsewhere").mkdir()
+        moved = out.rename(moved / "model")
+        assert [each.token_ids for each in answers(Runtime.load(moved), METHODS["full"])] == [
+            each.token_ids for each in expected
+        ]
+        assert Runtime.open(moved).name == "model"
+
+    def test_device(self, package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+        out = package()
+        assert Runtime.open(out, device="tensorrt").name == out.name
+        with pytest.raises(BadInput, match="is a package, whose engines run with --device tensorrt: for cpu give"):
+            Runtime.open(out, device="cpu")
+        with pytest.raises(BadPackage, match="holds no package: build one with avl-edge build MODEL --out"):
+            Runtime.open(checkpoint("llama-gqa-full"), device="tensorrt")
+        with pytest.raises(BadInput, match="no device 'tpu': choose one of cpu, cuda, tensorrt"):
+            Runtime.open(out, device="tpu")
+
+    def test_of_other_kernels(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        out = package()
+        monkeypatch.setattr("avl_edge.places.tensorrt.digest", lambda: "f" * 64)
+        with pytest.raises(Mismatch, match="was built for another attention kernel"):
+            Runtime.open(out)
+
+    def test_of_another_form_of_the_graphs(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        out = package()
+        monkeypatch.setattr("avl_edge.export.decoder.names.SLOTS", "places")
+        with pytest.raises(Mismatch, match="was built for another form of the ONNX graphs"):
+            Runtime.open(out)
+
+    def test_damaged(self, package: Callable[..., Path]) -> None:
+        """Small files are looked at when it is opened, engines when they are loaded."""
+        out = package()
+        (built,) = out.glob("build-*")
+        runtime = Runtime.open(out)
+        (built / "decoder.engine").write_bytes(b"an enginf")
+        with pytest.raises(BadPackage, match=r"decoder\.engine was changed after it was built"):
+            runtime.load_weights()
+        (built / "tokenizer.json").write_bytes(b"{}")
+        with pytest.raises(BadPackage, match=r"tokenizer\.json has 2 bytes instead of"):
+            Runtime.open(out)
+
+    def test_graphs_alone(self, checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: None)
+        build(Job.of(checkpoint("llama-gqa-full"), RECIPE), tmp_path / "out", "1.0")
+        with pytest.raises(Mismatch, match=r"holds ONNX graphs but no engines: .* on the device"):
+            Runtime.open(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tools/gpu's check of engines: the demo model, in float32 as ONNX Runtime takes it, against the CPU's bfloat16."""
+    monkeypatch.setattr(engines, "decoder_plugin", lambda: None)
+    with pytest.raises(Skipped, match="there is no tensorrt that takes plugins"):
+        engines.check_engines()
+    monkeypatch.setattr(engines, "decoder_plugin", lambda: Plugin(digest(), lambda _: None))
+    assert engines.check_engines("float32")["answers"] == 12
+    monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
+    with pytest.raises(CheckFailed, match="of 12 answers are not the CPU's"):
+        engines.check_engines("float32")
+
+
+def test_command(package: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`avl-edge run` on a package: the device follows from the model."""
+    picture = tmp_path / "picture.png"
+    random_image(1, 60).save(picture)
+    out = package()
+    arguments: list[Any] = ["run", "--model", out, "--image", picture, "--prompt", PROMPT, "--max-new-tokens", 4]
+    assert run_app([str(each) for each in [*arguments, "--stats"]]) == 0
+    assert "rows read" in capsys.readouterr().err
+    assert run_app([str(each) for each in [*arguments, "--reserve", "1kB"]]) == 2
+    assert "no part of a GPU's rows can be handed back" in capsys.readouterr().err

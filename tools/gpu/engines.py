@@ -1,0 +1,48 @@
+"""A package of TensorRT engines, built and run on this machine, against the same model on the CPU."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from avl_edge import Options, Result, Runtime
+from avl_edge.engine import Job, Recipe, build
+from avl_edge.runtime import DEMO
+from avl_edge.trt import decoder_plugin
+from tools.gpu.place import require
+from tools.gpu.report import Skipped
+
+PICTURE = Path("examples/cockpit.png")
+QUESTIONS = ("What is the speed?", "Read all instruments.", "What is on the road ahead?")
+METHODS = ("full", "avl", "distinct", "h2o")
+RECIPE = Recipe(prune_after=2, images=1, prompt_tokens=1024, sequences=4, pool_rows=65536, workspace="1GiB")
+
+
+def check_engines(precision: str = "stored") -> dict[str, float]:
+    """The demo model as a package, several requests together: every answer begins as on the CPU, and three of four are
+    the same to their ends; half precision rounds otherwise here and there. :class:`Skipped` without TensorRT."""
+    plugin = decoder_plugin()
+    if plugin is None:
+        raise Skipped("there is no tensorrt that takes plugins: on a Jetson it comes with JetPack")
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "package"
+        recipe = Recipe(**{**vars(RECIPE), "precision": precision})
+        build(Job.of(DEMO, recipe), out, version("avl-edge"), None, plugin)
+        ours, oracle = Runtime.load(out), Runtime.load("demo")
+        pairs = [
+            (each, other) for name in METHODS for each, other in zip(_ask(ours, name), _ask(oracle, name), strict=True)
+        ]
+    first = sum(each.token_ids[0] != other.token_ids[0] for each, other in pairs)
+    require(first == 0, f"{first} of {len(pairs)} answers begin otherwise than on the CPU")
+    same = sum(each.token_ids == other.token_ids for each, other in pairs)
+    require(same >= 0.75 * len(pairs), f"{len(pairs) - same} of {len(pairs)} answers are not the CPU's")
+    decode = [each.timings.decode_ms_per_token for each, _ in pairs]
+    return {"answers": len(pairs), "same": same, "decode_ms_per_token": min(decode)}
+
+
+def _ask(runtime: Runtime, method: str) -> list[Result]:
+    """All questions, decoded together."""
+    options = Options(method=method, max_new_tokens=24)
+    running = [runtime.generate([PICTURE], question, options) for question in QUESTIONS]
+    return [generation.result() for generation in running]
