@@ -17,6 +17,12 @@ from ..pool import RowStore
 from ..spec import ModelSpec
 
 
+class Context(Protocol):
+    """Where a graph runs: :class:`avl_edge.trt.Context`."""
+
+    def run(self, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None: ...
+
+
 class Runner(Protocol):
     """What runs a graph: :class:`avl_edge.trt.Engine`."""
 
@@ -24,7 +30,7 @@ class Runner(Protocol):
 
     def take_memory(self, address: int) -> None: ...
 
-    def run(self, profile: int, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None: ...
+    def context(self, profile: int, stream: int) -> Context: ...
 
 
 @dataclass(frozen=True)
