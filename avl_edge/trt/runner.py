@@ -54,7 +54,7 @@ class Engine:
         self._require_same(bindings)
         self.memory_bytes = int(engine.device_memory_size_v2)
         """Enough for any of its profiles."""
-        self._memory = 0
+        self._memory: int | None = None
         self._idle: dict[int, list[Any]] = {}
 
     @classmethod
@@ -93,7 +93,7 @@ class Engine:
         return context
 
     def _make(self, profile: int, stream: int) -> Any:
-        assert self._memory, "contexts work in memory that is theirs from the beginning"
+        assert self._memory is not None, "contexts work in memory that is theirs from the beginning"
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         made = context is not None and context.set_optimization_profile_async(profile, stream)
         _require(made, "TensorRT cannot make a context: free some memory, or build the package again", self._words)
