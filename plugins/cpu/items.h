@@ -33,7 +33,8 @@ template <int Together, int Queries, class Row> INLINE inline void multiply(
     constexpr int Dim = Row::known;
     const int width = Dim ? Dim : reader.width;
     Four parts[Queries][kRows];
-    UNROLL for (int j = 0; j < kRows; j += Together) {
+#pragma GCC unroll 1
+    for (int j = 0; j < kRows; j += Together) {
         Floats dot[Queries][Together] = {};
         each_vectors_of_head<Dim, Row::together>(reader, [&](int i, int lanes, auto vectors) INLINE {
             constexpr int count = vectors;
@@ -71,10 +72,10 @@ template <class Row, int Block> INLINE inline void multiply_keys(
                 if (value < 0) Row::prefetch(source.keys, split.rows[ahead], one);
                 else if (step.sums && value < split.count) Row::prefetch(source.values, split.rows[value], one);
             }
-            each_heads<Dim ? Block : 1>(step.group, [&](int head, auto size) INLINE {
+            each_heads<Block>(step.group, [&](int head, auto size) INLINE {
                 Four products[size];
                 const int first = (kv - heads.begin) * step.group + head;
-                multiply<Block, size>(keys, kv, source.reader, query + first * width, products);
+                multiply<std::min(Block, Row::abreast), size>(keys, kv, source.reader, query + first * width, products);
                 for (int q = 0; q < size; ++q) {
                     const Four scaled = products[q] * scale;
                     float* to = logits.of(first + q) + r;
@@ -138,7 +139,7 @@ template <class Row, int Block> INLINE inline void sum_values(
         for (int kv = item.heads.begin; kv < item.heads.end; ++kv) {
             for (int ahead = r + kAhead; ahead < std::min(r + kAhead + rows, split.count); ++ahead)
                 Row::prefetch(source.values, split.rows[ahead], {kv, kv + 1});
-            each_heads<Dim ? Block : 1>(step.group, [&](int head, auto size) INLINE {
+            each_heads<Block>(step.group, [&](int head, auto size) INLINE {
                 const int first = (kv - item.heads.begin) * step.group + head;
                 const float* own = weights.of(first) + r;
                 float* into = sums + int64_t(first) * step.width;

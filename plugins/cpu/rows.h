@@ -6,6 +6,7 @@
 //   width(dim)               places of a head; more than dimensions where a vector could not be filled
 //   lanes(dim)               vectors must not cross multiples of it
 //   together                 how many neighbouring vectors come from the same bytes, where the head size is known
+//   abreast                  how many rows' keys are multiplied side by side, at most
 //   unrolls(dim)             whether there is a Row of this known head size
 //   head_bytes(dim)          bytes of a head, scales aside: what an item's share of a row is measured by
 //   open(arena, id, heads)   says which row it is, and which of its heads will be read
@@ -43,7 +44,7 @@ template <class Element, int Dim> struct Row {
     const Element* row;
     int64_t head_stride;
 
-    static constexpr int known = Dim;
+    static constexpr int known = Dim, abreast = 4;
     static constexpr bool in_pairs = sizeof(Element) == 2 && Dim && Dim % (2 * kLanes) == 0;
     static constexpr int together = in_pairs ? 2 : 1;
     static constexpr bool unrolls(int) { return true; }
@@ -101,6 +102,7 @@ template <class Format, int Dim> struct PackedRow {
     float steps[Dim ? kSlice / kLanes : 1], biases[Dim ? kSlice / kLanes : 1];  // of the heads to be read, where known
 
     static constexpr int known = Dim, together = Dim ? 4 : 1;
+    static constexpr int abreast = 1;  // unpacking takes more registers, and more code, than is saved
     static constexpr bool unrolls(int dim) { return dim % (2 * kPiece) == 0; }
     static INLINE inline int chunk(int dim) { return Dim ? kPiece : std::gcd(dim / 2, kPiece); }
     static INLINE inline int group(int dim) { return Format::grouped ? Dim ? 32 : std::gcd(dim, 32) : dim; }
