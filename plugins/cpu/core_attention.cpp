@@ -94,18 +94,15 @@ void write_out(int format, const float* from, void* to, int64_t begin, int64_t c
                   : convert(from, static_cast<Half*>(to) + begin, count);
 }
 
+template <class Format, int Dim> void baseline(const Step& step, const Item& item, const Weights& weights) {
+    attend<Format, Dim, 1>(step, item, weights);
+}
 #ifdef __x86_64__
-constexpr int kBaseline = 1;  // SSE has half of NEON's registers
 template <class Format, int Dim> __attribute__((target("avx2,fma")))
 void avx2(const Step& step, const Item& item, const Weights& weights) { attend<Format, Dim, 2>(step, item, weights); }
 template <class Format, int Dim> __attribute__((target("avx512bw,avx512vl,fma")))
 void avx512(const Step& step, const Item& item, const Weights& weights) { attend<Format, Dim, 4>(step, item, weights); }
-#else
-constexpr int kBaseline = 2;
 #endif
-template <class Format, int Dim> void baseline(const Step& step, const Item& item, const Weights& weights) {
-    attend<Format, Dim, kBaseline>(step, item, weights);
-}
 
 template <class Format, int Dim> Reader reader(int dim) {
     using Row = Row<Format, Dim>;

@@ -13,7 +13,7 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // it warns of how calls pass vectors, and all that take one are inlined
 #define INLINE __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 constexpr int kLanes = 16;  // floats of a vector
@@ -111,11 +111,18 @@ template <class Part> INLINE inline void each_vector(int count, int piece, Part 
     }
 }
 
-// Calls part(first, size) for `Count` vectors, `Together` at a time; the compiler knows the size.
-template <int Count, int Together, class Part> INLINE inline void each_vectors(Part part) {
+// Calls part(first, size) for `Count` vectors, `Together` at a time; the compiler knows the size. What `part` adds to
+// stays in registers if one holds a vector, or if the loop is unrolled: from one iteration to the next, GCC keeps a
+// vector of several registers in memory.
+template <int Count, int Together, bool Unrolled, class Part> INLINE inline void each_vectors(Part part) {
     constexpr int whole = Count / Together * Together;
+    const auto each = [&](int i) INLINE { part(i * kLanes, Constant<Together>()); };
+    if constexpr (Unrolled) {
+        UNROLL for (int i = 0; i < whole; i += Together) each(i);
+    } else {
 #pragma GCC unroll 1
-    for (int i = 0; i < whole; i += Together) part(i * kLanes, Constant<Together>());
+        for (int i = 0; i < whole; i += Together) each(i);
+    }
     if constexpr (whole < Count) part(whole * kLanes, Constant<Count - whole>());
 }
 
