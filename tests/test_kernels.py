@@ -286,6 +286,13 @@ def test_pool_with_a_strided_last_dimension_goes_through_the_reference() -> None
     check_against_oracle(torch.randn(1, 4, 64), keys, values, choose(30, [12]), offsets_of([12]))
 
 
+@needs_native
+def test_lists_with_strides_go_through_the_reference() -> None:
+    keys, values = pool(30, 2, 64, torch.float32, "apart")
+    offsets = torch.tensor([0, 9, 6, 9, 12, 9], dtype=torch.int32)
+    check_against_oracle(torch.randn(2, 4, 64), keys, values, choose(30, [24])[::2], offsets[::2])
+
+
 @pytest.fixture
 def _forget_library() -> Iterator[None]:
     native.core_attention.cache_clear()

@@ -26,6 +26,8 @@ class Part:
         rows: [total] int32 on the CPU: row numbers in [0, R), or where records begin, in units of
             :data:`~avl_edge.layout.UNIT` bytes. A row may serve several sequences.
         offsets: [B + 1] int32 on the CPU; sequence b attends rows[offsets[b]:offsets[b + 1]] of this part.
+
+    The native kernel takes lists and arenas that are contiguous, and exact rows as above; the reference takes any.
     """
 
     format: str

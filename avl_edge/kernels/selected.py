@@ -151,15 +151,15 @@ def _run(
 def _is_readable(part: Part, dtype: torch.dtype, batch: int, kv_heads: int, dim: int) -> bool:
     """Whether the kernel can read a part beside such a query, if its offsets and ids are right."""
     keys, values, rows, offsets = part.keys, part.values, part.rows, part.offsets
+    if keys.shape != values.shape or keys.dtype != values.dtype:
+        return False
     if part.format == "exact":
-        fits = keys.dtype == dtype and keys.shape[1:] == (kv_heads, dim) and keys.stride(2) == 1 == values.stride(-1)
+        fits = keys.dtype == dtype and keys.shape[1:] == (kv_heads, dim) and keys.stride(2) == values.stride(2) == 1
     else:
         fits = part.format in PACKED and keys.dtype == torch.uint8 and keys.dim() == 1 and dim % 2 == 0
         fits = fits and keys.is_contiguous() and values.is_contiguous()
     return (
         fits
-        and keys.dtype == values.dtype
-        and keys.shape == values.shape
         and rows.dtype == offsets.dtype == torch.int32
         and offsets.numel() == batch + 1
         and rows.is_contiguous()
