@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+import torch
 
+from avl_edge.cuda import FORMATS
 from avl_edge.engine import DECODER_ENGINE
 from avl_edge.export import DECODER, VISION, Binding, Bindings
+from avl_edge.layout import Format
+from avl_edge.pool.formats import encode
 from tests.cuda_on_cpu import HostDevice
 
 Array = npt.NDArray[Any]
@@ -73,9 +77,17 @@ class GraphRunner:
     ) -> None:
         pools = {each.name: each for each in self._bindings.inputs if each.name.startswith("pool_")}
         for layer, slots in enumerate(inputs["slots"]):
-            written = np.flatnonzero(slots >= 0)
-            for name, new in (("pool_keys", "key"), ("pool_values", "value")):
-                _at(at[name], pools[name], dims)[slots[written]] = outputs[f"{new}.{layer}"][written]
+            for name, own in zip(FORMATS, slots.reshape(-1, dims["T"]), strict=False):
+                written = np.flatnonzero(own >= 0)
+                for kind in ("key", "value"):
+                    new = outputs[f"{kind}.{layer}"][written]
+                    if name == "exact":
+                        _at(at[f"pool_{kind}s"], pools[f"pool_{kind}s"], dims)[own[written]] = new
+                        continue
+                    words = _at(at[f"pool_{kind}_words"], pools[f"pool_{kind}_words"], dims)
+                    records = encode(Format(name), torch.from_numpy(new)).numpy().view(np.int32)
+                    for slot, record in zip(own[written], records, strict=True):
+                        words[slot : slot + len(record) // 4] = record.reshape(-1, 4)
 
 
 def _at(address: int, binding: Binding, dims: Mapping[str, int]) -> Array:

@@ -43,7 +43,7 @@ DECODER = """
     model, out, precision = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     spec = read_spec(model)
     export_model(spec, model, out, Settings(precision, 1))
-    profiles = decoder_profiles(spec, Recipe(prompt_tokens=100, sequences=4, pool_rows=512))
+    profiles = decoder_profiles(spec, Recipe(prompt_tokens=100, sequences=4, pool_rows=512), precision)
     seen = []
 
     def build(name):
@@ -65,9 +65,11 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_decoder_builds_with_profiles_for_prompt_and_step(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    """With the attention node's body it is an engine; without it, and without a plugin, a refusal in one line."""
-    done = run(DECODER, str(checkpoint("llama-bias")), str(tmp_path), "float16")
+@pytest.mark.parametrize("name", ["llama-bias", "llama-mha"])
+def test_decoder_builds_with_profiles_for_prompt_and_step(checkpoint: Checkpoints, tmp_path: Path, name: str) -> None:
+    """With the attention node's body it is an engine, for exact rows and for packed ones; without it, and without a
+    plugin, a refusal in one line."""
+    done = run(DECODER, str(checkpoint(name)), str(tmp_path), "float16")
     assert done.returncode == 0, done.stderr[-2000:]
     engine, timings, refusal = json.loads(done.stdout)
     assert engine > 10_000

@@ -1,223 +1,26 @@
-"""The exported graphs, run by ONNX Runtime, against transformers and the torch backend: features, prompts, steps."""
+"""The exported graphs, run by ONNX Runtime, against transformers and the torch backend: features and prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from avl_edge.backend import TorchBackend
-from avl_edge.budget import kv_plan
-from avl_edge.cache import Selected, SequenceCache, prompt_shape
-from avl_edge.checkpoint import load_weights
-from avl_edge.config import Formats
-from avl_edge.export import DECODER, VISION, Settings, export_model
-from avl_edge.kernels import Part, attend_parts
-from avl_edge.models import Llava
-from avl_edge.policies import H2O, Avl, FastV, Full, Method
-from avl_edge.pool import RowPool, RowStore
-from avl_edge.request import ImageSpan, Prompt
-from avl_edge.spec import ModelSpec, read_spec
+from avl_edge.policies import H2O, Avl, FastV, Method
 from tests.conftest import Checkpoints
+from tests.exported import PRUNE_AFTER, TOLERANCE, Exports, prompt_of, start
 
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
-
-Array = npt.NDArray[Any]
 FAMILIES = ["llama-mha", "llama-gqa-full", "llama-bias", "llama-tied", "mistral-yarn", "mistral-wide", "qwen2-tied"]
-PRUNE_AFTER = 1
-TOLERANCE = 2e-4  # of logits of size one to ten, in float32: what the torch backend is allowed against transformers
-
-
-class Exported:
-    """A checkpoint as torch's model and as the two graphs."""
-
-    def __init__(self, directory: Path, out: Path, precision: str, prune_after: int | None) -> None:
-        self.directory = directory
-        self.spec: ModelSpec = read_spec(directory)
-        export_model(self.spec, directory, out, Settings(precision, prune_after))
-        self._vision, self._decoder = (_session(out / name) for name in (VISION, DECODER))
-        self.prunes = prune_after is not None
-        self.dtype = {"float32": np.float32, "float16": np.float16}[precision]
-        self.model = Llava(self.spec, load_weights(directory))
-
-    def encode(self, pixels: Array) -> Array:
-        features: Array = self._vision.run(None, {"pixels": pixels})[0]
-        return features
-
-    def decode(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        names = [output.name for output in self._decoder.get_outputs()]
-        return dict(zip(names, self._decoder.run(names, feeds), strict=True))
-
-    def prompt_feeds(
-        self, prompts: Sequence[Prompt], features: Sequence[Array], queries: Sequence[int] = (-1,)
-    ) -> dict[str, Array]:
-        """Several prompts, side by side, with an empty pool; nobody has a slot."""
-        text, lengths = self.spec.text, [len(prompt) for prompt in prompts]
-        feature_rows, taken = [], 0
-        for prompt in prompts:
-            rows = np.full(len(prompt), -1, dtype=np.int32)
-            for span in prompt.spans:
-                rows[span.start : span.start + span.length] = taken + np.arange(span.length)
-                taken += span.length
-            feature_rows.append(rows)
-        flat = [part.reshape(-1, text.hidden_size) for part in features]
-        feeds = {
-            "token_ids": np.concatenate([np.array(prompt.token_ids) for prompt in prompts]).astype(np.int32),
-            "features": np.concatenate([*flat, np.zeros((1, text.hidden_size))]).astype(self.dtype),
-            "feature_rows": np.concatenate(feature_rows),
-            "positions": np.concatenate([np.arange(length) for length in lengths]).astype(np.int32),
-            "token_offsets": np.cumsum([0, *lengths], dtype=np.int32),
-            "slots": np.full((text.layers, sum(lengths)), -1, dtype=np.int32),
-            "rows": np.zeros((text.layers, 0), dtype=np.int32),
-            "row_offsets": np.zeros((text.layers, len(prompts) + 1), dtype=np.int32),
-            "score_queries": np.array(queries, dtype=np.int32),
-            "pool_keys": np.zeros((1, text.kv_heads, text.head_dim), dtype=self.dtype),
-            "pool_values": np.zeros((1, text.kv_heads, text.head_dim), dtype=self.dtype),
-        }
-        return {**feeds, **self._all_survive(sum(lengths))}
-
-    def _all_survive(self, tokens: int) -> dict[str, Array]:
-        if not self.prunes:
-            return {}
-        return {"pinned": np.zeros(tokens, dtype=np.int32), "survivors": np.array([tokens], dtype=np.int64)}
-
-    def step_feeds(self, token_ids: Sequence[int], positions: Sequence[int], recorded: Recorded) -> dict[str, Array]:
-        """One step as the torch backend was seen to do it, the lists of all layers made equally long."""
-        text, batch = self.spec.text, len(token_ids)
-        room = max(len(rows) for rows in recorded.rows) + 3
-        # What fills the room is a row that holds no numbers at all: nobody may read it.
-        filler = len(recorded.keys) - 1
-        rows = [np.pad(rows, (0, room - len(rows)), constant_values=filler) for rows in recorded.rows]
-        slots = [rows[offsets[1:] - 1] for rows, offsets in zip(recorded.rows, recorded.offsets, strict=True)]
-        feeds = {
-            "token_ids": np.array(token_ids, dtype=np.int32),
-            "features": np.zeros((1, text.hidden_size), dtype=self.dtype),
-            "feature_rows": np.full(batch, -1, dtype=np.int32),
-            "positions": np.array(positions, dtype=np.int32),
-            "token_offsets": np.arange(batch + 1, dtype=np.int32),
-            "slots": np.stack(slots),
-            "rows": np.stack(rows),
-            "row_offsets": np.stack(recorded.offsets),
-            "score_queries": np.array([-1], dtype=np.int32),
-            "pool_keys": recorded.keys.numpy(),
-            "pool_values": recorded.values.numpy(),
-        }
-        return {**feeds, **self._all_survive(batch)}
-
-
-def _session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-class Recorded:
-    """Stands in for `attend_parts`: what each layer of a step was asked to read, and the scores that it gave."""
-
-    def __init__(self, store: RowStore) -> None:
-        self._store = store
-        self.begin()
-
-    def begin(self) -> None:
-        """Before a step: the pool as the step finds it."""
-        self.keys, self.values = self._store.keys.clone(), self._store.values.clone()
-        self.rows: list[Array] = []
-        self.offsets: list[Array] = []
-        self.scores: list[Array] = []
-
-    def __call__(
-        self, query: Tensor, parts: Sequence[Part], kv_heads: int, scale: float, *, scores: bool
-    ) -> tuple[Tensor, Sequence[Tensor] | None]:
-        out, weights = attend_parts(query, parts, kv_heads, scale, scores=True)
-        assert weights is not None
-        (part,) = parts
-        assert part.format == "exact"
-        self.rows.append(part.rows.numpy().copy())
-        self.offsets.append(part.offsets.numpy().copy())
-        self.scores.append(weights[0].numpy().copy())
-        return out, weights if scores else None
-
-
-class WatchedCache(SequenceCache):
-    """Remembers what prefill gave each layer and what was chosen."""
-
-    def store_prompt(self, layer: int, last: Array, total: Array, *distances: Array) -> list[Selected]:
-        seen: dict[int, Any] = self.__dict__.setdefault("seen", {})
-        (stored,) = super().store_prompt(layer, last, total, *distances)
-        seen[layer] = (last, total, stored.places, stored.ids)
-        return [stored]
-
-    def prune_prompt(self, layer: int, last: Array, total: Array, *distances: Array) -> Array | None:
-        survivors = super().prune_prompt(layer, last, total, *distances)
-        if survivors is not None:
-            self.survivors = survivors
-        return survivors
 
 
 @pytest.fixture(scope="module")
-def export(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """``export(name)``: the graphs of a random checkpoint, made once; ``dtype`` is the checkpoint's."""
-    made: dict[Any, Exported] = {}
-
-    def make(name: str, prune_after: int | None = PRUNE_AFTER, dtype: torch.dtype = torch.float32) -> Exported:
-        key = (name, prune_after, dtype)
-        if key not in made:
-            out = tmp_path_factory.mktemp("graphs")
-            precision = str(dtype).removeprefix("torch.")
-            made[key] = Exported(checkpoint(name, dtype=dtype), out, precision, prune_after)
-        return made[key]
-
-    return make
-
-
-def prompt_of(exported: Exported, lengths: tuple[int, int], images: int, seed: int) -> Prompt:
-    """Random text around random pictures; ``lengths`` before and after them, a token between two of them."""
-    spec, random = exported.spec, np.random.default_rng(seed)
-    side, per_image = spec.vision.image_size, spec.tokens_per_image
-    spans = tuple(ImageSpan("", lengths[0] + index * (per_image + 1), per_image) for index in range(images))
-    token_ids = random.integers(3, 300, sum(lengths) + images * (per_image + 1))
-    for span in spans:
-        token_ids[span.start : span.start + span.length] = spec.image_token_id
-    pixels = random.standard_normal((images, 3, side, side), dtype=np.float32)
-    return Prompt(tuple(map(int, token_ids)), spans, pixels if images else None)
-
-
-def start(exported: Exported, method: Method, prompts: Sequence[Prompt], steps: int) -> tuple[Any, ...]:
-    """The torch backend after the prompts: itself, its recorder, the caches and the prompts' logits."""
-    text = exported.spec.text
-    shape = text.kv_shape(4)
-    plans = [
-        kv_plan(method, Formats(), shape, prompt_shape(len(prompt), prompt.spans), steps + 1) for prompt in prompts
-    ]
-    pool = RowPool(sum(plan.pages for plan in plans) + 1, shape)
-    store = RowStore(pool.pages, shape, exported.model.dtype)
-    store.keys.fill_(float("nan"))
-    store.values.fill_(float("nan"))
-    recorded = Recorded(store)
-    backend = TorchBackend(exported.model, store, attend=recorded)
-    caches = [
-        WatchedCache(pool, plan, len(prompt), prompt.spans, text.layers)
-        for plan, prompt in zip(plans, prompts, strict=True)
-    ]
-    logits = []
-    for prompt, cache in zip(prompts, caches, strict=True):
-        features = None if prompt.pixel_values is None else backend.encode_images(prompt.pixel_values)
-        logits.append(backend.prefill(prompt, features, cache).numpy())
-    return backend, recorded, store, caches, logits
+def export(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    return Exports(checkpoint, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features_equal_transformers(export: Callable[..., Exported], name: str) -> None:
+def test_features_equal_transformers(export: Exports, name: str) -> None:
     exported = export(name)
     model = LlavaForConditionalGeneration.from_pretrained(exported.directory).eval()
     side = exported.spec.vision.image_size
@@ -229,7 +32,7 @@ def test_features_equal_transformers(export: Callable[..., Exported], name: str)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompts_equal_transformers(export: Callable[..., Exported], name: str) -> None:
+def test_prompts_equal_transformers(export: Exports, name: str) -> None:
     """Two pictures, one, and none, side by side in one run: the logits of each prompt's last token."""
     exported = export(name)
     prompts = [prompt_of(exported, lengths, n, n) for lengths, n in (((5, 9), 2), ((1, 1), 1), ((30, 0), 0))]
@@ -249,7 +52,7 @@ def test_prompts_equal_transformers(export: Callable[..., Exported], name: str) 
     ids=lambda method: method.name,
 )
 @pytest.mark.parametrize("name", ["llama-gqa-full", "qwen2-tied"])
-def test_prompt_gives_the_policy_what_it_asks_for(export: Callable[..., Exported], method: Method, name: str) -> None:
+def test_prompt_gives_the_policy_what_it_asks_for(export: Exports, method: Method, name: str) -> None:
     """Scores, survivors, rows and logits of a prompt, as the torch backend has them under that method."""
     exported = export(name)
     prompt = prompt_of(exported, (6, 11), 2, 3)
@@ -278,43 +81,7 @@ def test_prompt_gives_the_policy_what_it_asks_for(export: Callable[..., Exported
             np.testing.assert_allclose(out[f"token_scores.{layer}"][1], total, rtol=1e-3, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=st.sampled_from(["llama-mha", "llama-bias", "mistral-yarn", "qwen2-tied"]),
-    prune_after=st.sampled_from([None, PRUNE_AFTER]),
-    method=st.sampled_from([Full(), Avl(), Avl(prune_layer=0, secondary=30, core=10, text_keep=40, text_floor=1)]),
-    prompts=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=5),
-    seed=st.integers(0, 1000),
-)
-def test_whole_steps_equal_the_torch_backend(
-    export: Callable[..., Exported],
-    name: str,
-    prune_after: int | None,
-    method: Method,
-    prompts: list[tuple[int, int, int]],
-    seed: int,
-) -> None:
-    """Batches of sequences of all lengths: logits, scores of every row that was read, and the new rows."""
-    exported = export(name, prune_after)
-    laid_out = [prompt_of(exported, (before, after), n, seed) for before, after, n in prompts]
-    steps, random = 4, np.random.default_rng(seed)
-    backend, recorded, store, caches, _ = start(exported, method, laid_out, steps)
-    for _ in range(steps):
-        token_ids = random.integers(3, 300, len(caches)).tolist()
-        recorded.begin()
-        positions = [cache.length + cache.step for cache in caches]
-        expected = backend.decode(token_ids, caches).numpy()
-        feeds = exported.step_feeds(token_ids, positions, recorded)
-        out = exported.decode(feeds)
-        np.testing.assert_allclose(out["logits"], expected, rtol=0, atol=TOLERANCE)
-        for layer, slots in enumerate(feeds["slots"]):
-            count = len(recorded.scores[layer])
-            np.testing.assert_allclose(out["row_scores"][layer, :count], recorded.scores[layer], rtol=1e-3, atol=1e-6)
-            np.testing.assert_allclose(out[f"key.{layer}"], store.keys[slots], rtol=0, atol=2e-5)
-            np.testing.assert_allclose(out[f"value.{layer}"], store.values[slots], rtol=0, atol=2e-5)
-
-
-def test_half_precision_is_as_close_to_float64_as_torch(export: Callable[..., Exported]) -> None:
+def test_half_precision_is_as_close_to_float64_as_torch(export: Exports) -> None:
     """Two programs in float16 part in the last bits, so errors are compared: ours, and transformers' own."""
     exported = export("llama-gqa-full", dtype=torch.float16)
     prompt = prompt_of(exported, (5, 9), 2, 1)

@@ -25,8 +25,8 @@ from avl_edge.cuda.driver import Argument, Grid
 from avl_edge.cuda_backend import CudaBackend
 from avl_edge.spec import read_spec
 from avl_edge.stored import StoredRows
-from avl_edge.trt import Attention
-from tests import trt_on_cpu
+from avl_edge.trt import Attention, Sizes
+from tests import trt_calls
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice, ReferenceModule, at
 from tools.gpu import check, decode, model_speed, numerics, packed, plugin, report, sanitize, speed
@@ -343,25 +343,39 @@ def _tensorrt() -> Any:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("works", [True, False])
-def test_the_plugin_check_on_the_emulated_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
-    if trt_on_cpu.COMPILER is None:
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
+    """The plugin's kernels, on the CPU."""
+    if trt_calls.COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    shape = trt_on_cpu.Shape(128, 4, "float16")
-    shape.compile(tmp_path)
-    attention = shape.attention(tmp_path)
+    shape, folder = trt_calls.Shape(128, 4, "float16"), tmp_path_factory.mktemp("kernels")
+    shape.compile(folder)
+    return shape.attention(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", ["everything", "nothing", "exact rows"])
+def test_the_plugin_check_on_the_emulated_source(
+    attention: Attention, monkeypatch: pytest.MonkeyPatch, works: str
+) -> None:
     monkeypatch.setattr(Attention, "load", lambda *_: attention)
     monkeypatch.setattr(plugin, "find_spec", lambda _: object())
     monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt())
-    if not works:
-        monkeypatch.setattr(Attention, "run", lambda *_: None)
-        with pytest.raises(CheckFailed, match="did not write the new rows"):
-            plugin.check_plugin(HostPlace())
+    if works == "everything":
+        found = plugin.check_plugin(HostPlace())
+        for kind in ("", "packed_"):
+            assert found[f"{kind}scores_max"] <= 1e-6
+            assert found[f"{kind}out_relative"] <= 1e-3
         return
-    found = plugin.check_plugin(HostPlace())
-    assert found["scores_max"] <= 1e-6
-    assert found["out_relative"] <= 1e-3
+    run = Attention.run
+
+    def run_some(self: Attention, sizes: Sizes, *rest: Any) -> None:
+        if works == "exact rows" and sizes.parts == 1:
+            run(self, sizes, *rest)
+
+    monkeypatch.setattr(Attention, "run", run_some)
+    with pytest.raises(CheckFailed, match="did not write the new rows"):
+        plugin.check_plugin(HostPlace())
 
 
 # The command

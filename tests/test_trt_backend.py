@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from avl_edge import BadInput, DoesNotFit, Formats, Options, Result, Runtime
 from avl_edge.cli import run_app
+from avl_edge.cuda import FORMATS
 from avl_edge.engine import BadPackage, Job, Mismatch, Plugin, Recipe, build
 from avl_edge.trt import digest
 from avl_edge.trt_backend import EngineBackend
@@ -90,6 +92,61 @@ def test_answers_are_those_of_the_cpu(
     assert built.kv_bytes_in_use == 0
 
 
+PACKED = {
+    "full": (Options(method="full", formats=Formats("int8", "int8", "int8")),),
+    "int4": (Options(method="full", formats=Formats("int4", "int4", "int4")),),
+    "tiers": (
+        Options(
+            method="avl",
+            parameters={"prefill_keep": 100, "prompt_mean": 1, "refresh": 2},
+            formats=Formats("exact", "int8", "int4"),
+        ),
+    ),
+    "mixed": (
+        Options(method="h2o", formats=Formats("int4", "exact", "exact")),
+        Options(method="full"),
+        Options(method="distinct", parameters={"secondary": 30}, formats=Formats("int8", "int4", "int4")),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PACKED)
+def test_answers_over_packed_rows_are_those_of_the_cpu(
+    package: Callable[..., Path], checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """By the graphs in float32, whose packed rows no kernel of a GPU reads: to compare tokens.
+
+    Two programs in float32 part in the last bits. Where such a bit decides to which number a new row is rounded, an
+    answer may go its own way: one of three, and not at its beginning.
+    """
+    monkeypatch.setattr("avl_edge.places.tensorrt.decoder_formats", lambda *_: tuple(FORMATS))
+    options = [replace(each, max_new_tokens=24) for each in PACKED[what] * (3 // len(PACKED[what]))]
+    runtimes = Runtime.load(package()), Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32))
+    found, expected = (_each_its_own(runtime, options) for runtime in runtimes)
+    assert [each.token_ids[:8] for each in found] == [each.token_ids[:8] for each in expected]
+    assert sum(ours.token_ids == oracle.token_ids for ours, oracle in zip(found, expected, strict=True)) >= 2
+    assert [each.kv for each in found] == [each.kv for each in expected]
+    assert runtimes[0].kv_bytes_in_use == 0
+
+
+def _each_its_own(runtime: Runtime, options: Sequence[Options]) -> list[Result]:
+    """Answers of requests that run together, each with options of its own."""
+    running = [runtime.generate([random_image(seed, 60)], PROMPT, own) for seed, own in enumerate(options)]
+    return [generation.result() for generation in running]
+
+
+def test_packed_rows_in_half_precision(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+    """As an engine serves them; the answers begin as the CPU's do."""
+    options = Options(method="full", formats=Formats("int8", "int8", "int8"), max_new_tokens=6)
+    runtime = Runtime.load(package(dtype=torch.float16))
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16)), options)
+    found = answers(runtime, options)
+    assert [each.token_ids[0] for each in found] == [each.token_ids[0] for each in expected]
+    assert [each.kv for each in found] == [each.kv for each in expected]
+    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    assert {dims["P * T"] // dims["T"] for profile, dims in decoder.runs if profile == 1} == {2}
+
+
 def test_sampled_answers_are_those_of_the_cpu(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
     options = Options(method="full", temperature=0.8, seed=5, max_new_tokens=6)
     expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
@@ -156,7 +213,11 @@ def test_a_budget_takes_what_engines_serve(package: Callable[..., Path]) -> None
 REFUSED = {
     "low-rank rows": (
         Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8")),
-        "engines read exact rows, not lowrank:8",
+        "this package's engine, of float32, reads exact rows, not lowrank:8: give other formats",
+    ),
+    "packed rows in float32": (
+        Options(method="full", formats=Formats("exact", "int8", "int4")),
+        "this package's engine, of float32, reads exact rows, not int4, int8: give other formats, or use --device cuda",
     ),
     "another layer": (Options(method="avl"), r"avl prunes after layer 2, .* it prunes after layer 1, by the last"),
     "another rank": (
@@ -247,12 +308,12 @@ class TestOpen:
 
 @pytest.mark.slow
 def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tools/gpu's check of engines: the demo model, in float32 as ONNX Runtime takes it, against the CPU's bfloat16."""
+    """tools/gpu's check of engines: the demo model, as ONNX Runtime takes it, against the CPU's bfloat16."""
     monkeypatch.setattr(engines, "decoder_plugin", lambda: None)
     with pytest.raises(Skipped, match="there is no tensorrt that takes plugins"):
         engines.check_engines()
     monkeypatch.setattr(engines, "decoder_plugin", lambda: Plugin(digest(), lambda _: None))
-    assert engines.check_engines("float32")["answers"] == 12
+    assert engines.check_engines("float16")["answers"] == 12 + 2 * 3, "exact rows, and two formats of packed ones"
     monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
     with pytest.raises(CheckFailed, match="of 12 answers are not the CPU's"):
         engines.check_engines("float32")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +27,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_edge.cuda import Kernels, NoCuda, nvrtc, source
+from avl_edge.cuda import FORMATS, Kernels
 from avl_edge.errors import BadInput
-from avl_edge.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, reference_function
-from avl_edge.trt import Attention, PluginMissing, Sizes, TokenKernels, TokenShape, digest, register, token_cubin
-from avl_edge.trt import kernels as token_kernels
-from tests.trt_on_cpu import COMPILER, SHAPES, Call, Shape, make_call, run_call
+from avl_edge.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, WORDS, reference_function
+from avl_edge.layout import UNIT, Format, groups, padded
+from avl_edge.pool.formats import encode
+from avl_edge.trt import Attention, PluginMissing, Sizes, TokenKernels, register
+from tests.trt_calls import COMPILER, SHAPES, Call, Shape, inputs_of, make_call, run_call
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -65,18 +67,18 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(shape: Shape, call: Call) -> dict[str, Any]:
     """ONNX Runtime on a graph of the one node with its reference body, in float32, over the same rounded numbers."""
     helper, kinds = onnx.helper, {torch.int32: onnx.TensorProto.INT32}
-    feeds = {name: call[name] if call[name].dtype in kinds else call[name].float() for name in INPUTS}
+    feeds = {name: feed if feed.dtype in kinds else feed.float() for name, feed in inputs_of(call).items()}
     inputs = [
         helper.make_tensor_value_info(name, kinds.get(feed.dtype, onnx.TensorProto.FLOAT), [None] * feed.ndim)
         for name, feed in feeds.items()
     ]
-    node = helper.make_node(OPERATOR, INPUTS, OUTPUTS, domain=DOMAIN, layer=int(call["layer"]))
+    node = helper.make_node(OPERATOR, list(feeds), OUTPUTS, domain=DOMAIN, layer=int(call["layer"]))
     ranks = {"attended": 3, "row_scores": 1, "token_scores": 2}
     outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * ranks[name]) for name in OUTPUTS]
     kv_heads = call["key"].shape[1]
     model = helper.make_model(
         helper.make_graph([node], "node", inputs, outputs),
-        functions=[reference_function(kv_heads * shape.group, kv_heads, shape.head_dim)],
+        functions=[reference_function(kv_heads * shape.group, kv_heads, shape.head_dim, shape.formats)],
         opset_imports=[helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)],
         ir_version=9,
     )
@@ -93,11 +95,28 @@ def check(shape: Shape, call: Call, found: Call) -> None:
         rows = found["row_scores"][:listed]
         np.testing.assert_allclose(rows, expected["row_scores"][:listed], atol=1e-5, rtol=0)
         np.testing.assert_allclose(found["token_scores"], expected["token_scores"], atol=2e-5, rtol=0)
-    slots = call["slots"][1]
+    slots = call["slots"][1].view(-1, len(call["query"]))
     for name, new in (("pool_keys", "key"), ("pool_values", "value")):
-        pool = call[name].clone()
-        pool[slots[slots >= 0].long()] = call[new][slots >= 0]
-        assert torch.equal(found[name].view(torch.uint8), pool.view(torch.uint8)), "other rows than those with a slot"
+        expected_pool, got = call[name].clone(), found[name].clone()
+        for format_, own in zip(FORMATS, slots, strict=False):
+            for row, slot in zip(call[new][own >= 0], own[own >= 0].tolist(), strict=True):
+                if format_ == "exact":
+                    expected_pool[slot] = row
+                else:
+                    for pool in (expected_pool, got):  # what pads a record may be anything
+                        record = pool.view(torch.uint8).flatten()[UNIT * slot :]
+                        pads = padding(format_, *row.shape)
+                        record[: len(pads)] = torch.where(pads, 0, record[: len(pads)])
+                    record = expected_pool.view(torch.uint8).flatten()[UNIT * slot :]
+                    record[: len(pads)] = encode(Format(format_), row[None])[0]
+        assert torch.equal(got.view(torch.uint8), expected_pool.view(torch.uint8)), "other rows than those with a slot"
+
+
+def padding(format_: str, heads: int, dim: int) -> torch.Tensor:
+    """Which bytes of a record pad its sections."""
+    sections = [2 * heads * (1 if format_ == "int8" else groups(dim)), heads * dim // 2]
+    sections += sections[1:] if format_ == "int8" else []
+    return torch.cat([torch.arange(padded(size)) >= size for size in sections])
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,13 +128,15 @@ def check(shape: Shape, call: Call, found: Call) -> None:
         st.lists(st.integers(1, 9), min_size=1, max_size=3),
         st.lists(st.integers(18, 30), min_size=1, max_size=1),  # more tokens than a block takes
     ),
+    parts=st.integers(1, 3),
     backwards=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_numbers_are_those_of_the_reference_body(
-    kernels: Path, shape: Shape, kind: str, counts: list[int], backwards: bool, seed: int
+    kernels: Path, shape: Shape, kind: str, counts: list[int], parts: int, backwards: bool, seed: int
 ) -> None:
-    call = make_call(shape, kind, counts, seed)
+    is_step = set(counts) == {1}
+    call = make_call(shape, kind, counts, seed, min(parts, len(shape.formats)) if is_step else 1)
     check(shape, call, run_call(shape.attention(kernels, backwards=backwards), call))
 
 
@@ -129,20 +150,31 @@ def test_step_whose_token_has_no_slot(kernels: Path, shape: Shape) -> None:
     torch.testing.assert_close(found["attended"], call["value"].repeat_interleave(shape.group, 1))
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(kernels: Path) -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_sequence_does_not_depend_on_its_neighbours(kernels: Path, parts: int) -> None:
     """Sums of a step are cut by the pool's size, not by who else is in the batch: the bits are the same."""
     shape = SHAPES[0]
-    both = make_call(shape, "step", [1, 1], 11)
+    both = next(call for seed in count() if not shares(call := make_call(shape, "step", [1, 1], seed, parts)))
     alone = dict(both)
-    end = int(both["row_offsets"][1, 1])
     for name in ("query", "key", "value"):
         alone[name] = both[name][:1]
-    alone["rows"], alone["slots"] = both["rows"][:, :end].contiguous(), both["slots"][:, :1].contiguous()
-    alone["row_offsets"], alone["token_offsets"] = both["row_offsets"][:, :2].contiguous(), both["token_offsets"][:2]
+    begins, ends = both["row_offsets"][1, :-1:2].tolist(), both["row_offsets"][1, 1::2].tolist()
+    own = [both["rows"][:, begin:end] for begin, end in zip(begins, ends, strict=True)]
+    lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    alone["rows"], alone["slots"] = torch.cat(own, 1), both["slots"][:, ::2].contiguous()
+    alone["row_offsets"] = torch.tensor([[0, *accumulate(lengths)]] * 3, dtype=torch.int32)
+    alone["token_offsets"] = both["token_offsets"][:2]
     # The neighbour's new row is not written here: this sequence must not read it.
     alone["score_queries"] = torch.zeros(0, dtype=torch.int32)
     attention = shape.attention(kernels)
     assert torch.equal(run_call(attention, both)["attended"][:1], run_call(attention, alone)["attended"])
+
+
+def shares(call: Call) -> bool:
+    """Whether the first of two sequences reads the new row of the second, which is not written where it is alone."""
+    lists = call["row_offsets"][1].tolist()
+    own = [call["rows"][1, begin:end].tolist() for begin, end in zip(lists[:-1:2], lists[1::2], strict=True)]
+    return any(slot in rows for slot, rows in zip(call["slots"][1, 1::2].tolist(), own, strict=True))
 
 
 class Recorder:
@@ -158,30 +190,34 @@ class Recorder:
 ADDRESSES = [[4096 * at for at in range(1, 1 + len(INPUTS))], [4096 * at for at in range(20, 23)], 4096 * 30]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("tokens", [2, 300])
-def test_launches_follow_from_shapes_alone(dtype: str, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "parts"),
+    [("float16", 2, 1), ("bfloat16", 2, 2), ("float16", 2, 3), ("float16", 300, 1), ("float32", 2, 1)],
+)
+def test_launches_follow_from_shapes_alone(dtype: str, tokens: int, parts: int) -> None:
     """So a recorded step holds whatever its buffers hold later. Addresses are such as nobody could read."""
     shape, recorder = Shape(64, 2, dtype), Recorder()
-    attention = Attention(Kernels(recorder, shape.core), TokenKernels(recorder, shape.tokens))
-    sizes = Sizes(tokens, 2, 500, 3, 2000, 8, 4, 64, 32)
+    core = Kernels(recorder, shape.core, packed=lambda _: recorder)
+    attention = Attention(core, TokenKernels(recorder, shape.tokens))
+    sizes = Sizes(tokens, 2, 500, 3, 2000, 8, 4, 64, 32, parts)
     inputs, outputs, workspace = ADDRESSES
     for layer in (0, 31):
         attention.run(sizes, layer, inputs, outputs, workspace, 7)
     first, second = recorder.launched[: len(recorder.launched) // 2], recorder.launched[len(recorder.launched) // 2 :]
-    step = dtype == "float16" and tokens == 2
-    names = (
-        ["append", "attend", "merge", "token_join", "scores"] if step else ["append", "token_attend", "token_scores"]
-    )
+    step = dtype != "float32" and tokens == 2
+    of_step = [*["append"] * parts, *["attend"] * parts, "merge", "token_join", "scores"]
+    names = of_step if step else ["append", "token_attend", "token_scores"]
     assert [kernel for kernel, *_ in first] == [f"avl_{name}" for name in names]
     assert [launch[:4] for launch in first] == [launch[:4] for launch in second]
     moved = {
         a: b for one, two in zip(first, second, strict=True) for a, b in zip(one[4], two[4], strict=True) if a != b
     }
-    tables = {"rows": 500, "row_offsets": 3, "slots": tokens}
+    tables = {"rows": 500, "row_offsets": 2 * parts + 1, "slots": tokens * parts}
     starts = {inputs[INPUTS.index(name)]: 31 * 4 * n for name, n in tables.items()}
-    if step:  # a list ends where the next one begins
-        starts[inputs[INPUTS.index("row_offsets")] + 4] = 31 * 4 * 3
+    offsets, slots = (inputs[INPUTS.index(name)] for name in ("row_offsets", "slots"))
+    for part in range(parts if step else 0):  # a list ends where the next one begins
+        starts |= {offsets + 4 * (2 * part + more): starts[offsets] for more in (0, 1)}
+        starts[slots + 4 * 2 * part] = starts[slots]
     assert moved == {start: start + further for start, further in starts.items()}
 
 
@@ -197,30 +233,6 @@ def test_nobody_asks_for_scores() -> None:
             assert arguments.count(None) == null.get(kernel, 0)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_loaded_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compiled for the GPU at hand, here a name; LLaVA-1.5-7B's sizes need the scratch memory that arithmetic says."""
-    try:
-        nvrtc.find()
-    except NoCuda as error:
-        pytest.skip(str(error))
-    images: list[bytes] = []
-    gpu = SimpleNamespace(arch="sm_87", cuda=(12, 6), multiprocessors=16, load=lambda image: images.append(image))
-    monkeypatch.setattr("avl_edge.trt.attention.Gpu", lambda: gpu)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    attention = Attention.load(128, 1, dtype)
-    wanted = ("avl_attend", "avl_append"), ("avl_token_attend", "avl_token_scores", "avl_token_join")
-    for image, kernels in zip(images, wanted, strict=True):
-        assert image.startswith(b"\x7fELF")
-        assert all(kernel.encode() in image for kernel in kernels)
-    prompt = Sizes(3072, 1, 4096, 3072, 2**18, 32, 32, 128, 32)
-    step = Sizes(16, 16, 16 * 4096, 16, 2**18, 32, 32, 128, 32)
-    assert attention.workspace_bytes(prompt) >= 3072 * 32 * 4
-    # Sums of 16 sequences in 5 splits, and logits of every row; less than 24 MB.
-    least = 16 * 5 * 32 * 128 * 4 + 32 * 16 * 4096 * 4 if dtype != "float32" else 16 * 32 * 4
-    assert least <= attention.workspace_bytes(step) < 24e6
-
-
 def test_kernels_have_no_race(tmp_path: Path) -> None:
     """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot."""
     if COMPILER is None:
@@ -229,7 +241,7 @@ def test_kernels_have_no_race(tmp_path: Path) -> None:
     program = """
 import sys, torch
 from pathlib import Path
-from tests.trt_on_cpu import Shape, make_call, run_call
+from tests.trt_calls import Shape, make_call, run_call
 shape = Shape(16, 2, "float16", warps=2)
 for kind, counts in (("mixed", [9, 3]), ("mixed", [1, 1])):
     run_call(shape.attention(Path(sys.argv[1])), make_call(shape, kind, counts, 5))
@@ -238,7 +250,7 @@ print("done")
     sanitizer = subprocess.run([str(COMPILER), "-print-file-name=libtsan.so"], capture_output=True, text=True)
     if not Path(sanitizer.stdout.strip()).is_absolute():
         pytest.skip("the compiler has no thread sanitizer as a shared library")
-    shape.compile(tmp_path, "-fsanitize=thread", "-g1")
+    shape.compile(tmp_path, "-fsanitize=thread", "-g1", formats=("exact",))
     environment = {**os.environ, "LD_PRELOAD": sanitizer.stdout.strip(), "OMP_NUM_THREADS": "1"}
     environment["TSAN_OPTIONS"] = f"exitcode=66:called_from_lib=1:suppressions={tmp_path / 'known'}"
     (tmp_path / "known").write_text("race:libtorch\nrace:libgomp\nrace:python\n")
@@ -247,63 +259,41 @@ print("done")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 
 
-class TestCompiled:
-    """For a GPU, by NVRTC; none of it is run."""
-
-    @pytest.mark.parametrize("row", ["Half", "Bfloat", "Float"])
-    @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-    def test_fits_the_registers_of_the_device(self, head_dim: int, row: str) -> None:
-        try:
-            compiler = nvrtc.find()
-        except NoCuda as error:
-            pytest.skip(str(error))
-        options = ["--ptxas-options=-v", *TokenShape(head_dim, 4, row).options]
-        compiled = compiler.compile(source.read(token_kernels.NAME), token_kernels.NAME, "sm_87", options)
-        assert compiled.log.count("Compiling entry function 'avl_token_") == 3
-        assert compiled.log.count("0 bytes spill stores, 0 bytes spill loads") == 3
-        if compiler.version[0] == 12:
-            assert nvrtc.isa(compiled.ptx) <= (8, 5), "the driver of JetPack 6 refuses newer PTX"
-
-    def test_cached(self, tmp_path: Path) -> None:
-        try:
-            first = token_cubin("sm_87", TokenShape(64, 1, "Half"), folder=tmp_path)
-        except NoCuda as error:
-            pytest.skip(str(error))
-        assert first.startswith(b"\x7fELF")
-        assert len(list(tmp_path.iterdir())) == 1
-        assert token_cubin("sm_87", TokenShape(64, 1, "Half"), folder=tmp_path) == first
-        assert len(list(tmp_path.iterdir())) == 1
-
-    @pytest.mark.parametrize(
-        ("head_dim", "group", "row"), [(12, 1, "Half"), (264, 1, "Half"), (64, 0, "Half"), (64, 1, "Int")]
-    )
-    def test_refused_shapes(self, head_dim: int, group: int, row: str) -> None:
-        with pytest.raises(BadInput, match="the GPU kernels take"):
-            TokenShape(head_dim, group, row)
-
-    def test_digest_follows_both_sources(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        before, texts = digest(), {name: source.read(name) for name in (source.NAME, token_kernels.NAME)}
-
-        def changed(name: str, more: bytes) -> str:
-            of_name = {**texts[name], name: texts[name][name] + more}
-            monkeypatch.setattr(source, "read", lambda other=source.NAME: {**texts, name: of_name}[other])
-            return digest()
-
-        for name in texts:
-            assert changed(name, b"\n// more is said") == before
-            assert changed(name, b"\nint more;") != before
-
-
-def test_shapes_that_contradict_each_other() -> None:
-    shapes = [list(make_call(SHAPES[0], "step", [1, 1], 0)[name].shape) for name in INPUTS]
-    assert Sizes.of(shapes).sequences == 2
-    for at in range(len(INPUTS) - 1):
-        wrong = [list(shape) for shape in shapes]
-        wrong[at][-1] += 1
-        if INPUTS[at] == "rows":
-            continue  # its room is its own
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_shapes_that_contradict_each_other(parts: int) -> None:
+    call = make_call(SHAPES[0], "step", [1, 1], 0, parts)
+    inputs = inputs_of(call)
+    shapes = [list(tensor.shape) for tensor in inputs.values()]
+    sizes = Sizes.of(shapes)
+    assert (sizes.sequences, sizes.parts, sizes.formats) == (2, parts, ("exact", "int8", "int4")[:parts])
+    for at, name in enumerate(inputs):
+        for axis in {0, -1} if name in WORDS else {-1}:
+            wrong = [list(shape) for shape in shapes]
+            wrong[at][axis] += 1
+            if name in ("rows", "score_queries"):
+                continue  # their room is their own
+            with pytest.raises(BadInput, match="was given shapes"):
+                Sizes.of(wrong)
+    if parts > 1:
         with pytest.raises(BadInput, match="was given shapes"):
-            Sizes.of(wrong)
+            Sizes.of(shapes[: len(INPUTS)])
+
+
+def test_there_is_no_fourth_format() -> None:
+    call = make_call(SHAPES[0], "step", [1, 1], 0)
+    shapes = {name: list(tensor.shape) for name, tensor in inputs_of(call).items()}
+    shapes |= {"slots": [3, 4 * 2], "row_offsets": [3, 4 * 2 + 1]}
+    with pytest.raises(BadInput, match="was given shapes"):
+        Sizes.of(list(shapes.values()))
+
+
+def test_a_prompt_has_exact_rows() -> None:
+    call = make_call(SHAPES[0], "prompt", [5, 2], 0)
+    shapes = {name: list(tensor.shape) for name, tensor in inputs_of(call).items()}
+    assert Sizes.of(list(shapes.values())).parts == 1
+    shapes |= {"slots": [3, 2 * 7], "row_offsets": [3, 2 * 2 + 1]}
+    with pytest.raises(BadInput, match="in steps of one token per sequence, not by 7 tokens of 2: give a prompt its"):
+        Sizes.of(list(shapes.values()))
 
 
 # Through the real bindings
@@ -347,6 +337,8 @@ def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[st
     """From the attribute of a node over a serialised engine to the numbers, for every kind of call and dtype."""
     counts = {"step": [1, 1, 1], "prompt": [7], "mixed": [3, 2]}
     cases = [(shape, make_call(shape, kind, counts[kind], seed)) for seed, shape in enumerate(SHAPES) for kind in KINDS]
+    steps = [(shape, kind, parts) for shape in SHAPES[:2] for kind in ("step", "mixed") for parts in (2, 3)]
+    cases += [(shape, make_call(shape, kind, counts["step"], 7, parts)) for shape, kind, parts in steps]
     path = tmp_path / "cases.pt"
     torch.save(cases, path)
     command = [sys.executable, "-m", "tests.trt_on_cpu", str(path), str(kernels)]
@@ -364,6 +356,7 @@ def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[st
     assert report["ranks"] == [3, 1, 2]
     assert report["symbols"] == [["query0", "query1", "query2"], ["rows1"], [2, "query0"]]
     assert report["loaded"] == [[shape.head_dim, shape.group, shape.dtype] for shape in SHAPES], "each once"
+    assert report["packed"] == ["int4", "int8"]
     assert report["missing"] == [], "the bindings have no such names"
     assert report["registry"] == "TensorRT has no plugin registry: its libraries are not those of its Python package"
     assert report["refusals"] == [
@@ -378,7 +371,8 @@ from pathlib import Path
 import onnx
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
-from avl_edge.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, for_plugin
+from avl_edge.cuda import FORMATS
+from avl_edge.export.core_attention import DOMAIN, OPERATOR, OUTPUTS, for_plugin, inputs
 from avl_edge.trt import make_creator
 
 creator = make_creator(trt, None)
@@ -393,14 +387,15 @@ type(creator).create_plugin = create
 registry = trt.get_plugin_registry()
 assert registry.register_creator(creator, DOMAIN)
 assert registry.get_creator(OPERATOR, "1", DOMAIN) is not None
-shapes = [["t", 2, 64]] * 3 + [[8, 2, 64]] * 2 + [[9, "n"], [9, "b"], [9, "t"], ["b"], ["w"]]
-inputs = [
+shapes = [["t", 2, 64]] * 3 + [[8, 2, 64]] * 2 + [[9, "n"], [9, "b"], [9, "t"], ["b"], ["w"], ["u", 4], ["u", 4]]
+names = inputs(tuple(FORMATS))
+values = [
     helper.make_tensor_value_info(name, TensorProto.FLOAT if at < 5 else TensorProto.INT32, shape)
-    for at, (name, shape) in enumerate(zip(INPUTS, shapes))
+    for at, (name, shape) in enumerate(zip(names, shapes, strict=True))
 ]
-node = helper.make_node(OPERATOR, INPUTS, OUTPUTS, name="node", domain=DOMAIN, layer=7)
+node = helper.make_node(OPERATOR, names, OUTPUTS, name="node", domain=DOMAIN, layer=7)
 outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
-graph = helper.make_graph([node], "graph", inputs, outputs)
+graph = helper.make_graph([node], "graph", values, outputs)
 opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
 model = for_plugin(helper.make_model(graph, opset_imports=opsets, ir_version=9))
 builder = trt.Builder(trt.Logger())

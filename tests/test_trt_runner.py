@@ -23,6 +23,7 @@ from avl_edge.engine import (
     Plugin,
     Recipe,
     build,
+    decoder_formats,
     decoder_profiles,
     open_package,
     publish,
@@ -265,7 +266,7 @@ class TestBuild:
         assert known == ["trt"]
         assert [name for name, *_ in seen] == [VISION, PLUGIN_DECODER]
         assert seen[1][1][:2] == ["token_ids", "features"]
-        assert seen[1][2] == decoder_profiles(job.spec, job.recipe)
+        assert seen[1][2] == decoder_profiles(job.spec, job.recipe, job.settings.precision)
         assert seen[1][4] == b"+vision.onnx", "the decoder's build knows the times of the vision tower's"
         assert manifest.fingerprint.target is not None
         assert manifest.fingerprint.target.kernel == "kernels"
@@ -305,15 +306,30 @@ class TestBuild:
 
 
 class TestProfiles:
-    def test_every_dimension_has_its_sizes_in_order(self, spec: Any) -> None:
+    @pytest.mark.parametrize("precision", ["float16", "float32"])
+    def test_every_dimension_has_its_sizes_in_order(self, spec: Any, precision: str) -> None:
         recipe = Recipe(prompt_tokens=100, sequences=4)
-        for profile in decoder_profiles(spec, recipe):
-            for binding in decoder_bindings(spec, "float16", 1).inputs:
+        for profile in decoder_profiles(spec, recipe, precision):
+            for binding in decoder_bindings(spec, precision, 1).inputs:
                 for dim in (*binding.shape, *(("survivors",) if binding.name == "survivors" else ())):
                     if isinstance(dim, str):
                         low, usual, high = profile[dim]
                         assert 0 <= low <= usual <= high
                         assert high >= 1
+
+    def test_packed_rows_are_for_steps_of_16_bits(self, checkpoint: Checkpoints) -> None:
+        """A part more for each format, and a pool of which both views are as large."""
+        recipe, text = Recipe(sequences=4, pool_rows=640), SPECS["llama-mha"]
+        spec = Job.of(checkpoint("llama-mha"), recipe).spec
+        for precision, parts in (("float16", 3), ("bfloat16", 3), ("float32", 1)):
+            assert len(decoder_formats(spec, precision)) == parts
+            prompt, step = decoder_profiles(spec, recipe, precision)
+            assert prompt["P * T"] == prompt["T"]
+            assert prompt["P * B + 1"] == prompt["B + 1"]
+            assert step["P * T"] == (1, 1, parts * 4)
+            assert step["P * B + 1"] == (2, 2, parts * 4 + 1)
+            arena = 640 * text.kv_heads * text.head_dim * (4 if precision == "float32" else 2)
+            assert prompt["U"] == step["U"] == (1, arena // 16, arena // 16)
 
     def test_pool_is_bounded_by_what_a_tensor_may_hold(self, checkpoint: Checkpoints) -> None:
         job = Job.of(checkpoint("llama-bias"), Recipe(pool_rows=2**40))

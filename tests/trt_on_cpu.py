@@ -1,5 +1,4 @@
-"""The TensorRT plugin without a GPU: its kernels as C++ on the CPU, random calls of it, and a program that goes through
-the real Python bindings of TensorRT.
+"""The TensorRT plugin through the real Python bindings of TensorRT, its kernels on the CPU.
 
     python -m tests.trt_on_cpu CASES.pt KERNELS_FOLDER
 
@@ -8,223 +7,18 @@ runs with a `tensorrt_bindings` on the path, in a process of its own: there is o
 
 from __future__ import annotations
 
-import ctypes
 import json
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from avl_edge.cuda import Kernels, KernelShape
-from avl_edge.cuda.driver import Argument, Grid
-from avl_edge.export.core_attention import INPUTS, OUTPUTS
-from avl_edge.trt import Attention, Sizes, TokenKernels, TokenShape
-from avl_edge.trt.kernels import ROWS
-
-EMULATION = Path(__file__).resolve().parents[1] / "plugins" / "emulation"
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-STREAM = 7
-GUARD = 64
-"""Bytes behind every buffer that nobody may touch."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What kernels are compiled for. One warp to a block: threads are what takes time."""
-
-    head_dim: int
-    group: int
-    dtype: str
-    warps: int = 1
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    @property
-    def core(self) -> KernelShape:
-        """Of the kernels that write rows, and for 2-byte rows attend in steps."""
-        wide = self.dtype == "float32"
-        return KernelShape(self.head_dim, 1 if wide else self.group, "Half" if wide else ROWS[self.dtype], self.warps)
-
-    @property
-    def tokens(self) -> TokenShape:
-        return TokenShape(self.head_dim, self.group, ROWS[self.dtype], self.warps)
-
-    def library(self, folder: Path, driver: str) -> Path:
-        return folder / f"{driver}-{self.head_dim}-{self.group}-{self.dtype}.so"
-
-    def compile(self, folder: Path, *options: str) -> None:
-        """Both libraries, into ``folder``."""
-        for driver, shape in (("driver", self.core), ("token_driver", self.tokens)):
-            flags = "-std=c++20 -O1 -pthread -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas"
-            command = [str(COMPILER), *flags.split(), *options, *shape.options]
-            command += [str(EMULATION / f"{driver}.cpp"), "-o", str(self.library(folder, driver))]
-            built = subprocess.run(command, capture_output=True, text=True)
-            assert built.returncode == 0, built.stderr
-
-    def attention(self, folder: Path, *, backwards: bool = False) -> Attention:
-        """The plugin's own choice of kernels, which run on the CPU."""
-        core = EmulatedModule(self.library(folder, "driver"), self.core.warps, backwards)
-        tokens = EmulatedModule(self.library(folder, "token_driver"), self.warps, backwards)
-        return Attention(Kernels(core, self.core, multiprocessors=1), TokenKernels(tokens, self.tokens))
-
-
-SHAPES = (Shape(16, 2, "float16"), Shape(80, 1, "bfloat16"), Shape(64, 2, "float32"), Shape(136, 3, "float16"))
-
-
-class EmulatedModule:
-    """A source of `plugins/cuda` as a shared library."""
-
-    def __init__(self, library: Path, warps: int, backwards: bool) -> None:
-        self._library, self._warps, self._backwards = ctypes.CDLL(str(library)), warps, backwards
-
-    def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
-        assert stream == STREAM
-        assert threads == 32 * self._warps
-        assert min(grid) >= 1, "CUDA refuses an empty grid"
-        addresses = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(argument) for argument in arguments])
-        assert self._library.avl_launch(kernel.encode(), *grid, int(self._backwards), addresses) == 0, kernel
-
-
-Call = dict[str, Tensor]
-"""The node's inputs by name, and `layer`."""
-
-
-def make_call(shape: Shape, kind: str, counts: Sequence[int], seed: int) -> Call:
-    """A random call of ``counts`` new tokens a sequence, in layer 1 of 3.
-
-    ``kind``: "step", each token with a slot among the rows that its sequence reads; "prompt", none with a slot;
-    "mixed", some. What must not be read is NaN: rows of the pool that nobody lists, or that a new token replaces.
-    """
-    random = torch.Generator().manual_seed(seed)
-    layers, kv_heads, tokens, pool = 3, int(torch.randint(1, 3, (), generator=random)), sum(counts), 40
-
-    def below(high: int, *size: int, low: int = 0) -> Tensor:
-        return torch.randint(low, high, size, generator=random, dtype=torch.int32)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random).to(shape.torch_dtype)
-
-    slotted = {"step": torch.ones(tokens), "prompt": torch.zeros(tokens), "mixed": below(2, tokens)}[kind].bool()
-    order = torch.stack([torch.randperm(pool, generator=random) for _ in range(layers)]).int()
-    slots = torch.where(slotted, order[:, :tokens], torch.tensor(-1, dtype=torch.int32))
-    listed = below(24, len(counts)).tolist() if kind != "prompt" or below(2).item() else [0] * len(counts)
-    room = sum(listed) + tokens + int(below(4, low=1))
-    rows, offsets = below(pool, layers, room), [0]
-    for own, first, count in zip(listed, accumulate(counts, initial=0), counts, strict=False):
-        for token in range(first, first + count):
-            if slotted[token]:
-                rows[:, offsets[-1] + own] = slots[:, token]
-                own += 1
-        offsets.append(offsets[-1] + own)
-    queries = below(tokens, int(below(5)), low=-1)
-    size = (pool, kv_heads, shape.head_dim)
-    pools = [normal(*size), normal(*size)]
-    read = {int(row) for row in rows[1, : offsets[-1]]} - {int(slot) for slot in slots[1]}
-    for rows_of in pools:
-        rows_of[[row for row in range(pool) if row not in read]] = torch.nan
-    call = {
-        "query": normal(tokens, kv_heads * shape.group, shape.head_dim) * 2,
-        "key": normal(tokens, kv_heads, shape.head_dim),
-        "value": normal(tokens, kv_heads, shape.head_dim),
-        "pool_keys": pools[0],
-        "pool_values": pools[1],
-        "rows": rows,
-        "row_offsets": torch.tensor([offsets] * layers, dtype=torch.int32),
-        "slots": slots,
-        "token_offsets": torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
-        "score_queries": queries,
-    }
-    # Another layer's tables would give other numbers.
-    for table in ("row_offsets", "slots"):
-        call[table][0] = 0
-    return {**call, "layer": torch.tensor(1)}
-
-
-class Memory:
-    """Buffers with a guarded end, all of them NaN or given."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, int]] = []
-
-    def place(self, content: Tensor) -> Tensor:
-        """``content`` in memory of exactly its size."""
-        buffer = self._bytes(content.nbytes)
-        tensor = buffer[: content.nbytes].view(content.dtype).view(content.shape)
-        return tensor.copy_(content)
-
-    def unwritten(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        size = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        return self._bytes(size)[:size].view(dtype).view(shape)
-
-    def _bytes(self, size: int) -> Tensor:
-        buffer = torch.full((size + GUARD,), 255, dtype=torch.uint8)
-        self._kept.append((buffer, size))
-        return buffer
-
-    def check(self) -> None:
-        """Nobody wrote past an end."""
-        assert all(bool((buffer[size:] == 255).all()) for buffer, size in self._kept), (
-            "written past the end of a buffer"
-        )
-
-
-@dataclass
-class Placed:
-    """A call in memory, as addresses."""
-
-    call: Call
-    memory: Memory
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-    @classmethod
-    def of(cls, call: Call) -> Placed:
-        memory = Memory()
-        inputs = [memory.place(call[name]) for name in INPUTS]
-        tokens, room = call["query"].shape[0], call["rows"].shape[1]
-        outputs = [
-            memory.unwritten(*call["query"].shape, dtype=call["query"].dtype),
-            memory.unwritten(room, dtype=torch.float32),
-            memory.unwritten(2, tokens, dtype=torch.float32),
-        ]
-        return cls(call, memory, inputs, outputs)
-
-    @property
-    def sizes(self) -> Sizes:
-        return Sizes.of([tuple(tensor.shape) for tensor in self.inputs])
-
-    @property
-    def addresses(self) -> tuple[list[int], list[int]]:
-        return [tensor.data_ptr() for tensor in self.inputs], [tensor.data_ptr() for tensor in self.outputs]
-
-    def results(self) -> Call:
-        """The outputs by name, and the pool, after the buffers' ends were looked at."""
-        self.memory.check()
-        pools = {name: tensor for name, tensor in zip(INPUTS, self.inputs, strict=True) if name.startswith("pool")}
-        return {**dict(zip(OUTPUTS, self.outputs, strict=True)), **pools}
-
-
-def run_call(attention: Attention, call: Call) -> Call:
-    """The call by :class:`Attention` itself, in exactly as much scratch memory as it asks for."""
-    placed = Placed.of(call)
-    # What an engine asks for once, for its largest sizes.
-    most = replace(placed.sizes, tokens=placed.sizes.tokens + 5, room=placed.sizes.room + 9)
-    workspace = placed.memory.unwritten(attention.workspace_bytes(most), dtype=torch.uint8)
-    attention.run(placed.sizes, int(call["layer"]), *placed.addresses, workspace.data_ptr(), STREAM)
-    return placed.results()
-
-
-# The program
+from avl_edge.export.core_attention import INPUTS
+from avl_edge.trt import Attention
+from tests.trt_calls import STREAM, Call, Placed, Shape
 
 _KEPT: list[Any] = []
 
@@ -262,8 +56,9 @@ def _descriptions(trt: Any, tensors: Sequence[Tensor], dynamic: bool) -> list[An
     return made
 
 
-def enqueue(trt: Any, creator: Any, call: Call) -> Call:
-    """A call through the plugin, in the order in which TensorRT goes: made, serialised, made again, attached, run."""
+def enqueue(trt: Any, creator: Any, call: Call, kernels: list[str]) -> Call:
+    """A call through the plugin, in the order in which TensorRT goes: made, serialised, made again, attached, run.
+    ``kernels``: the names of what is loaded."""
     placed = Placed.of(call)
     inputs, outputs = (_descriptions(trt, tensors, True) for tensors in (placed.inputs, placed.outputs))
     built = creator.create_plugin("built", _fields(trt, call["layer"]), trt.TensorRTPhase.BUILD).clone()
@@ -278,11 +73,13 @@ def enqueue(trt: Any, creator: Any, call: Call) -> Call:
     inputs, outputs = (_descriptions(trt, tensors, False) for tensors in (placed.inputs, placed.outputs))
     running.on_shape_change(inputs, outputs)
     running.set_tactic(0)
+    ready = list(kernels)
     workspace = placed.memory.unwritten(size, dtype=torch.uint8)
     # The builder takes times with whatever its inputs hold: nothing may follow from that.
     built.enqueue(inputs, outputs, *placed.addresses, workspace.data_ptr(), STREAM)
     assert bool((placed.outputs[1].view(torch.int32) == -1).all())
     running.enqueue(inputs, outputs, *placed.addresses, workspace.data_ptr(), STREAM)
+    assert kernels == ready, "what is captured has to be loaded before"
     return placed.results()
 
 
@@ -349,7 +146,7 @@ def describe(trt: Any, creator: Any, call: Call) -> dict[str, Any]:
             wrong[f"{at} {change}"] = plugin.supports_format_combination(at, together, len(placed.inputs))
         tensor.desc.type, tensor.desc.format = right
     none = trt.DimsExprs([None, None, None])
-    real = plugin.get_output_shapes([none] * len(INPUTS), [], type("", (), {"constant": lambda *_: None})())
+    real = plugin.get_output_shapes([none] * len(placed.inputs), [], type("", (), {"constant": lambda *_: None})())
     kept, trt.DimsExprs = trt.DimsExprs, list
     symbols = plugin.get_output_shapes([[f"{name}{at}" for at in range(3)] for name in INPUTS], [], Expressions())
     trt.DimsExprs = kept
@@ -357,7 +154,7 @@ def describe(trt: Any, creator: Any, call: Call) -> dict[str, Any]:
     for attempt in (
         lambda: creator.create_plugin("none", _fields(trt, None), trt.TensorRTPhase.BUILD),
         lambda: creator.create_plugin("far", _fields(trt, torch.tensor(3)), trt.TensorRTPhase.BUILD).configure_plugin(
-            together[: len(INPUTS)], together[len(INPUTS) :]
+            together[: len(placed.inputs)], together[len(placed.inputs) :]
         ),
     ):
         try:
@@ -390,15 +187,20 @@ def main() -> None:
 
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     cases: list[tuple[Shape, Call]] = torch.load(path, weights_only=False)
-    loaded = []
+    loaded: list[list[int | str]] = []
+    kernels: list[str] = []
 
     def load(head_dim: int, group: int, dtype: str) -> Attention:
         loaded.append([head_dim, group, dtype])
-        return Shape(head_dim, group, dtype).attention(folder)
+        return Shape(head_dim, group, dtype).attention(folder, log=kernels)
 
     creator = make_creator(trt, load)
-    torch.save([enqueue(trt, creator, call) for _, call in cases], path.with_suffix(".out"))
-    report = {**describe(trt, creator, cases[0][1]), "loaded": loaded}
+    torch.save([enqueue(trt, creator, call, kernels) for _, call in cases], path.with_suffix(".out"))
+    report = {
+        **describe(trt, creator, cases[0][1]),
+        "loaded": loaded,
+        "packed": sorted({"int8", "int4"} & set(kernels)),
+    }
     try:
         register(trt, load)
     except PluginMissing as error:

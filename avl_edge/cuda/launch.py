@@ -80,22 +80,34 @@ class Kernels:
         ``address``: ``workspace.bytes`` of device memory. Exact rows take three launches, four with scores; another
         format one more, and one where new rows are written in it; a look three, and one for each format.
         """
-        lists, heads, splits = step.lists, workspace.heads, workspace.splits
-        sums, states, log_sums, logits = (
-            address + place for place in (workspace.sums, workspace.states, workspace.log_sums, workspace.logits)
-        )
+        self.append_parts(step, pool, stream)
+        if step.look is not None:
+            self._choose(step, step.look, pool, workspace, address, stream)
+        self.attend_parts(step, pool, workspace, address, stream)
+        if step.scores:
+            self.score_parts(step, workspace, address, stream)
+
+    def append_parts(self, step: Step, pool: Pool, stream: int) -> None:
+        """The new rows of a step, a launch for each format that is written."""
+        lists = step.lists
         for part, format_ in enumerate(lists.formats):
             if format_ in step.written:
                 slots = lists.of_part(step.slots, part)
                 self.append(step.new_keys, step.new_values, slots, lists.batch, pool, stream, format_)
-        if step.look is not None:
-            self._choose(step, step.look, pool, workspace, address, stream)
-        asked = logits if step.scores else 0
+
+    def attend_parts(self, step: Step, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
+        """``step.out`` and the workspace's log_sums, over the rows of all parts; its logits where scores are wanted."""
+        lists, splits = step.lists, workspace.splits
+        sums, states, log_sums = (address + place for place in (workspace.sums, workspace.states, workspace.log_sums))
+        logits = address + workspace.logits if step.scores else 0
         for part in range(len(lists.formats)):
-            self.attend(step.query, pool, lists, part, splits, sums, states, asked, stream)
-        self.merge(sums, states, lists, heads, splits, step.out, log_sums, stream)
-        if step.scores:
-            self.scores(logits, log_sums, lists, heads, step.scores, stream)
+            self.attend(step.query, pool, lists, part, splits, sums, states, logits, stream)
+        self.merge(sums, states, lists, workspace.heads, splits, step.out, log_sums, stream)
+
+    def score_parts(self, step: Step, workspace: Workspace, address: int, stream: int) -> None:
+        """``step.scores``, after :meth:`attend_parts`."""
+        logits, log_sums = address + workspace.logits, address + workspace.log_sums
+        self.scores(logits, log_sums, step.lists, workspace.heads, step.scores, stream)
 
     def _choose(self, step: Step, look: Look, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
         heads, candidates = workspace.heads, look.lists

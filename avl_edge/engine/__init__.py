@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .decoder import PROMPT, STEP, Plugin, decoder_profiles
+from .decoder import PROMPT, STEP, Plugin, decoder_formats, decoder_profiles
 from .errors import BadPackage, BadRecipe, BuildFailed, BuildRunning, Mismatch
 from .fingerprint import MODEL_FILES, Fingerprint, Target, checkpoint_digest, file_digest, require_match
 from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
@@ -35,6 +35,7 @@ __all__ = [
     "build",
     "build_engine",
     "checkpoint_digest",
+    "decoder_formats",
     "decoder_profiles",
     "file_digest",
     "find_tensorrt",

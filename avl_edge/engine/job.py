@@ -171,7 +171,7 @@ def _build_engines(
     if plugin:
         plugin.register(trt)
         inputs = decoder_bindings(job.spec, precision, job.settings.prune_after).inputs
-        profiles = decoder_profiles(job.spec, job.recipe)
+        profiles = decoder_profiles(job.spec, job.recipe, precision)
         engine, timings = build_engine(trt, staging / PLUGIN_DECODER, inputs, profiles, workspace, timings, progress)
         (staging / DECODER_ENGINE).write_bytes(engine)
     (staging / TIMINGS).write_bytes(timings)

@@ -1,16 +1,16 @@
 """A checkpoint as ONNX graphs: what an engine is built from. This text is the table of their bindings.
 
-Dimensions: I images, S pixels a side, P tokens of an image; B sequences, T new tokens of all of them together, F image
-feature rows, N row ids (room for the longest list of all layers), R rows of the pool, W score queries, M survivors;
-L layers, H_kv key/value heads, d head size, V vocabulary. "model" is the dtype of the weights, which the recipe may
-change; M' is T up to the layer that prunes and M beyond it.
+Dimensions: I images, S pixels a side, J tokens of an image; B sequences, T new tokens of all of them together, F image
+feature rows, N row ids (room for the longest list of all layers), P row formats, R rows of the pool, U units of 16
+bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value heads, d head size, V vocabulary.
+"model" is the dtype of the weights, which the recipe may change; M' is T up to the layer that prunes and M beyond it.
 
 ``vision.onnx``: the vision tower and the projector.
 
 | vision | name | shape | dtype |
 |---|---|---|---|
 | in | pixels | I, 3, S, S | float32 |
-| out | features | I, P, hidden | model |
+| out | features | I, J, hidden | model |
 
 ``decoder.onnx``: embedding, layers and head; one graph for the prompt and for a decode step.
 
@@ -21,14 +21,16 @@ change; M' is T up to the layer that prunes and M beyond it.
 | in | feature_rows | T | int32 |
 | in | positions | T | int32 |
 | in | token_offsets | B + 1 | int32 |
-| in | slots | L, T | int32 |
+| in | slots | L, P * T | int32 |
 | in | rows | L, N | int32 |
-| in | row_offsets | L, B + 1 | int32 |
+| in | row_offsets | L, P * B + 1 | int32 |
 | in | score_queries | W | int32 |
 | in | pinned | T | int32 |
 | in | survivors | 1 | int64 |
 | in | pool_keys | R, H_kv, d | model |
 | in | pool_values | R, H_kv, d | model |
+| in | pool_key_words | U, 4 | int32 |
+| in | pool_value_words | U, 4 | int32 |
 | out | logits | B, V | float32 |
 | out | row_scores | L, N | float32 |
 | out | kept | M | int32 |
@@ -36,15 +38,22 @@ change; M' is T up to the layer that prunes and M beyond it.
 | out | value.N | M', H_kv, d | model |
 | out | token_scores.N | 2, M' | float32 |
 
-- Sequence b owns the tokens from ``token_offsets[b]`` up to ``token_offsets[b + 1]``, at least one, and in layer l the
-  ids from ``row_offsets[l, b]`` up to ``row_offsets[l, b + 1]`` of ``rows[l]``. What lies past the last offset is room:
-  any id of the pool, read by nobody.
+- Sequence b owns the tokens from ``token_offsets[b]`` up to ``token_offsets[b + 1]``, at least one, and in layer l a
+  list of ids of ``rows[l]`` in each of P parts. Part p holds rows of the p-th of :data:`avl_edge.cuda.FORMATS`; lists
+  stand part by part, number p * B + b from ``row_offsets[l, p * B + b]`` up to ``row_offsets[l, p * B + b + 1]``. What
+  lies past the last offset is room: any id, read by nobody.
+- P is 1, rows are exact, in every call but a decode step, T = B, which may have more parts. An exact row's id is its
+  number in ``pool_keys`` and ``pool_values``; a packed row's is where its record begins (:mod:`avl_edge.pool.formats`),
+  in units, in the same memory, which ``pool_key_words`` and ``pool_value_words`` show once more: they are bound to the
+  same addresses. A decoder whose rows are too small to be packed has no words, and dimensions T and B + 1 for P * T and
+  P * B + 1.
 - ``feature_rows[t]`` is the row of ``features`` that stands in the place of token t's embedding, -1 for text. Both are
   looked up for every token: F is at least 1, also without an image, and an image's ids are ids of the vocabulary.
-- ``slots[l, t]`` is the pool row that token t takes in layer l, handed out before the step. It is written first, then
-  read where ``rows`` names it: that is a decode step, T = B. A negative slot writes nothing: such a token is read by
-  itself and by the later tokens of its sequence, beside the rows that are listed. That is a prompt, whose rows are
-  chosen when its scores are known, from ``key.N`` and ``value.N`` (after RoPE).
+- ``slots[l, p * T + t]`` is the pool row of part p's format that token t takes in layer l, handed out before the step,
+  in one part at most. It is written first, then read where ``rows`` names it, as it is stored: that is a decode step. A
+  negative slot writes nothing: a token without any is read by itself and by the later tokens of its sequence, beside
+  the rows that are listed. That is a prompt, whose rows are chosen when its scores are known, from ``key.N`` and
+  ``value.N`` (after RoPE).
 - ``row_scores[l]`` is the attention that the listed rows received from the last token of their sequence, the mean over
   heads; ``token_scores.N`` the same for tokens without a slot, and below it the sum over ``score_queries`` (indices of
   tokens, one given twice counts twice, -1 is nobody). With W = 0 nobody looks at scores, and they may hold anything.
@@ -57,10 +66,11 @@ change; M' is T up to the layer that prunes and M beyond it.
 Attention is the node ``avl::CoreAttention``. ``decoder.onnx`` brings its reference body as a function of the model, so
 that any ONNX runtime can run the graph; the body leaves the pool as it is, whoever runs it writes the rows.
 ``decoder.plugin.onnx`` is the same graph without the body, over the same weights file, for TensorRT: up to 10.6 its
-parser takes a function of the model before a plugin of the same name. The plugin writes the rows that have a slot.
+parser takes a function of the model before a plugin of the same name. The plugin writes the rows that have a slot, and
+reads packed rows, P above 1, in decoders of 16 bits.
 """
 
-from .bindings import Binding, Bindings, decoder_bindings, vision_bindings
+from .bindings import Binding, Bindings, decoder_bindings, row_formats, vision_bindings
 from .files import DECODER, PLUGIN_DECODER, PRECISIONS, VISION, Plan, Settings, export_model, plan_export
 from .onnx_package import MissingPackage
 
@@ -77,5 +87,6 @@ __all__ = [
     "decoder_bindings",
     "export_model",
     "plan_export",
+    "row_formats",
     "vision_bindings",
 ]

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..spec import ModelSpec
+from ..config import Formats
+from ..cuda import FORMATS
+from ..layout import can_hold
+from ..spec import ModelSpec, TextSpec
 
 PIXELS, FEATURES = "pixels", "features"
 TOKEN_IDS, FEATURE_ROWS, POSITIONS, TOKEN_OFFSETS = "token_ids", "feature_rows", "positions", "token_offsets"
 SLOTS, ROWS, ROW_OFFSETS = "slots", "rows", "row_offsets"
 SCORE_QUERIES, PINNED, SURVIVORS = "score_queries", "pinned", "survivors"
 POOL_KEYS, POOL_VALUES = "pool_keys", "pool_values"
+POOL_KEY_WORDS, POOL_VALUE_WORDS = "pool_key_words", "pool_value_words"
 LOGITS, ROW_SCORES, KEPT = "logits", "row_scores", "kept"
 KEY, VALUE, TOKEN_SCORES = "key.{}", "value.{}", "token_scores.{}"
 
@@ -44,24 +48,34 @@ def vision_bindings(spec: ModelSpec, dtype: str) -> Bindings:
     )
 
 
+def row_formats(text: TextSpec, dtype: str) -> tuple[str, ...]:
+    """The formats that rows may have in the graph of a decoder with weights of ``dtype``, in the order of their parts:
+    all of :data:`avl_edge.cuda.FORMATS`, or exact alone where its rows are too small to be packed."""
+    shape = text.kv_shape(4 if dtype == "float32" else 2)
+    packs = all(can_hold(Formats(name, name, name), shape) for name in FORMATS)
+    return tuple(FORMATS) if packs else ("exact",)
+
+
 def decoder_bindings(spec: ModelSpec, dtype: str, prune_after: int | None) -> Bindings:
     """Those of ``decoder.onnx``; ``prune_after`` is the layer after which tokens are pruned, None for never."""
     text = spec.text
     layers, row = text.layers, (text.kv_heads, text.head_dim)
-    prune = prune_after is not None
+    prune, packs = prune_after is not None, len(row_formats(text, dtype)) > 1
+    words = (Binding(name, ("U", 4), "int32") for name in (POOL_KEY_WORDS, POOL_VALUE_WORDS))
     inputs = (
         Binding(TOKEN_IDS, ("T",), "int32"),
         Binding(FEATURES, ("F", text.hidden_size), dtype),
         Binding(FEATURE_ROWS, ("T",), "int32"),
         Binding(POSITIONS, ("T",), "int32"),
         Binding(TOKEN_OFFSETS, ("B + 1",), "int32"),
-        Binding(SLOTS, (layers, "T"), "int32"),
+        Binding(SLOTS, (layers, "P * T" if packs else "T"), "int32"),
         Binding(ROWS, (layers, "N"), "int32"),
-        Binding(ROW_OFFSETS, (layers, "B + 1"), "int32"),
+        Binding(ROW_OFFSETS, (layers, "P * B + 1" if packs else "B + 1"), "int32"),
         Binding(SCORE_QUERIES, ("W",), "int32"),
         *((Binding(PINNED, ("T",), "int32"), Binding(SURVIVORS, (1,), "int64")) if prune else ()),
         Binding(POOL_KEYS, ("R", *row), dtype),
         Binding(POOL_VALUES, ("R", *row), dtype),
+        *(words if packs else ()),
     )
     outputs = [Binding(LOGITS, ("B", text.vocab_size), "float32"), Binding(ROW_SCORES, (layers, "N"), "float32")]
     outputs += [Binding(KEPT, ("M",), "int32")] if prune else []

@@ -9,7 +9,7 @@ import torch
 from ..models.rope import Rope
 from ..spec import TextSpec
 from . import bindings as names
-from .core_attention import DOMAIN, OPERATOR
+from .core_attention import DOMAIN, OPERATOR, inputs
 from .graph import Graph
 from .layers import activation, linear, rms_norm
 
@@ -74,10 +74,11 @@ def _layer(graph: Graph, spec: TextSpec, layer: int, flow: _Flow) -> tuple[str, 
     """The layer's output, the scores of the rows and those of the tokens."""
     name, size = f"text.layers.{layer}", spec.hidden_size
     query, key, value = _project(graph, spec, layer, flow)
-    inputs = [query, key, value, names.POOL_KEYS, names.POOL_VALUES, names.ROWS, names.ROW_OFFSETS]
+    own = {"query": query, "key": key, "value": value, names.SLOTS: flow.slots}
+    own |= {names.TOKEN_OFFSETS: flow.token_offsets, names.SCORE_QUERIES: flow.score_queries}
     attended, rows, tokens = graph.add_many(
         OPERATOR,
-        [*inputs, flow.slots, flow.token_offsets, flow.score_queries],
+        [own.get(name, name) for name in inputs(names.row_formats(spec, graph.dtype))],
         [f"attended.{layer}", f"row_scores.{layer}", names.TOKEN_SCORES.format(layer)],
         domain=DOMAIN,
         layer=layer,
@@ -135,10 +136,18 @@ def _prune(graph: Graph, flow: _Flow, token_scores: str) -> _Flow:
         hidden,
         cos,
         sin,
-        slots=graph.add("Gather", flow.slots, kept, axis=1),
+        slots=_slots_of(graph, flow.slots, kept),
         token_offsets=_renumber(graph, flow.token_offsets, kept),
         score_queries=_renumber(graph, flow.score_queries, kept),
     )
+
+
+def _slots_of(graph: Graph, slots: str, kept: str) -> str:
+    """The survivors' slots in each part."""
+    count = graph.add("Shape", names.TOKEN_IDS)
+    by_part = graph.add("Concat", graph.constant([0, -1]), count, axis=0)
+    own = graph.add("Gather", graph.add("Reshape", slots, by_part), kept, axis=2)
+    return graph.add("Reshape", own, graph.constant([0, -1]))
 
 
 def _renumber(graph: Graph, index: str, kept: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import Progress, Weights, load_weights
 from ..errors import BadInput
 from ..spec import ModelSpec
-from .bindings import Bindings, decoder_bindings, vision_bindings
+from .bindings import Bindings, decoder_bindings, row_formats, vision_bindings
 from .core_attention import for_plugin, reference_function
 from .decoder import build_decoder
 from .graph import DTYPES, Graph, WeightCount, WeightFile
@@ -117,7 +117,7 @@ def _graphs(spec: ModelSpec, settings: Settings) -> dict[str, _Parts]:
         DECODER: (
             lambda graph: build_decoder(graph, text, prune_after),
             decoder_bindings(spec, precision, prune_after),
-            (reference_function(text.heads, text.kv_heads, text.head_dim),),
+            (reference_function(text.heads, text.kv_heads, text.head_dim, row_formats(text, precision)),),
         ),
     }
 

@@ -56,7 +56,7 @@ class Nodes:
         self.nodes.append(node)
         return list(outputs)
 
-    def constant(self, value: float | int | Sequence[int], dtype: str = "int64") -> str:
+    def constant(self, value: float | Sequence[float], dtype: str = "int64") -> str:
         """A small constant: a scalar or a list; the same one is made once."""
         key = (repr(value), dtype)
         if key not in self._constants:

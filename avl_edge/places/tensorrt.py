@@ -9,7 +9,7 @@ import torch
 from ..checkpoint import Progress
 from ..config import KvShape, PromptShape, require
 from ..device import probe
-from ..engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Target, open_package
+from ..engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Target, decoder_formats, open_package
 from ..export import decoder_bindings, vision_bindings
 from ..policies import Choice
 from ..pool import RowStore
@@ -19,8 +19,6 @@ from ..trt import Engine, digest
 from ..trt_backend import EngineBackend, Engines
 from .base import Loaded, Place
 from .cuda import Cuda
-
-_FORMATS = {"exact"}
 
 
 class TensorRt(Place):
@@ -55,8 +53,11 @@ class TensorRt(Place):
 
     def check(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> None:
         method, formats = choice
-        others = ", ".join(sorted(set(formats.by_tier().values()) - _FORMATS))
-        require(not others, f"engines read exact rows, not {others}: leave the formats out, or use --device cuda")
+        precision = self._job.settings.precision
+        served = decoder_formats(spec, precision)
+        others = ", ".join(sorted(set(formats.by_tier().values()) - set(served)))
+        message = f"this package's engine, of {precision}, reads {', '.join(served)} rows, not {others}"
+        require(not others, f"{message}: give other formats, or use --device cuda")
         policy = method.policy(prompt, spec.text.layers)
         require(
             not policy.picks_core(1),

@@ -2,7 +2,8 @@
 
 As in :mod:`avl_edge.cuda.launch`: raw device pointers, 16-byte aligned, sizes and a raw stream in, nothing out;
 launches allocate nothing and read no count from the host but their arguments. t new tokens, B sequences, N row ids, R
-rows of the pool, W score queries, H query and H_kv key/value heads, d head size; "row" is the kernels' dtype.
+rows of the pool, P row formats, W score queries, H query and H_kv key/value heads, d head size; "row" is the kernels'
+dtype. With more formats than one, only :meth:`TokenKernels.join` is for the call.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Tokens:
     """Pointers and sizes of one layer's call.
 
     ``query`` row ``[t, H, d]``; ``key``, ``value`` row ``[t, H_kv, d]``; ``pool_keys``, ``pool_values`` row
-    ``[R, H_kv, d]``; ``rows`` int32 ``[N]``; ``row_offsets``, ``token_offsets`` int32 ``[B + 1]``; ``slots`` int32
-    ``[t]``; ``score_queries`` int32 ``[W]``; the counts t, B, H_kv, N and W.
+    ``[R, H_kv, d]``; ``rows`` int32 ``[N]``; ``row_offsets`` int32 ``[P * B + 1]``; ``slots`` int32 ``[P, t]``;
+    ``token_offsets`` int32 ``[B + 1]``; ``score_queries`` int32 ``[W]``; the counts t, B, P, H_kv, N and W.
     """
 
     query: int
@@ -82,6 +83,7 @@ class Tokens:
     score_queries: int
     tokens: int
     sequences: int
+    parts: int
     kv_heads: int
     room: int
     queries: int
@@ -121,7 +123,7 @@ class TokenKernels:
         """avl_token_join, after avl_merge: changes ``attended`` and ``log_sums`` of tokens without a slot, and writes
         float32 ``token_scores`` ``[2, t]`` unless it is 0."""
         pointers = _p(of.query, of.key, of.value, of.slots, of.score_queries)
-        sizes = _i(of.tokens, of.kv_heads, of.queries)
+        sizes = _i(of.tokens, of.parts, of.kv_heads, of.queries)
         results = _p(attended, log_sums, token_scores)
         self._launch("avl_token_join", (of.tokens, 1, 1), stream, pointers, sizes, results)
 

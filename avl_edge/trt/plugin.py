@@ -7,7 +7,8 @@ Shown on a CPU: every method, called with the objects of the real Python binding
 numbers, by the kernels' source compiled for the CPU. Left to a device: TensorRT's own calls of these methods, the
 kernels on a GPU, capture and speed. One thing is asked of TensorRT that it does not promise: the rows that have a slot
 are written into ``pool_keys`` and ``pool_values``, which are inputs of the engine, so those have to reach the plugin as
-they were bound, not as a copy. The plugin takes no other format and dtype, so there is nothing to convert.
+they were bound, not as a copy. The plugin takes no other format and dtype, so there is nothing to convert. Packed rows
+lie in the same memory: their words, which the reference body reads, are inputs here that nobody looks at.
 """
 
 from __future__ import annotations
@@ -199,6 +200,7 @@ def _plugin_class(trt: Any) -> type[Any]:
             if self._attention is None:
                 group = sizes.heads // sizes.kv_heads
                 self._attention = self._load(sizes.head_dim, group, dtypes[dtype])
+            self._attention.prepare(sizes)
             return self._attention
 
     return CoreAttentionPlugin

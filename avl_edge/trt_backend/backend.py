@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..cache import SequenceCache
+from ..cuda import FORMATS
 from ..engine import PROMPT
 from ..export import bindings as names
 from ..models.rope import Rope
@@ -129,5 +130,7 @@ class EngineBackend:
         """The smallest that the engine's sizes allow."""
         recipe, context = self._engines.recipe, self._engines.spec.text.context
         found = Bucket.of(reads, scores)
-        batch = min(found.batch, recipe.sequences)
-        return replace(found, batch=batch, capacity=min(found.capacity, recipe.sequences * context))
+        batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
+        every = tuple(FORMATS)  # of which an engine's step has the first ones, whether all of them are read or not
+        formats = every[: 1 + max(every.index(name) for name in found.formats)]
+        return replace(found, batch=batch, capacity=capacity, formats=formats)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..engine import Recipe
 from ..export import Binding, Bindings
+from ..export import bindings as names
+from ..layout import UNIT
+from ..pool import RowStore
 from ..spec import ModelSpec
 
 
@@ -34,6 +37,22 @@ class Engines:
     vision_bindings: Bindings
     decoder: Runner
     decoder_bindings: Bindings
+
+
+def pool_of(store: RowStore) -> dict[str, Tensor]:
+    """The pool as the decoder's engine is given it: rows, and the words of the same memory."""
+    words = [arena.view(torch.int32).view(-1, UNIT // 4) for arena in (store.key_bytes, store.value_bytes)]
+    return {
+        names.POOL_KEYS: store.keys,
+        names.POOL_VALUES: store.values,
+        names.POOL_KEY_WORDS: words[0],
+        names.POOL_VALUE_WORDS: words[1],
+    }
+
+
+def pool_dims(store: RowStore) -> dict[str, int]:
+    """The dimensions of :func:`pool_of`."""
+    return {"R": len(store.keys), "U": store.key_bytes.numel() // UNIT}
 
 
 class Buffers:

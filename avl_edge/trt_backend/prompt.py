@@ -15,7 +15,7 @@ from ..policies import Prune
 from ..pool import RowStore
 from ..request import Prompt
 from ..spec import TextSpec
-from .engines import Buffers, Engines
+from .engines import Buffers, Engines, pool_dims, pool_of
 
 Scores = npt.NDArray[np.float32]
 
@@ -61,16 +61,17 @@ def buffers(
         names.ROW_OFFSETS: torch.zeros(text.layers, 2, dtype=torch.int32, device=device),
         names.SCORE_QUERIES: table(queries),
         names.PINNED: table(~is_image),
-        names.POOL_KEYS: store.keys,
-        names.POOL_VALUES: store.values,
+        **pool_of(store),
     }
     dims = {
+        **pool_dims(store),
         "T": length,
+        "P * T": length,
         "F": len(flat),
         "B": 1,
         "B + 1": 2,
+        "P * B + 1": 2,
         "N": 1,
-        "R": len(store.keys),
         "W": len(queries),
         "M": survivors,
         names.SURVIVORS: survivors,

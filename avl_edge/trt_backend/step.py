@@ -9,11 +9,13 @@ from ..engine import STEP
 from ..export import bindings as names
 from ..pool import RowStore
 from ..steps import Accelerator, Beside, Bucket, RecordedStep, StepTables
-from .engines import Buffers, Engines
+from .engines import Buffers, Engines, pool_dims, pool_of
 
 
 class EngineStep(RecordedStep):
-    """A step of the decoder's engine, all of whose inputs and outputs are allocated here, but for the pool."""
+    """A step of the decoder's engine, all of whose inputs and outputs are allocated here, but for the pool.
+
+    The bucket's formats are the first of those that the engine reads."""
 
     def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator, bucket: Bucket) -> None:
         text, device, batch = engines.spec.text, accelerator.device, bucket.batch
@@ -36,16 +38,18 @@ class EngineStep(RecordedStep):
             if bucket.scores
             else fixed(),  # -1 is nobody: of rows the last token's count
             names.PINNED: fixed(*[0] * batch),
-            names.POOL_KEYS: store.keys,
-            names.POOL_VALUES: store.values,
+            **pool_of(store),
         }
+        parts = len(bucket.formats)
         dims = {
+            **pool_dims(store),
             "T": batch,
+            "P * T": parts * batch,
             "F": 1,
             "B": batch,
             "B + 1": batch + 1,
+            "P * B + 1": parts * batch + 1,
             "N": bucket.capacity,
-            "R": len(store.keys),
             "W": int(bucket.scores),
             "M": batch,
             names.SURVIVORS: batch,

@@ -284,20 +284,21 @@ avl_token_scores(const Row* __restrict__ query,        // as above
 }
 
 // One block: the one new token of a sequence in a decode step. Without a slot it is no row, but sees itself: its own key
-// and value join what avl_merge left. The scores of a token with a slot are 0, as it is among the rows.
+// and value join what avl_merge left. The scores of a token with a slot, in any part, are 0: it is among the rows.
 extern "C" __global__ void __launch_bounds__(kThreads)
 avl_token_join(const Row* __restrict__ query,          // [t, H, d]
                const Row* __restrict__ key,            // [t, H_kv, d]
                const Row* __restrict__ value,          // [t, H_kv, d]
-               const int* __restrict__ slots,          // [t]
+               const int* __restrict__ slots,          // [P, t]
                const int* __restrict__ score_queries,  // [W]
-               int tokens, int kv_heads, int queries,
+               int tokens, int formats, int kv_heads, int queries,  // formats: P
                Row* __restrict__ attended,             // [t, H, d], changed in place
                float* __restrict__ log_sums,           // [t, H], likewise
                float* __restrict__ token_scores) {     // [2, t]; null when nobody looks
     __shared__ float parts[kTeams];
     const int token = blockIdx.x, heads = kv_heads * GROUP;
-    const bool homeless = slots[token] < 0;
+    bool homeless = true;
+    for (int part = 0; part < formats; ++part) homeless &= slots[part * tokens + token] < 0;
     float weights = 0;
     for (int first = 0; homeless && first < heads; first += kTeams) {
         const int head = first + team_index();

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from avl_edge import Options, Result, Runtime
-from avl_edge.engine import Job, Recipe, build
+from avl_edge import Formats, Options, Result, Runtime
+from avl_edge.engine import Job, Recipe, build, decoder_formats
 from avl_edge.runtime import DEMO
 from avl_edge.trt import decoder_plugin
 from tools.gpu.place import require
@@ -20,19 +20,21 @@ RECIPE = Recipe(prune_after=2, images=1, prompt_tokens=1024, sequences=4, pool_r
 
 
 def check_engines(precision: str = "stored") -> dict[str, float]:
-    """The demo model as a package, several requests together: every answer begins as on the CPU, and three of four are
-    the same to their ends; half precision rounds otherwise here and there. :class:`Skipped` without TensorRT."""
+    """The demo model as a package, several requests together, over exact rows and over those that engines of its
+    precision read besides: every answer begins as on the CPU, and three of four are the same to their ends; half
+    precision rounds otherwise here and there. :class:`Skipped` without TensorRT."""
     plugin = decoder_plugin()
     if plugin is None:
         raise Skipped("there is no tensorrt that takes plugins: on a Jetson it comes with JetPack")
     with TemporaryDirectory() as folder:
         out = Path(folder) / "package"
         recipe = Recipe(**{**vars(RECIPE), "precision": precision})
-        build(Job.of(DEMO, recipe), out, version("avl-edge"), None, plugin)
+        job = Job.of(DEMO, recipe)
+        build(job, out, version("avl-edge"), None, plugin)
         ours, oracle = Runtime.load(out), Runtime.load("demo")
-        pairs = [
-            (each, other) for name in METHODS for each, other in zip(_ask(ours, name), _ask(oracle, name), strict=True)
-        ]
+        packed = decoder_formats(job.spec, job.settings.precision)[1:]
+        asked = [(name, Formats()) for name in METHODS] + [("full", Formats(name, name, name)) for name in packed]
+        pairs = [pair for each in asked for pair in zip(_ask(ours, *each), _ask(oracle, *each), strict=True)]
     first = sum(each.token_ids[0] != other.token_ids[0] for each, other in pairs)
     require(first == 0, f"{first} of {len(pairs)} answers begin otherwise than on the CPU")
     same = sum(each.token_ids == other.token_ids for each, other in pairs)
@@ -41,8 +43,8 @@ def check_engines(precision: str = "stored") -> dict[str, float]:
     return {"answers": len(pairs), "same": same, "decode_ms_per_token": min(decode)}
 
 
-def _ask(runtime: Runtime, method: str) -> list[Result]:
+def _ask(runtime: Runtime, method: str, formats: Formats) -> list[Result]:
     """All questions, decoded together."""
-    options = Options(method=method, max_new_tokens=24)
+    options = Options(method=method, formats=formats, max_new_tokens=24)
     running = [runtime.generate([PICTURE], question, options) for question in QUESTIONS]
     return [generation.result() for generation in running]

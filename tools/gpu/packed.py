@@ -70,7 +70,8 @@ def make_memory(place: Place, shape: KernelShape, counts: Sequence[Sequence[int]
     return Memory(parts, on_device[0], on_device[1], torch.cat(ids).to(device), offsets.to(device), pool)
 
 
-def _wide(part: Part) -> Part:
+def wide(part: Part) -> Part:
+    """For a query in float64."""
     keys, values = (part.keys.double(), part.values.double()) if part.format == "exact" else (part.keys, part.values)
     return Part(part.format, keys, values, part.rows, part.offsets)
 
@@ -92,7 +93,7 @@ def check_mixture(place: Place, shape: KernelShape, splits: int = 3) -> dict[str
     step = Step(own.data_ptr(), 0, 0, 0, lists, out.data_ptr(), scores.data_ptr(), written=())
     kernels.step(step, memory.pool, space, scratch.data_ptr(), place.accelerator.stream())
     place.accelerator.synchronize()
-    parts = [_wide(part) for part in memory.parts]
+    parts = [wide(part) for part in memory.parts]
     expected, weights = attend_parts_reference(query.double(), parts, KV_HEADS, shape.head_dim**-0.5, scores=True)
     assert weights is not None
     limits, error = torch.finfo(query.dtype), (out.cpu().double() - expected).abs()
@@ -159,10 +160,10 @@ def check_choice(place: Place, shape: KernelShape) -> dict[str, float]:
     kernels.scores(logits.data_ptr(), log_sums.data_ptr(), candidates, heads, weights.data_ptr(), stream)
     kernels.nucleus(weights.data_ptr(), look, attended, stream)
     place.accelerator.synchronize()
-    wide = [
-        coarse_weights_reference(query.double(), _wide(part), KV_HEADS, shape.head_dim**-0.5) for part in memory.parts
+    looks = [
+        coarse_weights_reference(query.double(), wide(part), KV_HEADS, shape.head_dim**-0.5) for part in memory.parts
     ]
-    worst = float((weights.cpu().double() - torch.cat(wide)).abs().max())
+    worst = float((weights.cpu().double() - torch.cat(looks)).abs().max())
     require(worst <= SCORES, f"{shape}: the weight of a look is {worst:.2e} from float64")
     for segment, (begin, end) in enumerate(pairwise(memory.offsets.tolist())):
         share, most = limits[segment % batch].tolist()

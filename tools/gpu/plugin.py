@@ -1,7 +1,8 @@
-"""The TensorRT plugin's ``enqueue`` on real memory: a decode step against float64."""
+"""The TensorRT plugin's ``enqueue`` on real memory: decode steps against float64."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -10,60 +11,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl_edge.cuda import KernelShape
-from tools.gpu.numerics import SCORES, Case, make_case, reference
-from tools.gpu.place import Place, require
+from avl_edge.cuda import FORMATS, KernelShape
+from avl_edge.kernels import Part, attend_parts_reference
+from avl_edge.layout import UNIT, Format
+from avl_edge.pool.formats import decode, encode
+from tools.gpu.numerics import SCORES
+from tools.gpu.packed import KV_HEADS, Memory, make_memory, wide
+from tools.gpu.place import Place, require, row_type
 from tools.gpu.report import Skipped
 
 LAYER, LAYERS = 1, 3
+SHAPE = KernelShape(128, 4, "Half")
+COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90])
+"""Rows of each format that three sequences read, new ones among them."""
 
 
 def check_plugin(place: Place) -> dict[str, float]:
-    """One layer of a decode step: the new rows are in their slots, the output and the scores are float64's."""
+    """One layer of a decode step, over exact rows and over rows of every format: the new rows are in their slots, the
+    output and the scores are float64's."""
     if find_spec("avl_edge.trt") is None:
         raise Skipped("this version has no avl_edge.trt")
     trt = import_module("tensorrt") if find_spec("tensorrt") else None
     if trt is None:
         raise Skipped("tensorrt is not installed: on a Jetson it comes with JetPack")
-    shape, counts = KernelShape(128, 4, "Half"), [1, 40, 333]
-    case = make_case(place, shape, counts, pool=400, kv_heads=2, seed=0)
-    case.keys.nan_to_num_()
-    case.values.nan_to_num_()
-    inputs, outputs = _tensors(case)
     plugin = _plugin(trt)
-    space = torch.empty(_workspace(plugin, trt, inputs), dtype=torch.uint8, device=place.accelerator.device)
-    described = [_described(trt, tensor) for tensor in inputs]
-    addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (inputs, outputs)]
-    results = [_described(trt, tensor) for tensor in outputs]
+    exact, packed = (_check_step(place, trt, plugin, parts) for parts in (1, len(FORMATS)))
+    return {**exact, **{f"packed_{name}": error for name, error in packed.items()}}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of ``parts`` formats: the node's inputs and outputs in its order, and the step as it is looked at after.
+    ``slots`` int32 ``[P, B]``."""
+
+    memory: Memory
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    slots: Tensor
+
+    def parts(self) -> list[Part]:
+        """What is read, as it lies in memory now."""
+        rows, offsets = (self.inputs[at][LAYER].cpu() for at in (5, 6))
+        batch, made = self.slots.shape[1], []
+        for part, name in enumerate(list(FORMATS)[: len(self.slots)]):
+            own = offsets[part * batch : (part + 1) * batch + 1]
+            keys, values = self.memory.keys.cpu(), self.memory.values.cpu()
+            if part:
+                keys, values = (arena.view(torch.uint8).flatten() for arena in (keys, values))
+            made.append(Part(name, keys, values, rows[int(own[0]) : int(own[-1])], own - own[0]))
+        return made
+
+
+def _check_step(place: Place, trt: Any, plugin: Any, parts: int) -> dict[str, float]:
+    call = _call(place, parts)
+    space = torch.empty(_workspace(plugin, trt, call.inputs), dtype=torch.uint8, device=place.accelerator.device)
+    described, results = ([_described(trt, tensor) for tensor in tensors] for tensors in (call.inputs, call.outputs))
+    addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (call.inputs, call.outputs)]
     plugin.on_shape_change(described, results)
     plugin.enqueue(described, results, *addresses, space.data_ptr(), place.accelerator.stream())
     place.accelerator.synchronize()
-    slots = inputs[7][LAYER].long()
-    written = torch.equal(case.keys[slots], inputs[1]) and torch.equal(case.values[slots], inputs[2])
-    require(written, "the plugin did not write the new rows into their slots")
-    expected, scores = reference(case)
-    relative = float((outputs[0].double() - expected).norm() / expected.norm())
-    require(relative <= torch.finfo(outputs[0].dtype).eps, f"the plugin's output is {relative:.2e} from float64")
-    worst = float((outputs[1][: len(scores)].double() - scores).abs().max())
+    require(_is_written(call), "the plugin did not write the new rows into their slots")
+    every = [wide(part) for part in call.parts()]
+    query, (out, scores, _) = call.inputs[0].cpu(), (output.cpu() for output in call.outputs)
+    expected, weights = attend_parts_reference(query.double(), every, KV_HEADS, SHAPE.head_dim**-0.5, scores=True)
+    assert weights is not None
+    relative = float((out.double() - expected).norm() / expected.norm())
+    require(relative <= torch.finfo(out.dtype).eps, f"the plugin's output is {relative:.2e} from float64")
+    worst = float((scores.double() - torch.cat(weights)).abs().max())
     require(worst <= SCORES, f"a score of the plugin is {worst:.2e} from float64")
     return {"out_relative": relative, "scores_max": worst}
 
 
-def _tensors(case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    """The node's inputs and outputs, in its order; the last row of each list is that of the sequence's new token."""
-    device, batch = case.query.device, len(case.query)
-    size = (batch, *case.keys.shape[1:])
-    key, value = (torch.randn(size, device=device).to(case.keys.dtype) for _ in range(2))
-    slots = torch.arange(batch, dtype=torch.int32, device=device)
-    case.rows.masked_fill_(case.rows < batch, batch)  # the slots are nobody's but the new tokens'
-    case.rows[case.offsets[1:].long() - 1] = slots
-    tables = [_of_layers(table) for table in (case.rows, case.offsets, slots)]
+def _call(place: Place, parts: int) -> Call:
+    """The last row of a list of each sequence is that of its new token, each of the next format."""
+    device, batch = place.accelerator.device, len(COUNTS[0])
+    counts = [own if part < parts else [0] * batch for part, own in enumerate(COUNTS)]
+    memory = make_memory(place, SHAPE, counts, seed=parts)
+    offsets, rows = memory.offsets[: parts * batch + 1], memory.rows.clone()
+    slots = torch.full((parts, batch), -1, dtype=torch.int32, device=device)
+    for b in range(batch):
+        part = b % parts
+        slots[part, b] = rows[int(offsets[part * batch + b + 1]) - 1] = _unread(memory, part)[b]
+    generator = torch.Generator().manual_seed(0)
+    heads = KV_HEADS * SHAPE.group
+    query, key, value = (
+        torch.randn(batch, count, SHAPE.head_dim, generator=generator).to(device, row_type(SHAPE))
+        for count in (heads, KV_HEADS, KV_HEADS)
+    )
+    tables = [_of_layers(table) for table in (rows, offsets, slots.flatten())]
     token_offsets = torch.arange(batch + 1, dtype=torch.int32, device=device)
     queries = torch.zeros(1, dtype=torch.int32, device=device)
-    inputs = [case.query, key, value, case.keys, case.values, *tables, token_offsets, queries]
-    row_scores = torch.empty(case.rows.numel(), dtype=torch.float32, device=device)
+    words = [arena.view(torch.int32).view(-1, UNIT // 4) for arena in (memory.keys, memory.values)]
+    inputs = [query, key, value, memory.keys, memory.values, *tables, token_offsets, queries, *words]
+    row_scores = torch.empty(rows.numel(), dtype=torch.float32, device=device)
     token_scores = torch.empty(2, batch, dtype=torch.float32, device=device)
-    return inputs, [torch.empty_like(case.query), row_scores, token_scores]
+    return Call(memory, inputs, [torch.empty_like(query), row_scores, token_scores], slots)
+
+
+def _unread(memory: Memory, part: int) -> list[int]:
+    """Ids in a part of the memory that no list names."""
+    most, units = len(memory.keys) // len(FORMATS), KV_HEADS * SHAPE.head_dim * 2 // UNIT
+    ids = (part * most + torch.arange(most)) * (units if part else 1)
+    return sorted(set(ids.tolist()) - set(memory.parts[part].rows.tolist()))
+
+
+def _is_written(call: Call) -> bool:
+    """Packed rows as the pool packs them, in their values."""
+    right = True
+    for part, own in zip(call.parts(), call.slots.cpu(), strict=True):
+        for arena, new in ((part.keys, call.inputs[1]), (part.values, call.inputs[2])):
+            for slot, row in zip(own[own >= 0].tolist(), new.cpu()[own >= 0], strict=True):
+                if part.format == "exact":
+                    right &= torch.equal(arena[slot], row)
+                    continue
+                record = encode(Format(part.format), row[None])
+                stored = arena[UNIT * slot :][: record.shape[1]][None]
+                right &= torch.equal(*(decode(Format(part.format), each, *row.shape) for each in (stored, record)))
+    return right
 
 
 def _of_layers(table: Tensor) -> Tensor:
