@@ -33,7 +33,7 @@ setup(
         Extension(
             "avl_edge._core_attention",
             sources=["plugins/cpu/core_attention.cpp"],
-            depends=["plugins/cpu/rows.h", "plugins/cpu/vectors.h"],
+            depends=[f"plugins/cpu/{name}.h" for name in ("items", "rows", "step", "vectors")],
             language="c++",
             # No -march: the source chooses the instruction set when it runs, so that one wheel serves every processor.
             # No -fopenmp: linked with no OpenMP runtime, the library binds to the one that torch has loaded.

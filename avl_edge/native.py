@@ -8,49 +8,40 @@ first use then warns, once, with the reason and the cure.
 from __future__ import annotations
 
 import ctypes
+import struct
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 # The library takes its OpenMP runtime from the process instead of bringing one, and torch is what loads it: imported
 # first, both run on the same threads.
 import torch  # noqa: F401
 
 _DIRECTORY = Path(__file__).resolve().parent
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
-
-class Part(ctypes.Structure):
-    """Rows of one format, as the library's `Part` has them; `format` is a number of FORMATS."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("keys", "values", "rows", "offsets")),
-        *((name, _LONG) for name in ("key_row", "key_head", "value_row", "value_head", "places")),
-        ("format", _INT),
-    )
-
-
+# The structures of plugins/cpu/step.h, which says what their fields mean. Packed, since that is one call into Python
+# where a ctypes structure is one for each field.
+CALL = struct.Struct("3P7if")
+"""The addresses of query, out and scores, 0 for none; parts, batch, heads, kv heads, head size, a number of FORMATS,
+threads; scale."""
+PART = struct.Struct("4P6qi4x")
+"""The addresses of keys, values, rows and offsets; the strides of a row's and of a head's keys, then of its values;
+places, listed ids; a number of FORMATS."""
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "coarse int8": 5}
-_ARGUMENTS: tuple[Any, ...] = (
-    _POINTER,  # query
-    ctypes.POINTER(Part),
-    *[_INT] * 5,  # parts, batch, heads, kv heads, head size
-    _FLOAT,  # scale
-    _INT,  # threads
-    *[_POINTER] * 2,  # out or null, scores or null
-)
 
 
 @lru_cache(maxsize=1)
-def core_attention() -> Any | None:
-    """The C function `avl_core_attention`, or None, after one warning, when it is missing or cannot be loaded."""
+def core_attention() -> Callable[[bytes, bytes], int] | None:
+    """The C function `avl_attend`, of a CALL and its PARTs, each packed, in this order; it returns 0, EINVAL for
+    offsets or ERANGE for row ids that do not fit, or ENOMEM. None, after one warning, when it is missing or cannot be
+    loaded."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := _DIRECTORY / f"_core_attention{suffix}").is_file()]
     try:
         if not found:
             raise OSError("the library was not built")
-        function = ctypes.CDLL(str(found[0])).avl_core_attention
+        function = ctypes.CDLL(str(found[0])).avl_attend
     except (OSError, AttributeError) as error:
         warnings.warn(
             f"Decoding is slower than it could be, because the native attention kernel is missing ({error}): install "
@@ -59,7 +50,7 @@ def core_attention() -> Any | None:
             stacklevel=2,
         )
         return None
-    function.argtypes, function.restype = _ARGUMENTS, _INT
+    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int32
     return function
 
 

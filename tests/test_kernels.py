@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avl_edge import native
-from avl_edge.kernels import attend, attend_prompt, attend_reference, prompt_scores
+from avl_edge.kernels import attend, attend_prompt, attend_reference, prompt_scores, selected
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -253,9 +253,44 @@ def test_arguments_are_checked(attention: Callable[..., tuple[Tensor, Tensor | N
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", list(RELATIVE))
+@pytest.mark.parametrize("layout", ["apart", "interleaved", "one layer of several", "by head"])
+def test_the_kernel_takes_what_a_pool_holds(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not take the reference computes, without a word and slowly: a pool's rows must not go there."""
+    monkeypatch.setattr(selected, "attend_parts_reference", None)
+    keys, values = pool(30, 2, 64, dtype, layout)
+    query = torch.randn(64, 4, 1).permute(2, 1, 0).to(dtype)
+    out, _ = attend(query, keys, values, choose(30, [12]), offsets_of([12]), 0.125)
+    assert out.shape == (1, 4, 64)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    """Equal logits leave the same weights in any dtype, and sums in the same order: only the rounding is left."""
+    bits = torch.randint(-(2**15), 2**15, (3 * 4096,), dtype=torch.int16)
+    special = [0, 1, 2, 3, 0x3FF, 0x400, 0x401, 0x7BFF, 0x7C00, 0x7E01, 0x7F7F, 0x7F80, 0x7FC1]
+    bits[: len(special)] = torch.tensor(special, dtype=torch.int16)
+    values = bits.view(dtype).view(3, 1, 4096)
+    query, keys = torch.zeros(1, 1, 4096, dtype=dtype), torch.zeros_like(values)
+    for ids in ([0], [0, 1], [1, 2, 2], [0, 1, 2]):
+        rows, offsets = torch.tensor(ids, dtype=torch.int32), offsets_of([len(ids)])
+        out, _ = attend(query, keys, values, rows, offsets, 1.0)
+        wide, _ = attend(query.float(), keys.float(), values.float(), rows, offsets, 1.0)
+        torch.testing.assert_close(out, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
 def test_pool_with_a_strided_last_dimension_goes_through_the_reference() -> None:
     keys, values = (torch.randn(2, 64, 30).permute(2, 0, 1) for _ in range(2))
     check_against_oracle(torch.randn(1, 4, 64), keys, values, choose(30, [12]), offsets_of([12]))
+
+
+@needs_native
+def test_lists_with_strides_go_through_the_reference() -> None:
+    keys, values = pool(30, 2, 64, torch.float32, "apart")
+    offsets = torch.tensor([0, 9, 6, 9, 12, 9], dtype=torch.int32)
+    check_against_oracle(torch.randn(2, 4, 64), keys, values, choose(30, [24])[::2], offsets[::2])
 
 
 @pytest.fixture

@@ -94,41 +94,42 @@ struct Pool {
     }
 };
 
-struct Call {
+// What a batch of two reads of one format.
+struct Selection {
     std::vector<int32_t> rows, offsets;
     Pool keys, values;
 
-    Call(int format, int dim, int first, int second)
+    Selection(int format, int dim, int first, int second)
         : rows(first + second), offsets{0, first, first + second}, keys(format, dim), values(format, dim) {
         for (auto& id : rows) id = int32_t(random_bits() % pool) * keys.units;
     }
     Part part(bool coarse) const {
         const int64_t dim = keys.dim, row = kv_heads * dim;
         return {keys.bytes.data(), values.bytes.data(), rows.data(), offsets.data(), row, dim, row, dim,
-                int64_t(pool - 1) * keys.units + 1, coarse && keys.format == 3 ? 5 : keys.format};
+                int64_t(pool - 1) * keys.units + 1, int64_t(rows.size()), coarse && keys.format == 3 ? 5 : keys.format};
     }
 };
 
-// The largest difference to a plain softmax over the rows of both calls.
-double worst_of(const Call (&calls)[2], const std::vector<float>& query, const std::vector<float>& out,
+// The largest difference to a plain softmax over the rows of both selections.
+double worst_of(const Selection (&read)[2], const std::vector<float>& query, const std::vector<float>& out,
                 const std::vector<float>& scores, bool coarse) {
-    const int dim = calls[0].keys.dim;
+    const int dim = read[0].keys.dim;
     double worst = 0;
     std::vector<double> mean(scores.size());
     for (int head = 0; head < 2 * heads; ++head) {
         std::vector<double> expected(dim);
         double mass = 0;
         for (int pass = 0; pass < 2; ++pass)
-            for (int c = 0, entry = 0; c < 2; entry += int(calls[c++].rows.size()))
-                for (int j = calls[c].offsets[head / heads]; j < calls[c].offsets[head / heads + 1]; ++j) {
-                    const auto& keys = coarse ? calls[c].keys.coarse : calls[c].keys.values;
-                    const int at = (calls[c].rows[j] / calls[c].keys.units * kv_heads + head % heads / group) * dim;
+            for (int c = 0, entry = 0; c < 2; entry += int(read[c++].rows.size()))
+                for (int j = read[c].offsets[head / heads]; j < read[c].offsets[head / heads + 1]; ++j) {
+                    const auto& keys = coarse ? read[c].keys.coarse : read[c].keys.values;
+                    const int at = (read[c].rows[j] / read[c].keys.units * kv_heads + head % heads / group) * dim;
                     double logit = 0;
                     for (int i = 0; i < dim; ++i) logit += double(query[head * dim + i]) * keys[at + i];
                     const double weight = std::exp(0.1f * logit);
                     if (!pass) mass += weight;
                     else mean[entry + j] += weight / mass / heads;
-                    for (int i = 0; pass && i < dim; ++i) expected[i] += weight / mass * calls[c].values.values[at + i];
+                    for (int i = 0; pass && i < dim; ++i) expected[i] += weight / mass * read[c].values.values[at + i];
                 }
         for (int i = 0; !coarse && i < dim; ++i) worst = std::max(worst, std::abs(out[head * dim + i] - expected[i]));
     }
@@ -143,19 +144,21 @@ int main() {
             for (int count : {0, 5, 130})
                 for (bool coarse : {false, true}) {
                     if (format > 2 && dim % 2) continue;
-                    Call calls[2] = {{format, dim, count, 7}, {0, dim, 3, 0}};
-                    Part parts[2] = {calls[0].part(coarse), calls[1].part(coarse)};
+                    Selection read[2] = {{format, dim, count, 7}, {0, dim, 3, 0}};
+                    Part parts[2] = {read[0].part(coarse), read[1].part(coarse)};
                     std::normal_distribution<float> normal;
                     std::vector<float> query(2 * heads * dim), out(query.size()), scores(count + 10);
                     for (auto& x : query) x = normal(random_bits);
                     const auto call = [&](float* to, float* weights) {
-                        const float* from = query.data();
-                        return avl_core_attention(from, parts, 2, 2, heads, kv_heads, dim, 0.1f, 3, to, weights);
+                        const Call asked{query.data(), to, weights, 2, 2, heads, kv_heads, dim, 0, 3, 0.1f};
+                        return avl_attend(&asked, parts);
                     };
                     if (call(coarse ? nullptr : out.data(), scores.data())) return 1;
-                    worst = std::max(worst, worst_of(calls, query, out, scores, coarse));
-                    calls[0].rows[0] = int32_t(parts[0].places);
-                    if (call(out.data(), nullptr) != EINVAL) return 2;
+                    worst = std::max(worst, worst_of(read, query, out, scores, coarse));
+                    read[0].rows[0] = int32_t(parts[0].places);
+                    if (call(out.data(), nullptr) != ERANGE) return 2;
+                    ++read[0].offsets[0];
+                    if (call(out.data(), nullptr) != EINVAL) return 4;
                 }
     std::printf("%g\\n", worst);
     return worst < 1e-5 ? 0 : 3;

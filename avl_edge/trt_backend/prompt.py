@@ -38,6 +38,7 @@ def buffers(
     engines: Engines, store: RowStore, prompt: Prompt, features: Tensor | None, cache: SequenceCache
 ) -> Buffers:
     """Memory for the run of a whole prompt, its inputs filled in. Its outputs hold all layers' keys and values."""
+    assert cache.begin == 0, "engines serve no scenes"
     text, device, length = engines.spec.text, store.keys.device, len(prompt)
     flat = torch.zeros(1, text.hidden_size, dtype=store.keys.dtype, device=device)
     if features is not None:

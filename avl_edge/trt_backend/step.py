@@ -15,7 +15,8 @@ from .engines import Buffers, Engines, pool_dims, pool_of
 class EngineStep(RecordedStep):
     """A step of the decoder's engine, all of whose inputs and outputs are allocated here, but for the pool.
 
-    The bucket's formats are the first of those that the engine reads."""
+    The bucket's formats are the first of those that the engine reads.
+    """
 
     def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator, bucket: Bucket) -> None:
         text, device, batch = engines.spec.text, accelerator.device, bucket.batch
@@ -25,6 +26,7 @@ class EngineStep(RecordedStep):
         def fixed(*values: int) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
+        nobody = [-1]  # is enough for the last token's attention, and sums no other's
         given = {
             names.TOKEN_IDS: tables.device_tokens,
             names.FEATURES: torch.zeros(1, text.hidden_size, dtype=store.keys.dtype, device=device),
@@ -34,9 +36,7 @@ class EngineStep(RecordedStep):
             names.SLOTS: tables.device_slots,
             names.ROWS: tables.device_rows,
             names.ROW_OFFSETS: tables.device_offsets,
-            names.SCORE_QUERIES: fixed(-1)
-            if bucket.scores
-            else fixed(),  # -1 is nobody: of rows the last token's count
+            names.SCORE_QUERIES: fixed(*nobody) if bucket.scores else fixed(),
             names.PINNED: fixed(*[0] * batch),
             **pool_of(store),
         }

@@ -6,10 +6,12 @@
 //   width(dim)               places of a head; more than dimensions where a vector could not be filled
 //   lanes(dim)               vectors must not cross multiples of it
 //   together                 how many neighbouring vectors come from the same bytes, where the head size is known
+//   abreast                  how many rows' keys are multiplied side by side, at most
 //   unrolls(dim)             whether there is a Row of this known head size
 //   head_bytes(dim)          bytes of a head, scales aside: what an item's share of a row is measured by
 //   open(arena, id, heads)   says which row it is, and which of its heads will be read
-//   at(head, i, lanes)       places i ... i + lanes - 1 of a head, as floats
+//   at(head, i, v, lanes)    `lanes` places of a head from i + v * kLanes on, as floats; the compiler knows v, and i is
+//                            a multiple of `together` vectors
 //   prefetch(arena, id, heads)
 
 #pragma once
@@ -20,7 +22,7 @@
 #include "vectors.h"
 
 namespace {
-constexpr int kSlice = 1024;  // bytes of a row that an item reads: sixteen cache lines side by side, found by one page walk
+constexpr int kSlice = 1024;  // bytes of a row that an item reads: sixteen cache lines, found by one page walk
 
 struct Heads { int begin, end; };  // neighbouring key/value heads
 struct Arena {                     // the keys or the values of a part
@@ -42,6 +44,7 @@ template <class Element, int Dim> struct Row {
     const Element* row;
     int64_t head_stride;
 
+    static constexpr int known = Dim, abreast = 4;
     static constexpr bool in_pairs = sizeof(Element) == 2 && Dim && Dim % (2 * kLanes) == 0;
     static constexpr int together = in_pairs ? 2 : 1;
     static constexpr bool unrolls(int) { return true; }
@@ -59,13 +62,13 @@ template <class Element, int Dim> struct Row {
         row = static_cast<const Element*>(arena.data) + id * arena.row_stride;
         head_stride = arena.head_stride;
     }
-    INLINE inline Floats at(int head, int i, int lanes) const {
-        const Element* from = row + head * head_stride;
+    INLINE inline Floats at(int head, int i, int v, int lanes) const {
+        const Element* from = row + head * head_stride + i;
         if constexpr (in_pairs) {
-            const Words pairs = read<Words>(from + i / (2 * kLanes) * 2 * kLanes);
-            return widen(i / kLanes % 2 ? pairs >> 16 : pairs & 0xffff, Element());
+            const Words pairs = read<Words>(from + v / 2 * 2 * kLanes);
+            return v % 2 ? widen_high(pairs, Element()) : widen_low(pairs, Element());
         } else {
-            return load(from + i, lanes);
+            return load(from + v * kLanes, lanes);
         }
     }
     static INLINE inline void prefetch(const Arena& arena, int64_t id, const Heads& heads) {
@@ -83,24 +86,25 @@ template <class Element, int Dim> struct Row {
 // lower ones in the second; a coarse look at it takes the middle of the 16 numbers that an upper nibble stands for.
 //
 // Nibbles are read as 16-bit numbers of four, widened to 32 bits: shifts and masks then give four vectors, of the even
-// low, even high, odd low and odd high dimensions of a chunk of up to kChunk bytes. So no byte has to be moved, but the
+// low, even high, odd low and odd high dimensions of a chunk of up to kPiece bytes. So no byte has to be moved, but the
 // dimensions have an order of their own, into which the query is brought once. All products are exact: the values are
 // those of any other decoder.
-constexpr int kUnit = 16, kChunk = 2 * kLanes;
+constexpr int kUnit = 16, kPiece = 2 * kLanes;
 struct Int8 { static constexpr int planes = 2, step = 1, bias = -128; static constexpr bool grouped = false; };
 struct Coarse { static constexpr int planes = 1, step = 16, bias = 8 - 128; static constexpr bool grouped = false; };
 struct Int4 { static constexpr int planes = 1, step = 1, bias = -8; static constexpr bool grouped = true; };
 
 template <class Format, int Dim> struct PackedRow {
-    static_assert(Dim % (2 * kChunk) == 0, "halves are whole chunks where the head size is known");
+    static_assert(Dim % (2 * kPiece) == 0, "halves are whole chunks where the head size is known");
     const Half* scales;
     const uint8_t *upper, *lower;  // planes
     int first, size;               // the first head to be read; the head size
     float steps[Dim ? kSlice / kLanes : 1], biases[Dim ? kSlice / kLanes : 1];  // of the heads to be read, where known
 
-    static constexpr int together = Dim ? 4 : 1;
-    static constexpr bool unrolls(int dim) { return dim % (2 * kChunk) == 0; }
-    static INLINE inline int chunk(int dim) { return Dim ? kChunk : std::gcd(dim / 2, kChunk); }
+    static constexpr int known = Dim, together = Dim ? 4 : 1;
+    static constexpr int abreast = 1;  // unpacking takes more registers, and more code, than is saved
+    static constexpr bool unrolls(int dim) { return dim % (2 * kPiece) == 0; }
+    static INLINE inline int chunk(int dim) { return Dim ? kPiece : std::gcd(dim / 2, kPiece); }
     static INLINE inline int group(int dim) { return Format::grouped ? Dim ? 32 : std::gcd(dim, 32) : dim; }
     static INLINE inline int lanes(int dim) { return Dim ? kLanes : (chunk(dim) + 1) / 2; }
     static int width(int dim) { return dim / 2 / chunk(dim) * 4 * lanes(dim); }
@@ -135,8 +139,9 @@ template <class Format, int Dim> struct PackedRow {
             store(biases + i, wide * Format::bias, kLanes);
         }
     }
-    INLINE inline Floats at(int head, int i, int lanes) const {
-        const int dim = head_size(), vector = i / lanes, byte = vector / 4 * chunk(dim), shift = vector % 4 * 4;
+    INLINE inline Floats at(int head, int i, int v, int lanes) const {
+        const int dim = head_size(), vector = Dim ? v : i / lanes;
+        const int byte = (Dim ? i / kLanes + v : vector) / 4 * chunk(dim), shift = vector % 4 * 4;
         const int from = head * (dim / 2) + byte;
         Words number = read_shorts(upper + from, chunk(dim)) >> shift & 15;
         if (Format::planes == 2) number = number << 4 | (read_shorts(lower + from, chunk(dim)) >> shift & 15);

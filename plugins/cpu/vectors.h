@@ -9,12 +9,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // it warns of how calls pass vectors, and all that take one are inlined
 #define INLINE __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 constexpr int kLanes = 16;  // floats of a vector
+template <int Number> using Constant = std::integral_constant<int, Number>;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
@@ -48,13 +51,20 @@ INLINE inline Floats widen(const Words& bits, Half) {
     const Words scaled = same_bits<Words>(same_bits<Floats>(magnitude) * 0x1p112f);
     return same_bits<Floats>(scaled | special | ((bits & 0x8000) << 16));
 }
+// The same for numbers that stand in pairs: those in the low halves of words, and those in the high ones.
+INLINE inline Floats widen_low(const Words& pairs, Bfloat) { return same_bits<Floats>(pairs << 16); }
+INLINE inline Floats widen_high(const Words& pairs, Bfloat) { return same_bits<Floats>(pairs & 0xffff0000u); }
+INLINE inline Floats widen_low(const Words& pairs, Half type) { return widen(pairs & 0xffff, type); }
+INLINE inline Floats widen_high(const Words& pairs, Half type) { return widen(pairs >> 16, type); }
+
 template <class Narrow> INLINE inline Floats load(const Narrow* from) { return widen(read_shorts(from), Narrow()); }
 
 // The first `lanes` elements, and `rest` after them.
 template <class Element> INLINE inline Floats load(const Element* from, int lanes, Element rest = Element()) {
     if (lanes == kLanes) return load(from);
     Element padded[kLanes];
-    std::fill(std::copy_n(from, lanes, padded), padded + kLanes, rest);
+    std::fill_n(padded, kLanes, rest);
+    std::copy_n(from, lanes, padded);
     return load(padded);
 }
 
@@ -66,7 +76,30 @@ INLINE inline Floats splat(float number) {
     return load(all);
 }
 
-INLINE inline void store(float* to, const Floats& from, int lanes) { std::memcpy(to, &from, sizeof(float) * lanes); }
+INLINE inline void store(float* to, const Floats& from, int lanes = kLanes) {
+    std::memcpy(to, &from, sizeof(float) * lanes);
+}
+
+// The nearest narrow number of each float, of two the even one; in the low half of a word. NaN becomes a quiet NaN.
+INLINE inline Words narrow(const Floats& wide, Bfloat) {
+    const Words bits = same_bits<Words>(wide);
+    return wide == wide ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : Words{} + 0x7fc0;
+}
+
+// Below 2^-14 a half is a multiple of 2^-24, which is the last place of 0.5: adding 0.5 rounds, and leaves the multiple
+// in the low bits. From 65520 on it is infinity.
+INLINE inline Words narrow(const Floats& wide, Half) {
+    const Words bits = same_bits<Words>(wide), magnitude = bits & 0x7fffffff;
+    const Words normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    const Words tiny = same_bits<Words>(same_bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+    const Words finite = magnitude < 0x38800000u ? tiny : normal;
+    const Words all = magnitude >= 0x477ff000u ? Words{} + 0x7c00 : finite;
+    return (wide == wide ? all : Words{} + 0x7e00) | (bits >> 16 & 0x8000);
+}
+template <class Narrow> INLINE inline void store(Narrow* to, const Floats& from, int lanes) {
+    const Shorts shorts = __builtin_convertvector(narrow(from, Narrow()), Shorts);
+    std::memcpy(to, &shorts, sizeof(Narrow) * lanes);
+}
 
 // Calls part(first, lanes) for every vector of `count` elements, none of which crosses a multiple of `piece`. Only the
 // last vector of a piece may be short, and only there is `lanes` a number that the compiler does not know.
@@ -78,10 +111,19 @@ template <class Part> INLINE inline void each_vector(int count, int piece, Part 
     }
 }
 
-// The same for `Count` elements in whole vectors, for every `Together`th of them, unrolled: the compiler knows `first`.
-template <int Count, int Together = 1, int First = 0, class Part> INLINE inline void each_vector(Part part) {
-    part(First, kLanes);
-    if constexpr (First + Together * kLanes < Count) each_vector<Count, Together, First + Together * kLanes>(part);
+// Calls part(first, size) for `Count` vectors, `Together` at a time; the compiler knows the size. What `part` adds to
+// stays in registers if one holds a vector, or if the loop is unrolled: from one iteration to the next, GCC keeps a
+// vector of several registers in memory.
+template <int Count, int Together, bool Unrolled, class Part> INLINE inline void each_vectors(Part part) {
+    constexpr int whole = Count / Together * Together;
+    const auto each = [&](int i) INLINE { part(i * kLanes, Constant<Together>()); };
+    if constexpr (Unrolled) {
+        UNROLL for (int i = 0; i < whole; i += Together) each(i);
+    } else {
+#pragma GCC unroll 1
+        for (int i = 0; i < whole; i += Together) each(i);
+    }
+    if constexpr (whole < Count) part(whole * kLanes, Constant<Count - whole>());
 }
 
 typedef float Four __attribute__((vector_size(16)));

@@ -1,0 +1,71 @@
+// What a call asks for, and how a step is cut into work.
+
+#pragma once
+
+#include <vector>
+
+#include "rows.h"
+
+// One token of each of `batch` sequences attends to the rows of `parts` parts. `query` and `out` are contiguous,
+// [batch, heads, dim], in `format`: 0 for float, 1 for bfloat16, 2 for half. `scores` are those of all parts' rows, one
+// part after the other. `out` may be null, and then no values are read; so may `scores`.
+struct Call {
+    const void* query;
+    void* out;
+    float* scores;
+    int32_t parts, batch, heads, kv_heads, dim, format, threads;
+    float scale;
+};
+
+// Rows of one format that the batch attends: of sequence b, those that rows[offsets[b]] ... rows[offsets[b + 1] - 1]
+// name. `format` is a query's, or 3 for int8, 4 for int4 and 5 for a coarse look at int8. Exact rows have strides, in
+// elements; of packed ones an id is where a record begins, in units of 16 bytes. There are `listed` ids, each below
+// `places`.
+struct Part {
+    const void *keys, *values;
+    const int32_t *rows, *offsets;
+    int64_t key_row, key_head, value_row, value_head, places, listed;
+    int32_t format;
+};
+
+namespace {
+constexpr int kSplit = 128;  // rows of an item: enough to make its start cheap, few enough to share one sequence out
+
+struct Step;
+struct Split { int sequence, part, entry, count; const int32_t* rows; };  // `entry`: where its weights begin
+struct Item { int split; Heads heads; };
+struct Weights {  // of an item: logits, then exponentials relative to their split's maximum
+    float* first;
+    int64_t stride;
+
+    float* of(int head) const { return first + head * stride; }  // counted from the item's first query head
+};
+struct Reader {  // how rows of a format are attended
+    void (*work)(const Step&, const Item&, const Weights&);
+    int block;               // key/value heads of an item
+    int width, lanes;        // floats of a head, as vectors have them, and of a vector
+    std::vector<int> order;  // where each dimension is among them; empty where all are in place
+};
+struct Source {  // a part, ready to be read
+    Arena keys, values;
+    Reader reader;
+    const float* query;  // [batch, heads, width], in the reader's order
+};
+
+struct Step {
+    int heads, kv_heads, dim, group;  // group: query heads of a key/value head
+    float scale;
+    int total = 0;               // rows of all parts
+    int width = 0;               // of the widest reader
+    int most = 0;                // query heads of the largest item
+    std::vector<Source> sources;
+    std::vector<Split> splits;   // by sequence, then by part
+    std::vector<int> first{0};   // [batch + 1]: the first split of each sequence
+    std::vector<Item> items;     // in the order of the splits
+    float *peak, *mass;          // [split, heads]: the maximum, later the share of the softmax; the sum of the weights
+    float *sums;                 // [split, heads, width]: the values weighted by these exponentials; null for none
+
+    int64_t cell(int outer, int head) const { return int64_t(outer) * heads + head; }  // in [split or sequence, heads]
+    float* sums_at(int split, int head) const { return sums + cell(split, head) * width; }
+};
+}  // namespace
