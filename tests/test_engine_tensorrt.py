@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -167,7 +168,8 @@ class TestWithoutDevice:
 
     @pytest.fixture
     def trt(self) -> MagicMock:
-        fake = MagicMock(ILogger=type("ILogger", (), {"__init__": lambda _: None}))
+        severity = SimpleNamespace(ERROR=1)
+        fake = MagicMock(ILogger=type("ILogger", (), {"__init__": lambda _: None, "Severity": severity}))
         fake.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda _: None})
         fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
         fake.Builder.return_value.create_network.return_value.num_inputs = 0

@@ -97,13 +97,14 @@ def reason(words: Collection[str]) -> str:
 
 def make_logger(trt: Any, words: MutableSequence[str]) -> Any:
     """A logger for TensorRT that keeps what it says of errors; warnings are many and for its developers."""
+    mildest = trt.ILogger.Severity.ERROR
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
+            if severity <= mildest:
                 words.append(message)
 
     return Logger()

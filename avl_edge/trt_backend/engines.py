@@ -79,6 +79,8 @@ class Buffers:
                 tensor = torch.empty(shape, dtype=dtype, device=device)
             assert (tensor.shape, tensor.dtype) == (shape, dtype), f"{binding.name}: {tensor.shape}, not {shape}"
             assert tensor.is_contiguous(), binding.name
+            # Device memory is aligned where it begins, and TensorRT wants multiples of 256.
+            assert tensor.storage_offset() * tensor.itemsize % 256 == 0, f"{binding.name} begins within other memory"
             # Of a tensor without elements torch gives no address.
             place = tensor if tensor.numel() else torch.empty(1, dtype=dtype, device=device)
             self._tensors[binding.name] = (tensor, place)
