@@ -81,9 +81,9 @@ template <class Element, int Dim, bool OneRegister = false> struct Row {
 //
 // Each head size has a way to make vectors of a plane's bytes, and with it an order of the dimensions, into which the
 // query is brought once. All products are exact: the values are those of any other decoder.
-// - By words, in chunks of kPiece bytes, where a known size makes a half whole chunks: 16-bit numbers of four nibbles, widened to 32
-//   bits; shifts and masks then give four vectors, of the even low, even high, odd low and odd high dimensions. So no
-//   byte has to be moved.
+// - By words, in chunks of kPiece bytes, where a known size makes a half whole chunks: 16-bit numbers of four nibbles,
+//   widened to 32 bits; shifts and masks then give four vectors, of the even low, even high, odd low and odd high
+//   dimensions. So no byte has to be moved.
 // - By bytes, in chunks of kLanes, where a head is whole vectors: a vector of the low dimensions, then one of the high
 //   ones. Of an odd number of vectors the last is of half a chunk, low and high. Nibbles become numbers before they are
 //   widened. A group of fewer than 32 dimensions may begin within a vector, but only with its second half.

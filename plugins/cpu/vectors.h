@@ -105,8 +105,8 @@ template <class Narrow> INLINE inline void store(Narrow* to, const Floats& from,
     std::memcpy(to, &shorts, sizeof(Narrow) * lanes);
 }
 
-// Calls part(first, lanes) for every vector of `count` elements. Only the last may be short, and only there is `lanes` a
-// number that the compiler does not know.
+// Calls part(first, lanes) for every vector of `count` elements. Only the last may be short, and only there is `lanes`
+// a number that the compiler does not know.
 template <class Part> INLINE inline void each_vector(int count, Part part) {
     int first = 0;
     for (; first + kLanes <= count; first += kLanes) part(first, kLanes);
