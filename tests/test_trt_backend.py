@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,26 @@ def test_a_budget_takes_what_engines_serve(package: Callable[..., Path]) -> None
     assert request.plan.formats == Formats()
     assert request.plan.peak_bytes <= whole * 9 // 10
     assert len(runtime.submit(request).result().token_ids) == 6
+
+
+def test_a_budget_for_given_formats_takes_methods_that_engines_serve(package: Callable[..., Path]) -> None:
+    """Only the formats were asked for: a method that prunes elsewhere, or picks within a step, is passed over."""
+    runtime = Runtime.open(package("qwen2-tied", dtype=torch.float16))
+    images = [random_image(1, 60)]
+    whole = runtime.prepare(images, PROMPT, Options(max_new_tokens=6)).plan.peak_bytes
+    planned = 0
+    for formats in (Formats(), Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4")):
+        for tenths in range(9, 0, -1):
+            options = Options(kv_budget=whole * tenths // 10, formats=formats, max_new_tokens=6)
+            with suppress(DoesNotFit):
+                plan = runtime.prepare(images, PROMPT, options).plan
+                assert plan.formats == formats
+                assert plan.peak_bytes <= whole * tenths // 10
+                planned += 1
+    assert planned > 10
+    for budget in (None, whole // 2, 1):
+        with pytest.raises(BadInput, match="reads exact, int8, int4 rows, not lowrank:8"):
+            runtime.prepare(images, PROMPT, Options(kv_budget=budget, formats=Formats("exact", "lowrank:8", "int8")))
 
 
 REFUSED = {
