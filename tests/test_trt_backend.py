@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -238,7 +239,8 @@ REFUSED = {
     ),
     "packed rows in float32": (
         Options(method="full", formats=Formats("exact", "int8", "int4")),
-        "this package's engine, of float32, reads exact rows, not int4, int8: give other formats, or use --device cuda",
+        "this package's engine, of float32, reads exact rows, not int4, int8: "
+        "give other formats, or give the checkpoint, with --device cuda",
     ),
     "another layer": (Options(method="avl"), r"avl prunes after layer 2, .* it prunes after layer 1, by the last"),
     "another rank": (
@@ -258,7 +260,7 @@ def test_what_engines_do_not_serve_is_refused_before_anything_is_loaded(
     runtime = Runtime.open(package("qwen2-tied"))
     with pytest.raises(BadInput, match=message):
         runtime.prepare([random_image(1, 60)], PROMPT, options) if options else runtime.keep_free(10)
-    with pytest.raises(BadInput, match="engines serve no scenes"):
+    with pytest.raises(BadInput, match="no scenes: ask one question at a time, or give the checkpoint"):
         runtime.look([random_image(1, 60)])
 
 
@@ -291,10 +293,37 @@ class TestOpen:
         assert Runtime.open(out, device="tensorrt").name == out.name
         with pytest.raises(BadInput, match="is a package, whose engines run with --device tensorrt: for cpu give"):
             Runtime.open(out, device="cpu")
-        with pytest.raises(BadPackage, match="holds no package: build one with avl-edge build MODEL --out"):
-            Runtime.open(checkpoint("llama-gqa-full"), device="tensorrt")
+        whole = checkpoint("llama-gqa-full")
+        with pytest.raises(BadInput, match=f"is no package: build one with avl-edge build {whole} --out PACKAGE"):
+            Runtime.open(whole, device="tensorrt")
+        with pytest.raises(BadInput, match="no device '': choose one of cpu, cuda, tensorrt"):
+            Runtime.open(whole, device="")
         with pytest.raises(BadInput, match="no device 'tpu': choose one of cpu, cuda, tensorrt"):
             Runtime.open(out, device="tpu")
+
+    def test_without_its_manifest(self, package: Callable[..., Path]) -> None:
+        """It is still no checkpoint, of which it would be said what it lacks."""
+        out = package()
+        (out / "manifest.json").unlink()
+        with pytest.raises(BadPackage, match="holds no package: build one with avl-edge build MODEL --out"):
+            Runtime.open(out)
+
+    def test_a_checkpoint_with_files_of_such_names_is_one(self, checkpoint: Checkpoints, tmp_path: Path) -> None:
+        shutil.copytree(checkpoint("llama-gqa-full"), tmp_path / "model")
+        for name in ("manifest.json", "lock"):
+            (tmp_path / "model" / name).write_text("{}")
+        assert Runtime.open(tmp_path / "model").name == "model"
+
+    @pytest.mark.parametrize("command", [["profile"], ["plan"], ["eval", "--kl"], ["build", "--out", "other"]])
+    def test_what_reads_weights_asks_for_the_checkpoint(
+        self, package: Callable[..., Path], capsys: pytest.CaptureFixture[str], command: list[str]
+    ) -> None:
+        out = str(package())
+        model = [out] if command[0] == "build" else ["--model", out]
+        capsys.readouterr()
+        assert run_app([*command, *model]) == 2
+        error = capsys.readouterr().err
+        assert error == f"avl-edge: {out} is a package of avl-edge build: give the checkpoint that it was built from\n"
 
     def test_of_other_kernels(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
         out = package()

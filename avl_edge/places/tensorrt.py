@@ -20,11 +20,13 @@ from ..trt_backend import EngineBackend, Engines
 from .base import Loaded, Place
 from .cuda import Cuda
 
+_ELSEWHERE = "give the checkpoint, with --device cuda"
+
 
 class TensorRt(Place):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
-    no_scenes = "engines serve no scenes: ask about the pictures one at a time, or use --device cpu"
+    no_scenes = f"engines serve no scenes: ask one question at a time, or {_ELSEWHERE}"
     no_relief = Cuda.no_relief
 
     def __init__(self, directory: Path) -> None:
@@ -57,11 +59,11 @@ class TensorRt(Place):
         served = decoder_formats(spec, precision)
         others = ", ".join(sorted(set(formats.by_tier().values()) - set(served)))
         message = f"this package's engine, of {precision}, reads {', '.join(served)} rows, not {others}"
-        require(not others, f"{message}: give other formats, or use --device cuda")
+        require(not others, f"{message}: give other formats, or {_ELSEWHERE}")
         policy = method.policy(prompt, spec.text.layers)
         require(
             not policy.picks_core(1),
-            f"{method.name} picks rows within a step, which an engine cannot: take another method, or --device cuda",
+            f"{method.name} picks rows within a step, which an engine cannot: take another method, or {_ELSEWHERE}",
         )
         for layer in range(spec.text.layers):
             prune = policy.prunes(layer)
