@@ -349,6 +349,13 @@ class TestOpen:
         with pytest.raises(BadPackage, match=r"tokenizer\.json has 2 bytes instead of"):
             Runtime.open(out)
 
+    def test_built_anew_in_between(self, package: Callable[..., Path]) -> None:
+        """Requests were checked against the sizes of the one that was opened."""
+        runtime = Runtime.open(package())
+        package(recipe=replace(RECIPE, prompt_tokens=100))
+        with pytest.raises(BadInput, match="was built anew meanwhile: open it again"):
+            runtime.load_weights()
+
     def test_graphs_alone(self, checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: None)
         build(Job.of(checkpoint("llama-gqa-full"), RECIPE), tmp_path / "out", "1.0")

@@ -35,6 +35,7 @@ class TensorRt(Place):
         self._package = directory
         with open_package(directory, files=MODEL_FILES) as package:
             self._job = Job.of_package(package, Target.of(probe(), digest()))
+            self._built = package.manifest
         super().__init__(self._job.directory)
         self.most_rows = self._job.recipe.pool_rows
         self._gpu = CudaDevice()
@@ -85,6 +86,7 @@ class TensorRt(Place):
         wanted = {VISION_ENGINE: (vision, 1), DECODER_ENGINE: (decoder, 2)}
         opened = []
         with open_package(self._package, files=wanted) as package:
+            require(package.manifest == self._built, f"{self._package} was built anew meanwhile: open it again")
             for done, (name, (bindings, profiles)) in enumerate(wanted.items()):
                 opened.append(Engine.open(package[name], bindings, profiles, stream))
                 if progress:
