@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 
 from avl_edge.cuda import FORMATS
-from avl_edge.engine import DECODER_ENGINE
+from avl_edge.engine import DECODER_ENGINE, STEP
 from avl_edge.export import DECODER, VISION, Binding, Bindings
 from avl_edge.layout import Format
 from avl_edge.pool.formats import encode
@@ -33,28 +33,32 @@ class GraphRunner:
 
     memory_bytes = 4096
 
-    def __init__(self, path: Path, bindings: Bindings, profiles: int) -> None:
+    def __init__(self, path: Path, bindings: Bindings) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._bindings, self._profiles = bindings, profiles
+        self._bindings = bindings
         self.memory = 0
+        self.contexts: list[int] = []
+        """The profile of each."""
         self.runs: list[tuple[int, dict[str, int]]] = []
 
     @classmethod
-    def open(cls, path: Path, bindings: Bindings, profiles: int, stream: int) -> GraphRunner:
+    def open(cls, path: Path, bindings: Bindings) -> GraphRunner:
         """In the place of :meth:`avl_edge.trt.Engine.open`: the graph beside the engine's file."""
-        assert stream == STREAM
         graph = DECODER if path.name == DECODER_ENGINE else VISION
-        return cls(path.with_name(graph), bindings, profiles)
+        return cls(path.with_name(graph), bindings)
 
     def take_memory(self, address: int) -> None:
         self.memory = address
 
-    def run(self, profile: int, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None:
+    def context(self, profile: int, stream: int) -> GraphContext:
         assert stream == STREAM
-        assert profile < self._profiles
         assert self.memory, "it has no memory to work in"
+        self.contexts.append(profile)
+        return GraphContext(self, profile)
+
+    def run(self, profile: int, dims: Mapping[str, int], addresses: Mapping[str, int]) -> None:
         self.runs.append((profile, dict(dims)))
         inputs = {each.name: self._input(each, dims, addresses) for each in self._bindings.inputs}
         names = [each.name for each in self._bindings.outputs]
@@ -88,6 +92,22 @@ class GraphRunner:
                     records = encode(Format(name), torch.from_numpy(new)).numpy().view(np.int32)
                     for slot, record in zip(own[written], records, strict=True):
                         words[slot : slot + len(record) // 4] = record.reshape(-1, 4)
+
+
+class GraphContext:
+    """An :class:`avl_edge.trt.Context`; one of steps takes one set of shapes and addresses for its life, as a recording
+    of it holds."""
+
+    def __init__(self, runner: GraphRunner, profile: int) -> None:
+        self._runner, self._profile = runner, profile
+        self._bound: tuple[Mapping[str, int], Mapping[str, int]] | None = None
+
+    def run(self, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None:
+        assert stream == STREAM
+        if self._profile == STEP:
+            assert self._bound in (None, (dims, addresses)), "what was recorded is bound otherwise"
+        self._bound = dict(dims), dict(addresses)
+        self._runner.run(self._profile, dims, addresses)
 
 
 def _at(address: int, binding: Binding, dims: Mapping[str, int]) -> Array:

@@ -15,8 +15,8 @@ import torch
 from avl_edge import BadInput, DoesNotFit, Formats, Options, Result, Runtime
 from avl_edge.cli import run_app
 from avl_edge.cuda import FORMATS
-from avl_edge.engine import BadPackage, Job, Mismatch, Plugin, Recipe, build
-from avl_edge.trt import digest
+from avl_edge.engine import STEP, BadPackage, Job, Mismatch, Plugin, Recipe, build
+from avl_edge.trt import EngineFailed, digest
 from avl_edge.trt_backend import EngineBackend
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
@@ -146,7 +146,7 @@ def test_packed_rows_in_half_precision(package: Callable[..., Path], checkpoint:
     assert [each.token_ids[0] for each in found] == [each.token_ids[0] for each in expected]
     assert [each.kv for each in found] == [each.kv for each in expected]
     decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
-    assert {dims["P * T"] // dims["T"] for profile, dims in decoder.runs if profile == 1} == {2}
+    assert {dims["P * T"] // dims["T"] for profile, dims in decoder.runs if profile == STEP and dims["T"] > 1} == {2}
 
 
 def test_sampled_answers_are_those_of_the_cpu(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
@@ -174,11 +174,51 @@ def test_a_step_is_recorded_once_for_each_bucket(package: Callable[..., Path], m
         answers(runtime, Options(method="h2o", max_new_tokens=6))
     device = runtime._backend._accelerator  # type: ignore[union-attr]
     decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
-    steps = [dims for profile, dims in decoder.runs if profile == 1]
+    steps = [dims for profile, dims in decoder.runs if profile == STEP and dims["T"] > 1]
     shapes = {tuple(sorted(dims.items())) for dims in steps}
     assert device.log.count("record") == len(shapes) == 1
     assert device.log.count("replay") == 2 * 5
     assert steps[0]["T"] == 4, "three sequences take the room of four"
+
+
+def test_a_recording_has_a_context_of_its_own(package: Callable[..., Path]) -> None:
+    """Of which the contexts themselves see to it that nobody binds them anew; prompts share one."""
+    runtime = Runtime.load(package())
+    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    del decoder.contexts[:]
+    for prompts in ((PROMPT,), (PROMPT, SECOND), (PROMPT, SECOND, PROMPT)) * 2:
+        pictures = [random_image(1, 60)]
+        running = [runtime.generate(pictures, prompt, Options(method="h2o", max_new_tokens=3)) for prompt in prompts]
+        assert all(each.result().token_ids for each in running)
+    recorded = runtime._backend._accelerator.log.count("record")  # type: ignore[union-attr]
+    assert decoder.contexts == [STEP] * recorded
+    assert recorded >= 3
+
+
+class TestRowsThatDoNotArrive:
+    """A plugin that writes into a copy of the pool: the rows of a step are looked for before anything is answered."""
+
+    @pytest.mark.parametrize("lost", [0, 3])
+    def test_in_one_layer(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+        written = GraphRunner._write_rows
+
+        def write(self: GraphRunner, inputs: Any, *others: Any) -> None:
+            inputs["slots"][lost] = -1
+            written(self, inputs, *others)
+
+        monkeypatch.setattr(GraphRunner, "_write_rows", write)
+        with pytest.raises(EngineFailed, match=rf"layer {lost}'s new row is not in the pool: this TensorRT copies"):
+            Runtime.load(package())
+
+    def test_where_an_earlier_program_left_the_same_rows(
+        self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend = Runtime.load(package())._backend
+        assert backend is not None
+        backend.require_rows()  # type: ignore[attr-defined]
+        monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
+        with pytest.raises(EngineFailed, match="layer 0's new row is not in the pool"):
+            backend.require_rows()  # type: ignore[attr-defined]
 
 
 def test_more_sequences_than_a_step_has_room_for(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
@@ -372,6 +412,7 @@ def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "decoder_plugin", lambda: Plugin(digest(), lambda _: None))
     assert engines.check_engines("float16")["answers"] == 12 + 2 * 3, "exact rows, and two formats of packed ones"
     monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
+    monkeypatch.setattr(EngineBackend, "require_rows", lambda _: None)
     with pytest.raises(CheckFailed, match="of 12 answers are not the CPU's"):
         engines.check_engines("float32")
 

@@ -357,6 +357,7 @@ def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[st
     assert report["symbols"] == [["query0", "query1", "query2"], ["rows1"], [2, "query0"]]
     assert report["loaded"] == [[shape.head_dim, shape.group, shape.dtype] for shape in SHAPES], "each once"
     assert report["packed"] == ["int4", "int8"]
+    assert report["outlives"]
     assert report["missing"] == [], "the bindings have no such names"
     assert report["registry"] == "TensorRT has no plugin registry: its libraries are not those of its Python package"
     assert report["refusals"] == [

@@ -1,9 +1,10 @@
-"""The decoder's engine, built and run: TensorRT and the CUDA driver are played by stand-ins that hold each call to the
+"""The decoder's engine, opened and run: TensorRT and the CUDA driver are played by stand-ins that hold each call to the
 rules of the real ones. Numbers are the business of test_trt_plugin.py, names of the calls too."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,26 +12,18 @@ from typing import Any
 
 import pytest
 
-from avl_edge.cli.build import _engines
 from avl_edge.engine import (
     DECODER_ENGINE,
-    TIMINGS,
-    VISION_ENGINE,
     BadPackage,
-    BadRecipe,
     Fingerprint,
     Job,
-    Plugin,
     Recipe,
-    build,
-    decoder_formats,
-    decoder_profiles,
     open_package,
     publish,
 )
 from avl_edge.errors import BadInput
-from avl_edge.export import PLUGIN_DECODER, VISION, Bindings, decoder_bindings
-from avl_edge.trt import Engine, EngineFailed, PluginMissing, decoder_plugin, digest
+from avl_edge.export import VISION, Bindings, decoder_bindings
+from avl_edge.trt import Engine, EngineFailed
 from avl_edge.trt import runner as runners
 from tests.checkpoints import SPECS
 from tests.conftest import Checkpoints
@@ -48,15 +41,17 @@ def spec(checkpoint: Checkpoints) -> Any:
     return Job.of(checkpoint("llama-bias"), Recipe()).spec
 
 
-class Context:
+class ExecutionContext:
     """An execution context that minds the order of calls, and of what it was given."""
 
-    def __init__(self, engine: Serialized, log: list[str]) -> None:
-        self.engine, self.log = engine, log
+    def __init__(self, engine: Serialized) -> None:
+        self.engine, self.log = engine, engine.log
         self.profile: int | None = None
         self.memory = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.changes = 0
+        """How often a shape or an address was given."""
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert stream == STREAM
@@ -69,12 +64,15 @@ class Context:
         self.memory = memory
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None, "the profile comes before the shapes"
+        self.changes += 1
         self.shapes[name] = shape
         return all(dim <= self.engine.largest for dim in shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self.changes += 1
         self.addresses[name] = address
-        return True
+        return address != 0 and (name == "survivors" or address % 256 == 0)
 
     def infer_shapes(self) -> list[str]:
         return [name for name in self.engine.wants if name not in self.addresses]
@@ -93,15 +91,20 @@ class Serialized:
 
     def __init__(self, bindings: Bindings, log: list[str]) -> None:
         self.names = [binding.name for binding in (*bindings.inputs, *bindings.outputs)]
-        self.log, self.wants, self.contexts = log, list(self.names), []
+        self.log, self.wants = log, list(self.names)
+        self.contexts: list[ExecutionContext] = []
+        self.on_host = {"survivors"} & set(self.names)
         self.num_io_tensors = len(self.names)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
-    def create_execution_context(self, strategy: str) -> Context:
+    def get_tensor_location(self, name: str) -> str:
+        return "host" if name in self.on_host else "device"
+
+    def create_execution_context(self, strategy: str) -> ExecutionContext:
         assert strategy == "user", "contexts of their own memory would hold it twice"
-        self.contexts.append(Context(self, self.log))
+        self.contexts.append(ExecutionContext(self))
         return self.contexts[-1]
 
 
@@ -115,12 +118,20 @@ def bindings(spec: Any) -> Bindings:
     return decoder_bindings(spec, "float16", 1)
 
 
-TRT = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"))
+TRT = SimpleNamespace(
+    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+    TensorLocation=SimpleNamespace(HOST="host", DEVICE="device"),
+)
 
 
 @pytest.fixture
-def decoder(bindings: Bindings, log: list[str]) -> Engine:
-    decoder = Engine(TRT, Serialized(bindings, log), bindings, 2, STREAM)
+def engine(bindings: Bindings, log: list[str]) -> Serialized:
+    return Serialized(bindings, log)
+
+
+@pytest.fixture
+def decoder(engine: Serialized, bindings: Bindings) -> Engine:
+    decoder = Engine(TRT, engine, bindings)
     assert decoder.memory_bytes == 4096
     decoder.take_memory(1024)
     return decoder
@@ -132,46 +143,124 @@ def addresses(bindings: Bindings) -> dict[str, int]:
     return {name: 256 * at for at, name in enumerate(names, 1) if name != "survivors"}
 
 
-class TestEngine:
-    def test_prompt_and_step(self, decoder: Engine, addresses: dict[str, int], log: list[str]) -> None:
-        decoder.run(0, PROMPT, addresses, STREAM)
-        decoder.run(1, STEP, addresses, STREAM)
+class TestContext:
+    def test_prompt_and_step(
+        self, decoder: Engine, engine: Serialized, addresses: dict[str, int], log: list[str]
+    ) -> None:
+        prompts, step = decoder.context(0, STREAM), decoder.context(1, STREAM)
+        prompts.run(PROMPT, addresses, STREAM)
+        step.run(STEP, addresses, STREAM)
         assert log == ["profile 0: T 9, 6 survive", "profile 1: T 2, 2 survive"]
-        shapes = decoder._contexts[0].shapes
+        shapes = engine.contexts[0].shapes
         layers, text = SPEC.layers, SPEC
         assert shapes["rows"] == (layers, 1)
         assert shapes["row_offsets"] == (layers, 2)
         assert shapes["slots"] == (layers, 9)
         assert shapes["score_queries"] == (2,)
         assert shapes["pool_keys"] == (64, text.kv_heads, shapes["pool_keys"][2])
-        assert decoder._contexts[1].shapes["score_queries"] == (0,)
-        assert decoder._contexts[0].addresses["logits"] == addresses["logits"]
+        assert engine.contexts[1].shapes["score_queries"] == (0,)
+        assert engine.contexts[0].addresses["logits"] == addresses["logits"]
+        assert engine.contexts[0].memory == engine.contexts[1].memory == 1024
 
-    def test_sizes_that_the_engine_was_not_built_for(self, decoder: Engine, addresses: dict[str, int]) -> None:
-        with pytest.raises(EngineFailed, match=r"token_ids of shape \[9999\]: the engine was built for other sizes"):
-            decoder.run(0, {**PROMPT, "T": 9999}, addresses, STREAM)
-
-    def test_run_that_is_refused(
-        self, decoder: Engine, addresses: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    def test_recorded_run_does_nothing_but_run(
+        self, decoder: Engine, engine: Serialized, addresses: dict[str, int], log: list[str]
     ) -> None:
-        monkeypatch.setattr(decoder._contexts[1], "execute_async_v3", lambda _: False)
-        with pytest.raises(EngineFailed, match="TensorRT does not take the engine's run"):
-            decoder.run(1, STEP, addresses, STREAM)
+        """TensorRT prepares anew for whatever it is given, the same or not: no matter for a recording."""
+        step = decoder.context(1, STREAM)
+        step.run(STEP, addresses, STREAM)
+        changes = engine.contexts[0].changes
+        step.run(dict(STEP), dict(addresses), STREAM)
+        assert engine.contexts[0].changes == changes
+        assert len(log) == 2
+        step.run({**STEP, "N": 31}, addresses, STREAM)
+        step.run({**STEP, "N": 31}, {**addresses, "logits": 512 * 300}, STREAM)
+        assert engine.contexts[0].changes == 3 * changes
+        assert engine.contexts[0].addresses["logits"] == 512 * 300
+
+    def test_size_of_one_recording_outlives_the_next(
+        self, decoder: Engine, engine: Serialized, addresses: dict[str, int], log: list[str]
+    ) -> None:
+        """TensorRT reads ``survivors`` where it lies, and a recording may read it again."""
+        steps = [decoder.context(1, STREAM) for _ in range(2)]
+        for context, batch in zip(steps, (2, 3), strict=True):
+            sizes = {"T": batch, "B + 1": batch + 1, "survivors": batch}
+            context.run({**STEP, **sizes}, addresses, STREAM)
+        for context in engine.contexts:
+            context.execute_async_v3(STREAM)
+        assert log[2:] == log[:2] == ["profile 1: T 2, 2 survive", "profile 1: T 3, 3 survive"]
+
+    def test_let_go_and_taken_again(
+        self, decoder: Engine, engine: Serialized, addresses: dict[str, int], log: list[str]
+    ) -> None:
+        """There are never more than were in use at once, whoever else is; and the next one binds everything."""
+        prompts, step = decoder.context(0, STREAM), decoder.context(1, STREAM)
+        step.run(STEP, addresses, STREAM)
+        changes = engine.contexts[1].changes
+        del step
+        another = decoder.context(1, STREAM)
+        assert len(engine.contexts) == 2
+        another.run(STEP, addresses, STREAM)
+        assert engine.contexts[1].changes == 2 * changes
+        assert decoder.context(1, STREAM)._context is engine.contexts[2]
+        prompts.run(PROMPT, addresses, STREAM)
+        assert log[-1] == "profile 0: T 9, 6 survive"
+
+    def test_sizes_that_the_engine_was_not_built_for(
+        self, decoder: Engine, engine: Serialized, addresses: dict[str, int], log: list[str]
+    ) -> None:
+        context = decoder.context(0, STREAM)
+        with pytest.raises(EngineFailed, match=r"token_ids of shape \[9999\]: the engine was built for other sizes$"):
+            context.run({**PROMPT, "T": 9999}, addresses, STREAM)
+        changes = engine.contexts[0].changes
+        context.run(PROMPT, addresses, STREAM)
+        context.run(PROMPT, addresses, STREAM)
+        assert len(log) == 2
+        assert engine.contexts[0].changes > changes, "what was refused halfway is bound from the beginning"
+
+    def test_address_that_is_refused(self, decoder: Engine, addresses: dict[str, int]) -> None:
+        with pytest.raises(EngineFailed, match="does not take the address 0x205 of slots"):
+            decoder.context(1, STREAM).run(STEP, {**addresses, "slots": 0x205}, STREAM)
+
+    def test_run_that_fails(
+        self, engine: Serialized, bindings: Bindings, addresses: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the reason that TensorRT gave its logger."""
+        decoder = Engine(TRT, engine, bindings, ["[error] the plugin\n  returned -1"])
+        decoder.take_memory(1024)
+        step = decoder.context(1, STREAM)
+        monkeypatch.setattr(engine.contexts[0], "execute_async_v3", lambda _: False)
+        with pytest.raises(EngineFailed, match=r"cannot run the engine: .* \(\[error\] the plugin returned -1\)$"):
+            step.run(STEP, addresses, STREAM)
 
     def test_missing_address(self, decoder: Engine, addresses: dict[str, int]) -> None:
         del addresses["slots"]
         with pytest.raises(BadInput, match="the engine needs the address of slots"):
-            decoder.run(1, STEP, addresses, STREAM)
+            decoder.context(1, STREAM).run(STEP, addresses, STREAM)
 
-    def test_engine_wants_more(self, decoder: Engine, addresses: dict[str, int]) -> None:
-        decoder._engine.wants.append("more")
+    def test_engine_wants_more(self, decoder: Engine, engine: Serialized, addresses: dict[str, int]) -> None:
+        engine.wants.append("more")
         with pytest.raises(EngineFailed, match="cannot tell the shapes of the engine without more"):
-            decoder.run(1, STEP, addresses, STREAM)
+            decoder.context(1, STREAM).run(STEP, addresses, STREAM)
 
-    def test_engine_of_another_graph(self, bindings: Bindings, spec: Any, log: list[str]) -> None:
+    def test_profile_that_the_engine_does_not_have(self, decoder: Engine) -> None:
+        with pytest.raises(EngineFailed, match="TensorRT cannot make a context: free some memory"):
+            decoder.context(2, STREAM)
+
+
+class TestEngine:
+    def test_engine_of_another_graph(self, engine: Serialized, spec: Any) -> None:
         without = decoder_bindings(spec, "float16", None)
         with pytest.raises(EngineFailed, match=r"other inputs and outputs \(kept, pinned, survivors\)"):
-            Engine(TRT, Serialized(bindings, log), without, 2, STREAM)
+            Engine(TRT, engine, without)
+
+    @pytest.mark.parametrize(("on_host", "said"), [(set(), "no input"), ({"slots", "survivors"}, "slots, survivors")])
+    def test_size_that_lies_elsewhere(
+        self, engine: Serialized, bindings: Bindings, on_host: set[str], said: str
+    ) -> None:
+        """An address of the one memory is none of the other."""
+        engine.on_host = on_host
+        with pytest.raises(EngineFailed, match=f"TensorRT reads {said} on the host, and should survivors alone"):
+            Engine(TRT, engine, bindings)
 
 
 class TestOpen:
@@ -182,20 +271,23 @@ class TestOpen:
         """`tensorrt` as far as opening goes: takes an engine that says so."""
 
         class Runtime:
-            def __init__(self, logger: object) -> None:
-                assert logger == "logger"
+            def __init__(self, logger: Any) -> None:
+                self.logger = logger
 
-            def deserialize_cuda_engine(self, content: bytes) -> Serialized | None:
-                return Serialized(bindings, log) if content == b"good" else None
+            def deserialize_cuda_engine(self, content: mmap.mmap) -> Serialized | None:
+                if memoryview(content) == b"good":
+                    return Serialized(bindings, log)
+                self.logger.log(2, "a warning")
+                self.logger.log(1, "made for\n another GPU")
+                return None
 
-        class Logger:
-            ERROR = 1
+        class ILogger:
+            Severity = SimpleNamespace(ERROR=1)
 
-            def __new__(cls, level: int) -> Any:
-                assert level == cls.ERROR
-                return "logger"
+            def __init__(self) -> None:
+                pass
 
-        module = SimpleNamespace(Runtime=Runtime, Logger=Logger, **vars(TRT))
+        module = SimpleNamespace(Runtime=Runtime, ILogger=ILogger, **vars(TRT))
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(runners, "register", lambda given: log.append(f"register {given is module}"))
         return module
@@ -211,16 +303,19 @@ class TestOpen:
     @pytest.mark.usefixtures("trt")
     def test_open(self, tmp_path: Path, bindings: Bindings, log: list[str]) -> None:
         with self.package(tmp_path / "out", DECODER_ENGINE, b"good") as package:
-            assert Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM).memory_bytes == 4096
+            assert Engine.open(package[DECODER_ENGINE], bindings).memory_bytes == 4096
         assert log == ["register True"], "an engine with an unknown plugin is refused"
 
     @pytest.mark.usefixtures("trt")
     def test_engine_of_another_machine(self, tmp_path: Path, bindings: Bindings) -> None:
         with (
             self.package(tmp_path / "out", DECODER_ENGINE, b"bad") as package,
-            pytest.raises(EngineFailed, match=r"does not take .*decoder\.engine: build the package again"),
+            pytest.raises(
+                EngineFailed,
+                match=r"does not take .*: build the package again on this device \(made for another GPU\)$",
+            ),
         ):
-            Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM)
+            Engine.open(package[DECODER_ENGINE], bindings)
 
     @pytest.mark.usefixtures("trt")
     def test_graphs_alone(self, tmp_path: Path, bindings: Bindings) -> None:
@@ -228,7 +323,7 @@ class TestOpen:
             self.package(tmp_path / "out", VISION, b"") as package,
             pytest.raises(BadPackage, match=r"has no decoder\.engine: rebuild it"),
         ):
-            Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM)
+            Engine.open(package[DECODER_ENGINE], bindings)
 
     def test_without_tensorrt(self, tmp_path: Path, bindings: Bindings, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -236,121 +331,4 @@ class TestOpen:
             self.package(tmp_path / "out", DECODER_ENGINE, b"good") as package,
             pytest.raises(BadInput, match="running an engine needs TensorRT, which comes with JetPack"),
         ):
-            Engine.open(package[DECODER_ENGINE], bindings, 2, STREAM)
-
-
-class TestBuild:
-    """`build` with a TensorRT that takes plugins; what it builds is the name of what it was given."""
-
-    @pytest.fixture
-    def seen(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-        seen: list[Any] = []
-
-        def build_engine(
-            trt: Any, graph: Path, inputs: Any, profiles: Any, workspace: int, timings: bytes, progress: Any
-        ) -> tuple[bytes, bytes]:
-            assert (trt, progress) == ("trt", None)
-            assert graph.is_file()
-            seen.append((graph.name, [binding.name for binding in inputs], profiles, workspace, timings))
-            return graph.name.encode(), timings + b"+" + graph.name.encode()
-
-        monkeypatch.setattr("avl_edge.engine.job.build_engine", build_engine)
-        monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: "trt")
-        return seen
-
-    def test_both_engines(self, seen: list[Any], checkpoint: Checkpoints, tmp_path: Path) -> None:
-        job, out, known = Job.of(checkpoint("llama-bias"), Recipe(prune_after=1)), tmp_path / "out", []
-        plugin = Plugin("kernels", known.append)
-        manifest, built = build(job, out, "1.0", None, plugin)
-        assert built
-        assert known == ["trt"]
-        assert [name for name, *_ in seen] == [VISION, PLUGIN_DECODER]
-        assert seen[1][1][:2] == ["token_ids", "features"]
-        assert seen[1][2] == decoder_profiles(job.spec, job.recipe, job.settings.precision)
-        assert seen[1][4] == b"+vision.onnx", "the decoder's build knows the times of the vision tower's"
-        assert manifest.fingerprint.target is not None
-        assert manifest.fingerprint.target.kernel == "kernels"
-        with open_package(out) as package:
-            assert package[VISION_ENGINE].read_bytes() == b"vision.onnx"
-            assert package[DECODER_ENGINE].read_bytes() == b"decoder.plugin.onnx"
-            assert package[TIMINGS].read_bytes() == b"+vision.onnx+decoder.plugin.onnx"
-        assert not build(job, out, "1.0", None, plugin)[1]
-        assert build(job, out, "1.0", None, Plugin("other kernels", known.append))[1], "another kernel, another engine"
-        assert len(seen) == 4
-
-    def test_what_the_command_says(self, seen: list[Any], checkpoint: Checkpoints, tmp_path: Path) -> None:
-        job = Job.of(checkpoint("llama-bias"), Recipe())
-        for plugin, text in (
-            (Plugin("kernels", lambda _: None), ", vision.engine and decoder.engine"),
-            (None, " and vision.engine; the decoder's engine needs a TensorRT that takes plugins"),
-        ):
-            manifest, _ = build(job, tmp_path / "out", "1.0", None, plugin)
-            assert _engines(manifest) == text
-        assert len(seen) == 3
-
-    def test_without_plugins(self, seen: list[Any], checkpoint: Checkpoints, tmp_path: Path) -> None:
-        manifest, _ = build(Job.of(checkpoint("llama-bias"), Recipe()), tmp_path / "out", "1.0")
-        assert [name for name, *_ in seen] == [VISION]
-        assert DECODER_ENGINE not in manifest.files
-
-    def test_plugin_that_is_refused_leaves_nothing(
-        self, seen: list[Any], checkpoint: Checkpoints, tmp_path: Path
-    ) -> None:
-        def refuse(_: Any) -> None:
-            raise PluginMissing("TensorRT 10.3.0 refused the plugin")
-
-        with pytest.raises(PluginMissing):
-            build(Job.of(checkpoint("llama-bias"), Recipe()), tmp_path / "out", "1.0", None, Plugin("kernels", refuse))
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
-        assert len(seen) == 1
-
-
-class TestProfiles:
-    @pytest.mark.parametrize("precision", ["float16", "float32"])
-    def test_every_dimension_has_its_sizes_in_order(self, spec: Any, precision: str) -> None:
-        recipe = Recipe(prompt_tokens=100, sequences=4)
-        for profile in decoder_profiles(spec, recipe, precision):
-            for binding in decoder_bindings(spec, precision, 1).inputs:
-                for dim in (*binding.shape, *(("survivors",) if binding.name == "survivors" else ())):
-                    if isinstance(dim, str):
-                        low, usual, high = profile[dim]
-                        assert 0 <= low <= usual <= high
-                        assert high >= 1
-
-    def test_packed_rows_are_for_steps_of_16_bits(self, checkpoint: Checkpoints) -> None:
-        """A part more for each format, and a pool of which both views are as large."""
-        recipe, text = Recipe(sequences=4, pool_rows=640), SPECS["llama-mha"]
-        spec = Job.of(checkpoint("llama-mha"), recipe).spec
-        for precision, parts in (("float16", 3), ("bfloat16", 3), ("float32", 1)):
-            assert len(decoder_formats(spec, precision)) == parts
-            prompt, step = decoder_profiles(spec, recipe, precision)
-            assert prompt["P * T"] == prompt["T"]
-            assert prompt["P * B + 1"] == prompt["B + 1"]
-            assert step["P * T"] == (1, 1, parts * 4)
-            assert step["P * B + 1"] == (2, 2, parts * 4 + 1)
-            arena = 640 * text.kv_heads * text.head_dim * (4 if precision == "float32" else 2)
-            assert prompt["U"] == step["U"] == (1, arena // 16, arena // 16)
-
-    def test_pool_is_bounded_by_what_a_tensor_may_hold(self, checkpoint: Checkpoints) -> None:
-        job = Job.of(checkpoint("llama-bias"), Recipe(pool_rows=2**40))
-        text = job.spec.text
-        assert 2**31 - text.kv_heads * text.head_dim <= job.recipe.pool_rows * text.kv_heads * text.head_dim < 2**31
-
-    def test_pool_without_rows(self) -> None:
-        with pytest.raises(BadRecipe, match="pool_rows 0 must be a whole number from 1"):
-            Recipe(pool_rows=0)
-
-
-class TestDecoderPlugin:
-    def test_of_tensorrt(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        network = SimpleNamespace(add_plugin_v3=None)
-        monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(INetworkDefinition=network))
-        plugin = decoder_plugin()
-        assert plugin is not None
-        assert plugin.digest == digest()
-
-    def test_not_where_plugins_are_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(INetworkDefinition=object))
-        assert decoder_plugin() is None
-        monkeypatch.setitem(sys.modules, "tensorrt", None)
-        assert decoder_plugin() is None
+            Engine.open(package[DECODER_ENGINE], bindings)

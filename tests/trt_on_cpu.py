@@ -7,8 +7,10 @@ runs with a `tensorrt_bindings` on the path, in a process of its own: there is o
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,7 @@ NAMES = (
     "IBuilderConfig.set_timing_cache",
     "ICudaEngine.create_execution_context",
     "ICudaEngine.device_memory_size_v2",
+    "ICudaEngine.get_tensor_location",
     "ICudaEngine.get_tensor_name",
     "ICudaEngine.num_io_tensors",
     "IExecutionContext.execute_async_v3",
@@ -104,16 +107,18 @@ NAMES = (
     "IExecutionContext.set_input_shape",
     "IExecutionContext.set_optimization_profile_async",
     "IExecutionContext.set_tensor_address",
+    "IHostMemory",
+    "ILogger.Severity.ERROR",
     "INetworkDefinition.add_plugin_v3",
     "IOptimizationProfile.set_shape",
     "IOptimizationProfile.set_shape_input",
     "IProgressMonitor",
     "ITensor.is_shape_tensor",
-    "Logger.ERROR",
     "MemoryPoolType.WORKSPACE",
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
     "OnnxParser.parse_from_file",
     "Runtime.deserialize_cuda_engine",
+    "TensorLocation.HOST",
 )
 """What building and running call, beside the plugin: no object of theirs can be made without TensorRT's libraries."""
 
@@ -131,6 +136,13 @@ class Expressions:
 
     def constant(self, value: int) -> int:
         return value
+
+
+def outlives(trt: Any, creator: Any, call: Call) -> bool:
+    """Whether a plugin that Python lets go of stays, as TensorRT may still hold it."""
+    plugin = weakref.ref(creator.create_plugin("gone", _fields(trt, call["layer"]), trt.TensorRTPhase.RUNTIME))
+    gc.collect()
+    return plugin() is not None
 
 
 def describe(trt: Any, creator: Any, call: Call) -> dict[str, Any]:
@@ -175,6 +187,7 @@ def describe(trt: Any, creator: Any, call: Call) -> dict[str, Any]:
         "wrong": [name for name, taken in wrong.items() if taken],
         "ranks": [len(shape) for shape in real],
         "symbols": symbols,
+        "outlives": outlives(trt, creator, call),
         "missing": [name for name in NAMES if not _has(trt, name)],
         "refusals": refusals,
     }

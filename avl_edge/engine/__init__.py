@@ -9,7 +9,7 @@ from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
 from .manifest import File, Manifest
 from .recipe import Recipe, read_recipe
 from .store import Package, is_package, open_package, publish
-from .tensorrt import Sizes, build_engine, find_tensorrt
+from .tensorrt import Sizes, build_engine, find_tensorrt, make_logger, reason
 
 __all__ = [
     "DECODER_ENGINE",
@@ -40,8 +40,10 @@ __all__ = [
     "file_digest",
     "find_tensorrt",
     "is_package",
+    "make_logger",
     "open_package",
     "publish",
     "read_recipe",
+    "reason",
     "require_match",
 ]

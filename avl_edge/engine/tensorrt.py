@@ -6,7 +6,7 @@ dtype that the graph says, as 11 knows nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableSequence, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,15 +37,19 @@ def build_engine(
     workspace: int,
     timings: bytes = b"",
     progress: Progress | None = None,
-) -> tuple[bytes, bytes]:
-    """The engine of ``graph`` for this machine, and the timing cache that makes the next build short.
+) -> tuple[memoryview, bytes]:
+    """The engine of ``graph`` for this machine, in TensorRT's own memory, as a copy would hold all weights once more;
+    and the timing cache that makes the next build short.
 
     ``inputs`` are the graph's; a profile gives :data:`Sizes` to each name of a dimension in them, and to each input
     that is itself a size. ``workspace`` is the most memory, in bytes, that a layer may take for itself; ``timings`` is
     an earlier cache, of no effect if it is another machine's. Raises :class:`BuildFailed` with TensorRT's own words.
     """
     words: list[str] = []
-    logger, monitor = _logger(trt, words), _monitor(trt, progress)  # named here, as TensorRT does not keep them alive
+    logger, monitor = (
+        make_logger(trt, words),
+        _monitor(trt, progress),
+    )  # named here, as TensorRT does not keep them alive
     try:
         builder = trt.Builder(logger)
     except TypeError:  # how its bindings say that there is no CUDA device, or no driver for it
@@ -67,7 +71,7 @@ def build_engine(
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise _failure(graph, words)
-    return bytes(engine), bytes(cache.serialize())
+    return memoryview(engine), bytes(cache.serialize())
 
 
 def _profile(profile: Any, network: Any, inputs: Sequence[Binding], sizes: Mapping[str, Sizes]) -> Any:
@@ -83,19 +87,24 @@ def _profile(profile: Any, network: Any, inputs: Sequence[Binding], sizes: Mappi
 
 
 def _failure(graph: Path, words: Sequence[str]) -> BuildFailed:
-    reason = " ".join(" ".join(words[-3:]).split()) or "no reason was given"
-    return BuildFailed(f"TensorRT cannot build {graph.name}: {reason}")
+    return BuildFailed(f"TensorRT cannot build {graph.name}: {reason(words)}")
 
 
-def _logger(trt: Any, words: list[str]) -> Any:
-    """Keeps what TensorRT says of errors; warnings are many and for its developers."""
+def reason(words: Collection[str]) -> str:
+    """The last of TensorRT's words in one line."""
+    return " ".join(" ".join(list(words)[-3:]).split()) or "no reason was given"
+
+
+def make_logger(trt: Any, words: MutableSequence[str]) -> Any:
+    """A logger for TensorRT that keeps what it says of errors; warnings are many and for its developers."""
+    mildest = trt.ILogger.Severity.ERROR
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
+            if severity <= mildest:
                 words.append(message)
 
     return Logger()

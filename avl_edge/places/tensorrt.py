@@ -80,18 +80,19 @@ class TensorRt(Place):
         return f"it prunes after layer {layer}, by the last token's attention"
 
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
-        job, device, stream = self._job, self._gpu.device, self._gpu.stream()
+        job, device = self._job, self._gpu.device
         vision = vision_bindings(spec, job.settings.precision)
         decoder = decoder_bindings(spec, job.settings.precision, job.settings.prune_after)
-        wanted = {VISION_ENGINE: (vision, 1), DECODER_ENGINE: (decoder, 2)}
+        wanted = {VISION_ENGINE: vision, DECODER_ENGINE: decoder}
         opened = []
         with open_package(self._package, files=wanted) as package:
             require(package.manifest == self._built, f"{self._package} was built anew meanwhile: open it again")
-            for done, (name, (bindings, profiles)) in enumerate(wanted.items()):
-                opened.append(Engine.open(package[name], bindings, profiles, stream))
+            for done, (name, bindings) in enumerate(wanted.items()):
+                opened.append(Engine.open(package[name], bindings))
                 if progress:
                     progress(done + 1, len(wanted))
         store = RowStore(pages, shape, self.dtype, str(device))
         engines = Engines(spec, job.recipe, opened[0], vision, opened[1], decoder)
         backend = EngineBackend(engines, store, self._gpu)
+        backend.require_rows()
         return Loaded(backend, backend.rows)

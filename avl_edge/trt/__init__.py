@@ -9,10 +9,11 @@ from ..engine import Plugin, find_tensorrt
 from .attention import Attention, Sizes
 from .kernels import TokenKernels, TokenShape, digest, token_cubin
 from .plugin import PluginMissing, make_creator, register, takes_plugins
-from .runner import Engine, EngineFailed
+from .runner import Context, Engine, EngineFailed
 
 __all__ = [
     "Attention",
+    "Context",
     "Engine",
     "EngineFailed",
     "PluginMissing",

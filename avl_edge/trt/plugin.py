@@ -5,14 +5,22 @@ any of it. An engine names the plugin and the layer; the kernels are compiled wh
 
 Shown on a CPU: every method, called with the objects of the real Python bindings of 10.3, 10.16 and 11.4, and the
 numbers, by the kernels' source compiled for the CPU. Left to a device: TensorRT's own calls of these methods, the
-kernels on a GPU, capture and speed. One thing is asked of TensorRT that it does not promise: the rows that have a slot
-are written into ``pool_keys`` and ``pool_values``, which are inputs of the engine, so those have to reach the plugin as
-they were bound, not as a copy. The plugin takes no other format and dtype, so there is nothing to convert. Packed rows
-lie in the same memory: their words, which the reference body reads, are inputs here that nobody looks at.
+kernels on a GPU, capture and speed.
+
+The rows that have a slot are written into ``pool_keys`` and ``pool_values``, which are inputs of the engine: they have
+to reach the plugin as they were bound, not as a copy. TensorRT does not promise that, so whoever opens an engine looks
+(:meth:`avl_edge.trt_backend.EngineBackend.require_rows`). Nothing asks for a copy: inputs of the network lie as this
+plugin takes them, in this dtype, and nobody else reads them. Outputs aliased to inputs, a preview of TensorRT's, would
+not do: an input that several plugins alias may be copied for each, and there is one pool for all layers.
+
+Packed rows lie in the same memory: their words, which the reference body reads, are inputs here that nobody looks at.
+
+What a method raises, the bindings print and pass on as a failure of the call that TensorRT was asked for.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,11 +40,6 @@ class PluginMissing(AvlEdgeError):
     """TensorRT did not take the plugin, or is one that knows no plugins."""
 
 
-_KEPT: list[Any] = []
-"""What lives as long as the process: creators, which TensorRT's registry does not keep alive, and plugins, as the
-bindings of 10.3 damage memory where one is freed. There is a plugin a layer, and one more for each context."""
-
-
 def register(trt: Any, load: Load | None = None) -> None:
     """Make the plugin known to TensorRT's parser and runtime; once is enough, and more does nothing.
 
@@ -53,7 +56,13 @@ def register(trt: Any, load: Load | None = None) -> None:
     creator = make_creator(trt, load or Attention.load)
     if not registry.register_creator(creator, DOMAIN):
         raise PluginMissing(f"TensorRT {trt.__version__} refused the plugin {DOMAIN}::{OPERATOR}")
-    _KEPT.append(creator)
+    _keep(creator)
+
+
+def _keep(thing: Any) -> None:
+    """As long as the process, past Python's own end: creators, which TensorRT's registry does not keep alive, and
+    plugins, as the bindings of 10.3 damage memory where one is freed. There is a plugin a layer and context."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def takes_plugins(trt: Any) -> bool:
@@ -110,7 +119,7 @@ def _plugin_class(trt: Any) -> type[Any]:
             self.plugin_name, self.plugin_namespace, self.plugin_version = OPERATOR, DOMAIN, VERSION
             self._layer, self._load, self._building = layer, load, building
             self._attention: Attention | None = None
-            _KEPT.append(self)
+            _keep(self)
 
         def get_capability_interface(self, kind: Any) -> Any:  # noqa: ARG002
             """Core, build and runtime are all this object."""

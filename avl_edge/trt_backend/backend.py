@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..cache import SequenceCache
+from ..cache import Selected, SequenceCache
 from ..cuda import FORMATS
 from ..engine import PROMPT
 from ..export import bindings as names
@@ -28,6 +28,7 @@ from ..pool import RowStore
 from ..request import Prompt
 from ..steps import Accelerator, Bucket, Reads, RecordedSteps
 from ..stored import StoredRows, distances, in_order
+from ..trt import EngineFailed
 from .engines import Buffers, Engines
 from .prompt import buffers, pruned_after, scores_of
 from .step import EngineStep
@@ -51,8 +52,33 @@ class EngineBackend:
         self._memory = torch.empty(max(each.memory_bytes for each in runners), dtype=torch.uint8, device=device)
         for each in runners:
             each.take_memory(self._memory.data_ptr())
+        stream = accelerator.stream()
+        self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
         self._steps = RecordedSteps(lambda bucket: EngineStep(engines, store, accelerator, bucket))
         self._under_way = False
+
+    @torch.inference_mode()
+    def require_rows(self) -> None:
+        """Run one step over a pool in which nobody has rows yet; :class:`~avl_edge.trt.EngineFailed` unless its new
+        rows are there. TensorRT promises no plugin that an input is what was bound, and not a copy of it."""
+        layers, store = self._engines.spec.text.layers, self._store
+        slots = np.where(np.arange(layers) < len(store.keys), np.arange(layers), -1).astype(np.int32)
+        first = np.zeros(1, dtype=np.int32)
+        own = [Selected("exact", first.astype(np.int64), slots[layer : layer + 1], first) for layer in range(layers)]
+        reads = [Reads([[each] for each in own])]
+        store.keys[:layers], store.values[:layers] = torch.nan, torch.nan  # not what an earlier check left there
+        step = EngineStep(self._engines, store, self._accelerator, self._bucket(reads, False))
+        step.tables.fill([0], [0], slots[:, None], reads)
+        step.tables.upload()
+        step.run()
+        self._accelerator.synchronize()
+        for layer in np.flatnonzero(slots >= 0).tolist():
+            pairs = zip((store.keys[layer], store.values[layer]), step.row(layer), strict=True)
+            if not all(torch.equal(row.view(torch.uint8), new.view(torch.uint8)) for row, new in pairs):
+                raise EngineFailed(
+                    f"layer {layer}'s new row is not in the pool: this TensorRT copies what its plugins write into; "
+                    "use --device cuda, and report TensorRT's version"
+                )
 
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
@@ -64,7 +90,7 @@ class EngineBackend:
         device, dims = self._accelerator.device, {"I": len(pixels)}
         given = {names.PIXELS: torch.from_numpy(np.ascontiguousarray(pixels)).to(device)}
         run = Buffers.of(self._engines.vision_bindings, dims, device, given)
-        self._engines.vision.run(0, dims, run.addresses, self._accelerator.stream())
+        self._vision.run(dims, run.addresses, self._accelerator.stream())
         return run[names.FEATURES]
 
     @torch.inference_mode()
@@ -72,7 +98,7 @@ class EngineBackend:
         """The last token's logits ``[vocabulary]``, float32 on the CPU."""
         text = self._engines.spec.text
         run, pruned = buffers(self._engines, self._store, prompt, features, cache), pruned_after(cache, text.layers)
-        self._engines.decoder.run(PROMPT, run.dims, run.addresses, self._accelerator.stream())
+        self._prompts.run(run.dims, run.addresses, self._accelerator.stream())
         scores = scores_of(run, text, cache)
         for layer in range(text.layers):
             keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]

@@ -17,6 +17,12 @@ from ..pool import RowStore
 from ..spec import ModelSpec
 
 
+class Context(Protocol):
+    """Where a graph runs: :class:`avl_edge.trt.Context`."""
+
+    def run(self, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None: ...
+
+
 class Runner(Protocol):
     """What runs a graph: :class:`avl_edge.trt.Engine`."""
 
@@ -24,7 +30,7 @@ class Runner(Protocol):
 
     def take_memory(self, address: int) -> None: ...
 
-    def run(self, profile: int, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None: ...
+    def context(self, profile: int, stream: int) -> Context: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class Buffers:
                 tensor = torch.empty(shape, dtype=dtype, device=device)
             assert (tensor.shape, tensor.dtype) == (shape, dtype), f"{binding.name}: {tensor.shape}, not {shape}"
             assert tensor.is_contiguous(), binding.name
+            # Device memory is aligned where it begins, and TensorRT wants multiples of 256.
+            assert tensor.storage_offset() * tensor.itemsize % 256 == 0, f"{binding.name} begins within other memory"
             # Of a tensor without elements torch gives no address.
             place = tensor if tensor.numel() else torch.empty(1, dtype=dtype, device=device)
             self._tensors[binding.name] = (tensor, place)

@@ -20,7 +20,7 @@ class EngineStep(RecordedStep):
 
     def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator, bucket: Bucket) -> None:
         text, device, batch = engines.spec.text, accelerator.device, bucket.batch
-        self._engines = engines
+        self._context = engines.decoder.context(STEP, accelerator.stream())
         tables = StepTables(accelerator, text.layers, bucket, dense=True)
 
         def fixed(*values: int) -> Tensor:
@@ -65,5 +65,9 @@ class EngineStep(RecordedStep):
     def run(self, beside: Beside | None = None) -> None:
         assert beside is None, "an engine's step runs whole"
         buffers, stream = self._buffers, self._accelerator.stream()
-        self._engines.decoder.run(STEP, buffers.dims, buffers.addresses, stream)
+        self._context.run(buffers.dims, buffers.addresses, stream)
         torch.argmax(buffers[names.LOGITS], dim=-1, out=self._tokens)
+
+    def row(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Key and value ``[H_kv, d]`` of the first sequence's new token."""
+        return self._buffers[names.KEY.format(layer)][0], self._buffers[names.VALUE.format(layer)][0]
