@@ -94,6 +94,15 @@ def test_answers_are_those_of_the_cpu(
     assert built.kv_bytes_in_use == 0
 
 
+def test_who_prunes_after_the_last_layer_prunes_nothing(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+    built = Runtime.load(package(recipe=replace(RECIPE, prune_after="never")))
+    last = built.spec.text.layers - 1
+    options = Options(method="avl", parameters={"prune_layer": last, "prefill_keep": 60}, max_new_tokens=6)
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
+    found = answers(built, options)
+    assert [(each.token_ids, each.kv) for each in found] == [(each.token_ids, each.kv) for each in expected]
+
+
 PACKED = {
     "full": (Options(method="full", formats=Formats("int8", "int8", "int8")),),
     "int4": (Options(method="full", formats=Formats("int4", "int4", "int4")),),
@@ -369,6 +378,17 @@ class TestOpen:
         out = package()
         monkeypatch.setattr("avl_edge.places.tensorrt.digest", lambda: "f" * 64)
         with pytest.raises(Mismatch, match="was built for another attention kernel"):
+            Runtime.open(out)
+
+    @pytest.mark.parametrize("shapes", [{"images": 2, "cameras": 1}, {"images": 0}], ids=["a name", "a value"])
+    def test_of_sizes_that_this_version_does_not_know(
+        self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, shapes: dict[str, int]
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Recipe, "shapes", property(lambda _: shapes))
+            patch.setattr(Recipe, "__post_init__", lambda _: None)
+            out = package()
+        with pytest.raises(BadPackage, match=r"was built by avl-edge 1\.0, for sizes unknown here: rebuild it"):
             Runtime.open(out)
 
     def test_of_another_form_of_the_graphs(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

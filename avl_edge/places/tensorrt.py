@@ -66,7 +66,7 @@ class TensorRt(Place):
             not policy.picks_core(1),
             f"{method.name} picks rows within a step, which an engine cannot: take another method, or {_ELSEWHERE}",
         )
-        for layer in range(spec.text.layers):
+        for layer in range(spec.text.layers - 1):  # beyond the last one there is nothing left to prune for
             prune = policy.prunes(layer)
             require(
                 prune is None or (layer == self._job.settings.prune_after and prune.by == "last"),
