@@ -154,7 +154,7 @@ def check(attention: Callable[..., Any], query: Tensor, parts: list[Part], kv_he
 
 
 COUNTS = st.one_of(st.sampled_from([0, 1, 3, 4, 5, 16, 127, 128, 129, 257]), st.integers(0, 300))
-DIMS = [2, 8, 16, 20, 36, 64, 80, 96, 128, 192, 256]
+DIMS = [2, 8, 16, 20, 32, 36, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256, 320]
 HEADS = st.sampled_from([(1, 1), (1, 4), (2, 1), (3, 2), (8, 1), (5, 7)])
 
 
@@ -187,7 +187,7 @@ def test_parts_match_float64(
 
 
 @needs_native
-@pytest.mark.parametrize("dim", [8, 16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("name", PACKED)
 def test_every_head_size(name: str, dim: int) -> None:
     parts = [store(name, [129, 61], 4, dim).part, store("exact", [0, 30], 4, dim).part]
@@ -311,7 +311,7 @@ def test_a_coarse_look_is_within_its_step() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (4, 64), (3, 20)])
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (4, 64), (3, 80), (5, 96), (3, 20)])
 def test_same_bits_in_any_batch_and_with_any_threads(kv_heads: int, dim: int) -> None:
     counts = {"exact": [30, 0, 1, 200], "int8": [129, 0, 300, 0], "int4": [0, 0, 128, 257]}
     parts = [store(name, each, kv_heads, dim).part for name, each in counts.items()]

@@ -139,7 +139,7 @@ double worst_of(const Selection (&read)[2], const std::vector<float>& query, con
 
 int main() {
     double worst = 0;
-    for (int dim : {1, 2, 20, 64, 80, 96, 128})
+    for (int dim : {1, 2, 20, 48, 64, 80, 96, 128})
         for (int format : {0, 1, 2, 3, 4})
             for (int count : {0, 5, 130})
                 for (bool coarse : {false, true}) {

@@ -55,10 +55,10 @@ void merge(const Step& step, int index, float* row) {
     for (int s = begin; s < end;) {  // those of a part are summed in its order, in the place of its first
         const Reader& reader = step.sources[step.splits[s].part].reader;
         float *total = step.sums_at(s, head), share = step.peak[step.cell(s, head)];
-        for (int i = 0; i < reader.width; ++i) total[i] *= share;
+        for (int i = 0; i < step.dim; ++i) total[i] *= share;
         for (const int part = step.splits[s++].part; s < end && step.splits[s].part == part; ++s) {
             const float *sums = step.sums_at(s, head), share = step.peak[step.cell(s, head)];
-            for (int i = 0; i < reader.width; ++i) total[i] += share * sums[i];
+            for (int i = 0; i < step.dim; ++i) total[i] += share * sums[i];
         }
         for (int i = 0; i < step.dim; ++i) row[i] += total[reader.order.empty() ? i : reader.order[i]];
     }
@@ -105,7 +105,7 @@ void avx512(const Step& step, const Item& item, const Weights& weights) { attend
 #endif
 
 template <class Format, int Dim> Reader reader(int dim) {
-    using Row = Row<Format, Dim>;
+    using Row = Row<Format, Dim, false>;
     auto work = baseline<Format, Dim>;
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -113,16 +113,14 @@ template <class Format, int Dim> Reader reader(int dim) {
         work = wide ? avx512<Format, Dim> : avx2<Format, Dim>;
     }
 #endif
-    return {work, std::max(1, kSlice / Row::head_bytes(dim)), Row::width(dim), Row::lanes(dim), Row::order(dim)};
+    return {work, std::max(1, kSlice / Row::head_bytes(dim)), Row::order(dim)};
 }
 
-template <class Format, int Dim> Reader unrolled(int dim) {
-    return reader<Format, Row<Format, 0>::unrolls(Dim) ? Dim : 0>(dim);
-}
 template <class Format> Reader reader_for(int dim) {
-    return dim == 64 ? unrolled<Format, 64>(dim) : dim == 80 ? unrolled<Format, 80>(dim)
-         : dim == 96 ? unrolled<Format, 96>(dim) : dim == 128 ? unrolled<Format, 128>(dim)
-         : dim == 256 ? unrolled<Format, 256>(dim) : reader<Format, 0>(dim);
+    return dim == 64 ? reader<Format, 64>(dim) : dim == 80 ? reader<Format, 80>(dim)
+         : dim == 96 ? reader<Format, 96>(dim) : dim == 112 ? reader<Format, 112>(dim)
+         : dim == 128 ? reader<Format, 128>(dim) : dim == 160 ? reader<Format, 160>(dim)
+         : dim == 192 ? reader<Format, 192>(dim) : dim == 256 ? reader<Format, 256>(dim) : reader<Format, 0>(dim);
 }
 Reader reader_for(int format, int dim) {
     switch (format) {
@@ -159,7 +157,6 @@ int cut(Step& step, const Call& call, const Part* parts) {
         step.sources.push_back(source_of(step, parts[p]));
         const Reader& reader = step.sources.back().reader;
         step.total += int(parts[p].listed);
-        step.width = std::max(step.width, reader.width);
         step.most = std::max(step.most, std::min(reader.block, step.kv_heads) * step.group);
     }
     for (int b = 0; b < call.batch; ++b) {
@@ -198,8 +195,7 @@ void order_query(Step& step, const Call& call, float* to) {
         const Reader& reader = source.reader;
         source.query = reader.order.empty() ? wide : to;
         if (reader.order.empty()) continue;
-        std::fill_n(to, rows * reader.width, 0.0f);
-        for (int64_t row = 0; row < rows; ++row, to += reader.width)
+        for (int64_t row = 0; row < rows; ++row, to += call.dim)
             for (int i = 0; i < call.dim; ++i) to[reader.order[i]] = wide[row * call.dim + i];
     }
 }
@@ -215,8 +211,8 @@ struct Scratch {
           seat(std::max(call.scores ? 0 : step.most * kSplit, call.dim)),
           cells(step.cell(step.first[call.batch], 0)) {
         for (const Source& source : step.sources)
-            query += source.reader.order.empty() ? 0 : int64_t(call.batch) * call.heads * source.reader.width;
-        floats.reset(new float[query + weights + seat * threads + cells * (call.out ? step.width + 2 : 2)]);
+            query += source.reader.order.empty() ? 0 : int64_t(call.batch) * call.heads * call.dim;
+        floats.reset(new float[query + weights + seat * threads + cells * (call.out ? step.dim + 2 : 2)]);
     }
     float* kept() const { return floats.get() + query; }  // [heads, total], where there are scores
     float* of_seat(int at) const { return kept() + weights + seat * at; }

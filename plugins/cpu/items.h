@@ -18,10 +18,10 @@ constexpr int kAhead = 8;  // rows between a prefetch and its use: 8 slices in f
 
 // Calls each(i, lanes, size) for every `size` vectors of a head, up to `Together`, from place i on.
 template <int Dim, int Together, bool Unrolled, class Each>
-INLINE inline void each_vectors_of_head(const Reader& reader, Each each) {
+INLINE inline void each_vectors_of_head(int dim, Each each) {
     if constexpr (Dim)
         each_vectors<Dim / kLanes, Together, Unrolled>([&](int i, auto size) INLINE { each(i, kLanes, size); });
-    else each_vector(reader.width, reader.lanes, [&](int i, int lanes) INLINE { each(i, lanes, Constant<1>()); });
+    else each_vector(dim, [&](int i, int lanes) INLINE { each(i, lanes, Constant<1>()); });
 }
 
 // Calls each(head, size) for the query heads of a group, `Most` at a time, then half as many, down to one.
@@ -32,15 +32,15 @@ template <int Most, class Each> INLINE inline void each_heads(int group, Each ea
 
 // The products of kRows keys with `Queries` query heads that they serve.
 template <int Block, int Queries, class Row> INLINE inline void multiply(
-    const Row* keys, int kv, const Reader& reader, const float* query, Four* products) {
+    const Row* keys, int kv, int dim, const float* query, Four* products) {
     constexpr int Dim = Row::known, Together = std::min(Block, Row::abreast);
     constexpr bool unrolled = Block != kOneRegister;
-    const int width = Dim ? Dim : reader.width;
+    const int width = Dim ? Dim : dim;
     Four parts[Queries][kRows];
 #pragma GCC unroll 1
     for (int j = 0; j < kRows; j += Together) {
         Floats dot[Queries][Together] = {};
-        each_vectors_of_head<Dim, Row::together, unrolled>(reader, [&](int i, int lanes, auto vectors) INLINE {
+        each_vectors_of_head<Dim, Row::together, unrolled>(width, [&](int i, int lanes, auto vectors) INLINE {
             constexpr int count = vectors;
             UNROLL for (int v = 0; v < count; ++v) {
                 Floats key[Together];
@@ -62,7 +62,7 @@ template <class Row, int Block> INLINE inline void multiply_keys(
     const Step& step, const Split& split, const Heads& heads, const Weights& logits) {
     constexpr int Dim = Row::known;
     const Source& source = step.sources[split.part];
-    const int width = Dim ? Dim : source.reader.width;
+    const int width = Dim ? Dim : step.dim;
     const float* query = source.query + step.cell(split.sequence, heads.begin * step.group) * width;
     const float scale = step.scale;
     for (int r = 0; r < split.count; r += kRows) {
@@ -79,7 +79,7 @@ template <class Row, int Block> INLINE inline void multiply_keys(
             each_heads<Block>(step.group, [&](int head, auto size) INLINE {
                 Four products[size];
                 const int first = (kv - heads.begin) * step.group + head;
-                multiply<Block, size>(keys, kv, source.reader, query + first * width, products);
+                multiply<Block, size>(keys, kv, width, query + first * width, products);
                 for (int q = 0; q < size; ++q) {
                     const Four scaled = products[q] * scale;
                     float* to = logits.of(first + q) + r;
@@ -94,13 +94,13 @@ template <class Row, int Block> INLINE inline void multiply_keys(
 // Turns the logits of one head into exponentials.
 INLINE inline void exponentiate(float* weights, int count, float& highest, float& total) {
     Floats peaks = Floats{} - INFINITY, mass = {};
-    each_vector(count, count, [&](int r, int lanes) INLINE {
+    each_vector(count, [&](int r, int lanes) INLINE {
         const Floats logits = load(weights + r, lanes, -INFINITY);
         peaks = logits > peaks ? logits : peaks;
     });
     float peak = peaks[0];
     for (int lane = 1; lane < kLanes; ++lane) peak = std::max(peak, peaks[lane]);
-    each_vector(count, count, [&](int r, int lanes) INLINE {
+    each_vector(count, [&](int r, int lanes) INLINE {
         const Floats exponentials = exponential(load(weights + r, lanes, -INFINITY) - peak);
         store(weights + r, exponentials, lanes);
         mass += exponentials;
@@ -156,10 +156,10 @@ template <int Count, int Block, class Row> INLINE inline void add_rows(
         each_heads<Block>(step.group, [&](int head, auto queries) INLINE {
             const int first = (kv - item.heads.begin) * step.group + head;
             const float* own = weights.of(first) + r;
-            float* into = sums + int64_t(first) * step.width;
+            float* into = sums + int64_t(first) * step.dim;
             each_vectors_of_head<Row::known, std::max(Block, Row::together), false>(
-                source.reader, [&](int i, int lanes, auto vectors) INLINE {
-                    add<Count, Block, queries, vectors>(values, kv, i, lanes, own, weights.stride, into, step.width);
+                step.dim, [&](int i, int lanes, auto vectors) INLINE {
+                    add<Count, Block, queries, vectors>(values, kv, i, lanes, own, weights.stride, into, step.dim);
                 });
         });
     }
@@ -178,7 +178,7 @@ template <class Row, int Block> INLINE inline void sum_values(
 // One item.
 template <class Format, int Dim, int Block>
 INLINE inline void attend(const Step& step, const Item& item, const Weights& weights) {
-    using Row = Row<Format, Dim>;
+    using Row = Row<Format, Dim, Block == kOneRegister>;
     const Split& split = step.splits[item.split];
     const int begin = item.heads.begin * step.group, heads = item.heads.end * step.group - begin;
     multiply_keys<Row, Block>(step, split, item.heads, weights);

@@ -43,29 +43,27 @@ struct Weights {  // of an item: logits, then exponentials relative to their spl
 struct Reader {  // how rows of a format are attended
     void (*work)(const Step&, const Item&, const Weights&);
     int block;               // key/value heads of an item
-    int width, lanes;        // floats of a head, as vectors have them, and of a vector
     std::vector<int> order;  // where each dimension is among them; empty where all are in place
 };
 struct Source {  // a part, ready to be read
     Arena keys, values;
     Reader reader;
-    const float* query;  // [batch, heads, width], in the reader's order
+    const float* query;  // [batch, heads, dim], in the reader's order
 };
 
 struct Step {
     int heads, kv_heads, dim, group;  // group: query heads of a key/value head
     float scale;
     int total = 0;               // rows of all parts
-    int width = 0;               // of the widest reader
     int most = 0;                // query heads of the largest item
     std::vector<Source> sources;
     std::vector<Split> splits;   // by sequence, then by part
     std::vector<int> first{0};   // [batch + 1]: the first split of each sequence
     std::vector<Item> items;     // in the order of the splits
     float *peak, *mass;          // [split, heads]: the maximum, later the share of the softmax; the sum of the weights
-    float *sums;                 // [split, heads, width]: the values weighted by these exponentials; null for none
+    float *sums;                 // [split, heads, dim]: the values weighted by these exponentials; null for none
 
     int64_t cell(int outer, int head) const { return int64_t(outer) * heads + head; }  // in [split or sequence, heads]
-    float* sums_at(int split, int head) const { return sums + cell(split, head) * width; }
+    float* sums_at(int split, int head) const { return sums + cell(split, head) * dim; }
 };
 }  // namespace

@@ -23,6 +23,8 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint64_t Longs __attribute__((vector_size(16)));
 struct Bfloat { uint16_t bits; }; struct Half { uint16_t bits; };
 
 template <class To> INLINE inline To read(const void* from) {
@@ -32,13 +34,15 @@ template <class To> INLINE inline To read(const void* from) {
 }
 template <class To, class From> INLINE inline To same_bits(const From& from) { return read<To>(&from); }
 INLINE inline Words read_shorts(const void* from) { return __builtin_convertvector(read<Shorts>(from), Words); }
-INLINE inline Words read_shorts(const void* from, int bytes) {  // and zeros after them
-    if (bytes == sizeof(Shorts)) return read_shorts(from);
-    uint16_t padded[kLanes] = {};
-    std::memcpy(padded, from, bytes);
-    return read_shorts(padded);
-}
 INLINE inline Floats load(const float* from) { return read<Floats>(from); }
+
+constexpr Integers kFirst = {-1, -1, -1, -1, -1, -1, -1, -1};  // which lanes are the first half
+
+// Bytes as integers. GCC has one instruction for it where a register holds all; else it takes two steps, or each lane.
+template <bool OneRegister> INLINE inline Integers widen(const Bytes& bytes) {
+    if constexpr (OneRegister) return __builtin_convertvector(bytes, Integers);
+    else return __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Integers);
+}
 
 // What narrow numbers are as floats: each in the low half of a word, and nothing above it.
 INLINE inline Floats widen(const Words& bits, Bfloat) { return same_bits<Floats>(bits << 16); }
@@ -101,14 +105,12 @@ template <class Narrow> INLINE inline void store(Narrow* to, const Floats& from,
     std::memcpy(to, &shorts, sizeof(Narrow) * lanes);
 }
 
-// Calls part(first, lanes) for every vector of `count` elements, none of which crosses a multiple of `piece`. Only the
-// last vector of a piece may be short, and only there is `lanes` a number that the compiler does not know.
-template <class Part> INLINE inline void each_vector(int count, int piece, Part part) {
-    for (int begin = 0; begin < count; begin += piece) {
-        int first = 0;
-        for (; first + kLanes <= piece; first += kLanes) part(begin + first, kLanes);
-        if (first < piece) part(begin + first, piece - first);
-    }
+// Calls part(first, lanes) for every vector of `count` elements. Only the last may be short, and only there is `lanes`
+// a number that the compiler does not know.
+template <class Part> INLINE inline void each_vector(int count, Part part) {
+    int first = 0;
+    for (; first + kLanes <= count; first += kLanes) part(first, kLanes);
+    if (first < count) part(first, count - first);
 }
 
 // Calls part(first, size) for `Count` vectors, `Together` at a time; the compiler knows the size. What `part` adds to
