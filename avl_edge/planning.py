@@ -73,9 +73,12 @@ class Planning:
         fitted = options.kv_budget_bytes is not None
         found = quality.choices(options.method, options.parameters, fitted, options.formats, self.shape)
         # Looked at now, so that what contradicts itself is said before what does not fit.
-        found = itertools.chain([next(found)], found)
-        if options.method or options.formats:
+        first = next(found)
+        found = itertools.chain([first], found)
+        if options.method:
             return found
+        if options.formats:
+            self.place.check(first, prompt, self.spec)  # full attention: what is not served are the formats
         return (each for each in found if self.place.serves(each, prompt, self.spec))  # nobody asked for what is not
 
     def _preset(

@@ -78,6 +78,7 @@ class Runtime:
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
         place = open_place(given, device)
         spec = read_spec(place.directory)
+        place.check_model(spec)
         name = "demo" if model == "demo" else given.resolve().name
         return cls(name, place, spec, Processor.of(spec, place.directory))
 

@@ -114,8 +114,8 @@ class Scheduler:
 
     @property
     def running(self) -> tuple[Running, ...]:
-        """The requests that hold rows."""
-        return tuple(self._running)
+        """The requests that hold rows: not one that was let in by a step that an interrupt ended at once."""
+        return tuple(each for each in self._running if each.cache)
 
     @property
     def is_held(self) -> bool:

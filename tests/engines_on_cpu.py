@@ -15,17 +15,56 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+import pytest
 import torch
 
+from avl_edge import Options, Result, Runtime
 from avl_edge.cuda import FORMATS
-from avl_edge.engine import DECODER_ENGINE, STEP
+from avl_edge.engine import DECODER_ENGINE, STEP, Job, Plugin, Recipe, build
 from avl_edge.export import DECODER, VISION, Binding, Bindings
 from avl_edge.layout import Format
 from avl_edge.pool.formats import encode
+from avl_edge.trt import digest
+from tests.checkpoints import random_image
+from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice
 
 Array = npt.NDArray[Any]
 STREAM = HostDevice().stream()
+PROMPT = "What is shown in this picture, and where?"
+SECOND = "Name it."
+PRUNE_AFTER = 1
+RECIPE = Recipe(prune_after=PRUNE_AFTER, images=2, prompt_tokens=200, sequences=4, pool_rows=8192)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU and TensorRT, as far as building and opening go."""
+    monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: "trt")
+    monkeypatch.setattr("avl_edge.engine.job.build_engine", lambda *_: (b"an engine", b"its times"))
+    monkeypatch.setattr("avl_edge.places.tensorrt.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.places.tensorrt.Engine", GraphRunner)
+
+
+class Packages:
+    """``packages(name, recipe, dtype)``: a random checkpoint as a package in a folder; gives its directory."""
+
+    def __init__(self, checkpoint: Checkpoints, folder: Path) -> None:
+        self._checkpoint, self._folder = checkpoint, folder
+
+    def __call__(
+        self, name: str = "llama-gqa-full", recipe: Recipe = RECIPE, dtype: torch.dtype = torch.float32
+    ) -> Path:
+        out = self._folder / f"{name}-{recipe.sequences}-{recipe.prune_after}"
+        job = Job.of(self._checkpoint(name, dtype=dtype), recipe)
+        build(job, out, "1.0", None, Plugin(digest(), lambda _: None))
+        return out
+
+
+def answers(runtime: Runtime, options: Options, prompts: tuple[str, ...] = (PROMPT, SECOND, PROMPT)) -> list[Result]:
+    """Those of several requests that run together: about one picture, another, and both."""
+    pictures = ([random_image(1, 60)], [random_image(2, 40)], [random_image(1, 60), random_image(2, 40)])
+    running = [runtime.generate(images, prompt, options) for images, prompt in zip(pictures, prompts, strict=True)]
+    return [generation.result() for generation in running]
 
 
 class GraphRunner:

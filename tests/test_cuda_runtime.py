@@ -122,6 +122,12 @@ def test_answers_about_a_scene_are_those_of_the_cpu(checkpoint: Checkpoints, opt
 
 
 @pytest.mark.usefixtures("gpu")
+def test_a_model_that_the_kernels_do_not_take_is_refused_when_it_is_opened(checkpoint: Checkpoints) -> None:
+    with pytest.raises(BadInput, match="float16 or bfloat16, not float32: convert the checkpoint"):
+        Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float32), device="cuda")
+
+
+@pytest.mark.usefixtures("gpu")
 def test_a_reserve_of_the_profile_does_not_forbid_the_gpu(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

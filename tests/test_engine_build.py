@@ -59,6 +59,7 @@ class TestRecipe:
             ("images: 0", "images 0 must be a whole number"),
             ("sequences: true", "sequences True must be a whole number"),
             ("prune_after: always", "prune_after 'always' must be a layer, or never"),
+            ("pool_rows: 15", "pool_rows 15 must be at least 16, one page's"),
             ("prompt_tokens: 4096", "prompt_tokens 4096 must be at most 3840, or prune_after never"),
             ("- images", "must hold names with values"),
             ("workspace: much", "workspace: cannot read 'much' as a size"),

@@ -297,6 +297,28 @@ def test_what_breaks_off_a_notch_ends_that_request_and_no_other(
             next(first)
 
 
+def test_who_was_let_in_before_an_interrupt_gives_nothing_yet(
+    runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that let it in ended before it took a row, and in the next one memory is short."""
+    expected = _ask(runtime).result().token_ids
+    generation = _ask(runtime)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "_run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.step()
+    write(tree, GB)
+    runtime.step()
+    write(tree, 6 * GB)
+    assert generation.result().token_ids == expected
+    assert generation.result().kv.pressure.demotions == 0
+    _check(runtime, generation)
+
+
 def test_free_pages_go_back_to_the_system(runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All whole pages of a finished request, once; the next one finds them empty, and answers the same."""
     expected = _ask(runtime).result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from avl_edge import BadInput, DoesNotFit, Formats, Options, Result, Runtime
-from avl_edge.cli import run_app
+from avl_edge import Formats, Options, Result, Runtime
 from avl_edge.cuda import FORMATS
-from avl_edge.engine import STEP, BadPackage, Job, Mismatch, Plugin, Recipe, build
+from avl_edge.engine import STEP, Plugin, Recipe
 from avl_edge.trt import EngineFailed, digest
 from avl_edge.trt_backend import EngineBackend
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
-from tests.cuda_on_cpu import HostDevice
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from tests.engines_on_cpu import GraphRunner
+from tests.engines_on_cpu import PROMPT, PRUNE_AFTER, RECIPE, SECOND, GraphRunner, Packages, answers, stand_in
 from tools.gpu import engines
 from tools.gpu.place import CheckFailed
 from tools.gpu.report import Skipped
 
-PROMPT = "What is shown in this picture, and where?"
-SECOND = "Name it."
-PRUNE_AFTER = 1
 METHODS = {
     "full": Options(method="full"),
     "A-VL": Options(method="avl", parameters={"prune_layer": PRUNE_AFTER, "prefill_keep": 60, "text_floor": 4}),
@@ -43,43 +38,21 @@ METHODS = {
     "StreamingLLM": Options(method="streaming"),
     "distinct": Options(method="distinct", parameters={"secondary": 30}),
 }
-RECIPE = Recipe(prune_after=PRUNE_AFTER, images=2, prompt_tokens=200, sequences=4, pool_rows=8192)
 
 
 @pytest.fixture(autouse=True)
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a GPU and TensorRT, as far as building and opening go."""
-    monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: "trt")
-    monkeypatch.setattr("avl_edge.engine.job.build_engine", lambda *_: (b"an engine", b"its times"))
-    monkeypatch.setattr("avl_edge.places.tensorrt.CudaDevice", HostDevice)
-    monkeypatch.setattr("avl_edge.places.tensorrt.Engine", GraphRunner)
+    stand_in(monkeypatch)
 
 
 @pytest.fixture
-def package(checkpoint: Checkpoints, tmp_path: Path) -> Callable[..., Path]:
-    """``package(name, recipe, dtype)``: a random checkpoint as a package; gives its directory."""
-
-    def make(name: str = "llama-gqa-full", recipe: Recipe = RECIPE, dtype: torch.dtype = torch.float32) -> Path:
-        out = tmp_path / f"{name}-{recipe.sequences}-{recipe.prune_after}"
-        job = Job.of(checkpoint(name, dtype=dtype), recipe)
-        build(job, out, "1.0", None, Plugin(digest(), lambda _: None))
-        return out
-
-    return make
-
-
-def answers(runtime: Runtime, options: Options, prompts: tuple[str, ...] = (PROMPT, SECOND, PROMPT)) -> list[Result]:
-    """Those of several requests that run together: about one picture, another, and both."""
-    pictures = ([random_image(1, 60)], [random_image(2, 40)], [random_image(1, 60), random_image(2, 40)])
-    running = [runtime.generate(images, prompt, options) for images, prompt in zip(pictures, prompts, strict=True)]
-    return [generation.result() for generation in running]
+def package(checkpoint: Checkpoints, tmp_path: Path) -> Packages:
+    return Packages(checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-full", "qwen2-tied"])
 @pytest.mark.parametrize("method", METHODS)
-def test_answers_are_those_of_the_cpu(
-    package: Callable[..., Path], checkpoint: Checkpoints, name: str, method: str
-) -> None:
+def test_answers_are_those_of_the_cpu(package: Packages, checkpoint: Checkpoints, name: str, method: str) -> None:
     """Token by token, with as many rows stored and read and as many refreshes."""
     options = METHODS[method]
     built = Runtime.load(package(name))
@@ -90,6 +63,15 @@ def test_answers_are_those_of_the_cpu(
         assert ours.backend == "tensorrt"
         assert ours.kv == oracle.kv
     assert built.kv_bytes_in_use == 0
+
+
+def test_who_prunes_after_the_last_layer_prunes_nothing(package: Packages, checkpoint: Checkpoints) -> None:
+    built = Runtime.load(package(recipe=replace(RECIPE, prune_after="never")))
+    last = built.spec.text.layers - 1
+    options = Options(method="avl", parameters={"prune_layer": last, "prefill_keep": 60}, max_new_tokens=6)
+    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
+    found = answers(built, options)
+    assert [(each.token_ids, each.kv) for each in found] == [(each.token_ids, each.kv) for each in expected]
 
 
 PACKED = {
@@ -112,7 +94,7 @@ PACKED = {
 
 @pytest.mark.parametrize("what", PACKED)
 def test_answers_over_packed_rows_are_those_of_the_cpu(
-    package: Callable[..., Path], checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, what: str
+    package: Packages, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """By the graphs in float32, whose packed rows no kernel of a GPU reads: to compare tokens.
 
@@ -135,7 +117,7 @@ def _each_its_own(runtime: Runtime, options: Sequence[Options]) -> list[Result]:
     return [generation.result() for generation in running]
 
 
-def test_packed_rows_in_half_precision(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+def test_packed_rows_in_half_precision(package: Packages, checkpoint: Checkpoints) -> None:
     """As an engine serves them; the answers begin as the CPU's do."""
     options = Options(method="full", formats=Formats("int8", "int8", "int8"), max_new_tokens=6)
     runtime = Runtime.load(package(dtype=torch.float16))
@@ -147,7 +129,7 @@ def test_packed_rows_in_half_precision(package: Callable[..., Path], checkpoint:
     assert {dims["P * T"] // dims["T"] for profile, dims in decoder.runs if profile == STEP and dims["T"] > 1} == {2}
 
 
-def test_sampled_answers_are_those_of_the_cpu(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+def test_sampled_answers_are_those_of_the_cpu(package: Packages, checkpoint: Checkpoints) -> None:
     options = Options(method="full", temperature=0.8, seed=5, max_new_tokens=6)
     expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
     assert [each.token_ids for each in answers(Runtime.load(package()), options)] == [
@@ -155,7 +137,7 @@ def test_sampled_answers_are_those_of_the_cpu(package: Callable[..., Path], chec
     ]
 
 
-def test_half_precision(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+def test_half_precision(package: Packages, checkpoint: Checkpoints) -> None:
     """As the graphs compute it; the rows of the pool are as wide."""
     options = Options(method="avl", parameters={"prefill_keep": 100}, max_new_tokens=6)
     runtime = Runtime.load(package(dtype=torch.float16))
@@ -164,7 +146,7 @@ def test_half_precision(package: Callable[..., Path], checkpoint: Checkpoints) -
     assert [each.token_ids for each in answers(runtime, options)] == [each.token_ids for each in expected]
 
 
-def test_a_step_is_recorded_once_for_each_bucket(package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_recorded_once_for_each_bucket(package: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
     """And greedy tokens come back alone, without the logits."""
     monkeypatch.setattr(EngineBackend, "decode", lambda *_: pytest.fail("the logits came back"))
     runtime = Runtime.load(package())
@@ -179,7 +161,7 @@ def test_a_step_is_recorded_once_for_each_bucket(package: Callable[..., Path], m
     assert steps[0]["T"] == 4, "three sequences take the room of four"
 
 
-def test_a_recording_has_a_context_of_its_own(package: Callable[..., Path]) -> None:
+def test_a_recording_has_a_context_of_its_own(package: Packages) -> None:
     """Of which the contexts themselves see to it that nobody binds them anew; prompts share one."""
     runtime = Runtime.load(package())
     decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
@@ -197,7 +179,7 @@ class TestRowsThatDoNotArrive:
     """A plugin that writes into a copy of the pool: the rows of a step are looked for before anything is answered."""
 
     @pytest.mark.parametrize("lost", [0, 3])
-    def test_in_one_layer(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    def test_in_one_layer(self, package: Packages, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
         written = GraphRunner._write_rows
 
         def write(self: GraphRunner, inputs: Any, *others: Any) -> None:
@@ -209,7 +191,7 @@ class TestRowsThatDoNotArrive:
             Runtime.load(package())
 
     def test_where_an_earlier_program_left_the_same_rows(
-        self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+        self, package: Packages, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         backend = Runtime.load(package())._backend
         assert backend is not None
@@ -219,7 +201,7 @@ class TestRowsThatDoNotArrive:
             backend.require_rows()  # type: ignore[attr-defined]
 
 
-def test_more_sequences_than_a_step_has_room_for(package: Callable[..., Path], checkpoint: Checkpoints) -> None:
+def test_more_sequences_than_a_step_has_room_for(package: Packages, checkpoint: Checkpoints) -> None:
     options = Options(method="full", max_new_tokens=6)
     expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
     for sequences, temperature in ((1, 0.0), (2, 0.0), (2, 0.7)):
@@ -230,7 +212,7 @@ def test_more_sequences_than_a_step_has_room_for(package: Callable[..., Path], c
             assert [each.token_ids for each in found] == [each.token_ids for each in expected]
 
 
-def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Callable[..., Path]) -> None:
+def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Packages) -> None:
     runtime = Runtime.load(package(recipe=Recipe(images=1, prune_after="never", pool_rows=8192)))
     assert runtime._backend is not None
     spec = runtime.spec.vision
@@ -238,112 +220,6 @@ def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Callable[..., Pa
     together = runtime._backend.encode_images(pixels)
     alone = [runtime._backend.encode_images(pixels[at : at + 1]) for at in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
-
-
-def test_a_budget_takes_what_engines_serve(package: Callable[..., Path]) -> None:
-    """The measured table puts packed rows first: nobody asked for those."""
-    runtime = Runtime.load(package())
-    whole = runtime.prepare([random_image(1, 60)], PROMPT, Options(max_new_tokens=6)).plan.peak_bytes
-    request = runtime.prepare([random_image(1, 60)], PROMPT, Options(kv_budget=whole * 9 // 10, max_new_tokens=6))
-    assert request.plan.formats == Formats()
-    assert request.plan.peak_bytes <= whole * 9 // 10
-    assert len(runtime.submit(request).result().token_ids) == 6
-
-
-REFUSED = {
-    "low-rank rows": (
-        Options(method="attentionpack", formats=Formats("exact", "lowrank:8", "lowrank:8")),
-        "this package's engine, of float32, reads exact rows, not lowrank:8: give other formats",
-    ),
-    "packed rows in float32": (
-        Options(method="full", formats=Formats("exact", "int8", "int4")),
-        "this package's engine, of float32, reads exact rows, not int4, int8: give other formats, or use --device cuda",
-    ),
-    "another layer": (Options(method="avl"), r"avl prunes after layer 2, .* it prunes after layer 1, by the last"),
-    "another rank": (
-        Options(method="avl", parameters={"prune_layer": 1, "prefill_keep": 60, "prompt_mean": 1}),
-        "avl prunes after layer 1, by what the package cannot",
-    ),
-    "a choice within a step": (Options(method="coarse"), "coarse picks rows within a step, which an engine cannot"),
-    "a reserve": (None, "no part of a GPU's rows can be handed back"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_engines_do_not_serve_is_refused_before_anything_is_loaded(
-    package: Callable[..., Path], what: str
-) -> None:
-    options, message = REFUSED[what]
-    runtime = Runtime.open(package("qwen2-tied"))
-    with pytest.raises(BadInput, match=message):
-        runtime.prepare([random_image(1, 60)], PROMPT, options) if options else runtime.keep_free(10)
-    with pytest.raises(BadInput, match="engines serve no scenes"):
-        runtime.look([random_image(1, 60)])
-
-
-def test_sizes_that_the_package_was_not_built_for(package: Callable[..., Path]) -> None:
-    out = package(recipe=Recipe(images=1, prompt_tokens=60, prune_after="never", pool_rows=160))
-    runtime = Runtime.open(out)
-    for images, prompt in (([random_image(1, 60)] * 2, "hi"), ([], "word " * 70)):
-        with pytest.raises(BadInput, match="the package was built for 60 and 1 images: ask for less"):
-            runtime.prepare(images, prompt)
-    with pytest.raises(DoesNotFit, match="has 320 rows, but the model was built for 160"):
-        runtime.load_weights(pool_bytes=320 * runtime.kv_shape.row_bytes)
-    runtime.load_weights()
-    assert runtime._pool.pages == 10
-
-
-class TestOpen:
-    def test_the_package_is_enough(self, package: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path) -> None:
-        """Nothing of the checkpoint is read any more: the tokenizer and the templates came along."""
-        out = package()
-        expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), METHODS["full"])
-        (moved := tmp_path / "elsewhere").mkdir()
-        moved = out.rename(moved / "model")
-        assert [each.token_ids for each in answers(Runtime.load(moved), METHODS["full"])] == [
-            each.token_ids for each in expected
-        ]
-        assert Runtime.open(moved).name == "model"
-
-    def test_device(self, package: Callable[..., Path], checkpoint: Checkpoints) -> None:
-        out = package()
-        assert Runtime.open(out, device="tensorrt").name == out.name
-        with pytest.raises(BadInput, match="is a package, whose engines run with --device tensorrt: for cpu give"):
-            Runtime.open(out, device="cpu")
-        with pytest.raises(BadPackage, match="holds no package: build one with avl-edge build MODEL --out"):
-            Runtime.open(checkpoint("llama-gqa-full"), device="tensorrt")
-        with pytest.raises(BadInput, match="no device 'tpu': choose one of cpu, cuda, tensorrt"):
-            Runtime.open(out, device="tpu")
-
-    def test_of_other_kernels(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        out = package()
-        monkeypatch.setattr("avl_edge.places.tensorrt.digest", lambda: "f" * 64)
-        with pytest.raises(Mismatch, match="was built for another attention kernel"):
-            Runtime.open(out)
-
-    def test_of_another_form_of_the_graphs(self, package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        out = package()
-        monkeypatch.setattr("avl_edge.export.decoder.names.SLOTS", "places")
-        with pytest.raises(Mismatch, match="was built for another form of the ONNX graphs"):
-            Runtime.open(out)
-
-    def test_damaged(self, package: Callable[..., Path]) -> None:
-        """Small files are looked at when it is opened, engines when they are loaded."""
-        out = package()
-        (built,) = out.glob("build-*")
-        runtime = Runtime.open(out)
-        (built / "decoder.engine").write_bytes(b"an enginf")
-        with pytest.raises(BadPackage, match=r"decoder\.engine was changed after it was built"):
-            runtime.load_weights()
-        (built / "tokenizer.json").write_bytes(b"{}")
-        with pytest.raises(BadPackage, match=r"tokenizer\.json has 2 bytes instead of"):
-            Runtime.open(out)
-
-    def test_graphs_alone(self, checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("avl_edge.engine.job.find_tensorrt", lambda: None)
-        build(Job.of(checkpoint("llama-gqa-full"), RECIPE), tmp_path / "out", "1.0")
-        with pytest.raises(Mismatch, match=r"holds ONNX graphs but no engines: .* on the device"):
-            Runtime.open(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -358,15 +234,3 @@ def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineBackend, "require_rows", lambda _: None)
     with pytest.raises(CheckFailed, match="of 12 answers are not the CPU's"):
         engines.check_engines("float32")
-
-
-def test_command(package: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`avl-edge run` on a package: the device follows from the model."""
-    picture = tmp_path / "picture.png"
-    random_image(1, 60).save(picture)
-    out = package()
-    arguments: list[Any] = ["run", "--model", out, "--image", picture, "--prompt", PROMPT, "--max-new-tokens", 4]
-    assert run_app([str(each) for each in [*arguments, "--stats"]]) == 0
-    assert "rows read" in capsys.readouterr().err
-    assert run_app([str(each) for each in [*arguments, "--reserve", "1kB"]]) == 2
-    assert "no part of a GPU's rows can be handed back" in capsys.readouterr().err

@@ -14,8 +14,7 @@ import typer
 from .. import engine, trt
 from ..config import format_size
 from ..export import PRECISIONS
-from ..runtime import DEMO
-from .terminal import AsJson, Debug, progress, readers_may_leave
+from .terminal import AsJson, Debug, checkpoint_of, progress, readers_may_leave
 
 
 def build(
@@ -33,7 +32,7 @@ def build(
     chosen = engine.read_recipe(recipe) if recipe else engine.Recipe()
     if precision is not None:
         chosen = replace(chosen, precision=precision)
-    job = engine.Job.of(DEMO if model == "demo" else Path(model), chosen)
+    job = engine.Job.of(checkpoint_of(model), chosen)
     if dry_run:
         with readers_may_leave():
             print(json.dumps(job.to_dict()) if as_json else _plan(job, out))

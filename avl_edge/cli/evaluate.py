@@ -38,7 +38,7 @@ from ..evaluate import (
 )
 from ..policies import METHODS
 from ..runtime import DEMO, Runtime
-from .terminal import AsJson, Debug, Model, progress, readers_may_leave, stderr
+from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave, stderr
 
 _MOST_PROBLEMS = 10
 
@@ -90,6 +90,8 @@ def evaluate(
     settings = settings_of(_names(methods), _fractions(kv_fraction))
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
+    if kl:
+        checkpoint_of(model)
     require(out is None or not (out.is_dir() or not out.name), f"{out} is a folder: give --out the name of a file")
     if plots:
         require_plots(plots)

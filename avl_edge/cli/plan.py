@@ -31,6 +31,7 @@ from .terminal import (
     SecondaryFormat,
     TextFormat,
     TextKeep,
+    checkpoint_of,
     given_parameters,
     readers_may_leave,
 )
@@ -151,5 +152,5 @@ def _shape(model: str) -> ModelShape:
     if model == "demo":
         return shape_of_checkpoint(DEMO, "demo")
     if model.lower() not in KNOWN and Path(model).is_dir():
-        return shape_of_checkpoint(Path(model), Path(model).resolve().name)
+        return shape_of_checkpoint(checkpoint_of(model), Path(model).resolve().name)
     return known_shape(model)

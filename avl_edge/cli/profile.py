@@ -14,8 +14,7 @@ from .. import device, profile, profiler
 from ..device import DeviceFacts
 from ..errors import BadModel
 from ..profile import BadProfile, DeviceProfile
-from ..runtime import DEMO
-from .terminal import AsJson, Debug, Model, progress, readers_may_leave
+from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave
 
 OWN_PROFILES = Path("profiles")
 """Where profiles of this machine are written and looked for: a folder beside the work."""
@@ -134,7 +133,7 @@ def _threads(old: DeviceProfile | None, given: int | None) -> int:
 
 
 def _open(model: str) -> profiler.Bench:
-    directory = DEMO if model == "demo" else Path(model)
+    directory = checkpoint_of(model)
     if not directory.is_dir():
         raise BadModel(f"there is no model {model!r}: give 'demo' or the directory of a checkpoint")
     with progress("loading") as report:

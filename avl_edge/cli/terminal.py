@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -15,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..checkpoint import Progress as Report
 from ..config import parse_parameter
-from ..errors import BadInput
+from ..engine import is_package
+from ..errors import BadInput, BadModel
 from ..policies import Avl, Coarse, Distinct
+from ..runtime import DEMO
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
@@ -54,6 +57,14 @@ SecondaryFormat: TypeAlias = Annotated[str | None, typer.Option(help="Of seconda
 Parameters: TypeAlias = Annotated[
     list[str] | None, typer.Option("--set", help="Any parameter of the method, as NAME=VALUE; may be repeated.")
 ]
+
+
+def checkpoint_of(model: str) -> Path:
+    """The directory that ``model`` names, for what reads weights; :class:`BadModel` for a package, which has none."""
+    directory = DEMO if model == "demo" else Path(model)
+    if is_package(directory):
+        raise BadModel(f"{directory} is a package of avl-edge build: give the checkpoint that it was built from")
+    return directory
 
 
 def given_parameters(named: Mapping[str, float | None], texts: list[str] | None) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .backend import CudaBackend
+from .backend import CudaBackend, kernel_shape
 from .model import load_model
 
-__all__ = ["CudaBackend", "load_model"]
+__all__ = ["CudaBackend", "kernel_shape", "load_model"]

@@ -47,6 +47,7 @@ from ..pool import RowStore
 from ..prefill import Attention, Prefill
 from ..request import Prompt
 from ..shared import SceneCache
+from ..spec import TextSpec
 from ..steps import Accelerator, Bucket, CudaDevice, Reads, RecordedSteps
 from ..stored import StoredRows, in_order
 from .low_rank import LowRankReads
@@ -54,6 +55,12 @@ from .step import DecodeStep, address
 
 _LOGITS_BYTES = 64 * 2**20
 """For the scores of a prompt, whose queries are taken in pieces that fit."""
+
+
+def kernel_shape(text: TextSpec, dtype: torch.dtype) -> KernelShape:
+    """That of the kernels for a decoder; :class:`~avl_edge.errors.BadInput` for one that they do not take: in float32,
+    say."""
+    return KernelShape.of(text.head_dim, text.heads, text.kv_heads, str(dtype).removeprefix("torch."))
 
 
 class CudaBackend:
@@ -84,11 +91,9 @@ class CudaBackend:
     def on_gpu(cls, model: Llava, store: RowStore, accelerator: CudaDevice) -> CudaBackend:
         """With the kernels compiled for this model and GPU, or taken from the cache.
 
-        Raises :class:`~avl_edge.errors.BadInput` for a model that they do not take: in float32, say.
+        Raises as :func:`kernel_shape`.
         """
-        text = model.spec.text
-        dtype = str(model.dtype).removeprefix("torch.")
-        shape = KernelShape.of(text.head_dim, text.heads, text.kv_heads, dtype)
+        shape = kernel_shape(model.spec.text, model.dtype)
         return cls(model, store, Kernels.load(shape, accelerator.device.index or 0), accelerator)
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ from ..export import (
 )
 from ..spec import ModelSpec, read_spec
 from .decoder import Plugin, decoder_profiles
-from .errors import BadPackage, BuildFailed
+from .errors import BadPackage, BadRecipe, BuildFailed, rebuild
 from .fingerprint import Fingerprint, Target, checkpoint_digest, model_files, require_match
 from .manifest import Manifest
 from .recipe import STORED, Recipe
@@ -113,10 +113,15 @@ class Job:
     @classmethod
     def of_package(cls, package: Package, target: Target) -> Job:
         """What a package was built to do, by the files of the model that it brings along: its directory is that of the
-        job. :class:`~.errors.Mismatch` where this program or the machine that is ``target`` would build another one."""
+        job. :class:`BadPackage` for sizes of another version, :class:`~.errors.Mismatch` where this program or the
+        machine that is ``target`` would build another one."""
         built = package.manifest.fingerprint
         prune_after: int | Literal["never"] = "never" if built.prune_after is None else built.prune_after
-        recipe = Recipe(built.precision, prune_after, **built.shapes)  # type: ignore[arg-type]
+        try:
+            recipe = Recipe(built.precision, prune_after, **built.shapes)  # type: ignore[arg-type]
+        except (TypeError, BadRecipe):
+            out, version = package.directory.parent, package.manifest.version
+            raise BadPackage(f"{out} was built by avl-edge {version}, for sizes unknown here: {rebuild(out)}") from None
         job = cls.of(package.directory, recipe)
         require_match(built, job._fingerprint(built.model, target), package.directory.parent)
         return job

@@ -9,6 +9,7 @@ from typing import Literal
 from ..config import parse_size
 from ..errors import BadInput
 from ..export import PRECISIONS
+from ..layout import PAGE_ROWS
 from ..profile import BadProfile
 from ..profile.reader import parse
 from .errors import BadRecipe
@@ -43,6 +44,7 @@ class Recipe:
         )
         for name, value in self.shapes.items():
             _require(_is_whole(value) and value >= 1, f"{name} {value!r} must be a whole number from 1")
+        _require(self.pool_rows >= PAGE_ROWS, f"pool_rows {self.pool_rows} must be at least {PAGE_ROWS}, one page's")
         _require(
             prune == "never" or self.prompt_tokens <= _MOST_PRUNED,
             f"prompt_tokens {self.prompt_tokens} must be at most {_MOST_PRUNED}, or prune_after never",

@@ -61,8 +61,9 @@ class Package:
 
 
 def is_package(directory: Path) -> bool:
-    """Whether a directory says that it is a package."""
-    return (directory / manifests.NAME).is_file()
+    """Whether a directory is a package's, also where its manifest is lost or not yet there: no checkpoint."""
+    named = any((directory / name).is_file() for name in (manifests.NAME, _LOCK))
+    return named and not (directory / "config.json").exists()
 
 
 def open_package(out: Path, wanted: Fingerprint | None = None, files: Collection[str] | None = None) -> Package:

@@ -25,11 +25,15 @@ def open_place(directory: Path, device: str | None) -> Place:
     raises.
     """
     built = is_package(directory)
-    name = device or ("tensorrt" if built else "cpu")
+    name = ("tensorrt" if built else "cpu") if device is None else device
     if name not in PLACES:
         raise BadInput(f"there is no device {name!r}: choose one of {', '.join(PLACES)}")
     require(
         not built or name == "tensorrt",
         f"{directory} is a package, whose engines run with --device tensorrt: for {name} give the checkpoint",
+    )
+    require(
+        built or name != "tensorrt",
+        f"{directory} is no package: build one with avl-edge build {directory} --out PACKAGE, and give that",
     )
     return PLACES[name](directory)

@@ -48,6 +48,9 @@ class Place(ABC):
         """That of exact rows."""
         return checkpoint.stored_dtype(self.directory)
 
+    def check_model(self, spec: ModelSpec) -> None:  # noqa: B027
+        """Raise :class:`BadInput` for a model that does not run here, whatever it is asked."""
+
     def check_prompt(self, prompt: PromptShape, spec: ModelSpec) -> None:  # noqa: B027
         """Raise :class:`BadInput` for a prompt that is too large here, whatever the method."""
 

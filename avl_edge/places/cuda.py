@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import checkpoint
 from ..checkpoint import Progress
 from ..config import KvShape
-from ..cuda_backend import CudaBackend, load_model
+from ..cuda_backend import CudaBackend, kernel_shape, load_model
 from ..pool import RowStore
 from ..spec import ModelSpec
 from ..steps import CudaDevice
@@ -26,6 +26,9 @@ class Cuda(Place):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._gpu = CudaDevice()
+
+    def check_model(self, spec: ModelSpec) -> None:
+        kernel_shape(spec.text, self.dtype)
 
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
         model = load_model(spec, checkpoint.load_weights(self.directory, progress), self._gpu.device)

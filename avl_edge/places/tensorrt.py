@@ -20,11 +20,13 @@ from ..trt_backend import EngineBackend, Engines
 from .base import Loaded, Place
 from .cuda import Cuda
 
+_ELSEWHERE = "give the checkpoint, with --device cuda"
+
 
 class TensorRt(Place):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
-    no_scenes = "engines serve no scenes: ask about the pictures one at a time, or use --device cpu"
+    no_scenes = f"engines serve no scenes: ask one question at a time, or {_ELSEWHERE}"
     no_relief = Cuda.no_relief
 
     def __init__(self, directory: Path) -> None:
@@ -33,6 +35,7 @@ class TensorRt(Place):
         self._package = directory
         with open_package(directory, files=MODEL_FILES) as package:
             self._job = Job.of_package(package, Target.of(probe(), digest()))
+            self._built = package.manifest
         super().__init__(self._job.directory)
         self.most_rows = self._job.recipe.pool_rows
         self._gpu = CudaDevice()
@@ -57,13 +60,13 @@ class TensorRt(Place):
         served = decoder_formats(spec, precision)
         others = ", ".join(sorted(set(formats.by_tier().values()) - set(served)))
         message = f"this package's engine, of {precision}, reads {', '.join(served)} rows, not {others}"
-        require(not others, f"{message}: give other formats, or use --device cuda")
+        require(not others, f"{message}: give other formats, or {_ELSEWHERE}")
         policy = method.policy(prompt, spec.text.layers)
         require(
             not policy.picks_core(1),
-            f"{method.name} picks rows within a step, which an engine cannot: take another method, or --device cuda",
+            f"{method.name} picks rows within a step, which an engine cannot: take another method, or {_ELSEWHERE}",
         )
-        for layer in range(spec.text.layers):
+        for layer in range(spec.text.layers - 1):  # beyond the last one there is nothing left to prune for
             prune = policy.prunes(layer)
             require(
                 prune is None or (layer == self._job.settings.prune_after and prune.by == "last"),
@@ -83,6 +86,7 @@ class TensorRt(Place):
         wanted = {VISION_ENGINE: vision, DECODER_ENGINE: decoder}
         opened = []
         with open_package(self._package, files=wanted) as package:
+            require(package.manifest == self._built, f"{self._package} was built anew meanwhile: open it again")
             for done, (name, bindings) in enumerate(wanted.items()):
                 opened.append(Engine.open(package[name], bindings))
                 if progress:

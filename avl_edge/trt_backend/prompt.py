@@ -28,8 +28,8 @@ class PrunedAfter(NamedTuple):
 
 
 def pruned_after(cache: SequenceCache, layers: int) -> PrunedAfter | None:
-    """Where the cache's policy prunes; at one layer at most, as the engine does."""
-    found = [PrunedAfter(layer, prune) for layer in range(layers) if (prune := cache.policy.prunes(layer))]
+    """Where the cache's policy prunes, before the last layer; at one layer at most, as the engine does."""
+    found = [PrunedAfter(layer, prune) for layer in range(layers - 1) if (prune := cache.policy.prunes(layer))]
     assert len(found) <= 1, "a package prunes after one layer"
     return found[0] if found else None
 

@@ -10,7 +10,7 @@ import torch
 
 from avl_edge.config import KvShape
 from avl_edge.cuda import Kernels, KernelShape
-from avl_edge.cuda_backend import CudaBackend
+from avl_edge.cuda_backend import CudaBackend, kernel_shape
 from avl_edge.models import Llava
 from avl_edge.pool import RowStore
 from avl_edge.steps import Accelerator, CudaDevice
@@ -61,9 +61,7 @@ def row_store(place: Place, model: Llava, pages: int) -> RowStore:
 
 def backend(place: Place, model: Llava, store: RowStore, *, eager: bool = False) -> CudaBackend:
     """A backend over a pool on the place's device, where ``model`` lies."""
-    text, accelerator = model.spec.text, place.accelerator
-    dtype = str(model.dtype).removeprefix("torch.")
-    kernels = place.kernels(KernelShape.of(text.head_dim, text.heads, text.kv_heads, dtype))
+    accelerator, kernels = place.accelerator, place.kernels(kernel_shape(model.spec.text, model.dtype))
     return CudaBackend(model, store, kernels, Eager(accelerator) if eager else accelerator)
 
 
