@@ -46,10 +46,8 @@ def build_engine(
     an earlier cache, of no effect if it is another machine's. Raises :class:`BuildFailed` with TensorRT's own words.
     """
     words: list[str] = []
-    logger, monitor = (
-        make_logger(trt, words),
-        _monitor(trt, progress),
-    )  # named here, as TensorRT does not keep them alive
+    # Named here, as TensorRT does not keep them alive.
+    logger, monitor = make_logger(trt, words), _monitor(trt, progress)
     try:
         builder = trt.Builder(logger)
     except TypeError:  # how its bindings say that there is no CUDA device, or no driver for it
