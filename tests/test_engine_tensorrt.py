@@ -117,7 +117,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "what", [what if what == "exact rows" else pytest.param(what, marks=pytest.mark.slow) for what in BUILT]
+    "what", [what if what == "exact rows" else pytest.param(what, marks=pytest.mark.long) for what in BUILT]
 )
 def test_decoder_builds_with_profiles_for_prompt_and_step(checkpoint: Checkpoints, tmp_path: Path, what: str) -> None:
     """With the attention node's body it is an engine; without it, and without a plugin, a refusal in one line."""

@@ -222,7 +222,7 @@ def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Packages) -> Non
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """tools/gpu's check of engines: the demo model, as ONNX Runtime takes it, against the CPU's bfloat16."""
     monkeypatch.setattr(engines, "decoder_plugin", lambda: None)
