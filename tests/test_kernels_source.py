@@ -190,9 +190,7 @@ def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
     "flag",
     [
         pytest.param("-DBASELINE_ALONE", marks=pytest.mark.long, id="baseline"),
-        pytest.param(
-            '-D__builtin_cpu_supports(name)=(sizeof(name) <= sizeof("avx2"))', marks=pytest.mark.long, id="avx2"
-        ),
+        pytest.param('-D__builtin_cpu_supports(name)=(sizeof(name) <= sizeof("avx2"))', id="avx2"),
     ],
 )
 def test_instruction_sets_of_lesser_processors(tmp_path: Path, flag: str) -> None:

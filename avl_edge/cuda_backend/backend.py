@@ -83,9 +83,8 @@ class CudaBackend:
         self._splits = kernels.splits(text.kv_heads, text.context)
         self._scale = text.head_dim**-0.5
         self._steps = RecordedSteps(
-            lambda bucket: DecodeStep(model, kernels, self._pool, accelerator, bucket, self._splits)
+            accelerator, lambda bucket: DecodeStep(model, kernels, self._pool, accelerator, bucket, self._splits)
         )
-        self._under_way = False
 
     @classmethod
     def on_gpu(cls, model: Llava, store: RowStore, accelerator: CudaDevice) -> CudaBackend:
@@ -147,8 +146,6 @@ class CudaBackend:
 
     @torch.inference_mode()
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> DecodeStep:
-        if self._under_way:  # a step was interrupted: its copies may still read what is filled next
-            self._accelerator.synchronize()
         layers = range(self._model.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
         reads = [_reads(cache, layers) for cache in caches]
@@ -156,16 +153,13 @@ class CudaBackend:
         listed = [own if number not in low.numbers else own.elsewhere for number, own in enumerate(reads)]
         scores = any(cache.wants_scores for number, cache in enumerate(caches) if number not in low.numbers)
         step = self._steps.of(Bucket.of(listed, scores))
-        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), listed)
-        self._under_way = True
-        step.start(logits=logits, beside=low.attend if low.numbers else None)
-        low.fetch()
-        for cache in caches:
-            if not cache.wants_scores and not cache.picks_core:
-                for layer in layers:
-                    self._rows.move(cache, layer, cache.settle(layer, None))
-        self._accelerator.synchronize()
-        self._under_way = False
+        beside = low.attend if low.numbers else None
+        with self._steps.run(step, token_ids, positions, slots, listed, logits=logits, beside=beside):
+            low.fetch()
+            for cache in caches:
+                if not cache.wants_scores and not cache.picks_core:
+                    for layer in layers:
+                        self._rows.move(cache, layer, cache.settle(layer, None))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores or cache.picks_core:
                 for layer in layers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .device import Accelerator
-from .tables import Bucket, StepTables
+from .tables import Bucket, Reads, StepTables
 
 _KEPT = 12
 """Steps that are kept; each holds its tables and scratch memory, tens of MB for a 7B model and a large batch."""
@@ -83,11 +84,35 @@ S = TypeVar("S", bound=RecordedStep)
 
 
 class RecordedSteps(OrderedDict[Bucket, S]):
-    """The steps of the buckets that were seen lately, made by ``make``."""
+    """The steps of the buckets that were seen lately, made by ``make``, on one device, one after the other."""
 
-    def __init__(self, make: Callable[[Bucket], S]) -> None:
+    def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S]) -> None:
         super().__init__()
-        self._make = make
+        self._accelerator, self._make = accelerator, make
+        self._under_way = False
+
+    @contextmanager
+    def run(
+        self,
+        step: S,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[npt.NDArray[np.integer]],
+        reads: Sequence[Reads],
+        *,
+        logits: bool,
+        beside: Beside | None = None,
+    ) -> Iterator[None]:
+        """Fill a step's tables and start it: ``slots[sequence]`` ``[L]``, the others as :meth:`StepTables.fill` takes
+        them. What stands in the ``with`` is done by the host meanwhile; the results are there at its end."""
+        if self._under_way:  # a step was interrupted: its copies may still read what is filled next
+            self._accelerator.synchronize()
+        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
+        self._under_way = True
+        step.start(logits=logits, beside=beside)
+        yield
+        self._accelerator.synchronize()
+        self._under_way = False
 
     def of(self, bucket: Bucket) -> S:
         """That of a bucket, new or as it was recorded."""

@@ -54,8 +54,7 @@ class EngineBackend:
             each.take_memory(self._memory.data_ptr())
         stream = accelerator.stream()
         self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
-        self._steps = RecordedSteps(lambda bucket: EngineStep(engines, store, accelerator, bucket))
-        self._under_way = False
+        self._steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
 
     @torch.inference_mode()
     def require_rows(self) -> None:
@@ -130,21 +129,15 @@ class EngineBackend:
 
     @torch.inference_mode()
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
-        if self._under_way:  # a step was interrupted: its copies may still read what is filled next
-            self._accelerator.synchronize()
         layers = range(self._engines.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
         reads = [Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text) for cache in caches]
         step = self._steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
-        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
-        self._under_way = True
-        step.start(logits=logits)
-        for cache in caches:
-            if not cache.wants_scores:
-                for layer in layers:
-                    self.rows.move(cache, layer, cache.settle(layer, None))
-        self._accelerator.synchronize()
-        self._under_way = False
+        with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
+            for cache in caches:
+                if not cache.wants_scores:
+                    for layer in layers:
+                        self.rows.move(cache, layer, cache.settle(layer, None))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores:
                 for layer, read in zip(layers, own.rows, strict=True):
