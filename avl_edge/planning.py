@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from . import quality
@@ -14,6 +14,7 @@ from .follow import Standing
 from .layout import PAGE_ROWS, page_bytes
 from .places import Place
 from .policies import Choice, Method
+from .quality import Preset
 from .spec import ModelSpec
 
 DEFAULT_STREAMS = 4
@@ -56,10 +57,11 @@ class Planning:
         Raises :class:`BadInput` for options that contradict themselves or that the place does not serve, and
         :class:`DoesNotFit`.
         """
-        settings = self._settings(options, prompt)
+        preset = quality.preset(options.preset, self._served(prompt)) if options.preset else None
+        settings = preset.choices() if preset else self._settings(options, prompt)
         self.place.check_prompt(prompt, self.spec)
-        if options.preset:
-            plan = self._preset(options.preset, options.kv_budget_bytes, settings, prompt, steps)
+        if preset:
+            plan = self._preset(preset, settings, options.kv_budget_bytes, prompt, steps)
         elif standing:
             plan = self._in_time(standing, pool_pages, options, settings, prompt, steps)
         else:
@@ -68,8 +70,6 @@ class Planning:
         return plan
 
     def _settings(self, options: Options, prompt: PromptShape) -> Iterator[Choice]:
-        if options.preset:
-            return quality.preset(options.preset).choices()
         fitted = options.kv_budget_bytes is not None
         found = quality.choices(options.method, options.parameters, fitted, options.formats, self.shape)
         # Looked at now, so that what contradicts itself is said before what does not fit.
@@ -79,16 +79,18 @@ class Planning:
             return found
         if options.formats:
             self.place.check(first, prompt, self.spec)  # full attention: what is not served are the formats
-        return (each for each in found if self.place.serves(each, prompt, self.spec))  # nobody asked for what is not
+        return filter(self._served(prompt), found)  # nobody asked for what is not
+
+    def _served(self, prompt: PromptShape) -> Callable[[Choice], bool]:
+        return lambda choice: self.place.serves(choice, prompt, self.spec)
 
     def _preset(
-        self, name: str, budget: int | None, settings: Iterator[Choice], prompt: PromptShape, steps: int
+        self, preset: Preset, settings: Iterator[Choice], budget: int | None, prompt: PromptShape, steps: int
     ) -> KvPlan[Method]:
         # A share is one of a picture's rows: of a text alone there is nothing to leave out.
-        share = quality.preset(name).share if prompt.images else None
-        if share is None:
+        if preset.share is None or not prompt.images:
             return fit(settings, self.shape, prompt, steps, budget)
-        found = quality.at_share(list(settings), share, prompt, self.shape, f"the preset {name}")
+        found = quality.at_share(list(settings), preset.share, prompt, self.shape, f"the preset {preset.name}")
         return kv_plan(found.method, found.formats, self.shape, prompt, steps)
 
     def _in_time(

@@ -15,6 +15,7 @@ import torch
 from avl_edge import BadInput, DoesNotFit, Formats, Options, Runtime
 from avl_edge.cli import run_app
 from avl_edge.engine import BadPackage, Job, Mismatch, Recipe, build
+from avl_edge.policies import Full
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
 
@@ -64,6 +65,15 @@ def test_a_budget_for_given_formats_takes_methods_that_engines_serve(package: Pa
     for budget in (None, whole // 2, 1):
         with pytest.raises(BadInput, match="reads exact, int8, int4 rows, not lowrank:8"):
             runtime.prepare(images, PROMPT, Options(kv_budget=budget, formats=Formats("exact", "lowrank:8", "int8")))
+
+
+@pytest.mark.parametrize(("dtype", "formats"), [(torch.float16, "int4"), (torch.float32, "exact")])
+def test_lossless_is_what_engines_serve(package: Packages, dtype: torch.dtype, formats: str) -> None:
+    """The preset's own setting picks rows within a step: the next best that stores every row stands in for it."""
+    request = Runtime.open(package("qwen2-tied", dtype=dtype)).prepare(
+        [random_image(1, 60)], PROMPT, Options(preset="lossless")
+    )
+    assert (request.plan.method, set(request.plan.formats.by_tier().values())) == (Full(), {formats})
 
 
 REFUSED = {
@@ -212,5 +222,7 @@ def test_command(package: Packages, tmp_path: Path, capsys: pytest.CaptureFixtur
     arguments: list[Any] = ["run", "--model", out, "--image", picture, "--prompt", PROMPT, "--max-new-tokens", 4]
     assert run_app([str(each) for each in [*arguments, "--stats"]]) == 0
     assert "rows read" in capsys.readouterr().err
+    assert run_app([str(each) for each in [*arguments, "--preset", "lossless", "--explain"]]) == 0
+    assert "lossless (full; rows exact): the fewest bytes within 0.5 points" in capsys.readouterr().err
     assert run_app([str(each) for each in [*arguments, "--reserve", "1kB"]]) == 2
     assert "no part of a GPU's rows can be handed back" in capsys.readouterr().err

@@ -212,7 +212,10 @@ def _say_plan(request: Request) -> None:
 
 def _explain(request: Request, *, asked: bool) -> None:
     plan, preset = request.plan, request.options.preset
-    why = quality.preset(preset).why if preset else quality.explain(Choice(plan.method, plan.formats), asked=asked)
+    if preset:
+        why = quality.preset(preset, lambda each: (each.method.name, each.formats) == (plan.method.name, plan.formats)).why
+    else:
+        why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
     settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]
     formats = _spoken(plan.formats.by_tier()) or "rows exact"
     print(f"avl-edge: {preset or plan.method.name} ({settings or plan.method.name}; {formats}): {why}", file=sys.stderr)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ..errors import BadInput
 from ..policies import Choice, candidates
@@ -13,6 +12,8 @@ from .ranking import INDISTINGUISHABLE, stores_all
 from .table import Point, table
 
 _SMALL = 0.13
+Serves = Callable[[Choice], bool]
+"""Whether a setting is served where it is to run."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ class Preset:
         return candidates(notation.name, notation.parameters, self.share is not None, notation.formats)
 
 
+def _served(points: list[Point], serves: Serves) -> list[Point]:
+    """Those whose settings are served; all where none is, for whose refusal there is a reason."""
+
+    def first(point: Point) -> Choice:  # all rungs are of its method and formats
+        notation = parse(point.setting)
+        return next(candidates(notation.name, notation.parameters, True, notation.formats))
+
+    return [point for point in points if serves(first(point))] or points
+
+
 def _measured(point: Point) -> str:
     source = table()
     return (
@@ -40,15 +51,15 @@ def _measured(point: Point) -> str:
     )
 
 
-def _paper() -> Preset:
+def _paper(_: Serves) -> Preset:
     return Preset("paper", "avl", None, "A-VL as published: S 45, C 30, K 3, P 90, T 70, rows in the model's dtype")
 
 
-def _lossless() -> Preset:
+def _lossless(serves: Serves) -> Preset:
     # What was left out nobody can read later, and pictures differ from those measured in how much can go: a setting
     # that leaves rows out may have lost nothing there, and is still not called lossless.
     good = [point for point in table().points if point.score >= table().full.score - INDISTINGUISHABLE]
-    point = min((each for each in good if stores_all(each)), key=lambda each: each.stored)
+    point = min(_served([each for each in good if stores_all(each)], serves), key=lambda each: each.stored)
     why = (
         f"the fewest bytes within {100 * INDISTINGUISHABLE:g} points of full attention with every row stored: "
         f"{_measured(point)}"
@@ -56,21 +67,18 @@ def _lossless() -> Preset:
     return Preset("lossless", point.setting, 1, why)  # the first rung of its ladder, on any model
 
 
-def _small() -> Preset:
-    point = max((point for point in table().points if point.stored <= _SMALL), key=lambda point: point.score)
+def _small(serves: Serves) -> Preset:
+    points = [point for point in table().points if point.stored <= _SMALL]
+    point = max(_served(points, serves), key=lambda point: point.score)
     return Preset("small", point.setting, point.kv_fraction, f"the best answers from an eighth: {_measured(point)}")
 
 
-@lru_cache(maxsize=1)
-def _presets() -> dict[str, Preset]:
-    return {each.name: each for each in (_paper(), _lossless(), _small())}
+_MAKERS = {"paper": _paper, "lossless": _lossless, "small": _small}
+PRESETS = tuple(_MAKERS)
 
 
-PRESETS = ("paper", "lossless", "small")
-
-
-def preset(name: str) -> Preset:
-    """The preset of that name; :class:`BadInput` if there is none."""
+def preset(name: str, serves: Serves = lambda _: True) -> Preset:
+    """The preset of that name, of the settings that ``serves`` takes; :class:`BadInput` if there is none."""
     if name not in PRESETS:
         raise BadInput(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return _presets()[name]
+    return _MAKERS[name](serves)
