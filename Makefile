@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/avl-edge run --image examples/cockpit.png --prompt "What is the speed?" --stats
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -137,7 +137,39 @@ double worst_of(const Selection (&read)[2], const std::vector<float>& query, con
     return worst;
 }
 
+// Whether all numbers of 16 bits become the floats that they are, and these floats the same numbers again.
+template <class Narrow> bool converts_all(double (*meaning)(int)) {
+    for (int first = 0; first < 1 << 16; first += kLanes) {
+        Narrow narrow[kLanes], again[kLanes];
+        float wide[kLanes];
+        for (int i = 0; i < kLanes; ++i) narrow[i] = {uint16_t(first + i)};
+        store(wide, load(narrow));
+        store(again, load(wide), kLanes);
+        for (int i = 0; i < kLanes; ++i) {
+            const double expected = meaning(first + i);
+            const bool same = std::memcmp(&narrow[i], &again[i], 2) == 0;
+            if (std::isnan(expected) ? !std::isnan(wide[i]) : wide[i] != expected || !same) return false;
+        }
+    }
+    return true;
+}
+
+double meaning_of_half(int bits) {
+    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const double finite = std::ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25);
+    const double magnitude = exponent < 31 ? finite : mantissa ? NAN : INFINITY;
+    return bits >> 15 ? -magnitude : magnitude;
+}
+
+double meaning_of_bfloat(int bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float number;
+    std::memcpy(&number, &word, 4);
+    return number;
+}
+
 int main() {
+    if (!converts_all<Half>(meaning_of_half) || !converts_all<Bfloat>(meaning_of_bfloat)) return 5;
     double worst = 0;
     for (int dim : {1, 2, 20, 48, 64, 80, 96, 128})
         for (int format : {0, 1, 2, 3, 4})
@@ -166,15 +198,16 @@ int main() {
 """
 
 
-def run_driver(tmp_path: Path, *flags: str) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+def run_driver(tmp_path: Path, *flags: str, cxx: str = os.environ.get("CXX", "c++"), emulator: str = "") -> None:
+    compiler = shutil.which(cxx)
     if compiler is None or not SOURCE.is_file():
         pytest.skip("needs a C++ compiler and the source tree")
     driver = tmp_path / "driver.cpp"
     driver.write_text(DRIVER.replace("SOURCE", str(SOURCE)))
     command = [compiler, "-std=c++17", "-pthread", *flags, str(driver), "-o", str(tmp_path / "driver")]
     subprocess.run(command, check=True, timeout=600)
-    done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, timeout=600)
+    run = [*([emulator] if emulator else []), str(tmp_path / "driver")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -196,3 +229,13 @@ def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
 def test_instruction_sets_of_lesser_processors(tmp_path: Path, flag: str) -> None:
     """The processor at hand chooses one of the item functions: here it says that it knows less than it does."""
     run_driver(tmp_path, "-O3", flag)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="all other tests run the kernel on this processor")
+def test_on_arm(tmp_path: Path) -> None:
+    """The instruction set of a Jetson's processor, emulated."""
+    cxx, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if not shutil.which(cxx) or not shutil.which(emulator):
+        pytest.skip("needs a compiler for Arm and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user")
+    run_driver(tmp_path, "-O3", "-static", cxx=cxx, emulator=emulator)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -212,13 +213,15 @@ def _say_plan(request: Request) -> None:
 
 def _explain(request: Request, *, asked: bool) -> None:
     plan, preset = request.plan, request.options.preset
-    if preset:
-        why = quality.preset(preset, lambda each: (each.method.name, each.formats) == (plan.method.name, plan.formats)).why
-    else:
-        why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
+    chosen = Choice(plan.method, plan.formats)
+    why = quality.preset(preset, partial(_alike, chosen)).why if preset else quality.explain(chosen, asked=asked)
     settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]
     formats = _spoken(plan.formats.by_tier()) or "rows exact"
     print(f"avl-edge: {preset or plan.method.name} ({settings or plan.method.name}; {formats}): {why}", file=sys.stderr)
+
+
+def _alike(one: Choice, other: Choice) -> bool:
+    return (one.method.name, one.formats) == (other.method.name, other.formats)
 
 
 def _spoken(formats: dict[str, str]) -> str:

@@ -12,7 +12,6 @@
 #include "step.h"
 
 namespace {
-constexpr int kRows = 4;  // of which a query, or a sum of values, is loaded once for all
 constexpr int kOneRegister = 4;  // the Block of an instruction set whose registers hold a whole vector
 constexpr int kAhead = 8;  // rows between a prefetch and its use: 8 slices in flight cover the latency of memory
 
@@ -171,7 +170,8 @@ template <class Row, int Block> INLINE inline void sum_values(
     const int begin = item.heads.begin * step.group, end = item.heads.end * step.group;
     std::fill(step.sums_at(item.split, begin), step.sums_at(item.split, end), 0.0f);
     int r = 0;
-    for (; r + kRows <= split.count; r += kRows) add_rows<kRows, Block, Row>(step, split, item, weights, r);
+    for (; r + Row::summed <= split.count; r += Row::summed)
+        add_rows<Row::summed, Block, Row>(step, split, item, weights, r);
     for (; r < split.count; ++r) add_rows<1, Block, Row>(step, split, item, weights, r);
 }
 

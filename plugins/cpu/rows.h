@@ -6,6 +6,7 @@
 //   order(dim)               the place of every dimension; none where places are dimensions
 //   together                 how many neighbouring vectors come from the same bytes, where the head size is known
 //   abreast                  how many rows' keys are multiplied side by side, at most
+//   summed                   how many rows' values are added side by side
 //   head_bytes(dim)          bytes of a head, scales aside: what an item's share of a row is measured by
 //   open(arena, id, heads)   says which row it is, and which of its heads will be read
 //   at(head, i, v, lanes)    `lanes` places of a head from i + v * kLanes on, as floats; the compiler knows v, and i is
@@ -19,6 +20,7 @@
 #include "vectors.h"
 
 namespace {
+constexpr int kRows = 4;      // of which a query, or a sum of values, is loaded once for all
 constexpr int kSlice = 1024;  // bytes of a row that an item reads: sixteen cache lines, found by one page walk
 
 struct Heads { int begin, end; };  // neighbouring key/value heads
@@ -41,8 +43,9 @@ template <class Element, int Dim, bool OneRegister = false> struct Row {
     const Element* row;
     int64_t head_stride;
 
-    static constexpr int known = Dim, abreast = 4;
-    static constexpr bool in_pairs = sizeof(Element) == 2 && Dim && Dim % (2 * kLanes) == 0;
+    static constexpr int known = Dim, abreast = kRows, summed = kRows;
+    static constexpr bool in_pairs = sizeof(Element) == 2 && Dim && Dim % (2 * kLanes) == 0 &&
+                                     !(kArm && std::is_same_v<Element, Half>);
     static constexpr int together = in_pairs ? 2 : 1;
     static std::vector<int> order(int dim) {
         std::vector<int> places(in_pairs ? dim : 0);
@@ -97,6 +100,8 @@ template <class Format, int Dim, bool OneRegister> struct PackedRow {
     static_assert(Dim % kLanes == 0, "a head is whole vectors where its size is known");
     static constexpr int known = Dim;
     static constexpr int abreast = 1;  // unpacking takes more registers, and more code, than is saved
+    // Several only where registers hold them: found by timing AVX2, and for Arm by counting instructions.
+    static constexpr int summed = OneRegister || (Format::planes == 1 && !kArm) ? kRows : 1;
     static constexpr bool by_words = Dim && Dim % (2 * kPiece) == 0;
     static constexpr int group(int dim) { return Format::grouped ? std::min(dim & -dim, 32) : dim; }  // gcd(dim, 32)
     static constexpr int head_bytes(int dim) { return dim / 2 * Format::planes; }

@@ -63,6 +63,16 @@ INLINE inline Floats widen_high(const Words& pairs, Half type) { return widen(pa
 
 template <class Narrow> INLINE inline Floats load(const Narrow* from) { return widen(read_shorts(from), Narrow()); }
 
+// Of Arm's instructions one widens four neighbouring halves; and GCC takes vectors of several registers apart, lane by
+// lane, where it compares them.
+#ifdef __aarch64__
+typedef __fp16 Halves __attribute__((vector_size(32)));
+INLINE inline Floats load(const Half* from) { return __builtin_convertvector(read<Halves>(from), Floats); }
+constexpr bool kArm = true;
+#else
+constexpr bool kArm = false;
+#endif
+
 // The first `lanes` elements, and `rest` after them.
 template <class Element> INLINE inline Floats load(const Element* from, int lanes, Element rest = Element()) {
     if (lanes == kLanes) return load(from);
