@@ -8,6 +8,7 @@ first use then warns, once, with the reason and the cure.
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 # first, both run on the same threads.
 import torch  # noqa: F401
 
+_MAPS = Path("/proc/self/maps")
 _DIRECTORY = Path(__file__).resolve().parent
 
 # The structures of plugins/cpu/step.h, which says what their fields mean. Packed, since that is one call into Python
@@ -41,6 +43,7 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
     try:
         if not found:
             raise OSError("the library was not built")
+        _share_openmp()
         function = ctypes.CDLL(str(found[0])).avl_attend
     except (OSError, AttributeError) as error:
         warnings.warn(
@@ -52,6 +55,19 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
         return None
     function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int32
     return function
+
+
+def _share_openmp() -> None:
+    """Let libraries that are loaded from now on find torch's OpenMP runtime; builds of torch for Arm keep it apart."""
+    runtime = openmp_runtime(_MAPS.read_text()) if _MAPS.is_file() else None
+    if runtime:
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+
+
+def openmp_runtime(maps: str) -> str | None:
+    """The file of the OpenMP runtime among the mapped ones of a process (proc_pid_maps(5)), torch's before others."""
+    found = dict.fromkeys(re.findall(r"(/\S.*/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*)$", maps, re.MULTILINE))
+    return min(found, key=lambda path: "/torch" not in path, default=None)
 
 
 def available() -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 from avl_edge import Runtime
 from tests.checkpoints import SPECS, CheckpointSpec, make_checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 Checkpoints = Callable[..., Path]
 
 # How long an example takes says how busy the machine is. A gate asks every change the same questions, a person's run
@@ -55,6 +59,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 def hear_interrupts() -> None:
     """For ``preexec_fn``: a shell that runs the tests in its background lets all of them ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_python(code: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class Recorder:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
-import textwrap
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,8 +15,7 @@ from torch import Tensor
 
 from avl_edge import native
 from avl_edge.kernels import attend, attend_prompt, attend_reference, prompt_scores, selected
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import run_python
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -293,77 +288,6 @@ def test_lists_with_strides_go_through_the_reference() -> None:
     check_against_oracle(torch.randn(2, 4, 64), keys, values, choose(30, [24])[::2], offsets[::2])
 
 
-@pytest.fixture
-def _forget_library() -> Iterator[None]:
-    native.core_attention.cache_clear()
-    yield
-    native.core_attention.cache_clear()
-
-
-@pytest.mark.usefixtures("_forget_library")
-@pytest.mark.parametrize("broken", [False, True])
-def test_without_the_library_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
-    monkeypatch.setattr(native, "_DIRECTORY", tmp_path)
-    if broken:
-        (tmp_path / f"_core_attention{native.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
-    keys, values = pool(30, 2, 64, torch.float32, "apart")
-    arguments = torch.randn(1, 4, 64), keys, values, choose(30, [9]), offsets_of([9]), 0.125
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert not native.available()
-        results = [attend(*arguments)[0] for _ in range(3)]
-    assert len(caught) == 1
-    assert caught[0].category is RuntimeWarning
-    assert "native attention kernel" in str(caught[0].message)
-    assert "install g++ or clang" in str(caught[0].message)
-    for result in results:
-        assert torch.equal(result, attend_reference(*arguments)[0])
-
-
-def run_python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@needs_native
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_one_openmp_runtime_serves_torch_and_the_kernel() -> None:
-    """The kernel runs on torch's own team: as many threads as torch is set to use, and no more with both at work."""
-    run_python(
-        """
-        import os, re
-        import torch
-        from avl_edge.kernels import attend
-        keys = torch.randn(2000, 4, 128)
-        rows, offsets = torch.arange(2000, dtype=torch.int32), torch.tensor([0, 2000], dtype=torch.int32)
-        def step():
-            attend(torch.randn(1, 4, 128), keys, keys, rows, offsets, 0.1)
-        def threads():
-            return len(os.listdir("/proc/self/task"))
-        torch.set_num_threads(1)
-        step()
-        alone = threads()
-        torch.set_num_threads(3)
-        step()
-        assert threads() == alone + 2, (alone, threads())
-        torch.randn(1 << 22).exp_()
-        step()
-        assert threads() == alone + 2, (alone, threads())
-        maps = open("/proc/self/maps").read()
-        runtimes = set(re.findall(r"/\\S*lib(?:gomp|omp|iomp5)\\S*", maps))
-        assert len(runtimes) == 1, runtimes
-        """
-    )
-
-
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -435,18 +359,3 @@ def test_prompt_memory_is_linear() -> None:
                 assert peak() - before < 24, (dtype, kv_heads, peak() - before)
         """
     )
-
-
-@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
-def test_install_survives_a_missing_compiler(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "CC": "/nonexistent", "CXX": "/nonexistent"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("*.so"))
