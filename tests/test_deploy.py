@@ -25,7 +25,7 @@ from tools.deploy import check_packages
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "tools" / "deploy"
 DOCKERFILE = ROOT / "Dockerfile.l4t"
-SCRIPTS = sorted(DEPLOY.glob("*.sh"))
+SCRIPTS = sorted([*DEPLOY.glob("*.sh"), ROOT / "tools" / "arm" / "run.sh"])
 UNITS = sorted([*DEPLOY.glob("*.service"), *DEPLOY.glob("*.path")])
 INDEX = "https://index.example/jp6/cu126"
 
@@ -163,7 +163,7 @@ class TestScripts:
     def test_lint(self) -> None:
         done = subprocess.run([_tool("shellcheck"), *map(str, SCRIPTS)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
-        assert len(SCRIPTS) == 2
+        assert len(SCRIPTS) == 3
         assert all(script.stat().st_mode & stat.S_IXUSR for script in SCRIPTS)
 
     @pytest.mark.parametrize(
