@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from avl_edge.cache import Selected, SequenceCache
 from avl_edge.config import Formats
-from avl_edge.cuda import FORMATS, NoCuda
+from avl_edge.cuda import LOW_RANK, NoCuda
 from avl_edge.policies import H2O, Avl, Coarse, Full, Method
 from avl_edge.spec import read_spec
 from avl_edge.steps import Bucket, CudaDevice, Reads, StepTables
@@ -38,6 +38,7 @@ from tests.cuda_sides import (
     run_both,
     scenes,
 )
+from tests.emulated_kernels import of_format
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,21 +128,21 @@ def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dty
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedModule]:
-    """The CUDA source for the small checkpoints' shape, by the format of rows: heads of 16, two query heads per
+    """The CUDA source for the small checkpoints' shape, by who reads the rows: heads of 16, two query heads per
     key/value head, bfloat16."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with")
     folder = tmp_path_factory.mktemp("cuda")
-    source = Path(__file__).parents[1] / "plugins" / "emulation" / "driver.cpp"
+    sources = Path(__file__).parents[1] / "plugins" / "emulation"
     macros = ("-DHEAD_DIM=16", "-DGROUP=2", "-DROW=Bfloat", f"-DWARPS={WARPS}")
     options = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas")
 
     def module(format_: str) -> EmulatedModule:
         library = folder / f"{format_}.so"
         if not library.is_file():
-            of_format = f"-DFORMAT={FORMATS[format_]}"
-            command = [compiler, *options, *macros, of_format, str(source), "-o", str(library)]
+            source, more = ("low_rank_driver.cpp", []) if format_ == LOW_RANK else ("driver.cpp", [of_format(format_)])
+            command = [compiler, *options, *macros, *more, str(sources / source), "-o", str(library)]
             subprocess.run(command, check=True, timeout=300)
         return EmulatedModule(library)
 
@@ -159,9 +160,10 @@ WARPS = 2
         (METHODS["avl-often"], Formats(), 2),
         (METHODS["h2o"], Formats(), 2),
         (Coarse(), Formats("int4", "int8", "int8"), 1),
+        (METHODS["attentionpack"], Formats("exact", "lowrank:7", "lowrank:7@2"), 2),
         pytest.param(METHODS["avl-often"], Formats("int8", "int8", "int4"), 2, marks=pytest.mark.long),
     ],
-    ids=["full", "avl-often", "h2o", "coarse-packed", "avl-packed"],
+    ids=["full", "avl-often", "h2o", "coarse-packed", "attentionpack", "avl-packed"],
 )
 def test_the_whole_path_on_the_emulated_source(
     checkpoint: Checkpoints,
