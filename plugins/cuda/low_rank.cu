@@ -1,19 +1,19 @@
-// Attention of one decode step over low-rank rows: the part of core_attention.cu's step that such rows of one format are.
+// Attention of one decode step over low-rank rows of one format: a part of the step that core_attention.cu describes.
 //
-// A row is coefficients of its key and of its value, each over a basis that its sequence has in the layer, exact rows of
-// the same pool (avl_edge/lowrank.py). With c_k, c_v the coefficients of row n, and k, v those rows of the bases:
+// A row is coefficients of its key and of its value, each over a basis that its sequence has in the layer: exact rows
+// of the same pool (avl_edge/lowrank.py). With c_k and c_v the coefficients of row n, and k and v the bases:
 //
 //   key[n]   = RoPE(sum over r of c_k[n][r] * k[r], position[n])
 //   value[n] = sum over r of c_v[n][r] * v[r]
 //
-// Keys are rebuilt, some at a time, in registers: RoPE stands between them and a query that would be turned into the
-// basis once. Values are not: their coefficients are summed by weight first, and the basis is taken of the sums.
+// Keys are rebuilt, a few at a time, in registers: RoPE stands between them and a query that would be turned into the
+// basis once. Values are not: their coefficients are summed by weight, and the sums taken over the basis.
 //
 //   avl_attend_low_rank    (H_kv, S, B)               partial results of each split, as avl_attend leaves them
 //
-// It is one kernel for all ranks, which are numbers of a launch. What is summed in the first pass over a split's rows are
-// logits; in the second, which knows their peak, weights times coefficients. Everything else, sizes, splits and the order
-// of sums, is as in core_attention.cu, and so is compiling it, but for FORMAT, which is not asked for.
+// So a block goes over its rows twice: for their logits, which it leaves in the workspace, and, once it knows their
+// peak, for the coefficients of their values. Ranks are numbers of a launch. Sizes, splits and the order of sums are as
+// in core_attention.cu, and it is compiled as that is, once for all low-rank formats, without -DFORMAT.
 
 #include "pipeline.cuh"
 
@@ -34,25 +34,19 @@ __device__ __forceinline__ void load_halves(const Row* head, int piece, float (&
     widen<Row>({low.x, low.y, high.x, high.y}, to);
 }
 
-// The first `rank` coefficients of records: numbers of the rows' type or, `packed`, a half and the bytes that it scales.
+// The first `rank` coefficients of records: numbers of the rows' type or, `packed`, bytes behind a half, their scale.
 struct Coefficients {
     const unsigned char* records;
     int rank;
     bool packed;
 
-    // Number `first`, which is even, and the next one; zero from `rank` on. Records end at whole units: the pair is there.
+    // Number `first`, which is even, and what follows, which may be none any more: records end at whole units.
     __device__ __forceinline__ float2 pair(int row, int first) const {
-        if (first >= rank) return {0, 0};
         const unsigned char* record = records + (long long)row * kUnit;
-        float2 two;
-        if (packed) {
-            const float scale = unpack(Half{}, *reinterpret_cast<const unsigned short*>(record)).x;
-            const int bytes = *reinterpret_cast<const unsigned short*>(record + 2 + first);
-            two = {float((signed char)bytes) * scale, float((signed char)(bytes >> 8)) * scale};
-        } else {
-            two = unpack(Row{}, *reinterpret_cast<const unsigned*>(record + sizeof(Row) * first));
-        }
-        return {two.x, first + 1 < rank ? two.y : 0};
+        if (!packed) return unpack(Row{}, *reinterpret_cast<const unsigned*>(record + sizeof(Row) * first));
+        const float scale = unpack(Half{}, *reinterpret_cast<const unsigned short*>(record)).x;
+        const int bytes = *reinterpret_cast<const unsigned short*>(record + 2 + first);
+        return {float((signed char)bytes) * scale, float((signed char)(bytes >> 8)) * scale};
     }
 };
 
@@ -64,7 +58,7 @@ struct Split {
     int count;
 };
 
-// What a block's phases keep, one after the other: coefficients of keys, those of values by weight, results.
+// What a block keeps, one after the other: coefficients of keys, sums of those of values, and its results.
 union alignas(16) Phases {
     float staged[WARPS][kStaged][kWarpRows];
     float mixed[WARPS][GROUP][kMixed];
@@ -124,7 +118,7 @@ __device__ __forceinline__ void multiply(const Row* query, const float (&keys)[k
         load_query<Order>(query + head * HEAD_DIM, piece, own);
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-            const float logit = sum_over_row(piece < kPieces ? dot(own, keys[row]) : 0);
+            const float logit = sum_over_row(dot(own, keys[row]));
             if (piece == 0 && first + row < count) logits[(long long)head * capacity + first + row] = logit;
         }
     }
@@ -134,10 +128,12 @@ __device__ __forceinline__ void multiply(const Row* query, const float (&keys)[k
 __device__ __forceinline__ void mix(const Split& split, const Coefficients& coefficients, int first,
                                     const float* logits, int capacity, const State (&softmax)[GROUP],
                                     float (&mixed)[GROUP][kMixed]) {
+    const int own = first + 2 * lane_index();
+    if (own >= coefficients.rank) return;
     float2 sums[GROUP] = {};
 #pragma unroll 4
     for (int row = warp_index(); row < split.count; row += WARPS) {
-        const float2 two = coefficients.pair(split.rows[row], first + 2 * lane_index());
+        const float2 two = coefficients.pair(split.rows[row], own);
 #pragma unroll
         for (int head = 0; head < GROUP; ++head) {
             const float weight = exp2_approx(logits[(long long)head * capacity + row] - softmax[head].peak);
@@ -152,7 +148,7 @@ __device__ __forceinline__ void mix(const Split& split, const Coefficients& coef
     }
 }
 
-// Adds the directions from `first` on, each as often as all warps mixed it: this lane's piece, of every so manieth.
+// Adds `here` directions from `first` on, each times the warps' sums: this lane's piece of those that its set takes.
 __device__ __forceinline__ void expand(const Split& split, const Exact& directions, int first, int here,
                                        const float (&mixed)[WARPS][GROUP][kMixed], float (&values)[GROUP][kPiece]) {
     for (int i = warp_index() * kRowsAtOnce + lane_index() / kLanes; i < here; i += WARPS * kRowsAtOnce) {
@@ -196,7 +192,7 @@ avl_attend_low_rank(const Row* __restrict__ query,      // [B, H, d]
     if (skipped >= total) return;  // avl_merge will not look here
     const Split split = {rows + begin, positions + begin, bases + sequence * most, min(per_split, total - skipped)};
     const int lane = lane_index(), warp = warp_index();
-    const int piece = min(lane % kLanes, kPieces - 1);  // lanes past a row's end have no part in its logit
+    const int piece = min(lane % kLanes, kPieces - 1);  // of keys and values; past a row's end queries are zeros
     query += ((long long)sequence * heads + kv_head * GROUP) * HEAD_DIM;
     logits += (long long)kv_head * GROUP * capacity + begin;
 
