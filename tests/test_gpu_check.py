@@ -56,10 +56,10 @@ class Wrong(ReferenceModule):
         if self._fault == "nothing is appended" and kernel == "avl_append":
             return
         if self._fault == "positions are one off" and kernel == "avl_attend_low_rank":
-            (ends, positions), batch = (arguments[5], arguments[6]), grid[2]
-            at(positions, torch.int32, int(at(ends, torch.int32, batch).max()))[:] -= 1
+            positions = at(arguments[6], torch.int32, int(at(arguments[5], torch.int32, grid[2]).max()))
+            positions -= 1
             super().launch(kernel, grid, threads, stream, arguments)
-            at(positions, torch.int32, int(at(ends, torch.int32, batch).max()))[:] += 1
+            positions += 1
             return
         super().launch(kernel, grid, threads, stream, arguments)
         getattr(self, self._fault.replace(" ", "_"), lambda *_: None)(kernel, grid, arguments)

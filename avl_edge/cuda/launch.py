@@ -51,17 +51,17 @@ class Kernels:
         """
         gpu = Gpu(device)
 
-        def load(of: str) -> Module:
-            return gpu.load(cubin(gpu.arch, shape, of, newest=gpu.cuda))
+        def load(name: str) -> Module:
+            return gpu.load(cubin(gpu.arch, shape, name, newest=gpu.cuda))
 
         return cls(load("exact"), shape, gpu.multiprocessors, load)
 
     def prepare(self, formats: Iterable[str]) -> None:
         """Have the kernels of these formats ready, so that no launch has to wait for a compiler; as :meth:`load`."""
-        for of in map(reader, formats):
-            if of not in self._modules:
+        for name in map(reader, formats):
+            if name not in self._modules:
                 assert self._packed is not None, "kernels for exact rows only"
-                self._modules[of] = self._packed(of)
+                self._modules[name] = self._packed(name)
 
     def splits(self, kv_heads: int, rows: int) -> int:
         """S, the splits of a selection of up to ``rows`` rows, for every batch.
