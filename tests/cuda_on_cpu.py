@@ -16,12 +16,12 @@ from torch import Tensor
 
 from avl_edge.checkpoint import load_weights
 from avl_edge.config import KvShape
-from avl_edge.cuda import Kernels, KernelShape, Module
+from avl_edge.cuda import LOW_RANK, Kernels, KernelShape, Module
 from avl_edge.cuda.driver import Argument, Grid
 from avl_edge.cuda_backend import CudaBackend, load_model
 from avl_edge.layout import UNIT, Format
 from avl_edge.pool import RowStore
-from avl_edge.pool.formats import decode, decode_coarse, encode
+from avl_edge.pool.formats import decode, decode_coarse, decode_coefficients, encode
 from avl_edge.spec import read_spec
 
 _SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4, torch.uint8: 1, torch.int8: 1}
@@ -68,24 +68,25 @@ def at(pointer: Argument, dtype: torch.dtype, *shape: int, strides: tuple[int, .
 
 
 class ReferenceModule:
-    """Kernels by name, as plain functions of the memory that they are pointed to, for rows of one format. The whole
-    selection is a part's split 0."""
+    """Kernels by name, as plain functions of the memory that they are pointed to, for rows of one format, or of all
+    low-rank ones. The whole selection is a part's split 0."""
 
     def __init__(self, shape: KernelShape, dtype: torch.dtype, format_: str = "exact") -> None:
         self._dim, self._group, self._dtype, self._format = shape.head_dim, shape.group, dtype, Format(format_)
         self.launched: list[str] = []
 
-    def packed(self, format_: str) -> ReferenceModule:
-        """That of a packed format, which notes its launches in the same list."""
+    def packed(self, reader: str) -> ReferenceModule:
+        """That of another reader, which notes its launches in the same list."""
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, _format=Format(format_))
+        other.__dict__.update(self.__dict__, _format=Format(reader))
         return other
 
     def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
         assert threads == 128
         assert stream == 7, "launched on another stream than the work before and after it"
         assert min(grid) >= 1, "CUDA refuses an empty grid"
-        self.launched.append(kernel if self._format.is_exact else f"{kernel} {self._format.name}")
+        named = self._format.name in ("exact", LOW_RANK)  # well enough by the kernel
+        self.launched.append(kernel if named else f"{kernel} {self._format.name}")
         getattr(self, kernel)(grid, *arguments)
 
     def _pool(self, pointer: Argument, rows: Tensor, kv_heads: int, row: Argument, head: Argument) -> Tensor:
@@ -127,23 +128,55 @@ class ReferenceModule:
 
     def avl_attend(self, grid: Grid, *a: Argument) -> None:
         query, keys, values, rows, begins, ends, *strides, capacity, first, all_splits, sums, states, logits = a
+        pools = ((keys, strides[:2]), (values, strides[2:]))
+
+        def read(_: int, begin: int, end: int) -> list[Tensor]:
+            ids = at(rows, torch.int32, end)[begin:]
+            return [self._read(pool, ids, grid[0], stride) for pool, stride in pools]
+
+        self._attend(grid, read, query, begins, ends, capacity, first, all_splits, sums, states, logits)
+
+    def avl_attend_low_rank(self, grid: Grid, *a: Argument) -> None:
+        query, keys, values, rows, begins, ends, positions, bases, angles, *numbers, sums, states, logits = a
+        *strides, capacity, first, all_splits, most, n_rank, packed = numbers
+        rank, half = int(n_rank.value or 0), self._dim // 2
+        assert logits.value, "low-rank rows need logits in any case"
+
+        def read(b: int, begin: int, end: int) -> list[Tensor]:
+            ids, of_tokens = (at(table, torch.int32, end)[begin:].long() for table in (rows, positions))
+            basis = at(bases, torch.int32, grid[2], int(most.value or 0))[b, :rank]
+            form = Format(f"lowrank:{rank}" + "+int8" * int(packed.value or 0))
+            dense = []
+            for pool, stride in ((keys, strides[:2]), (values, strides[2:])):
+                size = form.record_bytes(KvShape(1, grid[0], self._dim, self._dtype.itemsize))
+                records = at(pool, torch.uint8, int(ids.max()) + 1, size, strides=(UNIT, 1))[ids]
+                found = decode_coefficients(form, records, self._dtype).double()
+                directions = self._pool(pool, basis, grid[0], *stride)[basis.long()].double()
+                dense.append(torch.einsum("nr,rhd->nhd", found, directions).repeat_interleave(self._group, 1))
+            turns = at(angles, self._dtype, int(of_tokens.max()) + 1, 2, 1, half)[of_tokens].double()
+            rotated = torch.complex(*dense[0].split(half, -1)) * torch.complex(*turns.unbind(1))
+            return [torch.cat([rotated.real, rotated.imag], -1), dense[1]]
+
+        self._attend(grid, read, query, begins, ends, capacity, first, all_splits, sums, states, logits)
+
+    def _attend(self, grid: Grid, read: Callable[[int, int, int], list[Tensor]], *a: Argument) -> None:
+        """A part's results; ``read`` gives keys and values ``[n, H, d]`` of those from one entry to another that a
+        sequence lists."""
+        query, begins, ends, capacity, first, all_splits, sums, states, logits = a
         (kv_heads, splits, batch), room = grid, int(capacity.value or 0)
         heads, place, total = kv_heads * self._group, int(first.value or 0), int(all_splits.value or 0)
         assert place % splits == total % splits == 0
         for b, (begin, end) in enumerate(_bounds(begins, ends, batch)):
             assert 0 <= begin <= end <= room
-            ids = at(rows, torch.int32, room)[begin:end]
-            if not len(ids):
+            if begin == end:
                 continue
-            wide_keys, wide_values = (
-                self._read(pool, ids, kv_heads, stride) for pool, stride in ((keys, strides[:2]), (values, strides[2:]))
-            )
+            keys, values = read(b, begin, end)
             own = at(query, self._dtype, batch, heads, self._dim)[b].double()
-            products = torch.einsum("hd,rhd->hr", own, wide_keys) / math.sqrt(self._dim) * math.log2(math.e)
+            products = torch.einsum("hd,rhd->hr", own, keys) / math.sqrt(self._dim) * math.log2(math.e)
             peak = products.amax(1)
             weights = torch.exp2(products - peak[:, None])
             at(sums, torch.float32, batch, total, heads, self._dim)[b, place] = torch.einsum(
-                "hr,rhd->hd", weights, wide_values
+                "hr,rhd->hd", weights, values
             ).float()
             at(states, torch.float32, batch, total, heads, 2)[b, place] = torch.stack([peak, weights.sum(1)], 1).float()
             if logits.value:

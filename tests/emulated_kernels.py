@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avl_edge.cuda import FORMATS
+from avl_edge.cuda import FORMATS, LOW_RANK, reader
 from avl_edge.kernels import Part
+from avl_edge.layout import Format
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -61,9 +62,10 @@ class Shape:
         return 4 * (32 // lanes)
 
     def compile(self, folder: Path, format_: str = "exact") -> ctypes.CDLL:
-        """The kernels of a row format as a library."""
-        options = ("-shared", "-fPIC", *self.macros, f"-DFORMAT={FORMATS[format_]}")
-        return ctypes.CDLL(str(compile_emulation("driver.cpp", folder / f"{self}-{format_}.so", *options)))
+        """The kernels of a row format, or of all low-rank ones, as a library."""
+        source, options = ("low_rank_driver.cpp", []) if format_ == LOW_RANK else ("driver.cpp", [of_format(format_)])
+        library = folder / f"{self}-{format_}.so"
+        return ctypes.CDLL(str(compile_emulation(source, library, "-shared", "-fPIC", *self.macros, *options)))
 
     def __str__(self) -> str:
         return f"d{self.dim}-group{self.group}-{NAMES[self.dtype]}"
@@ -79,8 +81,26 @@ SHAPES = (
 )
 
 
+def of_format(name: str) -> str:
+    """The macro that selects a row format."""
+    return f"-DFORMAT={FORMATS[name]}"
+
+
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LowRankPart(Part):
+    """Low-rank rows: records in arenas of bytes, in which exact rows lie too.
+
+    ``positions`` int32 ``[total]`` of the listed rows; ``bases`` int32 ``[B, most]``, exact rows; ``angles``
+    ``[context, 2, d / 2]``.
+    """
+
+    positions: Tensor
+    bases: Tensor
+    angles: Tensor
 
 
 class Kernels:
@@ -98,7 +118,7 @@ class Kernels:
         format_: str | None = None,
     ) -> None:
         """A kernel; without a format one that is the same for all."""
-        library = self._libraries[format_] if format_ else next(iter(self._libraries.values()))
+        library = self._libraries[reader(format_)] if format_ else next(iter(self._libraries.values()))
         values = [
             ctypes.c_int32(argument)
             if isinstance(argument, int)
@@ -143,23 +163,35 @@ class Kernels:
         rows, begins, ends = lists_of(parts)
         capacity = rows.numel() + 3
         sums, states = unwritten(batch, count * splits, heads, dim), unwritten(batch, count * splits, heads, 2)
-        logits = unwritten(heads, capacity) if scores else None
+        low_rank = any(isinstance(part, LowRankPart) for part in parts)
+        logits = unwritten(heads, capacity) if scores or low_rank else None
         out, log_sums = unwritten(batch, heads, dim, dtype=query.dtype), unwritten(batch, heads)
         for number, part in enumerate(parts):
             own = slice(number * batch, (number + 1) * batch)
+            inputs = (query, part.keys, part.values, rows, begins[own], ends[own])
+            numbers = (capacity, number * splits, count * splits)
+            name, lists, ranks, strides = "avl_attend", (), (), strides_of(part)
+            if isinstance(part, LowRankPart):
+                positions = torch.full((capacity,), 2**30, dtype=torch.int32)
+                first = sum(each.rows.numel() for each in parts[:number])
+                positions[first : first + part.rows.numel()] = part.positions
+                name, lists, form = "avl_attend_low_rank", (positions, part.bases, part.angles), Format(part.format)
+                ranks = (part.bases.shape[1], form.read_rank, int(form.packs_coefficients))
+                strides = (kv_heads * dim, dim) * 2
+            wanted = logits if scores or lists else None
             self.launch(
-                "avl_attend",
+                name,
                 (kv_heads, splits, batch),
-                *(query, part.keys, part.values, rows, begins[own], ends[own], *strides_of(part), capacity),
-                *(number * splits, count * splits, sums, states, logits),
+                *(*inputs, *lists, *strides, *numbers, *ranks, sums, states, wanted),
                 backwards=backwards,
                 format_=part.format,
             )
         merge = (-(-heads // self.shape.warps), batch)
         sizes = (heads, splits, count)
         self.launch("avl_merge", merge, sums, states, begins, ends, *sizes, out, log_sums, backwards=backwards)
-        if logits is None:
+        if not scores:
             return out, None
+        assert logits is not None
         weights = self.scores(logits, log_sums, begins, ends, batch, backwards=backwards)
         assert weights[rows.numel() :].isnan().all(), "written past the last row"
         return out, list(torch.split(weights[: rows.numel()], [part.rows.numel() for part in parts]))

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from avl_edge.cuda import (
     FORMATS,
+    LOW_RANK,
+    Bases,
     CompileFailed,
     Kernels,
     KernelShape,
@@ -58,7 +60,8 @@ def test_the_source_is_that_of_the_repository_with_all_that_it_includes() -> Non
     files = source.read()
     assert next(iter(files)) == "core_attention.cu"
     assert files == {name: (folder / name).read_bytes() for name in files}
-    assert files.keys() | source.read("token_attention.cu").keys() == {path.name for path in folder.glob("*.cu*")}
+    others = source.read(source.LOW_RANK).keys() | source.read("token_attention.cu").keys()
+    assert files.keys() | others == {path.name for path in folder.glob("*.cu*")}
     assert all(len(text.splitlines()) < 400 for text in files.values())
     assert len(source.digest()) == len(source.identity()) == 64
     assert source.digest() != source.digest("token_attention.cu")
@@ -102,6 +105,9 @@ def test_every_entry_point_is_in_the_module(tmp_path: Path, arch: str, format_: 
     for entry in ENTRIES:
         assert f".text.avl_{entry}\0".encode() in image
         assert hasattr(Kernels, entry)
+    low_rank = cubin(arch, SHAPE, LOW_RANK, folder=tmp_path / "kernels")
+    assert b".text.avl_attend_low_rank\0" in low_rank
+    assert b".text.avl_merge\0" not in low_rank
 
 
 def test_code_that_does_not_compile_comes_with_its_log(compiler: nvrtc.Nvrtc) -> None:
@@ -314,6 +320,27 @@ def test_a_step_over_formats_reads_each_with_its_own_kernel() -> None:
     log_sums, scores, nucleus = modules["exact"].launches[:3]
     assert (log_sums[1], scores[1], nucleus[1]) == ((2, 2, 3), (10, 2, 3), (2, 3, 1))
     assert nucleus[4] == [("p", number) for number in (4096 + workspace.weights, 50, 60, 64, 70, 80, 5, 12, 90)]
+
+
+def test_low_rank_formats_share_a_kernel_and_bring_their_bases() -> None:
+    """Its logits are there whether scores are asked for or not; ranks are numbers of a launch."""
+    modules = {name: Recorded() for name in ("exact", LOW_RANK)}
+    kernels = Kernels(modules["exact"], KernelShape(128, 2, "Half"), packed=lambda name: modules[name])
+    formats = ("exact", "lowrank:12@3+int8", "lowrank:9")
+    workspace = Workspace.of(kernels.shape, 2, 8, 5, 1000, scores=False, parts=3, low_rank=True)
+    assert workspace.bytes >= workspace.logits + 4 * 8 * 1000
+    bases = Bases(ids=300, rank=9, positions=400, angles=500)
+    step = Step(1, 2, 3, 1000, Lists.of(5, 8, 2, 1000, formats), 7, bases=bases)
+    kernels.step(step, POOL, workspace, 4096, 99)
+    assert [launch[0] for launch in modules["exact"].launches] == ["avl_append", "avl_attend", "avl_merge"]
+    packed, plain = modules[LOW_RANK].launches
+    assert packed[:4] == ("avl_attend_low_rank", (4, 5, 2), 128, 99)
+    inputs = [("p", number) for number in (1, 100, 200, 5, 16, 20, 400, 300, 500)]
+    numbers = [("i", number) for number in (512, 128, 1024, 256, 1000, 5, 15, 9, 3, 1)]
+    results = [("p", 4096 + place) for place in (workspace.sums, workspace.states, workspace.logits)]
+    assert packed[4] == [*inputs, *numbers, *results]
+    assert plain[4][14:19] == [("i", number) for number in (10, 15, 9, 9, 0)]
+    assert modules["exact"].launches[1][4][-1] == ("p", None), "exact rows leave no logits that nobody asks for"
 
 
 @given(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from avl_edge.cache import Selected, SequenceCache
 from avl_edge.config import Formats
-from avl_edge.cuda import FORMATS, NoCuda
+from avl_edge.cuda import LOW_RANK, NoCuda
 from avl_edge.policies import H2O, Avl, Coarse, Full, Method
 from avl_edge.spec import read_spec
 from avl_edge.steps import Bucket, CudaDevice, Reads, StepTables
@@ -38,6 +38,7 @@ from tests.cuda_sides import (
     run_both,
     scenes,
 )
+from tests.emulated_kernels import of_format
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,21 +128,21 @@ def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dty
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedModule]:
-    """The CUDA source for the small checkpoints' shape, by the format of rows: heads of 16, two query heads per
+    """The CUDA source for the small checkpoints' shape, by who reads the rows: heads of 16, two query heads per
     key/value head, bfloat16."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with")
     folder = tmp_path_factory.mktemp("cuda")
-    source = Path(__file__).parents[1] / "plugins" / "emulation" / "driver.cpp"
+    sources = Path(__file__).parents[1] / "plugins" / "emulation"
     macros = ("-DHEAD_DIM=16", "-DGROUP=2", "-DROW=Bfloat", f"-DWARPS={WARPS}")
     options = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas")
 
     def module(format_: str) -> EmulatedModule:
         library = folder / f"{format_}.so"
         if not library.is_file():
-            of_format = f"-DFORMAT={FORMATS[format_]}"
-            command = [compiler, *options, *macros, of_format, str(source), "-o", str(library)]
+            source, more = ("low_rank_driver.cpp", []) if format_ == LOW_RANK else ("driver.cpp", [of_format(format_)])
+            command = [compiler, *options, *macros, *more, str(sources / source), "-o", str(library)]
             subprocess.run(command, check=True, timeout=300)
         return EmulatedModule(library)
 
@@ -159,9 +160,10 @@ WARPS = 2
         (METHODS["avl-often"], Formats(), 2),
         (METHODS["h2o"], Formats(), 2),
         (Coarse(), Formats("int4", "int8", "int8"), 1),
+        (METHODS["attentionpack"], Formats("exact", "lowrank:7", "lowrank:7@2"), 2),
         pytest.param(METHODS["avl-often"], Formats("int8", "int8", "int4"), 2, marks=pytest.mark.long),
     ],
-    ids=["full", "avl-often", "h2o", "coarse-packed", "avl-packed"],
+    ids=["full", "avl-often", "h2o", "coarse-packed", "attentionpack", "avl-packed"],
 )
 def test_the_whole_path_on_the_emulated_source(
     checkpoint: Checkpoints,
@@ -271,7 +273,7 @@ def _reads(rows: list[np.ndarray], format_: str = "exact") -> Reads:
 
 
 def _selected(ids: np.ndarray, format_: str) -> Selected:
-    return Selected(format_, np.arange(len(ids)), ids, ids)
+    return Selected(format_, np.arange(len(ids)), ids, ids + 1)
 
 
 @given(sequences=st.integers(1, 40), rows=st.integers(0, 70000))
@@ -288,10 +290,12 @@ def test_buckets_hold_what_they_are_for_and_not_twice_as_much(sequences: int, ro
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -> None:
-    """Lists of two formats, one after the other, with room behind them for what a look chooses."""
+    """Lists of three formats, one after the other, with room behind them for what a look chooses; the positions and
+    bases of low-rank rows."""
     layers, most = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     names = data.draw(st.lists(st.sampled_from(("exact", "int4")), min_size=most, max_size=most))
-    bucket = Bucket(1 << (most - 1).bit_length(), 512, False, ("exact", "int4"), ("exact", "int4"), 256, ("int4",))
+    formats = ("exact", "int4", "lowrank:9@5")
+    bucket = Bucket(1 << (most - 1).bit_length(), 512, False, formats, ("exact", "int4"), 256, ("int4",))
     tables = StepTables(HostDevice(), layers, bucket)
     lengths = st.lists(st.integers(0, 40), min_size=layers, max_size=layers)
     for _ in range(2):  # the second time over what the first one left
@@ -301,7 +305,12 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
             own = [np.arange(n, dtype=np.int32) + 1000 * number for n in data.draw(lengths)]
             seen = [_selected(np.arange(n, dtype=np.int32) + 500, "int4") for n in data.draw(lengths)]
             plain = _reads(own, names[number])
-            reads.append(replace(plain, looked=seen, share=0.5, most=7) if data.draw(st.booleans()) else plain)
+            if data.draw(st.booleans()):
+                reads.append(replace(plain, looked=seen, share=0.5, most=7))
+                continue
+            low = [_selected(np.arange(n, dtype=np.int32) + 3000 * number, formats[2]) for n in data.draw(lengths)]
+            basis = [np.arange(9, dtype=np.int32) + 10 * layer + number for layer in range(layers)]
+            reads.append(Reads([[*a, b] for a, b in zip(plain.rows, low, strict=True)], plain.text, basis=basis))
         slots = np.arange(layers * count).reshape(layers, count)
         tables.fill(list(range(count)), list(range(100, 100 + count)), slots, reads)
         tables.upload()
@@ -311,9 +320,13 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
                 for place in range(bucket.batch):
                     at = part * bucket.batch + place
                     each = reads[place] if place < count else Reads([()] * layers, "")
-                    ids = each.rows[layer][0].ids.tolist() if each.text == name else []
+                    ids = next((list(own.ids) for own in each.rows[layer] if own.format == name), [])
                     seen_ids = each.looked[layer].ids.tolist() if each.looked and name == "int4" else []
-                    assert tables.device_rows[layer, offsets[at] : offsets[at] + len(ids)].tolist() == ids
+                    listed = slice(offsets[at], offsets[at] + len(ids))
+                    assert tables.device_rows[layer, listed].tolist() == ids
+                    assert tables.device_row_positions[layer, listed].tolist() == [row + 1 for row in ids]
+                    basis = list(each.basis[layer][:5]) if each.basis else []
+                    assert tables.device_bases[layer].view(-1, 5)[place, : len(basis)].tolist() == basis
                     assert offsets[at + 1] == offsets[at] + len(ids) + min(7, len(seen_ids))
                     assert tables.device_listed[layer, at] == offsets[at] + len(ids)
                     assert tables.device_looked[layer, looked[at] : looked[at + 1]].tolist() == seen_ids

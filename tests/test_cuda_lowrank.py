@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from avl_edge.config import Formats
-from avl_edge.cuda_backend.low_rank import LowRankReads
 from avl_edge.policies import H2O, AttentionPack, Avl, Coarse, Full, Method
 from tests.conftest import Checkpoints
 from tests.cuda_sides import (
     STEP_OF,
     Request,
-    Side,
     both,
     random_prompt,
     run_both,
@@ -61,31 +58,49 @@ def test_one_step_serves_low_rank_rows_and_all_others(checkpoint: Checkpoints) -
     assert device.log.count("synchronize") == 8 + len(kinds), "a step waits once"
 
 
-def test_what_is_recorded_and_what_is_not(checkpoint: Checkpoints) -> None:
-    """A step in which somebody reads low-rank rows is launched, once; any other is replayed, also for who has some."""
+def test_low_rank_rows_are_read_in_the_recording(checkpoint: Checkpoints) -> None:
+    """Every step is a replay; each low-rank format that somebody reads costs one launch."""
     _, ours, device = both(checkpoint("llama-mha"))
     pack, _ = ours.start(random_prompt(ours.spec, 0)[0], AttentionPack(), PACK)
     avl, _ = ours.start(random_prompt(ours.spec, 1)[0], Avl(refresh=3, text_keep=100), SECONDARY)
     exact, _ = ours.start(random_prompt(ours.spec, 2)[0], Full())
     launched = ours.backend._kernels._modules["exact"].launched
-    layers, step = ours.spec.text.layers, ["avl_append", "avl_attend", "avl_merge"]
-    for caches, reads_low_rank in (
-        ([exact, pack], True),
-        ([exact, avl], False),
-        ([exact, avl], False),
-        ([exact, avl], True),
-        ([exact], False),
-        ([pack], True),
+    plain, refresh = ["avl_attend", "avl_merge"], ["avl_attend", "avl_attend_low_rank", "avl_merge", "avl_scores"]
+    packed = [*refresh[:2], *refresh[1:]]
+    for caches, last in (
+        ([exact, pack], packed),
+        ([exact, avl], plain),
+        ([exact, avl], plain),
+        ([exact, avl], refresh),
+        ([exact], plain),
+        ([pack], packed),
     ):
-        device.log.clear(), launched.clear()
         ours.backend.decode([5] * len(caches), caches)
-        assert ("replay" in device.log) is not reads_low_rank
-        assert device.log[-1] == "synchronize"
-        if reads_low_rank:
-            assert launched == step * layers, "the kernels run once, with the new rows of all"
-            tables = next(reversed(ours.backend._steps.values())).tables
-            listed = np.diff(tables.offsets)[:, : len(caches)]
-            assert (listed > 0).tolist() == [[each is exact for each in caches]] * layers, "and read those of others"
+        assert device.log[-2:] == ["replay", "synchronize"]
+        assert launched[-len(last) - 1 :] == ["avl_append", *last]
+
+
+def test_rows_are_listed_with_their_positions_and_bases(checkpoint: Checkpoints) -> None:
+    """Of sequences with bases of different sizes, as far as a step reads them; elsewhere there is no such table."""
+    _, ours, _ = both(checkpoint("llama-mha"))
+    kinds = ((AttentionPack(), PACK), (Full(), Formats()), (AttentionPack(), Formats("int8", *["lowrank:12@3"] * 2)))
+    caches = [ours.start(random_prompt(ours.spec, n)[0], *each)[0] for n, each in enumerate(kinds)]
+    ours.backend.decode([5] * 3, caches)
+    (tables,) = (step.tables for step in ours.backend._steps.values())
+    assert tables.bucket.formats == ("exact", "int8", "lowrank:12@3", "lowrank:8", "lowrank:8@2")
+    assert tables.device_bases.shape == (ours.spec.text.layers, 4 * 8), "of the twelve directions three are read"
+    for layer in range(ours.spec.text.layers):
+        rows, positions = tables.device_rows[layer].tolist(), tables.device_row_positions[layer].tolist()
+        for number, cache in enumerate(caches):
+            held, found = cache.rows.layers[layer], {}
+            for name in tables.bucket.formats:  # an id of one may be another's, and image rows come last
+                begin, end = tables.offsets[layer, tables.list_of(number, name) :][:2]
+                found |= dict(zip(rows[begin:end], positions[begin:end], strict=True))
+            assert [found[row] for row in held.image_ids.tolist()] == held.image_positions.tolist()
+            basis = tables.device_bases[layer].view(4, 8)[number].tolist()
+            assert basis[: len(held.basis)] == held.basis.tolist()[:8]
+    ours.backend.decode([5], caches[1:2])
+    assert not hasattr(list(ours.backend._steps.values())[-1].tables, "device_bases")
 
 
 def test_neighbours_are_attended_by_the_kernels_as_without_low_rank_rows(checkpoint: Checkpoints) -> None:
@@ -108,22 +123,3 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
         expected = sides[0].backend.decode(tokens, held[0]).argmax(-1).tolist()
         tokens = sides[1].backend.decode_greedy(tokens, held[1])
         assert tokens == expected
-
-
-def test_an_interrupted_step_leaves_nothing_behind(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next step waits for what was queued, and its scores are its own."""
-    oracle, ours, device = both(checkpoint("llama-mha"))
-    with monkeypatch.context() as patch:
-        spoiled, _ = ours.start(random_prompt(ours.spec, 0)[0], AttentionPack(), PACK)
-        patch.setattr(LowRankReads, "fetch", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            ours.backend.decode([5], [spoiled])
-        spoiled.close()
-    device.log.clear()
-    requests: list[Request] = [(random_prompt(ours.spec, 1)[0], AttentionPack(), PACK)]
-    run_both(oracle, Side(ours.backend, ours.spec, 4, ours.pool.pages), requests, 1e-4, steps=2)
-    assert device.log == ["synchronize"] * (1 + 3), "once before the first step, and once in each"
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

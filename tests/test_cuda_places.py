@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 from avl_edge.checkpoint import load_weights
 from avl_edge.config import Formats, KvShape
 from avl_edge.cuda import Kernels, KernelShape, Pool
-from avl_edge.cuda_backend.low_rank import LowRankReads
 from avl_edge.cuda_backend.model import load_model
-from avl_edge.cuda_backend.step import DecodeStep
+from avl_edge.cuda_backend.step import DecodeStep, rope_table
 from avl_edge.models.rope import _KINDS, Rope
 from avl_edge.policies import AttentionPack, Avl, FastV, Full, Method
 from avl_edge.pool import RowStore
@@ -152,6 +151,10 @@ STEP_KINDS = {
         Bucket(2, 256, False, ("exact", "int8"), ("exact",), 256, ("int8",)),
         ["avl_append", "int8 avl_look", *CHOICE, "avl_attend", "int8 avl_attend", "avl_merge"],
     ),
+    "low-rank": (
+        Bucket(2, 256, True, ("exact", "lowrank:8", "lowrank:8@2")),
+        ["avl_append", "avl_attend", *["lowrank avl_attend_low_rank"] * 2, "avl_merge", "avl_scores"],
+    ),
 }
 
 
@@ -167,8 +170,9 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
         model = load_model(spec, load_weights(checkpoint("llama3-rope")), device.device)
         kernels = Kernels(module, KernelShape(16, 2, "Half"), packed=module.packed)
         pool = Pool(16, 16, 2, 32, 16, 32, 16)
-        step = DecodeStep(model, kernels, pool, device, bucket, splits=2)
         with OneDevice():
+            angles = rope_table(model, device.device) if bucket.rank else None
+            step = DecodeStep(model, kernels, pool, device, bucket, 2, angles)
             step.run()
             with pytest.raises(AssertionError, match="over"):
                 model.decoder.embed(torch.zeros(2, dtype=torch.int32))
@@ -182,35 +186,19 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
     assert module.launched == launched * spec.text.layers
 
 
-def test_a_step_with_low_rank_rows_stays_on_the_device(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows are fitted, written, read, attended and moved where they lie; of the host come ids alone."""
-    places, module = Places(checkpoint("llama3-rope"), monkeypatch), Nothing()
-    kernels = Kernels(module, KernelShape(16, 2, "Half"), packed=module.packed)
+def test_low_rank_rows_stay_on_the_device(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fitted, written and moved where they lie; of the host come ids alone."""
+    places = Places(checkpoint("llama3-rope"), monkeypatch)
     with torch.inference_mode(), OneDevice():
         kinds: list[tuple[Method, Formats]] = [
             (AttentionPack(), Formats("exact", "lowrank:8", "lowrank:8@2")),
-            (Full(), Formats()),
             (Avl(secondary=80, core=30, refresh=1), Formats("int8", "int4", "lowrank:8+int8")),
         ]
-        caches = [places.start(places.prompt, *each)[0] for each in kinds]
-        for cache in caches:
-            cache.begin_step()
-        layers = range(places.shape.layers)
-        reads = [[cache.rows_to_read(layer) for layer in layers] for cache in caches]
-        low = LowRankReads(places.rows, places.device, caches, reads, 0.25)
-        assert low.numbers == {0, 2}
-        bucket = Bucket(4, 256, False, ("exact", "int8"), ("exact", "int8"))
-        step = DecodeStep(places.model, kernels, Pool(16, 16, 2, 32, 16, 32, 16), places.device, bucket, splits=2)
-        step.run(low.attend)
-        weights = [each for of_layer in low._weights.values() for each in of_layer]
-        assert len(low._weights) == 2 * len(layers)
-        assert {each.device.type for each in weights} == {"meta"}
         moved = 0
-        for cache, read in zip(caches, reads, strict=True):
-            for layer in layers:
-                count = sum(len(each.ids) for each in read[layer])
+        for cache in [places.start(places.prompt, *each)[0] for each in kinds]:
+            cache.begin_step()
+            for layer in range(places.shape.layers):
+                count = sum(len(each.ids) for each in cache.rows_to_read(layer))
                 changes = cache.settle(layer, np.random.default_rng(layer).random(count))
                 moved += sum(len(each.before) for each in changes)
                 places.rows.move(cache, layer, changes)

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avl_edge.cuda import FORMATS, NoCuda, digest, nvrtc, source
-from tests.emulated_kernels import COMPILER, NAMES, PLUGINS, SHAPES, Kernels, Shape, compile_emulation
+from avl_edge.cuda import FORMATS, LOW_RANK, NoCuda, digest, nvrtc, source
+from tests.emulated_kernels import COMPILER, NAMES, PLUGINS, SHAPES, Kernels, Shape, compile_emulation, of_format
 
 RECORD = PLUGINS.parent / "docs" / "measurements" / "cuda_resources.json"
 NVCC = shutil.which("nvcc")
@@ -286,11 +286,12 @@ def test_prompt_scores_in_pieces(kernels: Callable[[Shape], Kernels]) -> None:
 
 
 def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
-    """The small case of plugins/emulation/check.cpp for rows of a format, sanitized, in a process of its own."""
+    """The small case of plugins/emulation for rows of a format, sanitized, in a process of its own."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros, f"-DFORMAT={FORMATS[format_]}"]
-    program = compile_emulation("check.cpp", folder / sanitizer, *options, plugins=plugins)
+    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
+    source, more = ("low_rank_check.cpp", []) if format_ == LOW_RANK else ("check.cpp", [of_format(format_)])
+    program = compile_emulation(source, folder / sanitizer, *options, *more, plugins=plugins)
     # Without a fixed layout of memory the thread sanitizer of older compilers does not start on newer kernels.
     fixed = [setarch, "-R"] if sanitizer == "thread" and (setarch := shutil.which("setarch")) else []
     if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
@@ -306,6 +307,8 @@ def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGI
         ("thread", "exact"),
         ("address", "exact"),
         ("thread", "int8"),
+        ("thread", LOW_RANK),
+        ("address", LOW_RANK),
         pytest.param("address", "int4", marks=pytest.mark.long),
         pytest.param("address", "int8", marks=pytest.mark.long),
         pytest.param("thread", "int4", marks=pytest.mark.long),
@@ -319,6 +322,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str, format_: str) -
 NO_TURN = ("    __syncthreads();\n    int higher_before", "    int higher_before")
 SCALES_WRITTEN = "        __syncthreads();  // of which each warp has written some\n"
 RUNS_OVER = "records + (long long)(row + 1) * kUnit"
+MIXED_READ = "        __syncthreads();  // what was mixed has been read\n"
 
 
 @pytest.mark.slow
@@ -338,6 +342,9 @@ RUNS_OVER = "records + (long long)(row + 1) * kUnit"
             "heap-buffer-overflow",
         ),
         ("address exact", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
+        (f"thread {LOW_RANK}", MIXED_READ, "", "data race"),
+        (f"address {LOW_RANK}", "min(first + row, split.count - 1)", "first + row", "overflow"),
+        (f"address {LOW_RANK}", "    if (own >= coefficients.rank) return;\n", "", "overflow"),
         pytest.param("thread int8", SCALES_WRITTEN, "", "data race", marks=pytest.mark.long),
         pytest.param("thread int4", *NO_TURN, "data race", marks=pytest.mark.long),
         pytest.param("address int4", "records + (long long)row * kUnit", RUNS_OVER, "overflow", marks=pytest.mark.long),
@@ -346,6 +353,9 @@ RUNS_OVER = "records + (long long)(row + 1) * kUnit"
         "a barrier missing",
         "rows past the end",
         "a copy not waited for",
+        "a sum not waited for",
+        "positions past the end",
+        "coefficients past the end",
         "scales not waited for",
         "picks not waited for",
         "records past the end",
@@ -362,13 +372,15 @@ def test_the_emulation_notices(tmp_path: Path, case: str, sound: str, broken: st
     assert report in run.stdout + run.stderr
 
 
-def _device_build(architecture: str, macros: list[str], folder: Path) -> tuple[str, dict[str, dict[str, int]]]:
+def _device_build(
+    architecture: str, macros: list[str], folder: Path, name: str = source.NAME
+) -> tuple[str, dict[str, dict[str, int]]]:
     if NVRTC:
-        built = NVRTC.compile(source.read(), source.NAME, architecture, ["--ptxas-options=-v", *macros])
+        built = NVRTC.compile(source.read(name), name, architecture, ["--ptxas-options=-v", *macros])
         return built.ptx, resources.resources(built.log)
     if NVCC is None:
         pytest.skip("neither NVRTC nor nvcc to compile for a GPU with: pip install 'nvidia-cuda-nvrtc-cu12==12.6.*'")
-    command = [NVCC, f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", *macros, str(source.path())]
+    command = [NVCC, f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", *macros, str(source.path(name))]
     built = [
         subprocess.run([*command, kind, "-o", str(folder / kind)], capture_output=True, text=True, check=True)
         for kind in ("-ptx", "-cubin")
@@ -384,7 +396,7 @@ def _device_build(architecture: str, macros: list[str], folder: Path) -> tuple[s
 def test_compiles_for_the_device_without_spills(
     tmp_path: Path, architecture: str, dim: int, group: int, row: str, format_: str
 ) -> None:
-    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", f"-DFORMAT={FORMATS[format_]}"]
+    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", of_format(format_)]
     ptx, used = _device_build(architecture, macros, tmp_path)
     assert len(used) == 10
     assert all(kernel["spills"] == 0 for kernel in used.values()), used
@@ -394,11 +406,24 @@ def test_compiles_for_the_device_without_spills(
         assert nvrtc.isa(ptx) <= (8, 5), "JetPack 6 does not take newer PTX"
 
 
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+@pytest.mark.parametrize(("dim", "group", "row"), [(128, 1, "Half"), (80, 7, "Bfloat"), (256, 8, "Half")])
+def test_low_rank_rows_compile_for_the_device_without_spills(
+    tmp_path: Path, architecture: str, dim: int, group: int, row: str
+) -> None:
+    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}"]
+    ptx, used = _device_build(architecture, macros, tmp_path, source.LOW_RANK)
+    assert used.keys() == {"avl_attend_low_rank"}
+    assert all(kernel["spills"] == 0 for kernel in used.values()), used
+    assert ptx.count("ld.shared.v4.f32") >= 8, "coefficients are read four at a time"
+
+
 def test_the_recorded_resources_are_of_this_source() -> None:
     record = json.loads(RECORD.read_text())
-    assert record["source_sha256"] == digest(), f"record them again: {record['command']}"
-    assert len(record["cases"]) == 300
-    assert {case["format"] for case in record["cases"]} == FORMATS.keys()
+    sources = {name: digest(name) for name in (source.NAME, source.LOW_RANK)}
+    assert record["source_sha256"] == sources, f"record them again: {record['command']}"
+    assert len(record["cases"]) == 400
+    assert {case["format"] for case in record["cases"]} == {*FORMATS, LOW_RANK}
     for case in record["cases"]:
         assert tuple(map(int, case["ptx_isa"].split("."))) <= (8, 5)
         for name, kernel in case["kernels"].items():

@@ -8,18 +8,15 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from avl_edge.cache import Selected
 from avl_edge.checkpoint import load_weights
 from avl_edge.cuda import Kernels, KernelShape, NoCuda
 from avl_edge.cuda.driver import Argument, Grid
@@ -30,7 +27,7 @@ from avl_edge.trt import Attention, Sizes
 from tests import trt_calls
 from tests.conftest import Checkpoints
 from tests.cuda_on_cpu import HostDevice, ReferenceModule, at
-from tools.gpu import check, decode, model_speed, numerics, packed, plugin, report, sanitize, speed
+from tools.gpu import check, decode, low_rank, model_speed, numerics, packed, plugin, report, sanitize, speed
 from tools.gpu.place import CheckFailed, row_type
 
 SHAPES = (KernelShape(80, 4, "Half"), KernelShape(128, 1, "Bfloat"))
@@ -57,6 +54,12 @@ class Wrong(ReferenceModule):
 
     def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
         if self._fault == "nothing is appended" and kernel == "avl_append":
+            return
+        if self._fault == "positions are one off" and kernel == "avl_attend_low_rank":
+            positions = at(arguments[6], torch.int32, int(at(arguments[5], torch.int32, grid[2]).max()))
+            positions -= 1
+            super().launch(kernel, grid, threads, stream, arguments)
+            positions += 1
             return
         super().launch(kernel, grid, threads, stream, arguments)
         getattr(self, self._fault.replace(" ", "_"), lambda *_: None)(kernel, grid, arguments)
@@ -91,6 +94,12 @@ class Wrong(ReferenceModule):
             splits, heads = int(arguments[12].value or 0), grid[0] * self._group
             first = int(arguments[11].value or 0)
             at(arguments[14], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
+
+    def a_low_rank_part_is_left_out(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_attend_low_rank":
+            splits, heads = int(arguments[15].value or 0), grid[0] * self._group
+            first = int(arguments[14].value or 0)
+            at(arguments[20], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
 
     def a_scale_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_append" and not self._format.is_exact:
@@ -131,6 +140,9 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
     found = packed.check_shape(HostPlace(), shape)
     assert found.keys() == {"mixed_out_max", "mixed_scores_max", "look_max"}
     assert all(value <= 1e-2 for value in found.values())
+    found = low_rank.check_shape(HostPlace(), shape)
+    assert found.keys() == {"low_rank_out_max", "low_rank_scores_max"}
+    assert all(value <= 1e-2 for value in found.values())
 
 
 @pytest.mark.parametrize(
@@ -150,6 +162,9 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
         ("nothing is appended", packed.check_packing),
         ("a look is off", packed.check_choice),
         ("one row too many is chosen", packed.check_choice),
+        ("a low rank part is left out", low_rank.check_shape),
+        ("positions are one off", low_rank.check_shape),
+        ("a score is off", low_rank.check_shape),
         ("a prompts last is off", numerics.check_prompt),
         ("a prompts total is off", numerics.check_prompt),
     ],
@@ -194,6 +209,8 @@ def test_decode_checks_pass_on_kernels_that_are_right(model: decode.Model) -> No
         ("an output is off", decode.check_scenes_against_cpu),
         ("nothing is appended", decode.check_scenes_against_cpu),
         ("nothing is appended", decode.check_low_rank_against_cpu),
+        ("a low rank part is left out", decode.check_low_rank_against_cpu),
+        ("positions are one off", decode.check_low_rank_against_cpu),
     ],
 )
 def test_decode_checks_fail_on_kernels_that_are_wrong(
@@ -204,13 +221,8 @@ def test_decode_checks_fail_on_kernels_that_are_wrong(
 
 
 def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the device alone: of low-rank rows the first is read twice, of a scene's the order is turned."""
-    attend, after = StoredRows.attend, StoredRows.after
-
-    def doubled(self: StoredRows, cache: Any, layer: int, read: Sequence[Selected], *rest: Any) -> Any:
-        first = read[0]
-        ids = np.concatenate([first.ids[:1], first.ids[:-1]]) if self is ours else first.ids
-        return attend(self, cache, layer, [replace(first, ids=ids), *read[1:]], *rest)
+    """On the device alone, of a scene's rows the order is turned."""
+    after = StoredRows.after
 
     def turned(self: StoredRows, *arguments: Any) -> Any:
         keys, values = after(self, *arguments)
@@ -225,13 +237,9 @@ def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, mon
     ours: StoredRows | None = None
     decode_backend = decode.backend
     monkeypatch.setattr(decode, "backend", backend)
-    for name, fault, decodes in (
-        ("attend", doubled, decode.check_low_rank_against_cpu),
-        ("after", turned, decode.check_scenes_against_cpu),
-    ):
-        monkeypatch.setattr(StoredRows, name, fault)
-        with pytest.raises(CheckFailed, match="logits"):
-            decodes(HostPlace(), model)
+    monkeypatch.setattr(StoredRows, "after", turned)
+    with pytest.raises(CheckFailed, match="logits"):
+        decode.check_scenes_against_cpu(HostPlace(), model)
 
 
 def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +272,17 @@ def test_enough_layers_that_no_cache_holds_their_rows() -> None:
         larger = speed.beyond_caches(load)
         assert larger.layers * larger.bytes >= 512 * 2**20
         assert larger.layers >= 4
+
+
+def test_low_rank_rows_are_timed_over_their_bases() -> None:
+    load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=2, format="lowrank:16@5")
+    assert load.bytes == 2 * (20 * 2 * 16 + 5 * 2 * 2 * 64 * 2), "five coefficients end within a unit of 16 bytes"
+    assert speed.beyond_caches(load) == load
+    layers = speed.Layers(HostPlace(), load)
+    kernels = layers._kernels._modules
+    layers.selected()
+    assert kernels["exact"].launched == ["avl_attend_low_rank", "avl_merge"] * 2
+    assert speed.attention(HostPlace(), load, copy=10.0, rounds=2)["ms"] > 0
 
 
 def test_what_is_timed_is_attention_over_the_selected_rows() -> None:
@@ -422,9 +441,9 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = HostPlace()
     names = [name for name, _ in check.correctness(place) + check.speeds(place)]
-    assert len(names) == len(set(names)) == 30 + 30 + 6 + 1 + 2 + 2
+    assert len(names) == len(set(names)) == 30 + 30 + 30 + 6 + 1 + 2 + 2
     assert [name for name, _ in check.chosen(check.correctness(place), "d128*Half")] == []
-    assert len(check.chosen(check.correctness(place), "*d128*Half")) == 6
+    assert len(check.chosen(check.correctness(place), "*d128*Half")) == 9
     assert len(check.chosen(check.correctness(place), "sanitizer")) == 2
     assert check.check(lambda: (place, {"arch": "sm_87"}), "nonsense", True, tmp_path / "out.json", "") == 2
     assert "no check is named like 'nonsense'" in capsys.readouterr().err

@@ -5,16 +5,18 @@ Imports without CUDA; a GPU and ``cuda-python`` are needed by :meth:`Kernels.loa
 
 from __future__ import annotations
 
-from .compile import DTYPES, FORMATS, KernelShape, compiled, cubin
+from .compile import DTYPES, FORMATS, LOW_RANK, KernelShape, compiled, cubin, in_order, reader
 from .driver import Gpu, Module
 from .errors import CompileFailed, CudaError, NoCuda
 from .launch import Kernels
-from .pointers import Lists, Look, Pool, PromptHeads, Step, Workspace
+from .pointers import Bases, Lists, Look, Pool, PromptHeads, Step, Workspace
 from .source import digest
 
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "LOW_RANK",
+    "Bases",
     "CompileFailed",
     "CudaError",
     "Gpu",
@@ -31,4 +33,6 @@ __all__ = [
     "compiled",
     "cubin",
     "digest",
+    "in_order",
+    "reader",
 ]

@@ -3,17 +3,19 @@
     shape = KernelShape.of(head_dim=128, heads=32, kv_heads=8, dtype="bfloat16")
     image = cubin("sm_87", shape)                  # bytes; needs NVRTC, no GPU
     packed = cubin("sm_87", shape, "int8")
+    low_rank = cubin("sm_87", shape, LOW_RANK)     # of all ranks
 
 :class:`avl_edge.cuda.launch.Kernels` does this for the GPU at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import require
+from ..layout import Format
 from . import nvrtc as compilers
 from . import source
 from .store import CubinStore
@@ -22,7 +24,20 @@ DTYPES = {"float16": "Half", "bfloat16": "Bfloat"}
 """By the name that torch and safetensors use: the type of rows, queries and results."""
 
 FORMATS = {"exact": "Exact", "int8": "Int8", "int4": "Int4"}
-"""The row formats that the kernels read, in the order in which a step's parts stand, and their names in the source."""
+"""The row formats that have kernels of their own, in the order in which a step's parts stand, and their names in the
+source."""
+LOW_RANK = "lowrank"
+"""The kernel that all low-rank formats share; their parts stand behind the others'."""
+
+
+def reader(format_: str) -> str:
+    """Whose kernels read rows of a format: its own, or :data:`LOW_RANK`'s."""
+    return format_ if Format(format_).rank is None else LOW_RANK
+
+
+def in_order(formats: Collection[str]) -> tuple[str, ...]:
+    """Row formats in the order in which a step's parts stand."""
+    return (*(name for name in FORMATS if name in formats), *sorted(set(formats) - FORMATS.keys()))
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,9 @@ def cubin(
     newest: tuple[int, int] | None = None,
     folder: Path | None = None,
 ) -> bytes:
-    """The kernels of one row format as a module for one architecture; as :func:`compiled`."""
+    """The kernels of a :func:`reader` as a module for one architecture; as :func:`compiled`."""
+    if format_ == LOW_RANK:
+        return compiled(source.LOW_RANK, arch, shape.options, newest, folder)
     return compiled(source.NAME, arch, (*shape.options, f"-DFORMAT={FORMATS[format_]}"), newest, folder)
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 
-from .compile import KernelShape, cubin
+from ..layout import Format
+from .compile import LOW_RANK, KernelShape, cubin, reader
 from .driver import Argument, Gpu, Module
-from .pointers import Lists, Look, Pool, PromptHeads, Step, Workspace, aligned
+from .pointers import Bases, Lists, Look, Pool, PromptHeads, Step, Workspace, aligned
 
 _BLOCKS_ON_A_MULTIPROCESSOR = 3  # of avl_attend with 4 warps: 48 KB of shared memory each, of Orin's 164
 _WAVES = 3  # times the blocks that the GPU holds at once, so that its multiprocessors end together
@@ -25,7 +26,8 @@ _MULTIPROCESSORS_OF_ORIN = 16
 
 
 class Kernels:
-    """The kernels of one shape, launched through ``module`` and, where rows are packed, through one for each format."""
+    """The kernels of one shape, launched through ``module`` and, where rows are not exact, through one for each
+    :func:`~avl_edge.cuda.reader`."""
 
     def __init__(
         self,
@@ -34,8 +36,8 @@ class Kernels:
         multiprocessors: int = _MULTIPROCESSORS_OF_ORIN,
         packed: Callable[[str], Module] | None = None,
     ) -> None:
-        """``multiprocessors`` of the GPU decide how finely selections are split. ``packed`` gives the module of a
-        packed format, asked for once; without it rows are exact."""
+        """``multiprocessors`` of the GPU decide how finely selections are split. ``packed`` gives the module of another
+        reader, asked for once; without it rows are exact."""
         self.shape = shape
         self._modules = {"exact": module}
         self._multiprocessors = multiprocessors
@@ -49,17 +51,17 @@ class Kernels:
         """
         gpu = Gpu(device)
 
-        def load(format_: str) -> Module:
-            return gpu.load(cubin(gpu.arch, shape, format_, newest=gpu.cuda))
+        def load(name: str) -> Module:
+            return gpu.load(cubin(gpu.arch, shape, name, newest=gpu.cuda))
 
         return cls(load("exact"), shape, gpu.multiprocessors, load)
 
     def prepare(self, formats: Iterable[str]) -> None:
         """Have the kernels of these formats ready, so that no launch has to wait for a compiler; as :meth:`load`."""
-        for format_ in formats:
-            if format_ not in self._modules:
+        for name in map(reader, formats):
+            if name not in self._modules:
                 assert self._packed is not None, "kernels for exact rows only"
-                self._modules[format_] = self._packed(format_)
+                self._modules[name] = self._packed(name)
 
     def splits(self, kv_heads: int, rows: int) -> int:
         """S, the splits of a selection of up to ``rows`` rows, for every batch.
@@ -78,7 +80,8 @@ class Kernels:
         ``step.scores`` is given.
 
         ``address``: ``workspace.bytes`` of device memory. Exact rows take three launches, four with scores; another
-        format one more, and one where new rows are written in it; a look three, and one for each format.
+        format one more, low-rank ones too, and one where new rows are written in it; a look three, and one for each
+        format.
         """
         self.append_parts(step, pool, stream)
         if step.look is not None:
@@ -96,12 +99,18 @@ class Kernels:
                 self.append(step.new_keys, step.new_values, slots, lists.batch, pool, stream, format_)
 
     def attend_parts(self, step: Step, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
-        """``step.out`` and the workspace's log_sums, over the rows of all parts; its logits where scores are wanted."""
+        """``step.out`` and the workspace's log_sums, over the rows of all parts; its logits where scores are wanted,
+        and of low-rank rows."""
         lists, splits = step.lists, workspace.splits
         sums, states, log_sums = (address + place for place in (workspace.sums, workspace.states, workspace.log_sums))
-        logits = address + workspace.logits if step.scores else 0
-        for part in range(len(lists.formats)):
-            self.attend(step.query, pool, lists, part, splits, sums, states, logits, stream)
+        logits = address + workspace.logits
+        for part, format_ in enumerate(lists.formats):
+            if reader(format_) == LOW_RANK:
+                assert step.bases is not None, "low-rank rows come with their bases"
+                self.attend_low_rank(step.query, pool, lists, part, step.bases, splits, sums, states, logits, stream)
+            else:
+                wanted = logits if step.scores else 0
+                self.attend(step.query, pool, lists, part, splits, sums, states, wanted, stream)
         self.merge(sums, states, lists, workspace.heads, splits, step.out, log_sums, stream)
 
     def score_parts(self, step: Step, workspace: Workspace, address: int, stream: int) -> None:
@@ -155,6 +164,30 @@ class Kernels:
         grid = (pool.kv_heads, splits, lists.batch)
         results = _p(sums, states, logits)
         self._launch("avl_attend", grid, stream, inputs, numbers, results, format_=lists.formats[part])
+
+    def attend_low_rank(
+        self,
+        query: int,
+        pool: Pool,
+        lists: Lists,
+        part: int,
+        bases: Bases,
+        splits: int,
+        sums: int,
+        states: int,
+        logits: int,
+        stream: int,
+    ) -> None:
+        """avl_attend_low_rank: as :meth:`attend` for a low-rank part, whose ``logits`` it needs in any case."""
+        format_ = Format(lists.formats[part])
+        inputs = (*_p(query), *_pool(pool), *_p(lists.rows, *lists.part(part)))
+        rebuilt_with = _p(bases.positions, bases.ids, bases.angles)
+        numbers = _i(*pool.strides, lists.capacity, part * splits, len(lists.formats) * splits)
+        ranks = _i(bases.rank, format_.read_rank, format_.packs_coefficients)
+        grid, results = (pool.kv_heads, splits, lists.batch), _p(sums, states, logits)
+        self._launch(
+            "avl_attend_low_rank", grid, stream, inputs, rebuilt_with, numbers, ranks, results, format_=format_.name
+        )
 
     def merge(
         self, sums: int, states: int, lists: Lists, heads: int, splits: int, out: int, log_sums: int, stream: int
@@ -274,7 +307,7 @@ class Kernels:
     ) -> None:
         flat = [argument for part in arguments for argument in part]
         self.prepare((format_,))
-        self._modules[format_].launch(kernel, grid, 32 * self.shape.warps, stream, flat)
+        self._modules[reader(format_)].launch(kernel, grid, 32 * self.shape.warps, stream, flat)
 
 
 def _p(*addresses: int) -> tuple[Argument, ...]:

@@ -89,11 +89,12 @@ class Workspace:
         scores: bool,
         parts: int = 1,
         looked: int = 0,
+        low_rank: bool = False,
     ) -> Workspace:
         """Float32 sums ``[B, P * S, H, d]``, states ``[B, P * S, H, 2]``, log_sums ``[B, H]``, weights ``[looked]``;
-        with ``scores`` also logits ``[H, capacity]``, and ``[H, looked]`` in any case."""
+        with ``scores`` or ``low_rank`` parts also logits ``[H, capacity]``, and ``[H, looked]`` in any case."""
         results = batch * parts * splits * heads
-        logits = max(capacity if scores else 0, looked)
+        logits = max(capacity if scores or low_rank else 0, looked)
         sizes = (4 * results * shape.head_dim, 8 * results, 4 * batch * heads, 4 * looked, 4 * heads * logits)
         places = [0]
         for size in sizes:
@@ -119,6 +120,21 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Bases:
+    """What a step's low-rank rows are rebuilt with.
+
+    ``ids`` int32 ``[B, rank]``: the exact rows that are each sequence's basis, of which its parts read the first ones;
+    ``positions`` int32 ``[capacity]`` of the listed rows; ``angles`` row ``[context, 2, d / 2]``: RoPE's cosines and
+    sines by position.
+    """
+
+    ids: int
+    rank: int
+    positions: int
+    angles: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Pointers of one layer of a decode step.
 
@@ -126,7 +142,7 @@ class Step:
     of each new token's row in the part of its format, negative: none; ``lists``: what each sequence reads, its new
     token's row among them; ``out`` row ``[B, H, d]``, zeros for a sequence that reads nothing; ``scores`` float32
     ``[capacity]``, or 0 where nobody asks; ``written``: the formats in which there are new rows; ``look``: where rows
-    are chosen within the step.
+    are chosen within the step; ``bases``: where parts are low-rank.
     """
 
     query: int
@@ -138,6 +154,7 @@ class Step:
     scores: int = 0
     written: tuple[str, ...] = ("exact",)
     look: Look | None = None
+    bases: Bases | None = None
 
 
 @dataclass(frozen=True)

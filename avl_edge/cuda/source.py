@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import NoCuda
 
-NAME = "core_attention.cu"
+NAME, LOW_RANK = "core_attention.cu", "low_rank.cu"
 _HERE = Path(__file__).resolve().parent
 _PLACES = (_HERE, _HERE.parents[1] / "plugins" / "cuda")
 """In an installed package (setup.py copies them), and in the repository."""

@@ -1,7 +1,7 @@
 """The torch backend on a GPU. ``TorchBackend`` is the oracle: same policies, same cache, same order of events.
 
-Rows lie in device memory. Our kernels read exact ones and those packed in int8 and int4 there, several formats in one
-softmax; low-rank rows are rebuilt and attended by torch's operators, there too. What waits for what:
+Rows lie in device memory. Our kernels read them there, exact, packed or low-rank, several formats in one softmax. What
+waits for what:
 
 - Prefill: once per layer whose scores a policy asks for, since the policy chooses on the host which rows that layer
   stores, or for which a low-rank basis is fitted; and once at its end, for the logits. A scene likewise.
@@ -21,11 +21,6 @@ sequence of the batch reads cost nothing: a step of exact rows launches what it 
 numbers of splits do not depend on the bucket; the matrix products may, as their library chooses another algorithm for
 another batch, so that a sequence's last bits can change with its neighbours.
 
-A step in which somebody reads low-rank rows is not recorded: its operators are launched one by one, the weights still
-read once for the whole batch, and the others' rows by the kernels (:mod:`avl_edge.cuda_backend.low_rank`). The ids of
-low-rank rows are copied layer by layer, which nobody waits for either. A sequence whose low-rank rows are not read in a
-step (A-VL between two refreshes) does not keep it from being recorded.
-
 Shown on a CPU: the whole path on kernels by reference and by emulation, and that no operator of a step leaves the
 device or waits. Left to a GPU, which this has not seen yet: recording and replay, and the speed; tools/gpu/check.py is
 for that.
@@ -34,6 +29,7 @@ for that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Index, SequenceCache
-from ..cuda import FORMATS, Kernels, KernelShape, Pool, PromptHeads
+from ..cuda import Kernels, KernelShape, Pool, PromptHeads
 from ..models import Llava
 from ..pool import RowStore
 from ..prefill import Attention, Prefill
@@ -50,8 +46,7 @@ from ..shared import SceneCache
 from ..spec import TextSpec
 from ..steps import Accelerator, Bucket, CudaDevice, Reads, RecordedSteps
 from ..stored import StoredRows, in_order
-from .low_rank import LowRankReads
-from .step import DecodeStep, address
+from .step import DecodeStep, address, rope_table
 
 _LOGITS_BYTES = 64 * 2**20
 """For the scores of a prompt, whose queries are taken in pieces that fit."""
@@ -81,10 +76,7 @@ class CudaBackend:
         self._prefill = Prefill(model, self._rows, self._score)
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
-        self._scale = text.head_dim**-0.5
-        self._steps = RecordedSteps(
-            accelerator, lambda bucket: DecodeStep(model, kernels, self._pool, accelerator, bucket, self._splits)
-        )
+        self._steps = RecordedSteps(accelerator, self._new_step)
 
     @classmethod
     def on_gpu(cls, model: Llava, store: RowStore, accelerator: CudaDevice) -> CudaBackend:
@@ -95,6 +87,14 @@ class CudaBackend:
         shape = kernel_shape(model.spec.text, model.dtype)
         return cls(model, store, Kernels.load(shape, accelerator.device.index or 0), accelerator)
 
+    def _new_step(self, bucket: Bucket) -> DecodeStep:
+        angles = self._angles if bucket.rank else None
+        return DecodeStep(self._model, self._kernels, self._pool, self._accelerator, bucket, self._splits, angles)
+
+    @cached_property
+    def _angles(self) -> Tensor:
+        return rope_table(self._model, self._accelerator.device)
+
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         """The features stay on the device."""
@@ -102,12 +102,12 @@ class CudaBackend:
 
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         """The last token's logits ``[vocabulary]``, on the CPU."""
-        self._kernels.prepare(FORMATS.keys() & cache.formats.by_tier().values())
+        self._kernels.prepare(cache.formats.by_tier().values())
         return self._prefill.run(prompt, features, cache).cpu()
 
     def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
         """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
-        self._kernels.prepare(FORMATS.keys() & cache.formats.by_tier().values())
+        self._kernels.prepare(cache.formats.by_tier().values())
         self._prefill.look(prompt, features, cache)
         self._accelerator.synchronize()
 
@@ -149,13 +149,8 @@ class CudaBackend:
         layers = range(self._model.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
         reads = [_reads(cache, layers) for cache in caches]
-        low = LowRankReads(self._rows, self._accelerator, caches, [own.rows for own in reads], self._scale)
-        listed = [own if number not in low.numbers else own.elsewhere for number, own in enumerate(reads)]
-        scores = any(cache.wants_scores for number, cache in enumerate(caches) if number not in low.numbers)
-        step = self._steps.of(Bucket.of(listed, scores))
-        beside = low.attend if low.numbers else None
-        with self._steps.run(step, token_ids, positions, slots, listed, logits=logits, beside=beside):
-            low.fetch()
+        step = self._steps.of(Bucket.of(reads, any(cache.wants_scores for cache in caches)))
+        with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores and not cache.picks_core:
                     for layer in layers:
@@ -163,20 +158,16 @@ class CudaBackend:
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores or cache.picks_core:
                 for layer in layers:
-                    self._settle(step, low, number, cache, own, layer)
+                    self._settle(step, number, cache, own, layer)
         return step
 
-    def _settle(
-        self, step: DecodeStep, low: LowRankReads, number: int, cache: SequenceCache, reads: Reads, layer: int
-    ) -> None:
+    def _settle(self, step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> None:
         """What a sequence that waited for the step's results does with them in one layer."""
         if reads.looked:
             cache.set_core(layer, step.picked(layer, number, reads.looked[layer].format))
             cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
         scores = None
-        if cache.wants_scores and number in low.numbers:
-            scores = low.scores(layer, number)
-        elif cache.wants_scores:
+        if cache.wants_scores:
             read = reads.rows[layer]
             scores = in_order(read, [step.scores(layer, number, each.format) for each in read])
         self._rows.move(cache, layer, cache.settle(layer, scores))
@@ -186,6 +177,7 @@ def _reads(cache: SequenceCache, layers: range) -> Reads:
     """What a sequence reads in the step that has begun."""
     looked = [cache.rows_to_look_at(layer)[0] for layer in layers] if cache.picks_core else []
     if not any(len(each.ids) for each in looked):  # of a text alone there is nothing to choose
-        return Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text)
+        rows = [cache.rows_to_read(layer) for layer in layers]
+        return Reads(rows, cache.formats.text, basis=[cache.rows.layers[layer].basis for layer in layers])
     share, most = cache.nucleus
     return Reads([[cache.text_rows(layer)] for layer in layers], cache.formats.text, looked, share, most)

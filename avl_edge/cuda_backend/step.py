@@ -7,21 +7,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cuda import Kernels, Lists, Look, Pool, Step, Workspace
+from ..cuda import Bases, Kernels, Lists, Look, Pool, Step, Workspace
 from ..models import Llava
-from ..steps import Accelerator, Beside, Bucket, RecordedStep, StepTables
+from ..steps import Accelerator, Bucket, RecordedStep, StepTables
 
 
 class DecodeStep(RecordedStep):
     """A step of the torch model. What the device runs touches only memory that is allocated here, the weights and the
-    pool, and asks the host for nothing: it is recorded once and launched as a whole, unless something attends beside
-    it."""
+    pool, and asks the host for nothing: it is recorded once and launched as a whole."""
 
     def __init__(
-        self, model: Llava, kernels: Kernels, pool: Pool, accelerator: Accelerator, bucket: Bucket, splits: int
+        self,
+        model: Llava,
+        kernels: Kernels,
+        pool: Pool,
+        accelerator: Accelerator,
+        bucket: Bucket,
+        splits: int,
+        angles: Tensor | None = None,
     ) -> None:
+        """``angles``: RoPE's by position (see :func:`rope_table`), for low-rank rows."""
         text, device = model.spec.text, accelerator.device
-        self._model, self._kernels, self._pool = model, kernels, pool
+        self._model, self._kernels, self._pool, self._angles = model, kernels, pool, angles
         batch = bucket.batch
         self._workspace = Workspace.of(
             kernels.shape,
@@ -32,6 +39,7 @@ class DecodeStep(RecordedStep):
             scores=bucket.scores,
             parts=len(bucket.formats),
             looked=bucket.looked,
+            low_rank=bucket.rank > 0,
         )
         self._scratch = torch.empty(self._workspace.bytes, dtype=torch.uint8, device=device)
         self._attended = torch.empty(batch, text.heads, text.head_dim, dtype=model.dtype, device=device)
@@ -48,15 +56,13 @@ class DecodeStep(RecordedStep):
             self._ends = torch.zeros(len(bucket.formats) * batch, dtype=torch.int32, device=device)
         super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs)
 
-    def run(self, beside: Beside | None = None) -> None:
+    def run(self) -> None:
         decoder, tables = self._model.decoder, self.tables
         hidden = decoder.embed(tables.device_tokens)
         angles = decoder.angles(tables.device_positions)
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             self._attend(index, query.contiguous(), key.contiguous(), value.contiguous())
-            if beside is not None:
-                beside(index, query, self._attended)
             hidden = layer.finish(hidden, self._attended)
         logits = self._outputs["logits"]
         logits.copy_(decoder.logits(hidden))
@@ -77,6 +83,7 @@ class DecodeStep(RecordedStep):
             scores=0 if scores is None else address(scores[layer]),
             written=bucket.written,
             look=look,
+            bases=self._bases(layer),
         )
         stream = self._accelerator.stream()
         self._kernels.step(step, self._pool, self._workspace, address(self._scratch), stream)
@@ -91,6 +98,19 @@ class DecodeStep(RecordedStep):
             listed=address(tables.device_listed[layer]),
             picked=address(self._outputs["picked"][layer]),
         )
+
+    def _bases(self, layer: int) -> Bases | None:
+        if self._angles is None:
+            return None
+        ids, positions = self.tables.device_bases[layer], self.tables.device_row_positions[layer]
+        return Bases(address(ids), self.tables.bucket.rank, address(positions), address(self._angles))
+
+
+def rope_table(model: Llava, device: torch.device) -> Tensor:
+    """The cosines and sines that the model rotates keys by, at every position: ``[context, 2, d / 2]``."""
+    text = model.spec.text
+    both = torch.cat(model.decoder.angles(torch.arange(text.context, device=device)), dim=1)
+    return both[..., : text.head_dim // 2].contiguous()  # of each the halves of a head have the same
 
 
 def address(tensor: Tensor) -> int:

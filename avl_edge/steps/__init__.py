@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from .device import Accelerator, CudaDevice
-from .recorded import Beside, RecordedStep, RecordedSteps
+from .recorded import RecordedStep, RecordedSteps
 from .tables import Bucket, Reads, StepTables
 
 __all__ = [
     "Accelerator",
-    "Beside",
     "Bucket",
     "CudaDevice",
     "Reads",

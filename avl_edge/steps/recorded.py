@@ -17,9 +17,6 @@ from .tables import Bucket, Reads, StepTables
 
 _KEPT = 12
 """Steps that are kept; each holds its tables and scratch memory, tens of MB for a 7B model and a large batch."""
-Beside = Callable[[int, Tensor, Tensor], None]
-"""What attends beside the kernels: of a layer by its number it takes query ``[B, H, d]``, and puts what is its own into
-what was attended, ``[B, H, d]``. The new rows are written when it is called."""
 
 
 class RecordedStep(ABC):
@@ -36,20 +33,16 @@ class RecordedStep(ABC):
         self._replay: Callable[[], None] | None = None
 
     @abstractmethod
-    def run(self, beside: Beside | None = None) -> None:
+    def run(self) -> None:
         """The step on the device, from its tables to its outputs. Running it twice is running it once."""
 
-    def start(self, *, logits: bool, beside: Beside | None = None) -> None:
+    def start(self, *, logits: bool) -> None:
         """Queue everything: tables up, the step, and down come the likeliest tokens, the scores and the choices of a
-        bucket that has them and, when asked for, the logits. With ``beside`` the step is launched operator by operator,
-        from the same tables."""
+        bucket that has them and, when asked for, the logits."""
         self.tables.upload()
-        if beside is not None:
-            self.run(beside)
-        else:
-            if self._replay is None:
-                self._replay = self._accelerator.record(self.run)
-            self._replay()
+        if self._replay is None:
+            self._replay = self._accelerator.record(self.run)
+        self._replay()
         for name, output in self._outputs.items():
             if logits or name != "logits":
                 self._results[name].copy_(output, non_blocking=True)
@@ -101,7 +94,6 @@ class RecordedSteps(OrderedDict[Bucket, S]):
         reads: Sequence[Reads],
         *,
         logits: bool,
-        beside: Beside | None = None,
     ) -> Iterator[None]:
         """Fill a step's tables and start it: ``slots[sequence]`` ``[L]``, the others as :meth:`StepTables.fill` takes
         them. What stands in the ``with`` is done by the host meanwhile; the results are there at its end."""
@@ -109,7 +101,7 @@ class RecordedSteps(OrderedDict[Bucket, S]):
             self._accelerator.synchronize()
         step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
         self._under_way = True
-        step.start(logits=logits, beside=beside)
+        step.start(logits=logits)
         yield
         self._accelerator.synchronize()
         self._under_way = False

@@ -2,10 +2,12 @@
 
     tokens [B] | positions [B] | limits [B * 2] | slots [L, P * B] | offsets [L, P * B + 1] | rows [L, capacity]
     and where rows are looked at:  listed [L, P * B] | of_looked [L, P * B + 1] | looked [L, looked]
+    and where rows are low-rank:   row_positions [L, capacity] | bases [L, B * rank]
 
 B sequences of a bucket, some of which may be missing, L layers, P row formats; rows of a table begin at multiples of 16
 bytes. Sizes are fixed, so that a CUDA graph finds everything where it was; how much of it counts is in ``offsets``. The
-block weighs 4 bytes per listed row and layer, beside the hundreds or thousands that attention reads of each.
+block weighs 4 bytes per listed row and layer, 8 with low-rank rows, beside the hundreds or thousands that attention
+reads of each.
 
 A list is that of one sequence and format, and lists stand format by format. Where rows are chosen within the step, a
 list has room behind ``listed`` for those that the device puts there.
@@ -22,31 +24,29 @@ import torch
 from torch import Tensor
 
 from ..cache import Selected
-from ..cuda import FORMATS
+from ..cuda import in_order
+from ..layout import Format
 from .device import Accelerator
 
 Ints = npt.NDArray[np.int32]
 _SMALLEST = 256
 _WHOLE = 2**30
-_NO_ROWS: Ints = np.empty(0, dtype=np.int32)
+_EMPTY: Ints = np.empty(0, dtype=np.int32)
+_NO_ROWS = Selected("", _EMPTY.astype(np.int64), _EMPTY, _EMPTY)
 
 
 @dataclass(frozen=True)
 class Reads:
     """What one sequence reads in a step: ``rows[layer]``, and of ``looked[layer]``, which are of one format, at most
     ``most`` rows that hold ``share`` of their coarse weight (1: always as many as that). ``text`` is the format of its
-    new row."""
+    new row; ``basis[layer]`` what it has for low-rank rows."""
 
     rows: Sequence[Sequence[Selected]]
     text: str = "exact"
     looked: Sequence[Selected] = ()
     share: float = 1
     most: int = 0
-
-    @property
-    def elsewhere(self) -> Reads:
-        """The same for the kernels where something else attends the rows: its new one is all that is theirs."""
-        return Reads([()] * len(self.rows), self.text)
+    basis: Sequence[Ints] = ()
 
     def room(self, layer: int) -> int:
         """Rows that may be chosen."""
@@ -67,6 +67,11 @@ class Bucket:
     looked: int = 0
     looks: tuple[str, ...] = ()
 
+    @property
+    def rank(self) -> int:
+        """The most directions of a basis that rows are read by; 0 where none are low-rank."""
+        return max(Format(name).basis_rows_read for name in self.formats)
+
     @classmethod
     def of(cls, reads: Sequence[Reads], scores: bool) -> Bucket:
         """The smallest one that holds a step of these sequences: a power of two of them, and of rows a power of two, or
@@ -82,10 +87,10 @@ class Bucket:
             1 << (len(reads) - 1).bit_length(),
             room_for(rows),
             scores,
-            _in_order(read | looks | written),
-            _in_order(written),
+            in_order(read | looks | written),
+            in_order(written),
             room_for(looked) if looked else 0,
-            _in_order(looks) if looked else (),
+            in_order(looks) if looked else (),
         )
 
 
@@ -100,10 +105,6 @@ def _aligned(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _in_order(names: set[str]) -> tuple[str, ...]:
-    return tuple(name for name in FORMATS if name in names)
-
-
 class StepTables:
     """The block on the host and on the device, and where its tables lie in it."""
 
@@ -115,6 +116,7 @@ class StepTables:
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
         widths += [(layers, bucket.capacity)]
         widths += [(layers, lists), (layers, lists + 1), (layers, bucket.looked)] if bucket.looked else []
+        widths += [(layers, bucket.capacity), (layers, batch * bucket.rank)] if bucket.rank else []
         strides = [width if dense else _aligned(width, 4) for _, width in widths]
         sizes = [_aligned(count * stride, 64) for (count, _), stride in zip(widths, strides, strict=True)]
         starts = np.cumsum([0, *sizes])
@@ -130,13 +132,16 @@ class StepTables:
         self._host.zero_()
         host = [table.numpy() for table in tables(self._host)]
         self._tokens, self._positions, self._limits, self._slots, self.offsets, self._rows = host[:6]
-        tokens, positions, limits, self.device_slots, self.device_offsets, self.device_rows, *looks = tables(
+        tokens, positions, limits, self.device_slots, self.device_offsets, self.device_rows, *rest = tables(
             self._device
         )
         self.device_tokens, self.device_positions, self.device_limits = tokens[0], positions[0], limits[0]
         if bucket.looked:
-            self._listed, self.of_looked, self._looked = host[6:]
-            self.device_listed, self.device_of_looked, self.device_looked = looks
+            self._listed, self.of_looked, self._looked = host[6:9]
+            self.device_listed, self.device_of_looked, self.device_looked = rest[:3]
+        if bucket.rank:
+            self._row_positions, self._bases = host[-2:]
+            self.device_row_positions, self.device_bases = rest[-2:]
 
     def fill(
         self,
@@ -159,12 +164,26 @@ class StepTables:
         lists = [self._lists([each.rows[layer] for each in reads]) for layer in self._range]
         if self.bucket.looked:
             self._fill_with_room(lists, reads)
-            return
-        np.cumsum(self._lengths(lists), axis=1, dtype=np.int32, out=self.offsets[:, 1:])
-        for layer, ids in enumerate(lists):
-            np.concatenate(ids, out=self._rows[layer, : self.offsets[layer, -1]])
+        else:
+            np.cumsum(self._lengths(lists), axis=1, dtype=np.int32, out=self.offsets[:, 1:])
+            for layer, of_layer in enumerate(lists):
+                np.concatenate([each.ids for each in of_layer], out=self._rows[layer, : self.offsets[layer, -1]])
+        if self.bucket.rank:
+            self._fill_low_rank(lists, reads)
 
-    def _fill_with_room(self, lists: Sequence[Sequence[Ints]], reads: Sequence[Reads]) -> None:
+    def _fill_low_rank(self, lists: Sequence[Sequence[Selected]], reads: Sequence[Reads]) -> None:
+        """The positions of the listed rows, and each sequence's basis."""
+        rank = self.bucket.rank
+        for layer, of_layer in enumerate(lists):
+            for own, at in zip(of_layer, self._numbers(len(reads)), strict=True):
+                begin = self.offsets[layer, at]
+                self._row_positions[layer, begin : begin + len(own.ids)] = own.positions
+        for number, each in enumerate(reads):
+            for layer, basis in enumerate(each.basis):
+                ids = basis[:rank]
+                self._bases[layer, number * rank : number * rank + len(ids)] = ids
+
+    def _fill_with_room(self, lists: Sequence[Sequence[Selected]], reads: Sequence[Reads]) -> None:
         """The rows that are listed, room behind them for those that are chosen, and what those are chosen from."""
         lengths, rooms = self._lengths(lists), np.zeros_like(self._listed)
         looked = [self._lists([[each.looked[layer]] if each.looked else [] for each in reads]) for layer in self._range]
@@ -176,19 +195,20 @@ class StepTables:
         self._listed[:] = self.offsets[:, :-1] + lengths
         np.cumsum(self._lengths(looked), axis=1, dtype=np.int32, out=self.of_looked[:, 1:])
         for layer in self._range:
-            np.concatenate(looked[layer], out=self._looked[layer, : self.of_looked[layer, -1]])
-            for ids, number in zip(lists[layer], self._numbers(len(reads)), strict=True):
-                self._rows[layer, self.offsets[layer, number] : self._listed[layer, number]] = ids
+            candidates = [own.ids for own in looked[layer]]
+            np.concatenate(candidates, out=self._looked[layer, : self.of_looked[layer, -1]])
+            for own, number in zip(lists[layer], self._numbers(len(reads)), strict=True):
+                self._rows[layer, self.offsets[layer, number] : self._listed[layer, number]] = own.ids
 
-    def _lists(self, selected: Sequence[Sequence[Selected]]) -> list[Ints]:
-        """The ids that each sequence selects, format by format."""
+    def _lists(self, selected: Sequence[Sequence[Selected]]) -> list[Selected]:
+        """What each sequence selects, format by format."""
         return [_of_format(name, own) for name in self.bucket.formats for own in selected]
 
-    def _lengths(self, lists: Sequence[Sequence[Ints]]) -> npt.NDArray[np.int32]:
+    def _lengths(self, lists: Sequence[Sequence[Selected]]) -> npt.NDArray[np.int32]:
         """How long each list is, int32 ``[L, P * B]``."""
         parts, batch = len(self.bucket.formats), self.bucket.batch
         lengths = np.zeros((self._layers, parts, batch), dtype=np.int32)
-        counts = np.array([[len(ids) for ids in of_layer] for of_layer in lists], dtype=np.int32)
+        counts = np.array([[len(each.ids) for each in of_layer] for of_layer in lists], dtype=np.int32)
         lengths[:, :, : len(lists[0]) // parts] = counts.reshape(self._layers, parts, -1)
         return lengths.reshape(self._layers, -1)
 
@@ -206,8 +226,8 @@ class StepTables:
         self._device.copy_(self._host, non_blocking=True)
 
 
-def _of_format(name: str, selected: Sequence[Selected]) -> Ints:
+def _of_format(name: str, selected: Sequence[Selected]) -> Selected:
     for each in selected:
         if each.format == name:
-            return each.ids
+            return each
     return _NO_ROWS

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..engine import STEP
 from ..export import bindings as names
 from ..pool import RowStore
-from ..steps import Accelerator, Beside, Bucket, RecordedStep, StepTables
+from ..steps import Accelerator, Bucket, RecordedStep, StepTables
 from .engines import Buffers, Engines, pool_dims, pool_of
 
 
@@ -62,8 +62,7 @@ class EngineStep(RecordedStep):
         outputs |= {"scores": self._buffers[names.ROW_SCORES]} if bucket.scores else {}
         super().__init__(accelerator, tables, outputs)
 
-    def run(self, beside: Beside | None = None) -> None:
-        assert beside is None, "an engine's step runs whole"
+    def run(self) -> None:
         buffers, stream = self._buffers, self._accelerator.stream()
         self._context.run(buffers.dims, buffers.addresses, stream)
         torch.argmax(buffers[names.LOGITS], dim=-1, out=self._tokens)

@@ -11,7 +11,8 @@
 // Rows of several formats share one softmax. Each format has these kernels, compiled with -DFORMAT, and its own
 // avl_attend reads what the batch selects of it, a *part*: partial results of all parts and their splits stand side by
 // side in one workspace, and one avl_merge joins them. Parts come one after the other in one list of ids: sequence b
-// reads of part p the rows begins[p * B + b] to ends[p * B + b] - 1 of it.
+// reads of part p the rows begins[p * B + b] to ends[p * B + b] - 1 of it. The avl_attend of low-rank parts is another
+// kernel, in low_rank.cu.
 //
 // The kernels, in the order in which a layer launches them. Grids are (x, y, z); a block has 32 * WARPS threads and
 // no dynamic shared memory. B sequences, P parts, H query and H_kv key/value heads, H = GROUP * H_kv, S >= 1 splits of

@@ -30,16 +30,8 @@ __device__ __forceinline__ float sum_column(const float* logits, long long strid
 
 // The logarithm of the sum of 2^logit over a row of logits, by one warp; in all of its lanes.
 __device__ __forceinline__ float log_sum(const float* logits, int count) {
-    float peak = kLowest, mass = 0;
-#pragma unroll 8
-    for (int i = lane_index(); i < count; i += 32) peak = fmaxf(peak, logits[i]);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) peak = fmaxf(peak, __shfl_xor_sync(kAll, peak, mask));
-#pragma unroll 8
-    for (int i = lane_index(); i < count; i += 32) mass += exp2_approx(logits[i] - peak);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) mass += __shfl_xor_sync(kAll, mass, mask);
-    return peak + log2_approx(mass);
+    const State state = state_of(logits, count);
+    return state.peak + log2_approx(state.mass);
 }
 
 // Where the partial results of one sequence and head stand, of the parts that read rows of it.

@@ -32,6 +32,20 @@ static_assert(STAGES >= 2, "one tile is read while another arrives");
 // A part of a softmax: its largest logit, and the sum of 2^(logit - peak).
 struct State { float peak, mass; };
 
+// That of a row of logits, by one warp; in all of its lanes.
+__device__ __forceinline__ State state_of(const float* logits, int count) {
+    float peak = kLowest, mass = 0;
+#pragma unroll 8
+    for (int i = lane_index(); i < count; i += 32) peak = fmaxf(peak, logits[i]);
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) peak = fmaxf(peak, __shfl_xor_sync(kAll, peak, mask));
+#pragma unroll 8
+    for (int i = lane_index(); i < count; i += 32) mass += exp2_approx(logits[i] - peak);
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) mass += __shfl_xor_sync(kAll, mass, mask);
+    return {peak, mass};
+}
+
 // Rows of a split: every one but the last has as many, a whole number of tiles. Splits past the last row have none.
 __device__ __forceinline__ int rows_per_split(int count, int splits) {
     return ceil_div(ceil_div(count, splits), kTile) * kTile;

@@ -2,9 +2,9 @@
 
     python plugins/cuda/resources.py docs/measurements/cuda_resources.json
 
-writes registers, shared memory and spills of every kernel, for each shape, row format and architecture. NVRTC comes
-with the wheel `nvidia-cuda-nvrtc-cu12` (12.6 is what JetPack 6 has, and emits PTX that its driver accepts) or from an
-installed CUDA.
+writes registers, shared memory and spills of every kernel of a decode step, for each shape, row format and
+architecture. NVRTC comes with the wheel `nvidia-cuda-nvrtc-cu12` (12.6 is what JetPack 6 has, and emits PTX that its
+driver accepts) or from an installed CUDA.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from avl_edge.cuda import FORMATS, KernelShape, NoCuda, digest, nvrtc, source
+from avl_edge.cuda import FORMATS, LOW_RANK, KernelShape, NoCuda, digest, nvrtc, source
 
 ARCHITECTURES = ("sm_87", "sm_90")
 HEAD_SIZES, GROUPS, ROWS = (64, 80, 96, 128, 256), (1, 2, 4, 7, 8), ("Half", "Bfloat")
-BY_FORMAT = ("avl_append", "avl_attend", "avl_look")
+BY_FORMAT = ("avl_append", "avl_attend", "avl_look", "avl_attend_low_rank")
 """The kernels that depend on the format of rows; the others are the same for all."""
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)'.*?"
@@ -32,9 +32,12 @@ _KERNEL = re.compile(
 
 
 def compile_for(compiler: nvrtc.Nvrtc, architecture: str, shape: KernelShape, format_: str) -> nvrtc.Compiled:
-    """The kernels of one shape and format, with the assembler's account of them in the log."""
-    options = ("--ptxas-options=-v", *shape.options, f"-DFORMAT={FORMATS[format_]}")
-    return compiler.compile(source.read(), source.NAME, architecture, options)
+    """The kernels of one shape and format, or of all low-rank ones, with the assembler's account of them in the log."""
+    options = ("--ptxas-options=-v", *shape.options)
+    if format_ == LOW_RANK:
+        return compiler.compile(source.read(source.LOW_RANK), source.LOW_RANK, architecture, options)
+    of_format = f"-DFORMAT={FORMATS[format_]}"
+    return compiler.compile(source.read(), source.NAME, architecture, (*options, of_format))
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
@@ -52,7 +55,8 @@ def resources(log: str) -> dict[str, dict[str, int]]:
 
 def measure(compiler: nvrtc.Nvrtc, command: str) -> dict[str, Any]:
     cases = []
-    for architecture, dim, group, row, format_ in product(ARCHITECTURES, HEAD_SIZES, GROUPS, ROWS, FORMATS):
+    readers = (*FORMATS, LOW_RANK)
+    for architecture, dim, group, row, format_ in product(ARCHITECTURES, HEAD_SIZES, GROUPS, ROWS, readers):
         built = compile_for(compiler, architecture, KernelShape(dim, group, row), format_)
         case = {"architecture": architecture, "head_dim": dim, "group": group, "row": row, "format": format_}
         isa = "{}.{}".format(*nvrtc.isa(built.ptx))
@@ -63,7 +67,7 @@ def measure(compiler: nvrtc.Nvrtc, command: str) -> dict[str, Any]:
         "command": command,
         "date": date.today().isoformat(),
         "nvrtc": str(compiler),
-        "source_sha256": digest(),
+        "source_sha256": {name: digest(name) for name in (source.NAME, source.LOW_RANK)},
         "cases": cases,
     }
 

@@ -26,7 +26,7 @@ from avl_edge.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
 from avl_edge.runtime import DEMO
 from avl_edge.spec import read_spec
 from avl_edge.steps import CudaDevice
-from tools.gpu import decode, model_speed, numerics, packed, report, speed
+from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
 from tools.gpu.place import GpuPlace, Place
 from tools.gpu.plugin import check_plugin
 from tools.gpu.sanitize import TOOLS, check_sanitizer
@@ -41,6 +41,7 @@ def correctness(place: Place) -> list[report.Check]:
     return [
         *((f"numerics {_named(shape)}", partial(numerics.check_shape, place, shape)) for shape in numerics.shapes()),
         *((f"formats {_named(shape)}", partial(packed.check_shape, place, shape)) for shape in numerics.shapes()),
+        *((f"low rank {_named(shape)}", partial(low_rank.check_shape, place, shape)) for shape in numerics.shapes()),
         ("decode against the CPU, as stored", partial(decode.check_against_cpu, place, model)),
         ("decode against the CPU, float16", partial(decode.check_against_cpu, place, half)),
         ("decode against the CPU, packed rows", partial(decode.check_packed_against_cpu, place, half)),

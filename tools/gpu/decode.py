@@ -26,6 +26,7 @@ from tools.gpu.place import Place, backend, require, row_store
 STEPS = 12
 Request = tuple[Method, Formats]
 PACKED = Formats("int8", "int8", "int8")
+LOW_RANK = Formats("exact", "lowrank:16", "lowrank:16@4")
 REQUESTS: tuple[Request, ...] = (
     (Full(), Formats()),
     (Avl(), Formats()),
@@ -35,10 +36,10 @@ REQUESTS: tuple[Request, ...] = (
     (Avl(), Formats("exact", "int8", "int4")),
     (Coarse(), Formats("exact", "int4", "int4")),
     (Coarse(core=30), PACKED),
+    (AttentionPack(), LOW_RANK),
+    (Avl(), Formats("exact", "exact", "lowrank:16+int8")),
 )
 """Of which the exact ones are decoded together, and then all of them."""
-LOW_RANK = Formats("exact", "lowrank:16", "lowrank:16@4")
-SECONDARY = Formats("exact", "exact", "lowrank:16+int8")
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,9 @@ def _against_cpu(
 
 def check_graphs(place: Place, model: Model) -> dict[str, float]:
     """Recorded steps give what launched ones give: logits, tokens and rows, for methods that change their rows and
-    formats, choose rows within a step, and read low-rank ones every few steps."""
+    formats, choose rows within a step, and read low-rank ones at every step or at every few."""
     exact = [request for request in REQUESTS if request[1].all_exact]
-    every_third: list[Request] = [(Avl(refresh=3), SECONDARY), (Full(), PACKED)]  # the others are recorded
-    return {"logits": max(_graphs(place, model, requests) for requests in (exact, REQUESTS, every_third))}
+    return {"logits": max(_graphs(place, model, requests) for requests in (exact, REQUESTS))}
 
 
 def _graphs(place: Place, model: Model, requests: Sequence[Request]) -> float:

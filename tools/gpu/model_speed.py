@@ -33,7 +33,6 @@ REQUESTS: tuple[tuple[Method, Formats], ...] = (
     (Coarse(), INT8),
     (AttentionPack(), AttentionPack.formats),
 )
-"""The last one's steps are not recorded."""
 
 
 class RandomWeights(Weights):

@@ -94,14 +94,22 @@ def check_mixture(place: Place, shape: KernelShape, splits: int = 3) -> dict[str
     kernels.step(step, memory.pool, space, scratch.data_ptr(), place.accelerator.stream())
     place.accelerator.synchronize()
     parts = [wide(part) for part in memory.parts]
+    worst, worst_score = compare(shape, query, parts, out.cpu(), scores.cpu(), "mixed")
+    return {"mixed_out_max": worst, "mixed_scores_max": worst_score}
+
+
+def compare(
+    shape: KernelShape, query: Tensor, parts: Sequence[Part], out: Tensor, scores: Tensor, what: str
+) -> tuple[float, float]:
+    """The largest errors of ``out`` ``[B, H, d]`` and of ``scores`` ``[total]`` beside float64 over the same parts."""
     expected, weights = attend_parts_reference(query.double(), parts, KV_HEADS, shape.head_dim**-0.5, scores=True)
     assert weights is not None
-    limits, error = torch.finfo(query.dtype), (out.cpu().double() - expected).abs()
+    limits, error = torch.finfo(query.dtype), (out.double() - expected).abs()
     allowed = expected.abs() * limits.eps + limits.smallest_normal * limits.eps + 5e-5
-    require(bool((error <= allowed).all()), f"{shape}: a mixed output is {float(error.max()):.2e} from float64")
-    worst = float((scores.cpu().double() - torch.cat(weights)).abs().max())
-    require(worst <= SCORES, f"{shape}: a mixed score is {worst:.2e} from float64")
-    return {"mixed_out_max": float(error.max()), "mixed_scores_max": worst}
+    require(bool((error <= allowed).all()), f"{shape}: a {what} output is {float(error.max()):.2e} from float64")
+    worst = float((scores.double() - torch.cat(weights)).abs().max())
+    require(worst <= SCORES, f"{shape}: a {what} score is {worst:.2e} from float64")
+    return float(error.max()), worst
 
 
 def check_packing(place: Place, shape: KernelShape) -> dict[str, float]:

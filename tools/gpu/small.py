@@ -6,7 +6,7 @@ import sys
 
 from avl_edge.cuda import KernelShape, NoCuda
 from avl_edge.steps import CudaDevice
-from tools.gpu import numerics, packed
+from tools.gpu import low_rank, numerics, packed
 from tools.gpu.place import GpuPlace
 
 SHAPES = (KernelShape(80, 2, "Half"), KernelShape(128, 7, "Bfloat"))
@@ -20,6 +20,7 @@ def main() -> None:
         for shape in SHAPES:
             numerics.check_shape(place, shape)
             packed.check_shape(place, shape)
+            low_rank.check_shape(place, shape)
     except NoCuda as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from avl_edge.config import KvShape
-from avl_edge.cuda import KernelShape, Lists, Step, Workspace
-from avl_edge.layout import UNIT, Format, packing
+from avl_edge.cuda import Bases, KernelShape, Lists, Step, Workspace
+from avl_edge.layout import UNIT, Format
 from tools.gpu.numerics import pool_of
 from tools.gpu.place import Place, row_type
 
@@ -49,13 +49,21 @@ class Load:
 
     @property
     def bytes(self) -> int:
-        """Keys and values of the selected rows of one layer."""
-        kv_shape = KvShape(1, self.kv_heads, self.head_dim, 2)
-        return self.batch * self.selected * packing(Format(self.format), kv_shape).row_bytes
+        """Keys and values of the selected rows of one layer, and the bases that they are read over."""
+        kv_shape, form = KvShape(1, self.kv_heads, self.head_dim, 2), Format(self.format)
+        return self.batch * (self.selected * form.read_bytes(kv_shape) + self.rank * kv_shape.row_bytes)
+
+    @property
+    def rank(self) -> int:
+        """Directions of a basis that low-rank rows are read by; 0 for others."""
+        return Format(self.format).basis_rows_read
 
 
 def beyond_caches(load: Load) -> Load:
-    """As many layers as take the selected rows past what any GPU's caches hold, four at least."""
+    """As many layers as take the selected rows past what any GPU's caches hold, four at least; of low-rank ones, which
+    wait for multiplications rather than for memory and of which it would take hundreds, as many as there are."""
+    if load.rank:
+        return load
     return replace(load, layers=max(4, -(-_CACHES // load.bytes)))
 
 
@@ -129,9 +137,14 @@ class Layers:
         self.slots = torch.full((load.batch,), -1, dtype=torch.int32, device=device)
         kernels = place.kernels(load.shape)
         splits = kernels.splits(load.kv_heads, 4096)
-        self._space = Workspace.of(load.shape, load.batch, load.heads, splits, self.rows.numel(), scores=False)
+        sizes = (load.shape, load.batch, load.heads, splits, self.rows.numel())
+        self._space = Workspace.of(*sizes, scores=False, low_rank=load.rank > 0)
         self._scratch = torch.empty(self._space.bytes, dtype=torch.uint8, device=device)
         self._kernels, self._place = kernels, place
+        # What a basis says makes no difference either, nor do the angles of a position.
+        self._bases = torch.arange(load.batch * load.rank, dtype=torch.int32, device=device)
+        self._positions = torch.arange(load.selected, dtype=torch.int32, device=device).repeat(load.batch)
+        self._angles = torch.randn(load.selected, load.head_dim, dtype=dtype, device=device)
 
     def _select(self, sequence: int) -> Tensor:
         generator = torch.Generator().manual_seed(sequence)
@@ -144,7 +157,10 @@ class Layers:
         rows, offsets, formats = self.rows.data_ptr(), self.offsets.data_ptr(), (self.load.format,)
         lists = Lists.of(rows, offsets, self.load.batch, self.rows.numel(), formats)
         # What a new row would be is not read, as every slot is negative.
-        step = Step(query, query, query, slots, lists, self.out.data_ptr(), written=formats)
+        tables = (each.data_ptr() for each in (self._positions, self._angles))
+        bases = Bases(self._bases.data_ptr(), self.load.rank, *tables) if self.load.rank else None
+        written = formats if bases is None else ()
+        step = Step(query, query, query, slots, lists, self.out.data_ptr(), written=written, bases=bases)
         for keys, values in self.pools:
             stream = self._place.accelerator.stream()
             self._kernels.step(step, pool_of(keys, values), self._space, self._scratch.data_ptr(), stream)
@@ -180,8 +196,10 @@ def attention(place: Place, load: Load, copy: float, rounds: int = 30) -> dict[s
 
 
 def attention_cases(place: Place, batches: Sequence[int] = (1, 4, 16), rounds: int = 30) -> dict[str, Any]:
-    """All rows, and the core of 30 %, of LLaVA-1.6-7B's 2,340 image rows at every batch, and all rows packed."""
+    """All rows, and the core of 30 %, of LLaVA-1.6-7B's 2,340 image rows at every batch, and all rows packed and
+    low-rank, as AttentionPack reads the important ones and the others."""
     copy = copy_bandwidth(place, rounds=rounds)
-    kinds = (("exact", 2340), ("exact", 702), ("int8", 2340), ("int4", 2340))
+    formats = ("exact", "int8", "int4", "lowrank:64", "lowrank:64@16")
+    kinds = [("exact", 702), *((name, 2340) for name in formats)]
     loads = [beyond_caches(Load(batch, rows, format=name)) for batch in batches for name, rows in kinds]
     return {"copy_gb_per_s": round(copy, 1), "cases": [attention(place, load, copy, rounds) for load in loads]}
