@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 
 from . import quality
 from .budget import KvPlan, fit, kv_plan
-from .config import KvShape, Options, PromptShape, format_size
+from .config import Formats, KvShape, Options, PromptShape, format_size
 from .errors import BadInput, DoesNotFit
 from .follow import Standing
-from .layout import PAGE_ROWS, page_bytes
+from .layout import PAGE_ROWS, can_hold, page_bytes
 from .places import Place
-from .policies import Choice, Method
+from .policies import Choice, Full, Method
 from .spec import ModelSpec
 
 DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
+PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
+"""What a scene's budget tries after exact rows: packing loses less than anything else (README)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,16 @@ class Planning:
             plan = fit(settings, self.shape, prompt, steps, options.kv_budget_bytes)
         self.place.check(Choice(plan.method, plan.formats), prompt, self.spec)
         return plan
+
+    @property
+    def packed(self) -> list[Formats]:
+        """Those of :data:`PACKED` that this model's rows can have here."""
+        text = PromptShape(1, 0, 0)
+        return [
+            each
+            for each in PACKED
+            if can_hold(each, self.shape) and self.place.serves(Choice(Full(), each), text, self.spec)
+        ]
 
     def _settings(self, options: Options, prompt: PromptShape) -> Iterator[Choice]:
         if options.preset:

@@ -92,8 +92,6 @@ def test_what_engines_do_not_serve_is_refused_before_anything_is_loaded(package:
     runtime = Runtime.open(package("qwen2-tied"))
     with pytest.raises(BadInput, match=message):
         runtime.prepare([random_image(1, 60)], PROMPT, options) if options else runtime.keep_free(10)
-    with pytest.raises(BadInput, match="no scenes: ask one question at a time, or give the checkpoint"):
-        runtime.look([random_image(1, 60)])
 
 
 def test_sizes_that_the_package_was_not_built_for(package: Packages) -> None:

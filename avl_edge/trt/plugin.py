@@ -146,10 +146,10 @@ def _plugin_class(trt: Any) -> type[Any]:
             return [inputs[0], trt.DataType.FLOAT, trt.DataType.FLOAT]
 
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Any, expressions: Any) -> list[Any]:  # noqa: ARG002
-            """attended [t, H, d], row_scores [N], token_scores [2, t]."""
-            query, rows = inputs[0], inputs[INPUTS.index("rows")]
-            attended = trt.DimsExprs([query[0], query[1], query[2]])
-            return [attended, trt.DimsExprs([rows[1]]), trt.DimsExprs([expressions.constant(2), query[0]])]
+            """attended [t, H, d], row_scores [2, N], token_scores [2, t]."""
+            query, rows, two = inputs[0], inputs[INPUTS.index("rows")], expressions.constant(2)
+            shapes = [query[0], query[1], query[2]], [two, rows[1]], [two, query[0]]
+            return [trt.DimsExprs(shape) for shape in shapes]
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
             """For the shapes of a profile, which have to agree with one another and to hold the layer."""
