@@ -364,7 +364,7 @@ def test_the_plugin_check_on_the_emulated_source(
     monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt())
     if works == "everything":
         found = plugin.check_plugin(HostPlace())
-        for kind in ("", "packed_"):
+        for kind in ("", "packed_", "prompt_", "prompt_packed_"):
             assert found[f"{kind}scores_max"] <= 1e-6
             assert found[f"{kind}out_relative"] <= 1e-3
         return
@@ -422,7 +422,7 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = HostPlace()
     names = [name for name, _ in check.correctness(place) + check.speeds(place)]
-    assert len(names) == len(set(names)) == 30 + 30 + 6 + 1 + 2 + 2
+    assert len(names) == len(set(names)) == 30 + 30 + 6 + 2 + 2 + 2
     assert [name for name, _ in check.chosen(check.correctness(place), "d128*Half")] == []
     assert len(check.chosen(check.correctness(place), "*d128*Half")) == 6
     assert len(check.chosen(check.correctness(place), "sanitizer")) == 2

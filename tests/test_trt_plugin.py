@@ -241,7 +241,7 @@ def test_nobody_asks_for_scores() -> None:
 
 
 def test_kernels_have_no_race(tmp_path: Path) -> None:
-    """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot."""
+    """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot, rows that are packed."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
     shape = Shape(16, 2, "float16", warps=2)
@@ -250,14 +250,14 @@ import sys, torch
 from pathlib import Path
 from tests.trt_calls import Shape, make_call, run_call
 shape = Shape(16, 2, "float16", warps=2)
-for kind, counts in (("mixed", [9, 3]), ("mixed", [1, 1])):
-    run_call(shape.attention(Path(sys.argv[1])), make_call(shape, kind, counts, 5))
+for counts, parts in (([9, 3], 1), ([9, 3], 2), ([1, 1], 1)):
+    run_call(shape.attention(Path(sys.argv[1])), make_call(shape, "mixed", counts, 5, parts))
 print("done")
 """
     sanitizer = subprocess.run([str(COMPILER), "-print-file-name=libtsan.so"], capture_output=True, text=True)
     if not Path(sanitizer.stdout.strip()).is_absolute():
         pytest.skip("the compiler has no thread sanitizer as a shared library")
-    shape.compile(tmp_path, "-fsanitize=thread", "-g1", formats=("exact",))
+    shape.compile(tmp_path, "-fsanitize=thread", "-g1", formats=("exact", "int8"))
     environment = {**os.environ, "LD_PRELOAD": sanitizer.stdout.strip(), "OMP_NUM_THREADS": "1"}
     environment["TSAN_OPTIONS"] = f"exitcode=66:called_from_lib=1:suppressions={tmp_path / 'known'}"
     (tmp_path / "known").write_text("race:libtorch\nrace:libgomp\nrace:python\n")
