@@ -355,7 +355,7 @@ def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("works", ["everything", "nothing", "exact rows"])
+@pytest.mark.parametrize("works", ["everything", "nothing", "exact rows", "steps"])
 def test_the_plugin_check_on_the_emulated_source(
     attention: Attention, monkeypatch: pytest.MonkeyPatch, works: str
 ) -> None:
@@ -371,11 +371,11 @@ def test_the_plugin_check_on_the_emulated_source(
     run = Attention.run
 
     def run_some(self: Attention, sizes: Sizes, *rest: Any) -> None:
-        if works == "exact rows" and sizes.parts == 1:
+        if {"exact rows": sizes.parts == 1, "steps": sizes.tokens == sizes.sequences}.get(works):
             run(self, sizes, *rest)
 
     monkeypatch.setattr(Attention, "run", run_some)
-    with pytest.raises(CheckFailed, match="did not write the new rows"):
+    with pytest.raises(CheckFailed, match="output is nan" if works == "steps" else "did not write the new rows"):
         plugin.check_plugin(HostPlace())
 
 

@@ -26,8 +26,8 @@ LAYER, LAYERS = 1, 3
 SHAPE = KernelShape(128, 4, "Half")
 COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90])
 """Rows of each format that three sequences read, in a step new ones among them."""
-STEP, QUESTIONS = (1, 1, 1), (3, 1, 4)
-"""New tokens of each sequence: with a slot in a step, without one in a prompt."""
+STEP, QUESTIONS = (1, 1, 1), (9, 2, 30)
+"""New tokens of each sequence: with a slot in a step; without one in a prompt, and more than a block takes."""
 QUERIES = (-1, 0, 0, 2)
 """Whose attention is summed: tokens by their index, one of them twice."""
 
