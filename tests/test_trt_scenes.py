@@ -23,6 +23,7 @@ from avl_edge.models import Llava
 from avl_edge.policies import Avl, Distinct, Full, Method
 from avl_edge.pool import RowStore
 from avl_edge.request import Prompt
+from avl_edge.shared import QuestionCache
 from avl_edge.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.cuda_sides import STEP_OF, SceneSide, Side, close, run_both, scenes
@@ -67,9 +68,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
 
 
-@pytest.fixture
-def package(checkpoint: Checkpoints, tmp_path: Path) -> Packages:
-    return Packages(checkpoint, tmp_path)
+@pytest.fixture(scope="module")
+def package(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    return Packages(checkpoint, tmp_path_factory.mktemp("packages"))
 
 
 @pytest.fixture
@@ -136,6 +137,36 @@ def test_a_scene_of_what_stands_out_equals_the_oracles(pairs: Pairs, method: str
     for got, expected in zip(ours.scene.rows, oracle.scene.rows, strict=True):
         assert got.image_positions.tolist() == expected.image_positions.tolist()
     run_both(oracle, ours, [(prompt, PART[method], formats) for prompt in prompts], STEP_OF[formats.text])
+
+
+@pytest.mark.usefixtures("every_format")
+@pytest.mark.parametrize("rows", ["exact", "packed both"])
+def test_policies_are_given_what_the_oracle_gives_them(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, rows: str
+) -> None:
+    """Scores and distances of the scene's rows, as they are read back, and of the question's tokens behind them. The
+    rows are the oracle's on both sides, so that none was rounded otherwise."""
+    oracle, ours, _, prompts = pairs("llama-gqa-full", 2, Distinct(60), ROWS[rows])
+    theirs, own = oracle.backend._rows._store, ours.backend._store
+    own.key_bytes.copy_(theirs.key_bytes)
+    own.value_bytes.copy_(theirs.value_bytes)
+    given: list[tuple[Any, ...]] = []
+    store = QuestionCache.store_prompt
+
+    def record(self: QuestionCache, *view: Any) -> Any:
+        given.append(view)
+        return store(self, *view)
+
+    monkeypatch.setattr(QuestionCache, "store_prompt", record)
+    for side in (oracle, ours):
+        side.start(prompts[0], PART["avl"], ROWS[rows])
+    layers = ours.spec.text.layers
+    for (layer, *expected), (_, *got) in zip(given[:layers], given[layers:], strict=True):
+        assert len(got) == len(expected) == 3
+        for exact, found in zip(expected, got, strict=True):
+            assert len(found) == len(ours.scene.stored(layer)) + len(prompts[0]) - len(ours.head)
+            np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-5)
+            assert found.std() > 0
 
 
 @pytest.mark.parametrize("rows", ["exact", "image int4"])

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..cache import SequenceCache
+from ..cache import Selected, SequenceCache
 from ..export import bindings as names
 from ..policies import Prune
 from ..pool import RowStore
@@ -19,6 +19,7 @@ from .engines import Buffers, Engines, parts_of, pool_dims, pool_of
 
 Scores = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
+_NO_ROWS = Selected("exact", np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32))
 
 
 class PrunedAfter(NamedTuple):
@@ -47,13 +48,12 @@ class Listed:
     def __init__(self, cache: SequenceCache, layers: int) -> None:
         before = [{each.format: each for each in cache.rows_before(layer)} for layer in range(layers)]
         self.formats = parts_of({name for of_layer in before for name in of_layer})
-        parts = [[of_layer[name] for name in self.formats if name in of_layer] for of_layer in before]
-        lengths = [[len(of_layer[name].ids) if name in of_layer else 0 for name in self.formats] for of_layer in before]
-        self.places = [np.concatenate([np.empty(0, np.int64), *(each.places for each in own)]) for own in parts]
-        self.offsets: Ints = np.cumsum([[0, *own] for own in lengths], axis=1, dtype=np.int32)
-        self.rows: Ints = np.zeros((layers, max(1, int(self.offsets[:, -1].max()))), dtype=np.int32)
+        parts = [[of_layer.get(name, _NO_ROWS) for name in self.formats] for of_layer in before]
+        self.places = [np.concatenate([part.places for part in own]) for own in parts]
+        self.offsets: Ints = np.cumsum([[0, *(len(part.ids) for part in own)] for own in parts], axis=1, dtype=np.int32)
+        self.rows: Ints = np.zeros((layers, max(1, *self.offsets[:, -1])), dtype=np.int32)
         for layer, own in enumerate(parts):
-            self.rows[layer, : self.offsets[layer, -1]] = np.concatenate([np.empty(0, np.int32), *(p.ids for p in own)])
+            self.rows[layer, : self.count(layer)] = np.concatenate([part.ids for part in own])
 
     def count(self, layer: int) -> int:
         """How many rows are listed in a layer."""
@@ -131,7 +131,9 @@ def scores_of(run: Buffers, text: TextSpec, cache: SequenceCache, listed: Listed
         places, queries = listed.places[layer], cache.prompt_queries(layer)
         both = np.concatenate([np.empty((2, len(places)), np.float32), of_tokens.reshape(2, -1)], axis=1)
         both[:, places] = of_rows[:, : len(places)]
-        both[0] = 0 if queries is None else both[0]
-        both[1] = 0 if queries is None or not len(queries) else both[1]
+        if queries is None:
+            both[0] = 0
+        if queries is None or not len(queries):
+            both[1] = 0
         scores.append((both[0], both[1]))
     return scores
