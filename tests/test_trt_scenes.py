@@ -231,6 +231,15 @@ def test_a_question_brings_its_own_tokens_alone(package: Packages, checkpoint: C
         assert scene.ask(SECOND).result().token_ids == expected.token_ids
 
 
+def test_a_scene_is_there_when_look_returns(package: Packages) -> None:
+    runtime: Any = Runtime.load(package("mistral-gqa"))
+    log = runtime._backend._accelerator.log
+    log.clear()
+    with runtime.look(IMAGES, FULL) as scene:
+        assert scene.load().bytes_stored > 0
+    assert log == ["synchronize"]
+
+
 class TestRefused:
     """Before anything is loaded, in one line."""
 

@@ -3,7 +3,7 @@
 As in :mod:`avl_edge.cuda.launch`: raw device pointers, 16-byte aligned, sizes and a raw stream in, nothing out;
 launches allocate nothing and read no count from the host but their arguments. t new tokens, B sequences, N row ids, R
 rows of the pool, P row formats, W score queries, H query and H_kv key/value heads, d head size; "row" is the kernels'
-dtype. What reads rows is compiled twice: for exact ones alone, and for all formats, which come to it one after another.
+dtype. What reads rows is compiled twice: for exact ones alone, and for those of all formats.
 """
 
 from __future__ import annotations

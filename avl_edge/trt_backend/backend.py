@@ -113,13 +113,18 @@ class EngineBackend:
         scores = scores_of(run, text, cache, listed)
         for layer in range(text.layers):
             keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
-            whole = self.rows.after(cache, layer, keys, values)[1] if cache.wants_distances and cache.begin else values
-            stored = cache.store_prompt(layer, *scores[layer], distances(whole, cache, layer))
+            stored = cache.store_prompt(layer, *scores[layer], self._distances(cache, layer, keys, values))
             own = [replace(each, places=each.places - listed.count(layer)) for each in stored]
             self.rows.store_prompt(cache, layer, own, keys, values)
             if pruned and layer == pruned.layer:
                 cache.go_on(run[names.KEPT].cpu().numpy().astype(np.int64))
         return run
+
+    def _distances(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> npt.NDArray[np.floating]:
+        """Those of a layer's values, a question's behind its scene's, whose rows are read for nothing else."""
+        if cache.begin and cache.wants_distances:
+            values = self.rows.after(cache, layer, keys, values)[1]
+        return distances(values, cache, layer)
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
         """Logits ``[sequences, vocabulary]``, float32 on the CPU, of one step for every sequence; the caller's."""
