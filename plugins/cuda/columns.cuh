@@ -1,8 +1,8 @@
 // What many new tokens see, and how a team of lanes holds a head of it: listed rows of any format, and tokens.
 //
-// kTeam neighbouring lanes, a team, hold the elements of a head in 16-byte pieces, in turn. Rows that are packed come in
-// pieces whose elements stand elsewhere in the head (rows.cuh); only what is compiled with -DPACKED knows of them, and
-// takes what is for a format by its number among exact, int8 and int4.
+// kTeam neighbouring lanes, a team, hold the elements of a head in 16-byte pieces, in turn. Rows that are packed come
+// in pieces whose elements stand elsewhere in the head (rows.cuh); only what is compiled with -DPACKED knows of them. A
+// format is its number among exact, int8 and int4.
 
 #pragma once
 

@@ -4,13 +4,13 @@
 //
 //   avl_token_attend   (ceil(t / kTeams), H)         attended, and the logarithms of the softmax sums
 //   avl_token_scores   (ceil((N + t) / kTeams))      row_scores and token_scores, from those
-//   avl_token_join     (t)                           after avl_merge, in a decode step: a token without a slot sees itself
-//   avl_token_sums     (ceil(N / kThreads))          after avl_scores, in a decode step: the second line of row_scores
+//   avl_token_join     (t)                           after avl_merge, in a step: a token without a slot sees itself
+//   avl_token_sums     (ceil(N / kThreads))          after avl_scores, in a step: the second line of row_scores
 //
-// t tokens of B sequences, N row ids in lists of P formats (exact, int8, int4), part by part, H query and H_kv key/value
-// heads, H = GROUP * H_kv; a block has 32 * WARPS threads and no dynamic shared memory. Grids follow from the shapes
-// alone, counts are read from the offsets in device memory, nothing is allocated and no sum depends on the order of
-// blocks: a CUDA graph may hold all of it.
+// t tokens of B sequences, one of each in a step, N row ids in lists of P formats (exact, int8, int4), part by part, H
+// query and H_kv key/value heads, H = GROUP * H_kv; a block has 32 * WARPS threads and no dynamic shared memory. Grids
+// follow from the shapes alone, counts are read from the offsets in device memory, nothing is allocated and no sum
+// depends on the order of blocks: a CUDA graph may hold all of it.
 //
 // A team of lanes (columns.cuh) shares a query, in the scores a column. The columns of a tile lie in shared memory as
 // float32, whatever their format; all teams of a warp read the same column at a time, so that a read is one for all of
@@ -201,7 +201,7 @@ avl_token_scores(const Row* __restrict__ query,        // as above
     scores[(is_row ? room : tokens) + entry] = summed / heads;
 }
 
-// One block: the one new token of a sequence in a decode step. Without a slot it is no row, but sees itself: its own key
+// One block: the one new token of a sequence in a step. Without a slot it is no row, but sees itself: its own key
 // and value join what avl_merge left. The scores of a token with a slot, in any part, are 0: it is among the rows.
 extern "C" __global__ void __launch_bounds__(kThreads)
 avl_token_join(const Row* __restrict__ query,          // [t, H, d]
