@@ -8,17 +8,19 @@ from dataclasses import dataclass, replace
 
 from . import quality
 from .budget import KvPlan, fit, kv_plan
-from .config import KvShape, Options, PromptShape, format_size
+from .config import Formats, KvShape, Options, PromptShape, format_size
 from .errors import BadInput, DoesNotFit
 from .follow import Standing
-from .layout import PAGE_ROWS, page_bytes
+from .layout import PAGE_ROWS, can_hold, page_bytes
 from .places import Place
-from .policies import Choice, Method
+from .policies import Choice, Full, Method
 from .quality import Preset
 from .spec import ModelSpec
 
 DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
+PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
+"""What a scene's budget tries after exact rows: packing loses less than anything else (README)."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,31 @@ class Planning:
         Raises :class:`BadInput` for options that contradict themselves or that the place does not serve, and
         :class:`DoesNotFit`.
         """
-        preset = quality.preset(options.preset, self._served(prompt)) if options.preset else None
+        preset = self.preset(options.preset, prompt) if options.preset else None
         settings = preset.choices() if preset else self._settings(options, prompt)
         self.place.check_prompt(prompt, self.spec)
         if preset:
-            plan = self._preset(preset, settings, options.kv_budget_bytes, prompt, steps)
+            plan = self._of_preset(preset, settings, options.kv_budget_bytes, prompt, steps)
         elif standing:
             plan = self._in_time(standing, pool_pages, options, settings, prompt, steps)
         else:
             plan = fit(settings, self.shape, prompt, steps, options.kv_budget_bytes)
         self.place.check(Choice(plan.method, plan.formats), prompt, self.spec)
         return plan
+
+    def preset(self, name: str, prompt: PromptShape) -> Preset:
+        """The preset of that name, of the settings that the place serves; :class:`BadInput` if there is none."""
+        return quality.preset(name, self._served(prompt))
+
+    @property
+    def packed(self) -> list[Formats]:
+        """Those of :data:`PACKED` that this model's rows can have here."""
+        text = PromptShape(1, 0, 0)
+        return [
+            each
+            for each in PACKED
+            if can_hold(each, self.shape) and self.place.serves(Choice(Full(), each), text, self.spec)
+        ]
 
     def _settings(self, options: Options, prompt: PromptShape) -> Iterator[Choice]:
         fitted = options.kv_budget_bytes is not None
@@ -84,7 +100,7 @@ class Planning:
     def _served(self, prompt: PromptShape) -> Callable[[Choice], bool]:
         return lambda choice: self.place.serves(choice, prompt, self.spec)
 
-    def _preset(
+    def _of_preset(
         self, preset: Preset, settings: Iterator[Choice], budget: int | None, prompt: PromptShape, steps: int
     ) -> KvPlan[Method]:
         # A share is one of a picture's rows: of a text alone there is nothing to leave out.

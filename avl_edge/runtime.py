@@ -55,7 +55,7 @@ class Runtime:
         self.kv_shape = spec.text.kv_shape(place.dtype.itemsize)
         self.load_ms = 0.0
         self._place = place
-        self._planning = Planning(place, spec, self.kv_shape)
+        self.planning = Planning(place, spec, self.kv_shape)
         self._processor = processor
         self._lock = threading.RLock()
         self._stepping = False
@@ -119,7 +119,7 @@ class Runtime:
                 raise BadInput("the weights are loaded already: open another Runtime for another pool")
             allocator.bound()
             start = time.perf_counter()
-            pages = self._planning.pool_pages(pool_bytes)
+            pages = self.planning.pool_pages(pool_bytes)
             loaded = self._place.load(self.spec, self.kv_shape, pages, progress)
             backend, self._rows = loaded.backend, loaded.rows
             self._pool = RowPool(pages, self.kv_shape)
@@ -168,8 +168,8 @@ class Runtime:
         token_ids, spans = self._processor.lay_out(len(images), prompt)
         max_new_tokens = self.new_tokens(len(token_ids), options)
         standing = self._follower.look() if self._follower else None
-        pages = self._pool.pages or self._planning.pool_pages(None)
-        plan = self._planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, standing)
+        pages = self._pool.pages or self.planning.pool_pages(None)
+        plan = self.planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, standing)
         device = standing.stats if standing else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
@@ -218,8 +218,7 @@ class Runtime:
 
         Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        require(self._place.no_scenes is None, self._place.no_scenes or "")
-        return Scene.of(self, self._processor, self.kv_shape, images, checked_options(options))
+        return Scene.of(self, self._processor, self.planning, images, checked_options(options))
 
     def free_scenes(self) -> None:
         """Free the rows of closed scenes about which no question is on its way. In the middle of a step, at its end."""

@@ -10,17 +10,15 @@ from typing import Protocol
 from . import quality
 from .budget import KvPlan, first_within, kv_plan, plan_after
 from .cache import prompt_shape
-from .config import Formats, KvShape, Options, PromptShape, checked_options, require
+from .config import Formats, Options, PromptShape, checked_options, require
 from .errors import BadInput
 from .generation import Generation
-from .layout import Format, can_hold
+from .layout import Format
+from .planning import Planning
 from .policies import Avl, Choice, Coarse, Distinct, Full, Method, candidates
 from .prompt import ImageSource, Processor, check_sources
 from .request import Prompt, SceneStats
 from .scheduler import Look, Request
-
-PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
-"""What a budget tries after exact rows: packing loses less than anything else (README)."""
 
 
 class Host(Protocol):
@@ -46,25 +44,25 @@ class Scene:
     device's profile that the runtime follows plans no scenes: give a budget.
     """
 
-    def __init__(self, runtime: Host, processor: Processor, shape: KvShape, look: Look, options: Options) -> None:
+    def __init__(self, runtime: Host, processor: Processor, planning: Planning, look: Look, options: Options) -> None:
         """:meth:`of` plans the ``look``."""
-        self._runtime, self._processor, self._shape = runtime, processor, shape
+        self._runtime, self._processor, self._planning = runtime, processor, planning
         self._look = look
         self._options = options
 
     @classmethod
     def of(
-        cls, runtime: Host, processor: Processor, shape: KvShape, images: Sequence[ImageSource], options: Options
+        cls, runtime: Host, processor: Processor, planning: Planning, images: Sequence[ImageSource], options: Options
     ) -> Scene:
-        """Check and plan, holding nothing: :class:`BadInput` where the model or the ``options`` do not let questions
-        share rows, :class:`DoesNotFit` beyond the budget."""
+        """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or the place where it
+        runs do not let questions share rows, :class:`DoesNotFit` beyond the budget."""
         check_sources(images)
         require(len(images) > 0, "a scene needs a picture: give one or more images")
         token_ids, spans = processor.lay_out_images(len(images))
         runtime.new_tokens(len(token_ids), options)
-        plan = _plan_scene(options, prompt_shape(len(token_ids), spans), shape)
+        plan = _plan_scene(options, prompt_shape(len(token_ids), spans), planning)
         look = Look(processor.read(images, token_ids, spans), plan, runtime)
-        return cls(runtime, processor, shape, look, options)
+        return cls(runtime, processor, planning, look, options)
 
     def load(self) -> SceneStats:
         """Encode and run the pictures now, while a person still types, say, instead of with the first question.
@@ -90,7 +88,7 @@ class Scene:
         Raises :class:`BadInput` for what cannot be answered from the scene's rows, or once it is closed, and
         :class:`DoesNotFit` for what exceeds its budget.
         """
-        look, shape = self._look, self._shape
+        look, planning, shape = self._look, self._planning, self._planning.shape
         require(not look.is_closed, "the scene is closed: look at the pictures again to ask about them")
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
         token_ids, spans = self._processor.lay_out(len(look.prompt.spans), prompt)
@@ -99,8 +97,10 @@ class Scene:
             "this model's chat template writes something else before the pictures now: look at them again",
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
-        whole = prompt_shape(len(token_ids), spans)
-        (method, formats), share = _choice(options, _head(look), shape, look.plan.formats)
+        whole, shared = prompt_shape(len(token_ids), spans), len(look.prompt)
+        planning.place.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planning.spec, "question")
+        (method, formats), share = _choice(options, _head(look), planning, look.plan.formats)
+        planning.place.check(Choice(method, formats), whole, planning.spec)
         require(
             share >= look.share,
             f"the scene stores {look.share:g} % of the picture's rows, and questions may read any of them: give the "
@@ -110,7 +110,7 @@ class Scene:
             formats == look.plan.formats,
             "a question's rows have the formats of its scene: give formats, or a preset that packs, to look",
         )
-        shared, budget = len(look.prompt), options.kv_budget_bytes
+        budget = options.kv_budget_bytes
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
         what = f"{len(token_ids) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
@@ -160,23 +160,24 @@ def _head(look: Look) -> PromptShape:
     return prompt_shape(len(look.prompt), look.prompt.spans)
 
 
-def _plan_scene(options: Options, prompt: PromptShape, shape: KvShape) -> KvPlan[Method]:
+def _plan_scene(options: Options, prompt: PromptShape, planning: Planning) -> KvPlan[Method]:
     """What the scene stores, in the first formats that its budget holds."""
     budget = options.kv_budget_bytes
-    (_, formats), share = _choice(options, prompt, shape, None)
-    smaller = PACKED if budget and not options.formats else ()
-    every = [formats, *(each for each in smaller if can_hold(each, shape))]
+    choice, share = _choice(options, prompt, planning, None)
+    planning.place.check_prompt(prompt, planning.spec, "picture")
+    planning.place.check(choice, prompt, planning.spec)
+    every = [choice.formats, *(planning.packed if budget and not options.formats else ())]
     method: Method = Full() if share == 100 else Distinct(share)
-    plans = (kv_plan(method, each, shape, prompt, 0, budget) for each in every)
+    plans = (kv_plan(method, each, planning.shape, prompt, 0, budget) for each in every)
     what = f"the {prompt.length} tokens of the scene"
     return first_within(budget, plans, what, "raise --kv-budget or give fewer images")
 
 
-def _choice(options: Options, prompt: PromptShape, shape: KvShape, formats: Formats | None) -> tuple[Choice, float]:
+def _choice(options: Options, prompt: PromptShape, planning: Planning, formats: Formats | None) -> tuple[Choice, float]:
     """The method and formats that ``options`` ask for (``formats`` where they leave these out), if they share rows; and
     the percentage of image rows that they store."""
     if options.preset:
-        choice, name = _preset(options.preset, prompt, shape), f"the preset {options.preset}"
+        choice, name = _preset(options.preset, prompt, planning), f"the preset {options.preset}"
     else:
         asked = options.formats or formats
         choice = next(candidates(options.method or Full.name, options.parameters, False, asked))
@@ -186,11 +187,12 @@ def _choice(options: Options, prompt: PromptShape, shape: KvShape, formats: Form
     return choice, stored
 
 
-def _preset(name: str, prompt: PromptShape, shape: KvShape) -> Choice:
-    chosen = quality.preset(name)
+def _preset(name: str, prompt: PromptShape, planning: Planning) -> Choice:
+    chosen = planning.preset(name, prompt)
     if chosen.share is None:
         return next(chosen.choices())
-    plan = quality.at_share(list(chosen.choices()), chosen.share, prompt, shape, f"the preset {name}")
+    settings, what = list(chosen.choices()), f"the preset {name}"
+    plan = quality.at_share(settings, chosen.share, prompt, planning.shape, what)
     return Choice(plan.method, plan.formats)
 
 

@@ -46,7 +46,7 @@ def body_session(heads: int, kv_heads: int, dim: int, formats: Sequence[str]) ->
         [onnx.helper.make_node("CoreAttention", list(names), list(OUTPUTS), domain="avl", layer=1)],
         "body",
         [info(name, kinds[name], shapes[name]) for name in names],
-        [info("attended", 1, ("t", heads, dim)), info("row_scores", 1, ("N",)), info("token_scores", 1, (2, "t"))],
+        [info("attended", 1, ("t", heads, dim)), info("row_scores", 1, (2, "N")), info("token_scores", 1, (2, "t"))],
     )
     return session_of(graph, [reference_function(heads, kv_heads, dim, formats)])
 
@@ -103,7 +103,7 @@ def attention_by_hand(feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
                 if slot >= 0:
                     arena.write(format_, slot, feeds[new][t])
     group, homeless = query.shape[1] // key.shape[1], slots.reshape(-1, len(query)).max(0) < 0
-    attended, row_scores, token_scores = np.zeros_like(query), np.zeros(len(rows)), np.zeros((2, len(query)))
+    attended, row_scores, token_scores = np.zeros_like(query), np.zeros((2, len(rows))), np.zeros((2, len(query)))
     for b, (first, last) in enumerate(zip(*_bounds(feeds["token_offsets"]), strict=True)):
         places, listed = [], [np.zeros((2, 0, *key.shape[1:]))]
         for part, (format_, _, begins) in enumerate(parts):
@@ -122,10 +122,9 @@ def attention_by_hand(feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
             weights /= weights.sum(1, keepdims=True)
             attended[t] = np.einsum("hc,chd->hd", weights, values)
             mean = weights.mean(0)
-            if t == last - 1:
-                row_scores[places] = mean[: len(places)]
-                token_scores[0, tokens] = mean[len(places) :]
-            token_scores[1, tokens] += mean[len(places) :] * np.count_nonzero(feeds["score_queries"] == t)
+            for line, times in enumerate((t == last - 1, np.count_nonzero(feeds["score_queries"] == t))):
+                row_scores[line, places] += mean[: len(places)] * times
+                token_scores[line, tokens] += mean[len(places) :] * times
     return attended, row_scores, token_scores
 
 

@@ -374,7 +374,7 @@ def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("works", ["everything", "nothing", "exact rows"])
+@pytest.mark.parametrize("works", ["everything", "nothing", "exact rows", "steps"])
 def test_the_plugin_check_on_the_emulated_source(
     attention: Attention, monkeypatch: pytest.MonkeyPatch, works: str
 ) -> None:
@@ -383,18 +383,18 @@ def test_the_plugin_check_on_the_emulated_source(
     monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt())
     if works == "everything":
         found = plugin.check_plugin(HostPlace())
-        for kind in ("", "packed_"):
+        for kind in ("", "packed_", "prompt_", "prompt_packed_"):
             assert found[f"{kind}scores_max"] <= 1e-6
             assert found[f"{kind}out_relative"] <= 1e-3
         return
     run = Attention.run
 
     def run_some(self: Attention, sizes: Sizes, *rest: Any) -> None:
-        if works == "exact rows" and sizes.parts == 1:
+        if {"exact rows": sizes.parts == 1, "steps": sizes.tokens == sizes.sequences}.get(works):
             run(self, sizes, *rest)
 
     monkeypatch.setattr(Attention, "run", run_some)
-    with pytest.raises(CheckFailed, match="did not write the new rows"):
+    with pytest.raises(CheckFailed, match="output is nan" if works == "steps" else "did not write the new rows"):
         plugin.check_plugin(HostPlace())
 
 
@@ -441,7 +441,7 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = HostPlace()
     names = [name for name, _ in check.correctness(place) + check.speeds(place)]
-    assert len(names) == len(set(names)) == 30 + 30 + 30 + 6 + 1 + 2 + 2
+    assert len(names) == len(set(names)) == 30 + 30 + 30 + 6 + 2 + 2 + 2
     assert [name for name, _ in check.chosen(check.correctness(place), "d128*Half")] == []
     assert len(check.chosen(check.correctness(place), "*d128*Half")) == 9
     assert len(check.chosen(check.correctness(place), "sanitizer")) == 2

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from avl_edge import BadInput, DoesNotFit, Formats, Generation, Options, Runtime, Scene
 from avl_edge.layout import page_bytes
+from avl_edge.planning import PACKED
 from avl_edge.pool import BorrowingRows, SequenceRows
 from avl_edge.pressure import Limits, Monitor
-from avl_edge.scene import PACKED
 from tests.conftest import Checkpoints
 from tests.scenes import AVL, FIRST, FULL, IMAGES, SECOND, WHOLE, check, is_empty
 from tests.test_pressure import GB, write

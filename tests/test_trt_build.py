@@ -114,15 +114,16 @@ class TestProfiles:
                         assert 0 <= low <= usual <= high
                         assert high >= 1
 
-    def test_packed_rows_are_for_steps_of_16_bits(self, checkpoint: Checkpoints) -> None:
+    def test_packed_rows_are_for_engines_of_16_bits(self, checkpoint: Checkpoints) -> None:
         """A part more for each format, and a pool of which both views are as large."""
         recipe, text = Recipe(sequences=4, pool_rows=640), SPECS["llama-mha"]
         spec = Job.of(checkpoint("llama-mha"), recipe).spec
         for precision, parts in (("float16", 3), ("bfloat16", 3), ("float32", 1)):
             assert len(decoder_formats(spec, precision)) == parts
             prompt, step = decoder_profiles(spec, recipe, precision)
-            assert prompt["P * T"] == prompt["T"]
-            assert prompt["P * B + 1"] == prompt["B + 1"]
+            assert prompt["P * T"] == (1, prompt["T"][1], parts * prompt["T"][2])
+            assert prompt["P * B + 1"] == (2, 2, parts + 1)
+            assert prompt["N"] == (1, 1, spec.text.context), "of a question about a scene"
             assert step["P * T"] == (1, 1, parts * 4)
             assert step["P * B + 1"] == (2, 2, parts * 4 + 1)
             arena = 640 * text.kv_heads * text.head_dim * (4 if precision == "float32" else 2)

@@ -26,7 +26,7 @@ def test_loaded_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("avl_edge.trt.attention.Gpu", lambda: gpu)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     attention = Attention.load(128, 1, dtype)
-    wanted = ("avl_attend", "avl_append"), ("avl_token_attend", "avl_token_scores", "avl_token_join")
+    wanted = ("avl_attend", "avl_append"), ("avl_token_attend", "avl_token_scores", "avl_token_join", "avl_token_sums")
     for image, kernels in zip(images, wanted, strict=True):
         assert image.startswith(b"\x7fELF")
         assert all(kernel.encode() in image for kernel in kernels)
@@ -38,10 +38,11 @@ def test_loaded_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     # Sums of 16 sequences in 5 splits, and logits of every row; less than 24 MB.
     least = 16 * 5 * 32 * 128 * 4 + 32 * 16 * 4096 * 4 if dtype != "float32" else 16 * 32 * 4
     assert least <= attention.workspace_bytes(step) < 24e6
-    packed = replace(step, parts=3)
+    packed, question = replace(step, parts=3), replace(prompt, parts=3)
     if dtype == "float32":
-        with pytest.raises(BadInput, match="a float32 engine reads exact rows: build the package with --precision"):
-            attention.prepare(packed)
+        for call in (packed, question):
+            with pytest.raises(BadInput, match="a float32 engine reads exact rows: build the package with --precision"):
+                attention.prepare(call)
         return
     for _ in range(2):
         attention.prepare(packed)
@@ -49,19 +50,27 @@ def test_loaded_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert b"avl_append" in images[3]
     assert images[2] != images[3]
     assert least + 16 * 2 * 5 * 32 * 128 * 4 <= attention.workspace_bytes(packed) < 36e6
+    for _ in range(2):
+        attention.prepare(question)
+        assert len(images) == 5, "once for rows of all formats"
+    assert all(kernel.encode() in images[4] for kernel in wanted[1])
+    assert images[4] != images[1]
 
 
-@pytest.mark.parametrize("row", ["Half", "Bfloat", "Float"])
+@pytest.mark.parametrize("arch", ["sm_87", "sm_90"])
+@pytest.mark.parametrize("row", ["Half", "Bfloat", "Float", "packed Half", "packed Bfloat"])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_fits_the_registers_of_the_device(head_dim: int, row: str) -> None:
+def test_fits_the_registers_of_the_device(head_dim: int, row: str, arch: str) -> None:
     try:
         compiler = nvrtc.find()
     except NoCuda as error:
         pytest.skip(str(error))
-    options = ["--ptxas-options=-v", *TokenShape(head_dim, 4, row).options]
-    compiled = compiler.compile(source.read(token_kernels.NAME), token_kernels.NAME, "sm_87", options)
-    assert compiled.log.count("Compiling entry function 'avl_token_") == 3
-    assert compiled.log.count("0 bytes spill stores, 0 bytes spill loads") == 3
+    packed, name = row.startswith("packed"), token_kernels.NAME
+    options = ["--ptxas-options=-v", *TokenShape(head_dim, 4, row.split()[-1]).options]
+    options += [token_kernels.PACKED] if packed else []
+    compiled = compiler.compile(source.read(name), name, arch, options)
+    assert compiled.log.count("Compiling entry function 'avl_token_") == 4
+    assert compiled.log.count("0 bytes spill stores, 0 bytes spill loads") == 4
     if compiler.version[0] == 12:
         assert nvrtc.isa(compiled.ptx) <= (8, 5), "the driver of JetPack 6 refuses newer PTX"
 

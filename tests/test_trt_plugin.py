@@ -73,7 +73,7 @@ def reference(shape: Shape, call: Call) -> dict[str, Any]:
         for name, feed in feeds.items()
     ]
     node = helper.make_node(OPERATOR, list(feeds), OUTPUTS, domain=DOMAIN, layer=int(call["layer"]))
-    ranks = {"attended": 3, "row_scores": 1, "token_scores": 2}
+    ranks = {"attended": 3, "row_scores": 2, "token_scores": 2}
     outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * ranks[name]) for name in OUTPUTS]
     kv_heads = call["key"].shape[1]
     model = helper.make_model(
@@ -92,8 +92,8 @@ def check(shape: Shape, call: Call, found: Call) -> None:
     expected, listed = reference(shape, call), int(call["row_offsets"][1, -1])
     np.testing.assert_allclose(found["attended"].float(), expected["attended"], atol=TOLERANCE[shape.dtype], rtol=0)
     if call["score_queries"].numel():
-        rows = found["row_scores"][:listed]
-        np.testing.assert_allclose(rows, expected["row_scores"][:listed], atol=1e-5, rtol=0)
+        rows = found["row_scores"][:, :listed]
+        np.testing.assert_allclose(rows, expected["row_scores"][:, :listed], atol=1e-5, rtol=0)
         np.testing.assert_allclose(found["token_scores"], expected["token_scores"], atol=2e-5, rtol=0)
     slots = call["slots"][1].view(-1, len(call["query"]))
     for name, new in (("pool_keys", "key"), ("pool_values", "value")):
@@ -135,8 +135,7 @@ def padding(format_: str, heads: int, dim: int) -> torch.Tensor:
 def test_numbers_are_those_of_the_reference_body(
     kernels: Path, shape: Shape, kind: str, counts: list[int], parts: int, backwards: bool, seed: int
 ) -> None:
-    is_step = set(counts) == {1}
-    call = make_call(shape, kind, counts, seed, min(parts, len(shape.formats)) if is_step else 1)
+    call = make_call(shape, kind, counts, seed, min(parts, len(shape.formats)))
     check(shape, call, run_call(shape.attention(kernels, backwards=backwards), call))
 
 
@@ -192,21 +191,28 @@ ADDRESSES = [[4096 * at for at in range(1, 1 + len(INPUTS))], [4096 * at for at 
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "parts"),
-    [("float16", 2, 1), ("bfloat16", 2, 2), ("float16", 2, 3), ("float16", 300, 1), ("float32", 2, 1)],
+    [
+        ("float16", 2, 1),
+        ("bfloat16", 2, 2),
+        ("float16", 2, 3),
+        ("float16", 300, 1),
+        ("bfloat16", 30, 3),
+        ("float32", 2, 1),
+    ],
 )
 def test_launches_follow_from_shapes_alone(dtype: str, tokens: int, parts: int) -> None:
     """So a recorded step holds whatever its buffers hold later. Addresses are such as nobody could read."""
     shape, recorder = Shape(64, 2, dtype), Recorder()
     core = Kernels(recorder, shape.core, packed=lambda _: recorder)
-    attention = Attention(core, TokenKernels(recorder, shape.tokens))
+    attention = Attention(core, TokenKernels(recorder, shape.tokens, lambda: recorder))
     sizes = Sizes(tokens, 2, 500, 3, 2000, 8, 4, 64, 32, parts)
     inputs, outputs, workspace = ADDRESSES
     for layer in (0, 31):
         attention.run(sizes, layer, inputs, outputs, workspace, 7)
     first, second = recorder.launched[: len(recorder.launched) // 2], recorder.launched[len(recorder.launched) // 2 :]
     step = dtype != "float32" and tokens == 2
-    of_step = [*["append"] * parts, *["attend"] * parts, "merge", "token_join", "scores"]
-    names = of_step if step else ["append", "token_attend", "token_scores"]
+    of_step = [*["attend"] * parts, "merge", "token_join", "scores", "token_sums"]
+    names = [*["append"] * parts, *(of_step if step else ["token_attend", "token_scores"])]
     assert [kernel for kernel, *_ in first] == [f"avl_{name}" for name in names]
     assert [launch[:4] for launch in first] == [launch[:4] for launch in second]
     moved = {
@@ -215,9 +221,10 @@ def test_launches_follow_from_shapes_alone(dtype: str, tokens: int, parts: int) 
     tables = {"rows": 500, "row_offsets": 2 * parts + 1, "slots": tokens * parts}
     starts = {inputs[INPUTS.index(name)]: 31 * 4 * n for name, n in tables.items()}
     offsets, slots = (inputs[INPUTS.index(name)] for name in ("row_offsets", "slots"))
-    for part in range(parts if step else 0):  # a list ends where the next one begins
-        starts |= {offsets + 4 * (2 * part + more): starts[offsets] for more in (0, 1)}
-        starts[slots + 4 * 2 * part] = starts[slots]
+    for part in range(parts):
+        starts[slots + 4 * tokens * part] = starts[slots]
+        if step:  # a list ends where the next one begins
+            starts |= {offsets + 4 * (2 * part + more): starts[offsets] for more in (0, 1)}
     assert moved == {start: start + further for start, further in starts.items()}
 
 
@@ -234,7 +241,7 @@ def test_nobody_asks_for_scores() -> None:
 
 
 def test_kernels_have_no_race(tmp_path: Path) -> None:
-    """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot."""
+    """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot, rows that are packed."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
     shape = Shape(16, 2, "float16", warps=2)
@@ -243,14 +250,14 @@ import sys, torch
 from pathlib import Path
 from tests.trt_calls import Shape, make_call, run_call
 shape = Shape(16, 2, "float16", warps=2)
-for kind, counts in (("mixed", [9, 3]), ("mixed", [1, 1])):
-    run_call(shape.attention(Path(sys.argv[1])), make_call(shape, kind, counts, 5))
+for counts, parts in (([9, 3], 1), ([9, 3], 2), ([1, 1], 1)):
+    run_call(shape.attention(Path(sys.argv[1])), make_call(shape, "mixed", counts, 5, parts))
 print("done")
 """
     sanitizer = subprocess.run([str(COMPILER), "-print-file-name=libtsan.so"], capture_output=True, text=True)
     if not Path(sanitizer.stdout.strip()).is_absolute():
         pytest.skip("the compiler has no thread sanitizer as a shared library")
-    shape.compile(tmp_path, "-fsanitize=thread", "-g1", formats=("exact",))
+    shape.compile(tmp_path, "-fsanitize=thread", "-g1", formats=("exact", "int8"))
     environment = {**os.environ, "LD_PRELOAD": sanitizer.stdout.strip(), "OMP_NUM_THREADS": "1"}
     environment["TSAN_OPTIONS"] = f"exitcode=66:called_from_lib=1:suppressions={tmp_path / 'known'}"
     (tmp_path / "known").write_text("race:libtorch\nrace:libgomp\nrace:python\n")
@@ -284,15 +291,6 @@ def test_there_is_no_fourth_format() -> None:
     shapes = {name: list(tensor.shape) for name, tensor in inputs_of(call).items()}
     shapes |= {"slots": [3, 4 * 2], "row_offsets": [3, 4 * 2 + 1]}
     with pytest.raises(BadInput, match="was given shapes"):
-        Sizes.of(list(shapes.values()))
-
-
-def test_a_prompt_has_exact_rows() -> None:
-    call = make_call(SHAPES[0], "prompt", [5, 2], 0)
-    shapes = {name: list(tensor.shape) for name, tensor in inputs_of(call).items()}
-    assert Sizes.of(list(shapes.values())).parts == 1
-    shapes |= {"slots": [3, 2 * 7], "row_offsets": [3, 2 * 2 + 1]}
-    with pytest.raises(BadInput, match="in steps of one token per sequence, not by 7 tokens of 2: give a prompt its"):
         Sizes.of(list(shapes.values()))
 
 
@@ -339,6 +337,7 @@ def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[st
     cases = [(shape, make_call(shape, kind, counts[kind], seed)) for seed, shape in enumerate(SHAPES) for kind in KINDS]
     steps = [(shape, kind, parts) for shape in SHAPES[:2] for kind in ("step", "mixed") for parts in (2, 3)]
     cases += [(shape, make_call(shape, kind, counts["step"], 7, parts)) for shape, kind, parts in steps]
+    cases += [(shape, make_call(shape, kind, counts[kind], 8, 3)) for shape in SHAPES[:2] for kind in KINDS[1:]]
     path = tmp_path / "cases.pt"
     torch.save(cases, path)
     command = [sys.executable, "-m", "tests.trt_on_cpu", str(path), str(kernels)]
@@ -353,10 +352,10 @@ def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[st
     assert report["capabilities"] == [True, True, True]
     assert report["tactics"] == []
     assert report["wrong"] == [], "a dtype or format that the kernels do not know was taken"
-    assert report["ranks"] == [3, 1, 2]
-    assert report["symbols"] == [["query0", "query1", "query2"], ["rows1"], [2, "query0"]]
+    assert report["ranks"] == [3, 2, 2]
+    assert report["symbols"] == [["query0", "query1", "query2"], [2, "rows1"], [2, "query0"]]
     assert report["loaded"] == [[shape.head_dim, shape.group, shape.dtype] for shape in SHAPES], "each once"
-    assert report["packed"] == ["int4", "int8"]
+    assert report["packed"] == ["int4", "int8", "packed tokens"]
     assert report["outlives"]
     assert report["missing"] == [], "the bindings have no such names"
     assert report["registry"] == "TensorRT has no plugin registry: its libraries are not those of its Python package"

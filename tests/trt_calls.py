@@ -20,7 +20,7 @@ from avl_edge.export.core_attention import INPUTS, OUTPUTS, WORDS
 from avl_edge.layout import UNIT, Format
 from avl_edge.pool.formats import encode
 from avl_edge.trt import Attention, Sizes, TokenKernels, TokenShape
-from avl_edge.trt.kernels import ROWS
+from avl_edge.trt.kernels import PACKED, ROWS
 
 EMULATION = Path(__file__).resolve().parents[1] / "plugins" / "emulation"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -55,18 +55,20 @@ class Shape:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Of the rows that its steps read."""
+        """Of the rows that it reads."""
         return ("exact",) if self.dtype == "float32" else tuple(FORMATS)
 
     def library(self, folder: Path, kernels: str) -> Path:
         return folder / f"{kernels}-{self.head_dim}-{self.group}-{self.dtype}.so"
 
     def compile(self, folder: Path, *options: str, formats: Sequence[str] = ()) -> None:
-        """All libraries, into ``folder``: one for each row format, or some of them, and that of many tokens."""
-        for name in formats or self.formats:
+        """All libraries, into ``folder``: one for each row format, or some of them, and those of many tokens."""
+        formats = formats or self.formats
+        for name in formats:
             format_ = f"-DFORMAT={FORMATS[name]}"
             self._compile("driver", self.library(folder, name), *self.core.options, format_, *options)
-        self._compile("token_driver", self.library(folder, "tokens"), *self.tokens.options, *options)
+        for name, more in (("tokens", ()), ("packed tokens", (PACKED,)))[: len(formats)]:
+            self._compile("token_driver", self.library(folder, name), *self.tokens.options, *more, *options)
 
     @staticmethod
     def _compile(driver: str, library: Path, *options: str) -> None:
@@ -84,7 +86,7 @@ class Shape:
             return EmulatedModule(self.library(folder, format_), self.core.warps, backwards)
 
         core = Kernels(load("exact"), self.core, multiprocessors=1, packed=load)
-        return Attention(core, TokenKernels(load("tokens"), self.tokens))
+        return Attention(core, TokenKernels(load("tokens"), self.tokens, lambda: load("packed tokens")))
 
 
 SHAPES = (Shape(16, 2, "float16"), Shape(80, 1, "bfloat16"), Shape(64, 2, "float32"), Shape(136, 3, "float16"))
@@ -260,7 +262,7 @@ class Placed:
         tokens, room = call["query"].shape[0], call["rows"].shape[1]
         outputs = [
             memory.unwritten(*call["query"].shape, dtype=call["query"].dtype),
-            memory.unwritten(room, dtype=torch.float32),
+            memory.unwritten(2, room, dtype=torch.float32),
             memory.unwritten(2, tokens, dtype=torch.float32),
         ]
         return cls(call, memory, list(inputs.values()), outputs)

@@ -212,7 +212,7 @@ def main() -> None:
     report = {
         **describe(trt, creator, cases[0][1]),
         "loaded": loaded,
-        "packed": sorted({"int8", "int4"} & set(kernels)),
+        "packed": sorted({"int8", "int4", "packed tokens"} & set(kernels)),
     }
     try:
         register(trt, load)

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from ..budget import first_within
 from ..config import Formats, Options, format_size
 from ..errors import BadInput
-from ..layout import can_hold
 from ..prompt import ImageSource
 from ..request import Result, SceneStats
 from ..runtime import Runtime
-from ..scene import PACKED, Scene
+from ..scene import Scene
 from ..scheduler import Request
 
 
@@ -68,7 +67,7 @@ def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str]
 def _formats(runtime: Runtime, options: Options) -> Iterator[Formats | None]:
     yield options.formats
     if options.kv_budget is not None and options.formats is None:
-        yield from (each for each in PACKED if can_hold(each, runtime.kv_shape))
+        yield from runtime.planning.packed
 
 
 def say_plan(several: Several, budget: int) -> None:

@@ -36,9 +36,9 @@ def decoder_formats(spec: ModelSpec, precision: str) -> tuple[str, ...]:
 def decoder_profiles(spec: ModelSpec, recipe: Recipe, precision: str) -> list[Mapping[str, Sizes]]:
     """:data:`PROMPT` and :data:`STEP`: the sizes of each dimension in the decoder's table of bindings.
 
-    A prompt is one sequence of exact rows, with some where it goes on from what the pool holds already. A step is one
-    new token for each of up to ``recipe.sequences``, whose lists of rows together have room for a full context each, in
-    any of :func:`decoder_formats`.
+    A prompt is one sequence; as a question about a scene it goes on from that one's rows, up to a full context of them.
+    A step is one new token for each of up to ``recipe.sequences``, whose lists of rows together have room for a full
+    context each. Rows are of any of :func:`decoder_formats`.
     """
     tokens, batch, context = recipe.prompt_tokens, recipe.sequences, spec.text.context
     features = recipe.images * spec.tokens_per_image
@@ -48,10 +48,10 @@ def decoder_profiles(spec: ModelSpec, recipe: Recipe, precision: str) -> list[Ma
     pool = {"R": (1, recipe.pool_rows, recipe.pool_rows), "U": (1, units, units)}
     prompt = {
         "T": (1, tokens, tokens),
-        "P * T": (1, tokens, tokens),
+        "P * T": (1, tokens, parts * tokens),
         "F": (1, features, features),
         "B + 1": (2, 2, 2),
-        "P * B + 1": (2, 2, 2),
+        "P * B + 1": (2, 2, parts + 1),
         "N": (1, 1, context),
         "W": (0, min(_SCORE_QUERIES, tokens), tokens),
         "survivors": (1, tokens, tokens),

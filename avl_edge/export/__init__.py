@@ -32,7 +32,7 @@ bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value 
 | in | pool_key_words | U, 4 | int32 |
 | in | pool_value_words | U, 4 | int32 |
 | out | logits | B, V | float32 |
-| out | row_scores | L, N | float32 |
+| out | row_scores | L, 2, N | float32 |
 | out | kept | M | int32 |
 | out | key.N | M', H_kv, d | model |
 | out | value.N | M', H_kv, d | model |
@@ -42,21 +42,21 @@ bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value 
   list of ids of ``rows[l]`` in each of P parts. Part p holds rows of the p-th of :data:`avl_edge.cuda.FORMATS`; lists
   stand part by part, number p * B + b from ``row_offsets[l, p * B + b]`` up to ``row_offsets[l, p * B + b + 1]``. What
   lies past the last offset is room: any id, read by nobody.
-- P is 1, rows are exact, in every call but a decode step, T = B, which may have more parts. An exact row's id is its
-  number in ``pool_keys`` and ``pool_values``; a packed row's is where its record begins (:mod:`avl_edge.pool.formats`),
-  in units, in the same memory, which ``pool_key_words`` and ``pool_value_words`` show once more: they are bound to the
-  same addresses. A decoder whose rows are too small to be packed has no words, and dimensions T and B + 1 for P * T and
-  P * B + 1.
+- With P = 1 rows are exact. An exact row's id is its number in ``pool_keys`` and ``pool_values``; a packed row's is
+  where its record begins (:mod:`avl_edge.pool.formats`), in units, in the same memory, which ``pool_key_words`` and
+  ``pool_value_words`` show once more: they are bound to the same addresses. A decoder whose rows are too small to be
+  packed has no words, and dimensions T and B + 1 for P * T and P * B + 1.
 - ``feature_rows[t]`` is the row of ``features`` that stands in the place of token t's embedding, -1 for text. Both are
   looked up for every token: F is at least 1, also without an image, and an image's ids are ids of the vocabulary.
 - ``slots[l, p * T + t]`` is the pool row of part p's format that token t takes in layer l, handed out before the step,
   in one part at most. It is written first, then read where ``rows`` names it, as it is stored: that is a decode step. A
   negative slot writes nothing: a token without any is read by itself and by the later tokens of its sequence, beside
   the rows that are listed. That is a prompt, whose rows are chosen when its scores are known, from ``key.N`` and
-  ``value.N`` (after RoPE).
-- ``row_scores[l]`` is the attention that the listed rows received from the last token of their sequence, the mean over
-  heads; ``token_scores.N`` the same for tokens without a slot, and below it the sum over ``score_queries`` (indices of
-  tokens, one given twice counts twice, -1 is nobody). With W = 0 nobody looks at scores, and they may hold anything.
+  ``value.N`` (after RoPE). One that lists rows is a question about a scene: those are the scene's.
+- ``row_scores[l, 0]`` is the attention that the listed rows received from the last token of their sequence, the mean
+  over heads, and ``row_scores[l, 1]`` the sum over ``score_queries`` (indices of tokens, one given twice counts twice,
+  -1 is nobody, as in a decode step, whose sums are zero); ``token_scores.N`` are the same for tokens without a slot.
+  With W = 0 nobody looks at scores, and they may hold anything.
 - After layer ``prune_after`` of the recipe only ``survivors`` tokens go on: those with ``pinned`` 1, then those of most
   attention from the last token, ties to the lower index; ``kept`` holds their indices, ascending. ``survivors`` = T
   keeps all, as it must for more than one sequence. Score queries and the last token have to survive. Without

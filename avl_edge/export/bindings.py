@@ -77,7 +77,7 @@ def decoder_bindings(spec: ModelSpec, dtype: str, prune_after: int | None) -> Bi
         Binding(POOL_VALUES, ("R", *row), dtype),
         *(words if packs else ()),
     )
-    outputs = [Binding(LOGITS, ("B", text.vocab_size), "float32"), Binding(ROW_SCORES, (layers, "N"), "float32")]
+    outputs = [Binding(LOGITS, ("B", text.vocab_size), "float32"), Binding(ROW_SCORES, (layers, 2, "N"), "float32")]
     outputs += [Binding(KEPT, ("M",), "int32")] if prune else []
     for layer in range(layers):
         tokens = "M" if prune_after is not None and layer > prune_after else "T"

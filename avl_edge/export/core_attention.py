@@ -32,7 +32,7 @@ INPUTS = (
 WORDS = ("pool_key_words", "pool_value_words")  # [U, 4]; further inputs where rows may be packed
 OUTPUTS = (
     "attended",  # [t, H, d], zeros for a token that sees nothing
-    "row_scores",  # [N]
+    "row_scores",  # [2, N]
     "token_scores",  # [2, t]
 )
 _LOWEST = -3.0e38
@@ -208,6 +208,5 @@ class Body(Nodes):
         selection = self.cast(self.add("Concat", *chosen, axis=0), "float32")
         scores = self.add("MatMul", selection, mean)
         count, axis, end = self.add("Shape", rows), self.constant([1]), self.constant([2**31 - 1])
-        of_rows = self.add("Slice", scores, self.constant([0]), count, axis)
-        self.add("Gather", of_rows, self.constant(0), axis=0, name="row_scores")
+        self.add("Slice", scores, self.constant([0]), count, axis, name="row_scores")
         self.add("Slice", scores, count, end, axis, name="token_scores")

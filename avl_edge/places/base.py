@@ -34,8 +34,6 @@ class Place(ABC):
 
     most_rows: int | None = None
     """Of a pool; None where its memory is the only bound."""
-    no_scenes: str | None = None
-    """Why several questions cannot share a picture's rows here, and what to do instead; None where they can."""
     no_relief: str | None = None
     """Why rows cannot give memory back while requests run; None where they can."""
 
@@ -51,8 +49,9 @@ class Place(ABC):
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027
         """Raise :class:`BadInput` for a model that does not run here, whatever it is asked."""
 
-    def check_prompt(self, prompt: PromptShape, spec: ModelSpec) -> None:  # noqa: B027
-        """Raise :class:`BadInput` for a prompt that is too large here, whatever the method."""
+    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:  # noqa: B027
+        """Raise :class:`BadInput` for tokens that are too many to be run at once here, whatever the method; ``what``
+        they are."""
 
     def check(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> None:  # noqa: B027
         """Raise :class:`BadInput` for a method or formats that are not served here."""

@@ -26,7 +26,6 @@ _ELSEWHERE = "give the checkpoint, with --device cuda"
 class TensorRt(Place):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
-    no_scenes = f"engines serve no scenes: ask one question at a time, or {_ELSEWHERE}"
     no_relief = Cuda.no_relief
 
     def __init__(self, directory: Path) -> None:
@@ -45,12 +44,12 @@ class TensorRt(Place):
         dtype: torch.dtype = getattr(torch, self._job.settings.precision)
         return dtype
 
-    def check_prompt(self, prompt: PromptShape, spec: ModelSpec) -> None:
+    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:
         recipe = self._job.recipe
         fits = prompt.length <= recipe.prompt_tokens and prompt.images <= recipe.images * spec.tokens_per_image
         require(
             fits,
-            f"the prompt takes {prompt.length} tokens, {prompt.images} of images, but the package was built for "
+            f"the {what} takes {prompt.length} tokens, {prompt.images} of images, but the package was built for "
             f"{recipe.prompt_tokens} and {recipe.images} images: ask for less, or build it for more",
         )
 

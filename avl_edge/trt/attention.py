@@ -1,9 +1,9 @@
 """One call of ``avl::CoreAttention``: which kernels, on which addresses. What it computes is `avl_edge.export`'s table.
 
 Everything is decided by shapes, which the host knows; nothing is read back, allocated or waited for, so a CUDA graph
-can hold the call. New rows are written into their slots first. Then a decode step, one new token for each sequence,
-takes the split kernels of `avl_edge.cuda`, a launch for each format of its rows, and any other call, a prompt, those
-for many tokens. float32 rows, which the split kernels do not know, take the latter always.
+can hold the call. New rows are written into their slots first, a launch for each format. Then a decode step, one new
+token for each sequence, takes the split kernels of `avl_edge.cuda`, a launch for each format of its rows, and any other
+call, a prompt, those for many tokens. float32 rows, which the split kernels do not know, take the latter always.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ class Sizes:
             and heads % kv_heads == 0
         )
         require(fits, f"avl::CoreAttention was given shapes {list(map(list, inputs))}: build the package again")
-        message = f"packed rows are read in steps of one token per sequence, not by {tokens} tokens of {sequences}"
-        require(parts == 1 or tokens == sequences, f"{message}: give a prompt its rows as exact ones")
         return cls(tokens, sequences, room, queries[0], pool_keys[0], heads, kv_heads, head_dim, layers, parts)
 
 
@@ -97,6 +95,8 @@ class Attention:
             "a float32 engine reads exact rows: build the package with --precision float16, or ask for exact formats",
         )
         self._core.prepare(sizes.formats)
+        if not self._is_step(sizes):
+            self._tokens.prepare(sizes.parts)
 
     def workspace_bytes(self, most: Sizes) -> int:
         """Bytes of device memory that a call within ``most`` needs, whichever way it goes."""
@@ -109,26 +109,31 @@ class Attention:
         """Queue the call of ``layer`` on ``stream``: addresses of the node's inputs and outputs, in their order, and
         of :meth:`workspace_bytes` of scratch memory."""
         of = _tokens(sizes, layer, inputs)
-        if self._splits and sizes.tokens == sizes.sequences:
-            self._step(of, sizes, outputs, workspace, stream)
-            return
         pool = _pool(of, sizes, widening=1 if self._splits else 2)
-        self._core.append(of.key, of.value, of.slots, sizes.tokens, pool, stream)
-        self._prompt(of, outputs, workspace, stream)
+        for part, format_ in enumerate(sizes.formats):
+            slots = of.slots + _INT32 * part * sizes.tokens
+            self._core.append(of.key, of.value, slots, sizes.tokens, pool, stream, format_)
+        if self._is_step(sizes):
+            self._step(of, sizes, pool, outputs, workspace, stream)
+        else:
+            self._prompt(of, outputs, workspace, stream)
 
-    def _step(self, of: Tokens, sizes: Sizes, outputs: Sequence[int], workspace: int, stream: int) -> None:
-        core, pool, formats = self._core, _pool(of, sizes), sizes.formats
+    def _is_step(self, sizes: Sizes) -> bool:
+        return self._splits and sizes.tokens == sizes.sequences
+
+    def _step(self, of: Tokens, sizes: Sizes, pool: Pool, outputs: Sequence[int], workspace: int, stream: int) -> None:
+        core = self._core
         attended, row_scores, token_scores = outputs
         scores = sizes.queries > 0
         places = self._step_workspace(sizes, sizes.sequences, scores=scores)
-        lists = Lists.of(of.rows, of.row_offsets, sizes.sequences, sizes.room, formats)
+        lists = Lists.of(of.rows, of.row_offsets, sizes.sequences, sizes.room, sizes.formats)
         asked = row_scores if scores and sizes.room else 0
-        step = Step(of.query, of.key, of.value, of.slots, lists, attended, asked, formats)
-        core.append_parts(step, pool, stream)
+        step = Step(of.query, of.key, of.value, of.slots, lists, attended, asked)
         core.attend_parts(step, pool, places, workspace, stream)
         self._tokens.join(of, attended, workspace + places.log_sums, token_scores if scores else 0, stream)
         if asked:
             core.score_parts(step, places, workspace, stream)
+            self._tokens.sums(of, row_scores, stream)
 
     def _prompt(self, of: Tokens, outputs: Sequence[int], workspace: int, stream: int) -> None:
         attended, row_scores, token_scores = outputs

@@ -3,13 +3,14 @@
 As in :mod:`avl_edge.cuda.launch`: raw device pointers, 16-byte aligned, sizes and a raw stream in, nothing out;
 launches allocate nothing and read no count from the host but their arguments. t new tokens, B sequences, N row ids, R
 rows of the pool, P row formats, W score queries, H query and H_kv key/value heads, d head size; "row" is the kernels'
-dtype. With more formats than one, only :meth:`TokenKernels.join` is for the call.
+dtype. What reads rows is compiled twice: for exact ones alone, and for those of all formats.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ..cuda.driver import Argument
 NAME = "token_attention.cu"
 ROWS = {"float16": "Half", "bfloat16": "Bfloat", "float32": "Float"}
 """By the name that torch and safetensors use."""
+PACKED = "-DPACKED"
+"""The compiler's option for rows of all formats."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,16 @@ def digest() -> str:
 
 
 def token_cubin(
-    arch: str, shape: TokenShape, *, newest: tuple[int, int] | None = None, folder: Path | None = None
+    arch: str,
+    shape: TokenShape,
+    *,
+    packed: bool = False,
+    newest: tuple[int, int] | None = None,
+    folder: Path | None = None,
 ) -> bytes:
-    """The kernels as a module for ``arch``, like "sm_87"; as :func:`avl_edge.cuda.cubin`, errors included."""
-    return compiled(NAME, arch, shape.options, newest, folder)
+    """The kernels as a module for ``arch``, like "sm_87"; as :func:`avl_edge.cuda.cubin`, errors included. ``packed``:
+    those for rows of all formats."""
+    return compiled(NAME, arch, (*shape.options, *[PACKED] * packed), newest, folder)
 
 
 @dataclass(frozen=True)
@@ -90,34 +99,44 @@ class Tokens:
 
 
 class TokenKernels:
-    """The kernels of one shape, launched through ``module``."""
+    """The kernels of one shape, launched through ``module`` and, where rows are packed, through another one."""
 
-    def __init__(self, module: Module, shape: TokenShape) -> None:
+    def __init__(self, module: Module, shape: TokenShape, packed: Callable[[], Module] | None = None) -> None:
+        """``packed`` gives the module for rows of all formats, asked for once; without it rows are exact."""
         self.shape = shape
-        self._module = module
+        self._modules, self._packed = {False: module}, packed  # by whether rows may be packed
 
     @classmethod
     def load(cls, gpu: Gpu, shape: TokenShape) -> TokenKernels:
         """On a GPU; raises :class:`~avl_edge.cuda.NoCuda` and :class:`~avl_edge.cuda.CompileFailed`."""
-        return cls(gpu.load(token_cubin(gpu.arch, shape, newest=gpu.cuda)), shape)
+
+        def load(packed: bool) -> Module:
+            return gpu.load(token_cubin(gpu.arch, shape, packed=packed, newest=gpu.cuda))
+
+        return cls(load(False), shape, lambda: load(True))
+
+    def prepare(self, parts: int) -> None:
+        """Have the kernels ready that read rows of so many formats; as :meth:`load`."""
+        if parts > 1 and True not in self._modules:
+            assert self._packed is not None, "kernels for exact rows only"
+            self._modules[True] = self._packed()
 
     def attend(self, of: Tokens, attended: int, log_sums: int, stream: int) -> None:
         """avl_token_attend: row ``attended`` ``[t, H, d]``, zeros for a token that sees nothing, and float32
         ``log_sums`` ``[t, H]``."""
         grid = (-(-of.tokens // self.shape.teams), of.kv_heads * self.shape.group, 1)
         pointers = _p(of.query, of.key, of.value, of.pool_keys, of.pool_values, of.rows, of.row_offsets, of.slots)
-        sizes = _i(of.tokens, of.sequences, of.kv_heads)
-        self._launch("avl_token_attend", grid, stream, pointers, _p(of.token_offsets), sizes, _p(attended, log_sums))
+        sizes = _i(of.tokens, of.sequences, of.parts, of.kv_heads)
+        arguments = (pointers, _p(of.token_offsets), sizes, _p(attended, log_sums))
+        self._launch("avl_token_attend", grid, stream, *arguments, parts=of.parts)
 
     def scores(self, of: Tokens, log_sums: int, row_scores: int, token_scores: int, stream: int) -> None:
-        """avl_token_scores: float32 ``row_scores`` ``[N]`` and ``token_scores`` ``[2, t]``, after :meth:`attend`."""
+        """avl_token_scores: float32 ``row_scores`` ``[2, N]`` and ``token_scores`` ``[2, t]``, after :meth:`attend`."""
         grid = (-(-(of.room + of.tokens) // self.shape.teams), 1, 1)
         pointers = _p(of.query, of.key, of.pool_keys, of.rows, of.row_offsets, of.slots, of.token_offsets)
-        sizes = _i(of.tokens, of.sequences, of.kv_heads, of.room, of.queries)
-        results = _p(row_scores, token_scores)
-        self._launch(
-            "avl_token_scores", grid, stream, pointers, _p(of.score_queries, log_sums), sizes, results
-        )  # fmt: skip
+        sizes = _i(of.tokens, of.sequences, of.parts, of.kv_heads, of.room, of.queries)
+        arguments = (pointers, _p(of.score_queries, log_sums), sizes, _p(row_scores, token_scores))
+        self._launch("avl_token_scores", grid, stream, *arguments, parts=of.parts)
 
     def join(self, of: Tokens, attended: int, log_sums: int, token_scores: int, stream: int) -> None:
         """avl_token_join, after avl_merge: changes ``attended`` and ``log_sums`` of tokens without a slot, and writes
@@ -127,9 +146,18 @@ class TokenKernels:
         results = _p(attended, log_sums, token_scores)
         self._launch("avl_token_join", (of.tokens, 1, 1), stream, pointers, sizes, results)
 
-    def _launch(self, kernel: str, grid: tuple[int, int, int], stream: int, *arguments: tuple[Argument, ...]) -> None:
+    def sums(self, of: Tokens, row_scores: int, stream: int) -> None:
+        """avl_token_sums, after avl_scores: the second line of float32 ``row_scores`` ``[2, N]``, from the first."""
+        grid = (-(-of.room // (32 * self.shape.warps)), 1, 1)
+        sizes = _i(of.sequences, of.parts, of.room, of.queries)
+        self._launch("avl_token_sums", grid, stream, _p(of.row_offsets, of.score_queries), sizes, _p(row_scores))
+
+    def _launch(
+        self, kernel: str, grid: tuple[int, int, int], stream: int, *arguments: tuple[Argument, ...], parts: int = 1
+    ) -> None:
         flat = [argument for part in arguments for argument in part]
-        self._module.launch(kernel, grid, 32 * self.shape.warps, stream, flat)
+        self.prepare(parts)
+        self._modules[parts > 1].launch(kernel, grid, 32 * self.shape.warps, stream, flat)
 
 
 def _p(*addresses: int) -> tuple[Argument, ...]:

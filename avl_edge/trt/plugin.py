@@ -105,114 +105,119 @@ def _fields(trt: Any, values: Sequence[int]) -> tuple[Any, Any]:
 
 
 def _plugin_class(trt: Any) -> type[Any]:
-    """The class, over the bindings' own base classes."""
-    dtypes = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
+    """The plugin's class, over the bindings' own base classes."""
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+    dtypes = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
+    return type("CoreAttentionPlugin", (_CoreAttention, *bases), {"_trt": trt, "_bases": bases, "_dtypes": dtypes})
 
-    class CoreAttentionPlugin(*bases):  # type: ignore[misc]
-        """One layer's attention. ``building``: made for the builder, whose inputs hold no ids while it takes times."""
 
-        def __init__(self, layer: int, load: Load, building: bool) -> None:
-            for base in bases:
-                base.__init__(self)
-            self.num_outputs = len(OUTPUTS)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = OPERATOR, DOMAIN, VERSION
-            self._layer, self._load, self._building = layer, load, building
-            self._attention: Attention | None = None
-            _keep(self)
+class _CoreAttention:
+    """One layer's attention: the methods that TensorRT calls. :func:`_plugin_class` adds what they are methods of."""
 
-        def get_capability_interface(self, kind: Any) -> Any:  # noqa: ARG002
-            """Core, build and runtime are all this object."""
-            return self
+    _trt: Any
+    _bases: tuple[type[Any], ...]
+    _dtypes: dict[Any, str]
 
-        def clone(self) -> Any:
-            """One of the same state; the kernels are shared."""
-            copy = CoreAttentionPlugin(self._layer, self._load, self._building)
-            copy._attention = self._attention
-            return copy
+    def __init__(self, layer: int, load: Load, building: bool) -> None:
+        """``building``: made for the builder, whose inputs hold no ids while it takes times."""
+        for base in self._bases:
+            base.__init__(self)
+        self.num_outputs = len(OUTPUTS)
+        self.plugin_name, self.plugin_namespace, self.plugin_version = OPERATOR, DOMAIN, VERSION
+        self._layer, self._load, self._building = layer, load, building
+        self._attention: Attention | None = None
+        _keep(self)
 
-        # Building
+    def get_capability_interface(self, kind: Any) -> Any:  # noqa: ARG002
+        """Core, build and runtime are all this object."""
+        return self
 
-        def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
-            """Rows as the query: float16, bfloat16 or float32; scores float32, all else int32; all of it linear."""
-            tensor = tensors[position].desc
-            if tensor.format != trt.TensorFormat.LINEAR:
-                return False
-            if position < _ROW_INPUTS or position == inputs:
-                return tensor.type in dtypes and tensor.type == tensors[0].desc.type
-            return bool(tensor.type == (trt.DataType.FLOAT if position > inputs else trt.DataType.INT32))
+    def clone(self) -> Any:
+        """One of the same state; the kernels are shared."""
+        copy = type(self)(self._layer, self._load, self._building)
+        copy._attention = self._attention
+        return copy
 
-        def get_output_data_types(self, inputs: Sequence[Any]) -> list[Any]:
-            return [inputs[0], trt.DataType.FLOAT, trt.DataType.FLOAT]
+    # Building
 
-        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Any, expressions: Any) -> list[Any]:  # noqa: ARG002
-            """attended [t, H, d], row_scores [N], token_scores [2, t]."""
-            query, rows = inputs[0], inputs[INPUTS.index("rows")]
-            attended = trt.DimsExprs([query[0], query[1], query[2]])
-            return [attended, trt.DimsExprs([rows[1]]), trt.DimsExprs([expressions.constant(2), query[0]])]
+    def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
+        """Rows as the query: float16, bfloat16 or float32; scores float32, all else int32; all of it linear."""
+        tensor = tensors[position].desc
+        if tensor.format != self._trt.TensorFormat.LINEAR:
+            return False
+        if position < _ROW_INPUTS or position == inputs:
+            return tensor.type in self._dtypes and tensor.type == tensors[0].desc.type
+        return bool(tensor.type == (self._trt.DataType.FLOAT if position > inputs else self._trt.DataType.INT32))
 
-        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
-            """For the shapes of a profile, which have to agree with one another and to hold the layer."""
-            most = self._sizes([tensor.max for tensor in inputs])
-            self._prepare(most, inputs[0].desc.type)
+    def get_output_data_types(self, inputs: Sequence[Any]) -> list[Any]:
+        return [inputs[0], self._trt.DataType.FLOAT, self._trt.DataType.FLOAT]
 
-        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:  # noqa: ARG002
-            """Bytes for the largest shapes."""
-            most = self._sizes([tensor.max for tensor in inputs])
-            return self._prepare(most, inputs[0].desc.type).workspace_bytes(most)
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Any, expressions: Any) -> list[Any]:  # noqa: ARG002
+        """attended [t, H, d], row_scores [2, N], token_scores [2, t]."""
+        query, rows, two = inputs[0], inputs[INPUTS.index("rows")], expressions.constant(2)
+        shapes = [query[0], query[1], query[2]], [two, rows[1]], [two, query[0]]
+        return [self._trt.DimsExprs(shape) for shape in shapes]
 
-        def get_valid_tactics(self) -> list[int]:
-            """One way of doing it: there is nothing to choose from."""
-            return []
+    def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
+        """For the shapes of a profile, which have to agree with one another and to hold the layer."""
+        most = self._sizes([tensor.max for tensor in inputs])
+        self._prepare(most, inputs[0].desc.type)
 
-        # Running
+    def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:  # noqa: ARG002
+        """Bytes for the largest shapes."""
+        most = self._sizes([tensor.max for tensor in inputs])
+        return self._prepare(most, inputs[0].desc.type).workspace_bytes(most)
 
-        def attach_to_context(self, context: Any) -> Any:  # noqa: ARG002
-            """A clone: nothing of the context is needed."""
-            return self.clone()
+    def get_valid_tactics(self) -> list[int]:
+        """One way of doing it: there is nothing to choose from."""
+        return []
 
-        def set_tactic(self, tactic: int) -> None:
-            """There is one."""
+    # Running
 
-        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
-            """Before an ``enqueue`` of other shapes: load what it launches."""
-            self._prepare(self._sizes([tensor.dims for tensor in inputs]), inputs[0].type)
+    def attach_to_context(self, context: Any) -> Any:  # noqa: ARG002
+        """A clone: nothing of the context is needed."""
+        return self.clone()
 
-        def enqueue(
-            self,
-            input_desc: Sequence[Any],
-            output_desc: Sequence[Any],  # noqa: ARG002
-            inputs: Sequence[int],
-            outputs: Sequence[int],
-            workspace: int,
-            stream: int,
-        ) -> None:
-            """Queue the layer on ``stream``; addresses of device memory."""
-            if self._building:
-                return
-            sizes = self._sizes([tensor.dims for tensor in input_desc])
-            self._prepare(sizes, input_desc[0].type).run(sizes, self._layer, inputs, outputs, workspace, stream)
+    def set_tactic(self, tactic: int) -> None:
+        """There is one."""
 
-        def get_fields_to_serialize(self) -> Any:
-            """The layer: shapes and dtype come with the engine."""
-            self._serialized, fields = _fields(trt, [self._layer])
-            return fields
+    def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
+        """Before an ``enqueue`` of other shapes: load what it launches."""
+        self._prepare(self._sizes([tensor.dims for tensor in inputs]), inputs[0].type)
 
-        def _sizes(self, shapes: Sequence[Any]) -> Sizes:
-            sizes = Sizes.of([tuple(shape) for shape in shapes])
-            if self._layer >= sizes.layers:
-                message = f"layer {self._layer} of a decoder of {sizes.layers}"
-                raise BadInput(f"{DOMAIN}::{OPERATOR} is for {message}: build the package again")
-            return sizes
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],  # noqa: ARG002
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Queue the layer on ``stream``; addresses of device memory."""
+        if self._building:
+            return
+        sizes = self._sizes([tensor.dims for tensor in input_desc])
+        self._prepare(sizes, input_desc[0].type).run(sizes, self._layer, inputs, outputs, workspace, stream)
 
-        def _prepare(self, sizes: Sizes, dtype: Any) -> Attention:
-            if self._attention is None:
-                group = sizes.heads // sizes.kv_heads
-                self._attention = self._load(sizes.head_dim, group, dtypes[dtype])
-            self._attention.prepare(sizes)
-            return self._attention
+    def get_fields_to_serialize(self) -> Any:
+        """The layer: shapes and dtype come with the engine."""
+        self._serialized, fields = _fields(self._trt, [self._layer])
+        return fields
 
-    return CoreAttentionPlugin
+    def _sizes(self, shapes: Sequence[Any]) -> Sizes:
+        sizes = Sizes.of([tuple(shape) for shape in shapes])
+        if self._layer >= sizes.layers:
+            message = f"layer {self._layer} of a decoder of {sizes.layers}"
+            raise BadInput(f"{DOMAIN}::{OPERATOR} is for {message}: build the package again")
+        return sizes
+
+    def _prepare(self, sizes: Sizes, dtype: Any) -> Attention:
+        if self._attention is None:
+            group = sizes.heads // sizes.kv_heads
+            self._attention = self._load(sizes.head_dim, group, self._dtypes[dtype])
+        self._attention.prepare(sizes)
+        return self._attention
 
 
 _ROW_INPUTS = INPUTS.index("rows")

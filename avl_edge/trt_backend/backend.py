@@ -2,8 +2,9 @@
 
 A prompt runs whole; its scores, keys and values of all layers come out together, the policy chooses, and torch writes
 the chosen rows into the pool, in any format: so a prompt's full cache does exist for a moment, in the engine's outputs.
-A decode step is one recorded run of the engine, whose plugin reads the rows where they lie; see
-:mod:`avl_edge.cuda_backend` for what waits for what, which is the same here.
+Of a question about a scene only its own tokens run, over the scene's rows. A decode step is one recorded run of the
+engine. The plugin reads rows where they lie; see :mod:`avl_edge.cuda_backend` for what waits for what, which is the
+same here.
 
 Shown on a CPU: the whole path, with ONNX Runtime on the exported graphs in the engines' place. Left to a device: the
 engines themselves, recording and replay, and the speed.
@@ -20,22 +21,22 @@ import torch
 from torch import Tensor
 
 from ..cache import Selected, SequenceCache
-from ..cuda import FORMATS
 from ..engine import PROMPT
 from ..export import bindings as names
 from ..models.rope import Rope
 from ..pool import RowStore
 from ..request import Prompt
+from ..shared import SceneCache
 from ..steps import Accelerator, Bucket, Reads, RecordedSteps
 from ..stored import StoredRows, distances, in_order
 from ..trt import EngineFailed
-from .engines import Buffers, Engines
-from .prompt import buffers, pruned_after, scores_of
+from .engines import Buffers, Engines, parts_of
+from .prompt import Listed, buffers, pruned_after, scores_of
 from .step import EngineStep
 
 
 class EngineBackend:
-    """The ``Backend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
+    """The ``SceneBackend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
     device, logits come back to the CPU. An error of the device shows at the next wait, as torch's RuntimeError."""
 
     name = "tensorrt"
@@ -95,17 +96,35 @@ class EngineBackend:
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         """The last token's logits ``[vocabulary]``, float32 on the CPU."""
+        return self._run(prompt, features, cache)[names.LOGITS][0].cpu()
+
+    @torch.inference_mode()
+    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+        """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
+        self._run(prompt, features, cache)
+        self._accelerator.synchronize()
+
+    def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
+        """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
         text = self._engines.spec.text
-        run, pruned = buffers(self._engines, self._store, prompt, features, cache), pruned_after(cache, text.layers)
+        listed, pruned = Listed(cache, text.layers), pruned_after(cache, text.layers)
+        run = buffers(self._engines, self._store, prompt, features, cache, listed)
         self._prompts.run(run.dims, run.addresses, self._accelerator.stream())
-        scores = scores_of(run, text, cache)
+        scores = scores_of(run, text, cache, listed)
         for layer in range(text.layers):
             keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
-            stored = cache.store_prompt(layer, *scores[layer], distances(values, cache, layer))
-            self.rows.store_prompt(cache, layer, stored, keys, values)
+            stored = cache.store_prompt(layer, *scores[layer], self._distances(cache, layer, keys, values))
+            own = [replace(each, places=each.places - listed.count(layer)) for each in stored]
+            self.rows.store_prompt(cache, layer, own, keys, values)
             if pruned and layer == pruned.layer:
                 cache.go_on(run[names.KEPT].cpu().numpy().astype(np.int64))
-        return run[names.LOGITS][0].cpu()
+        return run
+
+    def _distances(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> npt.NDArray[np.floating]:
+        """Those of a layer's values, a question's behind its scene's, whose rows are read for nothing else."""
+        if cache.begin and cache.wants_distances:
+            values = self.rows.after(cache, layer, keys, values)[1]
+        return distances(values, cache, layer)
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
         """Logits ``[sequences, vocabulary]``, float32 on the CPU, of one step for every sequence; the caller's."""
@@ -150,6 +169,4 @@ class EngineBackend:
         recipe, context = self._engines.recipe, self._engines.spec.text.context
         found = Bucket.of(reads, scores)
         batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
-        every = tuple(FORMATS)  # of which an engine's step has the first ones, whether all of them are read or not
-        formats = every[: 1 + max(every.index(name) for name in found.formats)]
-        return replace(found, batch=batch, capacity=capacity, formats=formats)
+        return replace(found, batch=batch, capacity=capacity, formats=parts_of(found.formats))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..cuda import FORMATS
 from ..engine import Recipe
 from ..export import Binding, Bindings
 from ..export import bindings as names
@@ -43,6 +44,13 @@ class Engines:
     vision_bindings: Bindings
     decoder: Runner
     decoder_bindings: Bindings
+
+
+def parts_of(formats: Collection[str]) -> tuple[str, ...]:
+    """The formats of the parts in a call that reads rows of these: the first of those that engines read, whether there
+    are rows of all of them or not."""
+    every = tuple(FORMATS)
+    return every[: 1 + max((every.index(name) for name in formats), default=0)]
 
 
 def pool_of(store: RowStore) -> dict[str, Tensor]:

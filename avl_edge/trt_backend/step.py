@@ -59,7 +59,7 @@ class EngineStep(RecordedStep):
         self._buffers = Buffers(taken, dims, device, given)
         self._tokens = torch.empty(batch, dtype=torch.int64, device=device)
         outputs = {"logits": self._buffers[names.LOGITS], "tokens": self._tokens}
-        outputs |= {"scores": self._buffers[names.ROW_SCORES]} if bucket.scores else {}
+        outputs |= {"scores": self._buffers[names.ROW_SCORES][:, 0]} if bucket.scores else {}
         super().__init__(accelerator, tables, outputs)
 
     def run(self) -> None:

@@ -4,129 +4,43 @@
 //
 //   avl_token_attend   (ceil(t / kTeams), H)         attended, and the logarithms of the softmax sums
 //   avl_token_scores   (ceil((N + t) / kTeams))      row_scores and token_scores, from those
-//   avl_token_join     (t)                           after avl_merge, in a decode step: a token without a slot sees itself
+//   avl_token_join     (t)                           after avl_merge, in a step: a token without a slot sees itself
+//   avl_token_sums     (ceil(N / kThreads))          after avl_scores, in a step: the second line of row_scores
 //
-// t tokens of B sequences, N row ids, H query and H_kv key/value heads, H = GROUP * H_kv; a block has 32 * WARPS threads
-// and no dynamic shared memory. Grids follow from the shapes alone, counts are read from the offsets in device memory,
-// nothing is allocated and no sum depends on the order of blocks: a CUDA graph may hold all of it.
+// t tokens of B sequences, one of each in a step, N row ids in lists of P formats (exact, int8, int4), part by part, H
+// query and H_kv key/value heads, H = GROUP * H_kv; a block has 32 * WARPS threads and no dynamic shared memory. Grids
+// follow from the shapes alone, counts are read from the offsets in device memory, nothing is allocated and no sum
+// depends on the order of blocks: a CUDA graph may hold all of it.
 //
-// kLanes neighbouring lanes, a team, share a query (in the scores: a column) and hold its elements in 16-byte pieces,
-// in turn. The columns of a tile lie in shared memory as float32; all teams of a warp read the same column at a time, so
-// that a read is one for all of them. A block takes neighbouring tokens of one head, which share nearly all columns. No
-// t x t matrix is ever formed: the scores compute their few logits anew. Multiplications are plain float32: matrix units
-// are not used.
+// A team of lanes (columns.cuh) shares a query, in the scores a column. The columns of a tile lie in shared memory as
+// float32, whatever their format; all teams of a warp read the same column at a time, so that a read is one for all of
+// them. A block takes neighbouring tokens of one head, which share nearly all columns. No t x t matrix is ever formed:
+// the scores compute their few logits anew. Multiplications are plain float32: matrix units are not used.
 //
 // Compiled as core_attention.cu is, once per shape: -DHEAD_DIM= a multiple of 8 up to 256, -DGROUP= query heads per
-// key/value head, -DROW=Half, Bfloat or Float. plugins/emulation runs the same text on a CPU. None of it has run on a
-// GPU yet.
+// key/value head, -DROW=Half, Bfloat or Float; and of the first two once more with -DPACKED, for P > 1: so that exact
+// rows alone pay for no others. plugins/emulation runs the same text on a CPU. None of it has run on a GPU yet.
 
-#include "device.cuh"
-
-struct Float { float value; };
-using Row = ROW;
+#include "columns.cuh"
 
 namespace {
 
-constexpr int kLanes = HEAD_DIM <= 64 ? 2 : HEAD_DIM <= 128 ? 4 : 8;
-constexpr int kMine = (kPieces + kLanes - 1) / kLanes; // pieces of a lane; those past kPieces are zeros
-constexpr int kTeams = kThreads / kLanes;              // of a block
-constexpr int kColumns = HEAD_DIM <= 128 ? 32 : 16;    // of a tile: at most 32 KB of keys and values
-constexpr int kAtOnce = 8;                             // columns between two looks at the peak
-constexpr int kUnseen = 0x7fffffff;                    // above the index of every token
-
-__device__ __forceinline__ int team_index() { return threadIdx.x / kLanes; }
-__device__ __forceinline__ int lane_of_team() { return threadIdx.x % kLanes; }
-
-// A piece of a row in float32.
-template <class Narrow> __device__ __forceinline__ void load_piece(const Narrow* from, float (&to)[kPiece]) {
-    widen<Narrow>(*reinterpret_cast<const uint4*>(from), to);
-}
-
-__device__ __forceinline__ void load_piece(const Float* from, float (&to)[kPiece]) {
-#pragma unroll
-    for (int i = 0; i < kPiece; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from + i);
-        to[i] = four.x;
-        to[i + 1] = four.y;
-        to[i + 2] = four.z;
-        to[i + 3] = four.w;
-    }
-}
-
-template <class Narrow> __device__ __forceinline__ void store_piece(Narrow* to, const float (&from)[kPiece]) {
-    *reinterpret_cast<uint4*>(to) = {pack(Narrow{}, from[0], from[1]), pack(Narrow{}, from[2], from[3]),
-                                     pack(Narrow{}, from[4], from[5]), pack(Narrow{}, from[6], from[7])};
-}
-
-__device__ __forceinline__ void store_piece(Float* to, const float (&from)[kPiece]) {
-#pragma unroll
-    for (int i = 0; i < kPiece; i += 4)
-        *reinterpret_cast<float4*>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
-}
-
-// One head of a row, spread over a team.
-struct Head {
-    float parts[kMine][kPiece];
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int m = 0; m < kMine; ++m)
-#pragma unroll
-            for (int i = 0; i < kPiece; ++i) parts[m][i] = 0;
-    }
-
-    // Zeros if not `there`.
-    __device__ __forceinline__ void load(const Row* from, bool there) {
-        clear();
-#pragma unroll
-        for (int m = 0; m < kMine; ++m)
-            if (const int piece = m * kLanes + lane_of_team(); there && piece < kPieces)
-                load_piece(from + piece * kPiece, parts[m]);
-    }
-
-    __device__ __forceinline__ void store(Row* to) const {
-#pragma unroll
-        for (int m = 0; m < kMine; ++m)
-            if (const int piece = m * kLanes + lane_of_team(); piece < kPieces)
-                store_piece(to + piece * kPiece, parts[m]);
-    }
-
-    __device__ __forceinline__ void scale(float factor) {
-#pragma unroll
-        for (int m = 0; m < kMine; ++m)
-#pragma unroll
-            for (int i = 0; i < kPiece; ++i) parts[m][i] *= factor;
-    }
-};
-
-// The sum over a team, in all of its lanes; all lanes of a warp must call.
-__device__ __forceinline__ float sum_over_team(float value) {
-#pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAll, value, mask);
-    return value;
-}
-
-__device__ __forceinline__ float dot(const Head& a, const Head& b) {
-    float sum = 0;
-#pragma unroll
-    for (int m = 0; m < kMine; ++m)
-#pragma unroll
-        for (int i = 0; i < kPiece; ++i) sum += a.parts[m][i] * b.parts[m][i];
-    return sum_over_team(sum);
-}
+constexpr int kColumns = HEAD_DIM <= 128 ? 32 : 16;   // of a tile: at most 32 KB of keys and values
+constexpr int kAtOnce = 8;                            // columns between two looks at the peak
+constexpr int kUnseen = 0x7fffffff;                   // above the index of every token
 
 // A tile of columns; rows are as wide as all lanes' pieces, so that no lane looks whether a piece is there.
 struct Tile {
-    float keys[kColumns][kMine * kLanes * kPiece];
-    float values[kColumns][kMine * kLanes * kPiece];
+    float keys[kColumns][kWidth * kPiece];
+    float values[kColumns][kWidth * kPiece];
     int order[kColumns];  // the first token that sees the column
 
-    __device__ __forceinline__ Head head(const float (&row)[kMine * kLanes * kPiece]) const {
+    __device__ __forceinline__ Head head(const float (&row)[kWidth * kPiece]) const {
         Head head;
 #pragma unroll
         for (int m = 0; m < kMine; ++m)
 #pragma unroll
-            for (int i = 0; i < kPiece; ++i) head.parts[m][i] = row[(m * kLanes + lane_of_team()) * kPiece + i];
+            for (int i = 0; i < kPiece; ++i) head.parts[m][i] = row[(m * kTeam + lane_of_team()) * kPiece + i];
         return head;
     }
 };
@@ -158,10 +72,10 @@ struct Softmax {
     }
 };
 
-// The sequence that owns entry `index` of what `offsets` cut up; `sequences` for room past the last.
-__device__ __forceinline__ int owner_of(int index, const int* offsets, int sequences) {
+// The list that holds entry `index` of what `offsets` cut up; `lists` for room past the last.
+__device__ __forceinline__ int owner_of(int index, const int* offsets, int lists) {
     int owner = 0;
-    while (owner < sequences && offsets[owner + 1] <= index) ++owner;
+    while (owner < lists && offsets[owner + 1] <= index) ++owner;
     return owner;
 }
 
@@ -169,20 +83,20 @@ __device__ __forceinline__ int owner_of(int index, const int* offsets, int seque
 
 // One block: neighbouring tokens, a team each, for one query head. A token that sees nothing gets zeros.
 extern "C" __global__ void __launch_bounds__(kThreads)
-avl_token_attend(const Row* __restrict__ query,        // [t, H, d]
-                 const Row* __restrict__ key,          // [t, H_kv, d], of the new tokens
-                 const Row* __restrict__ value,        // [t, H_kv, d]
-                 const Row* __restrict__ pool_keys,    // [R, H_kv, d], with the new rows written
-                 const Row* __restrict__ pool_values,  // [R, H_kv, d]
-                 const int* __restrict__ rows,         // [N], ids in [0, R)
-                 const int* __restrict__ row_offsets,  // [B + 1]
-                 const int* __restrict__ slots,        // [t]; negative: the token is a column itself
+avl_token_attend(const Row* __restrict__ query,         // [t, H, d]
+                 const Row* __restrict__ key,           // [t, H_kv, d], of the new tokens
+                 const Row* __restrict__ value,         // [t, H_kv, d]
+                 const void* __restrict__ pool_keys,    // [R, H_kv, d], with the new rows written; packed: the bytes in
+                 const void* __restrict__ pool_values,  // which rows are records, the same memory
+                 const int* __restrict__ rows,          // [N], ids of their formats
+                 const int* __restrict__ row_offsets,   // [P * B + 1]
+                 const int* __restrict__ slots,         // [P, t]; all negative: the token is a column itself
                  const int* __restrict__ token_offsets,  // [B + 1]
-                 int tokens, int sequences, int kv_heads,
-                 Row* __restrict__ attended,           // [t, H, d]
-                 float* __restrict__ log_sums) {       // [t, H]: log2 of the sum of 2^logit; for avl_token_scores
+                 int tokens, int sequences, int parts, int kv_heads,  // parts: P
+                 Row* __restrict__ attended,            // [t, H, d]
+                 float* __restrict__ log_sums) {        // [t, H]: log2 of the sum of 2^logit; for avl_token_scores
     __shared__ Tile tile;
-    const int head = blockIdx.y, kv_head = head / GROUP, heads = kv_heads * GROUP;
+    const int head = blockIdx.y, kv_head = head / GROUP, heads = kv_heads * GROUP, formats = kPacks ? parts : 1;
     const int first = blockIdx.x * kTeams, token = first + team_index();
     const long long place = (long long)token * heads + head;
     Head own;
@@ -195,29 +109,31 @@ avl_token_attend(const Row* __restrict__ query,        // [t, H, d]
         const int begin = token_offsets[s], end = token_offsets[s + 1];
         if (end <= first || begin >= first + kTeams) continue;
         const bool member = begin <= token && token < end;
-        const int listed = row_offsets[s + 1] - row_offsets[s];
+        const Listed lists = {rows, row_offsets + s, sequences, formats};
+        const int listed = lists.count();
         const int columns = listed + min(end, first + kTeams) - begin;  // what the block's last token sees
         for (int at = 0; at < columns; at += kColumns) {
             __syncthreads();  // the last tile has been read
-            for (int i = threadIdx.x; i < kColumns * kMine * kLanes; i += kThreads) {
-                const int column = at + i / (kMine * kLanes), piece = i % (kMine * kLanes);
-                const bool row = column < listed, there = column < columns && piece < kPieces;
-                const int index = !there ? 0 : row ? rows[row_offsets[s] + column] : begin + column - listed;
-                const long long from = ((long long)index * kv_heads + kv_head) * HEAD_DIM + piece * kPiece;
+            for (int i = threadIdx.x; i < kColumns * kWidth; i += kThreads) {
+                const int column = at + i / kWidth, piece = i % kWidth;
                 float keys[kPiece] = {}, values[kPiece] = {};
-                if (there) {
-                    load_piece((row ? pool_keys : key) + from, keys);
-                    load_piece((row ? pool_values : value) + from, values);
+                Column from = {kNew, begin + column - listed};
+                if (column < columns && piece < kPieces) {
+                    if (column < listed) from = lists[column];
+                    from.load(pool_keys, key, kv_heads, kv_head, piece, keys);
+                    from.load(pool_values, value, kv_heads, kv_head, piece, values);
                 }
 #pragma unroll
                 for (int e = 0; e < kPiece; ++e) {
-                    tile.keys[column - at][piece * kPiece + e] = keys[e];
-                    tile.values[column - at][piece * kPiece + e] = values[e];
+                    tile.keys[column - at][from.dimension(piece, e)] = keys[e];
+                    tile.values[column - at][from.dimension(piece, e)] = values[e];
                 }
             }
             for (int i = threadIdx.x; i < kColumns; i += kThreads) {
-                const int other = begin + at + i - listed;
-                tile.order[i] = at + i < listed ? -1 : at + i < columns && slots[other] < 0 ? other : kUnseen;
+                const int column = at + i, other = begin + column - listed;
+                const bool is_row = column < listed;
+                const bool is_token = !is_row && column < columns && !has_slot(slots, tokens, formats, other);
+                tile.order[i] = is_row ? -1 : is_token ? other : kUnseen;
             }
             __syncthreads();
             for (int i = 0; i < min(kColumns, columns - at); i += kAtOnce) {
@@ -241,36 +157,37 @@ avl_token_attend(const Row* __restrict__ query,        // [t, H, d]
 extern "C" __global__ void __launch_bounds__(kThreads)
 avl_token_scores(const Row* __restrict__ query,        // as above
                  const Row* __restrict__ key,
-                 const Row* __restrict__ pool_keys,
+                 const void* __restrict__ pool_keys,
                  const int* __restrict__ rows,
                  const int* __restrict__ row_offsets,
                  const int* __restrict__ slots,
                  const int* __restrict__ token_offsets,
                  const int* __restrict__ score_queries,  // [W]: tokens; -1 is nobody
                  const float* __restrict__ log_sums,     // [t, H], as avl_token_attend left it
-                 int tokens, int sequences, int kv_heads, int room, int queries,  // room: N, queries: W
-                 float* __restrict__ row_scores,         // [N]
+                 int tokens, int sequences, int parts, int kv_heads,
+                 int room, int queries,                  // room: N, queries: W
+                 float* __restrict__ row_scores,         // [2, N]: from the last token, and summed over the queries
                  float* __restrict__ token_scores) {     // [2, t]
-    const int column = blockIdx.x * kTeams + team_index(), heads = kv_heads * GROUP;
+    const int column = blockIdx.x * kTeams + team_index(), heads = kv_heads * GROUP, formats = kPacks ? parts : 1;
     const bool is_row = column < room, inside = column < room + tokens;
-    const int entry = is_row ? column : column - room;
-    const int owner = inside ? owner_of(entry, is_row ? row_offsets : token_offsets, sequences) : sequences;
-    const bool there = owner < sequences && (is_row || slots[entry] < 0);
+    const int entry = is_row ? column : column - room, lists = is_row ? formats * sequences : sequences;
+    const int list = inside ? owner_of(entry, is_row ? row_offsets : token_offsets, lists) : lists;
+    const bool there = list < lists && (is_row || !has_slot(slots, tokens, formats, entry));
+    const int owner = there ? list % sequences : 0;
     const int begin = there ? token_offsets[owner] : 0, end = there ? token_offsets[owner + 1] : 0;
-    const long long index = there ? is_row ? rows[entry] : entry : 0;
-    const int asked = int(blockIdx.x + 1) * kTeams <= room ? 0 : queries;  // rows are scored by the last token alone
+    const Column from = {is_row ? list / sequences : kNew, there && is_row ? rows[entry] : entry};
     float last = 0, summed = 0;
     for (int kv_head = 0; kv_head < kv_heads; ++kv_head) {
         Head own;
-        own.load((is_row ? pool_keys : key) + (index * kv_heads + kv_head) * HEAD_DIM, there);
-        for (int q = 0; q <= asked; ++q) {
-            const bool is_last = q == asked;
+        own.load(from, pool_keys, key, kv_heads, kv_head, there);
+        for (int q = 0; q <= queries; ++q) {
+            const bool is_last = q == queries;
             const int token = is_last ? end - 1 : score_queries[q];
-            const bool sees = there && begin <= token && token < end && (is_row ? is_last : entry <= token);
+            const bool sees = there && begin <= token && token < end && (is_row || entry <= token);
             for (int head = kv_head * GROUP; head < (kv_head + 1) * GROUP; ++head) {
                 const long long place = sees ? (long long)token * heads + head : 0;
                 Head asking;
-                asking.load(query + place * HEAD_DIM, sees);
+                asking.load_query(from, query + place * HEAD_DIM, sees);
                 const float logit = dot(asking, own) * query_scale();
                 const float weight = sees ? exp2_approx(logit - log_sums[place]) : 0;
                 last += is_last ? weight : 0;
@@ -279,11 +196,12 @@ avl_token_scores(const Row* __restrict__ query,        // as above
         }
     }
     if (!inside || lane_of_team() != 0) return;
-    (is_row ? row_scores : token_scores)[entry] = last / heads;
-    if (!is_row) token_scores[tokens + entry] = summed / heads;
+    float* scores = is_row ? row_scores : token_scores;
+    scores[entry] = last / heads;
+    scores[(is_row ? room : tokens) + entry] = summed / heads;
 }
 
-// One block: the one new token of a sequence in a decode step. Without a slot it is no row, but sees itself: its own key
+// One block: the one new token of a sequence in a step. Without a slot it is no row, but sees itself: its own key
 // and value join what avl_merge left. The scores of a token with a slot, in any part, are 0: it is among the rows.
 extern "C" __global__ void __launch_bounds__(kThreads)
 avl_token_join(const Row* __restrict__ query,          // [t, H, d]
@@ -291,14 +209,13 @@ avl_token_join(const Row* __restrict__ query,          // [t, H, d]
                const Row* __restrict__ value,          // [t, H_kv, d]
                const int* __restrict__ slots,          // [P, t]
                const int* __restrict__ score_queries,  // [W]
-               int tokens, int formats, int kv_heads, int queries,  // formats: P
+               int tokens, int parts, int kv_heads, int queries,
                Row* __restrict__ attended,             // [t, H, d], changed in place
                float* __restrict__ log_sums,           // [t, H], likewise
                float* __restrict__ token_scores) {     // [2, t]; null when nobody looks
-    __shared__ float parts[kTeams];
+    __shared__ float of_teams[kTeams];
     const int token = blockIdx.x, heads = kv_heads * GROUP;
-    bool homeless = true;
-    for (int part = 0; part < formats; ++part) homeless &= slots[part * tokens + token] < 0;
+    const bool homeless = !has_slot(slots, tokens, parts, token);
     float weights = 0;
     for (int first = 0; homeless && first < heads; first += kTeams) {
         const int head = first + team_index();
@@ -328,14 +245,28 @@ avl_token_join(const Row* __restrict__ query,          // [t, H, d]
         }
     }
     if (!token_scores) return;
-    if (lane_of_team() == 0) parts[team_index()] = weights;
+    if (lane_of_team() == 0) of_teams[team_index()] = weights;
     __syncthreads();
     if (threadIdx.x != 0) return;
     float mean = 0;
-    for (int team = 0; team < kTeams; ++team) mean += parts[team];
+    for (int team = 0; team < kTeams; ++team) mean += of_teams[team];
     mean /= heads;
     int times = 0;
     for (int q = 0; q < queries; ++q) times += score_queries[q] == token;
     token_scores[token] = mean;
     token_scores[tokens + token] = times * mean;
+}
+
+// A thread takes a listed row. The one token of its sequence is the last one, and counts as often as it is named.
+extern "C" __global__ void __launch_bounds__(kThreads)
+avl_token_sums(const int* __restrict__ row_offsets,    // [P * B + 1]
+               const int* __restrict__ score_queries,  // [W]
+               int sequences, int parts, int room, int queries,
+               float* __restrict__ row_scores) {       // [2, N], of which avl_scores left the first line
+    const int row = blockIdx.x * kThreads + threadIdx.x;
+    if (row >= room) return;
+    const int list = owner_of(row, row_offsets, parts * sequences);
+    int times = 0;
+    for (int q = 0; q < queries; ++q) times += score_queries[q] == list % sequences;
+    row_scores[room + row] = list < parts * sequences && times > 0 ? times * row_scores[row] : 0;
 }

@@ -12,5 +12,6 @@ extern "C" int avl_launch(const char* kernel, unsigned x, unsigned y, unsigned z
     KERNEL(avl_token_attend);
     KERNEL(avl_token_scores);
     KERNEL(avl_token_join);
+    KERNEL(avl_token_sums);
     return 1;
 }

@@ -3,9 +3,9 @@
     python -m tools.gpu.check [--only PATTERN] [--no-speed] [--out docs/measurements/gpu_sm_87.json]
 
 Numerics of every kernel against float64, over every row format; the decode path against the CPU's, and CUDA graphs
-against plain launches; the TensorRT plugin on real memory; compute-sanitizer where it is installed; then bandwidth and
-latency. Writes one JSON with the command, date, machine and versions. Ends with 1 when a check fails, with 2 where
-there is no CUDA.
+against plain launches; the TensorRT plugin on real memory, and a package of engines against the CPU; compute-sanitizer
+where it is installed; then bandwidth and latency. Writes one JSON with the command, date, machine and versions. Ends
+with 1 when a check fails, with 2 where there is no CUDA.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from avl_edge.runtime import DEMO
 from avl_edge.spec import read_spec
 from avl_edge.steps import CudaDevice
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
+from tools.gpu.engines import check_engines
 from tools.gpu.place import GpuPlace, Place
 from tools.gpu.plugin import check_plugin
 from tools.gpu.sanitize import TOOLS, check_sanitizer
@@ -49,6 +50,7 @@ def correctness(place: Place) -> list[report.Check]:
         ("decode against the CPU, low-rank rows", partial(decode.check_low_rank_against_cpu, place, half)),
         ("decode by graphs against launches", partial(decode.check_graphs, place, model)),
         ("TensorRT plugin", partial(check_plugin, place)),
+        ("TensorRT engines", check_engines),
         *((f"sanitizer {tool}", partial(check_sanitizer, tool)) for tool in TOOLS),
     ]
 

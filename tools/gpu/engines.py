@@ -16,13 +16,18 @@ from tools.gpu.report import Skipped
 PICTURE = Path("examples/cockpit.png")
 QUESTIONS = ("What is the speed?", "Read all instruments.", "What is on the road ahead?")
 METHODS = ("full", "avl", "distinct", "h2o")
+OF_SCENES: tuple[tuple[str, dict[str, float]], ...] = (
+    ("full", {}),
+    ("avl", {"prefill_keep": 100, "secondary": 100}),
+    ("distinct", {}),
+)
 RECIPE = Recipe(prune_after=2, images=1, prompt_tokens=1024, sequences=4, pool_rows=65536, workspace="1GiB")
 
 
 def check_engines(precision: str = "stored") -> dict[str, float]:
-    """The demo model as a package, several requests together, over exact rows and over those that engines of its
-    precision read besides: every answer begins as on the CPU, and three of four are the same to their ends; half
-    precision rounds otherwise here and there. :class:`Skipped` without TensorRT."""
+    """The demo model as a package, several requests together, plain ones and questions about one scene, over exact
+    rows and over those that engines of its precision read besides: every answer begins as on the CPU, and three of four
+    are the same to their ends; half precision rounds otherwise here and there. :class:`Skipped` without TensorRT."""
     plugin = decoder_plugin()
     if plugin is None:
         raise Skipped("there is no tensorrt that takes plugins: on a Jetson it comes with JetPack")
@@ -33,8 +38,11 @@ def check_engines(precision: str = "stored") -> dict[str, float]:
         build(job, out, version("avl-edge"), None, plugin)
         ours, oracle = Runtime.load(out), Runtime.load("demo")
         packed = decoder_formats(job.spec, job.settings.precision)[1:]
-        asked = [(name, Formats()) for name in METHODS] + [("full", Formats(name, name, name)) for name in packed]
-        pairs = [pair for each in asked for pair in zip(_ask(ours, *each), _ask(oracle, *each), strict=True)]
+        rows = [Formats(name, name, name) for name in packed]
+        asked = [_options(name) for name in METHODS] + [_options("full", formats=each) for each in rows]
+        of_scenes = [_options(*each) for each in OF_SCENES] + [_options("full", formats=each) for each in rows]
+        pairs = [pair for each in asked for pair in zip(_ask(ours, each), _ask(oracle, each), strict=True)]
+        pairs += [pair for each in of_scenes for pair in zip(_look(ours, each), _look(oracle, each), strict=True)]
     first = sum(each.token_ids[0] != other.token_ids[0] for each, other in pairs)
     require(first == 0, f"{first} of {len(pairs)} answers begin otherwise than on the CPU")
     same = sum(each.token_ids == other.token_ids for each, other in pairs)
@@ -43,8 +51,18 @@ def check_engines(precision: str = "stored") -> dict[str, float]:
     return {"answers": len(pairs), "same": same, "decode_ms_per_token": min(decode)}
 
 
-def _ask(runtime: Runtime, method: str, formats: Formats) -> list[Result]:
+def _options(method: str, parameters: dict[str, float] | None = None, formats: Formats | None = None) -> Options:
+    return Options(method, parameters or {}, formats or Formats(), max_new_tokens=24)
+
+
+def _ask(runtime: Runtime, options: Options) -> list[Result]:
     """All questions, decoded together."""
-    options = Options(method=method, formats=formats, max_new_tokens=24)
     running = [runtime.generate([PICTURE], question, options) for question in QUESTIONS]
     return [generation.result() for generation in running]
+
+
+def _look(runtime: Runtime, options: Options) -> list[Result]:
+    """The same about one scene."""
+    with runtime.look([PICTURE], options) as scene:
+        running = [scene.ask(question) for question in QUESTIONS]
+        return [generation.result() for generation in running]

@@ -1,10 +1,12 @@
-"""The TensorRT plugin's ``enqueue`` on real memory: decode steps against float64."""
+"""The TensorRT plugin's ``enqueue`` on real memory: decode steps and questions about a scene against float64."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,28 +25,37 @@ from tools.gpu.report import Skipped
 LAYER, LAYERS = 1, 3
 SHAPE = KernelShape(128, 4, "Half")
 COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90])
-"""Rows of each format that three sequences read, new ones among them."""
+"""Rows of each format that three sequences read, in a step new ones among them."""
+STEP, QUESTIONS = (1, 1, 1), (9, 2, 30)
+"""New tokens of each sequence: with a slot in a step; without one in a prompt, and more than a block takes."""
+QUERIES = (-1, 0, 0, 2)
+"""Whose attention is summed: tokens by their index, one of them twice."""
 
 
 def check_plugin(place: Place) -> dict[str, float]:
-    """One layer of a decode step, over exact rows and over rows of every format: the new rows are in their slots, the
-    output and the scores are float64's."""
+    """One layer of a decode step and of prompts that go on from rows, which are exact ones, and of every format: the
+    new rows of a step are in their slots, the output and the scores are float64's."""
     if find_spec("avl_edge.trt") is None:
         raise Skipped("this version has no avl_edge.trt")
     trt = import_module("tensorrt") if find_spec("tensorrt") else None
     if trt is None:
         raise Skipped("tensorrt is not installed: on a Jetson it comes with JetPack")
     plugin = _plugin(trt)
-    exact, packed = (_check_step(place, trt, plugin, parts) for parts in (1, len(FORMATS)))
-    return {**exact, **{f"packed_{name}": error for name, error in packed.items()}}
+    found: dict[str, float] = {}
+    for name, counts in (("", STEP), ("prompt_", QUESTIONS)):
+        for kind, parts in (("", 1), ("packed_", len(FORMATS))):
+            errors = _check_call(place, trt, plugin, _call(place, parts, counts))
+            found |= {f"{name}{kind}{what}": error for what, error in errors.items()}
+    return found
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of ``parts`` formats: the node's inputs and outputs in its order, and the step as it is looked at after.
-    ``slots`` int32 ``[P, B]``."""
+    """A call of ``counts`` new tokens a sequence over rows of some formats: the node's inputs and outputs in its order,
+    and the call as it is looked at after. ``slots`` int32 ``[P, t]``."""
 
     memory: Memory
+    counts: Sequence[int]
     inputs: list[Tensor]
     outputs: list[Tensor]
     slots: Tensor
@@ -52,7 +63,7 @@ class Call:
     def parts(self) -> list[Part]:
         """What is read, as it lies in memory now."""
         rows, offsets = (self.inputs[at][LAYER].cpu() for at in (5, 6))
-        batch, made = self.slots.shape[1], []
+        batch, made = len(self.counts), []
         for part, name in enumerate(list(FORMATS)[: len(self.slots)]):
             own = offsets[part * batch : (part + 1) * batch + 1]
             keys, values = self.memory.keys.cpu(), self.memory.values.cpu()
@@ -61,9 +72,36 @@ class Call:
             made.append(Part(name, keys, values, rows[int(own[0]) : int(own[-1])], own - own[0]))
         return made
 
+    def expected(self) -> list[Tensor]:
+        """The outputs in float64, one token after the other."""
+        query, key, value = (tensor.cpu().double() for tensor in self.inputs[:3])
+        parts, homeless = [wide(part) for part in self.parts()], self.slots.cpu().amax(0) < 0
+        starts = [0, *accumulate(part.rows.numel() for part in parts)]
+        results = [torch.zeros_like(output, device="cpu", dtype=torch.float64) for output in self.outputs]
+        for b, (first, count) in enumerate(zip(accumulate(self.counts, initial=0), self.counts, strict=False)):
+            lists = [_of_sequence(part, b) for part in parts]
+            begins = [at + int(part.offsets[b]) for part, at in zip(parts, starts, strict=False)]
+            rows = torch.cat([at + torch.arange(own.rows.numel()) for own, at in zip(lists, begins, strict=True)])
+            for t in range(first, first + count):
+                tokens = torch.arange(first, t + 1)[homeless[first : t + 1]]
+                new = Part("exact", key, value, tokens.int(), torch.tensor([0, len(tokens)], dtype=torch.int32))
+                scale = SHAPE.head_dim**-0.5
+                out, weights = attend_parts_reference(query[t : t + 1], [*lists, new], KV_HEADS, scale, scores=True)
+                assert weights is not None
+                results[0][t] = out[0]
+                for line, times in enumerate((t == first + count - 1, QUERIES.count(t))):
+                    results[1][line, rows] += torch.cat(weights[:-1]) * times
+                    results[2][line, tokens] += weights[-1] * times
+        return results
 
-def _check_step(place: Place, trt: Any, plugin: Any, parts: int) -> dict[str, float]:
-    call = _call(place, parts)
+
+def _of_sequence(part: Part, number: int) -> Part:
+    begin, end = part.offsets[number : number + 2].tolist()
+    offsets = torch.tensor([0, end - begin], dtype=torch.int32)
+    return Part(part.format, part.keys, part.values, part.rows[begin:end], offsets)
+
+
+def _check_call(place: Place, trt: Any, plugin: Any, call: Call) -> dict[str, float]:
     space = torch.empty(_workspace(plugin, trt, call.inputs), dtype=torch.uint8, device=place.accelerator.device)
     described, results = ([_described(trt, tensor) for tensor in tensors] for tensors in (call.inputs, call.outputs))
     addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (call.inputs, call.outputs)]
@@ -71,41 +109,38 @@ def _check_step(place: Place, trt: Any, plugin: Any, parts: int) -> dict[str, fl
     plugin.enqueue(described, results, *addresses, space.data_ptr(), place.accelerator.stream())
     place.accelerator.synchronize()
     require(_is_written(call), "the plugin did not write the new rows into their slots")
-    every = [wide(part) for part in call.parts()]
-    query, (out, scores, _) = call.inputs[0].cpu(), (output.cpu() for output in call.outputs)
-    expected, weights = attend_parts_reference(query.double(), every, KV_HEADS, SHAPE.head_dim**-0.5, scores=True)
-    assert weights is not None
+    (out, *scores), (expected, *weights) = [output.cpu() for output in call.outputs], call.expected()
     relative = float((out.double() - expected).norm() / expected.norm())
     require(relative <= torch.finfo(out.dtype).eps, f"the plugin's output is {relative:.2e} from float64")
-    worst = float((scores.double() - torch.cat(weights)).abs().max())
-    require(worst <= SCORES, f"a score of the plugin is {worst:.2e} from float64")
+    worst = max(float((a.double() - b).abs().max()) for a, b in zip(scores, weights, strict=True))
+    # A sum is one of as many weights as there are queries.
+    require(worst <= len(QUERIES) * SCORES, f"a score of the plugin is {worst:.2e} from float64")
     return {"out_relative": relative, "scores_max": worst}
 
 
-def _call(place: Place, parts: int) -> Call:
-    """The last row of a list of each sequence is that of its new token, each of the next format."""
-    device, batch = place.accelerator.device, len(COUNTS[0])
-    counts = [own if part < parts else [0] * batch for part, own in enumerate(COUNTS)]
-    memory = make_memory(place, SHAPE, counts, seed=parts)
+def _call(place: Place, parts: int, counts: Sequence[int]) -> Call:
+    """In a step the last row of a list of each sequence is that of its new token, each of the next format."""
+    device, batch, tokens = place.accelerator.device, len(counts), sum(counts)
+    listed = [own if part < parts else [0] * batch for part, own in enumerate(COUNTS)]
+    memory = make_memory(place, SHAPE, listed, seed=parts)
     offsets, rows = memory.offsets[: parts * batch + 1], memory.rows.clone()
-    slots = torch.full((parts, batch), -1, dtype=torch.int32, device=device)
-    for b in range(batch):
+    slots = torch.full((parts, tokens), -1, dtype=torch.int32, device=device)
+    for b in range(batch if counts == STEP else 0):
         part = b % parts
         slots[part, b] = rows[int(offsets[part * batch + b + 1]) - 1] = _unread(memory, part)[b]
     generator = torch.Generator().manual_seed(0)
     heads = KV_HEADS * SHAPE.group
     query, key, value = (
-        torch.randn(batch, count, SHAPE.head_dim, generator=generator).to(device, row_type(SHAPE))
+        torch.randn(tokens, count, SHAPE.head_dim, generator=generator).to(device, row_type(SHAPE))
         for count in (heads, KV_HEADS, KV_HEADS)
     )
     tables = [_of_layers(table) for table in (rows, offsets, slots.flatten())]
-    token_offsets = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    queries = torch.zeros(1, dtype=torch.int32, device=device)
+    token_offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+    queries = torch.tensor(QUERIES, dtype=torch.int32, device=device)
     words = [arena.view(torch.int32).view(-1, UNIT // 4) for arena in (memory.keys, memory.values)]
     inputs = [query, key, value, memory.keys, memory.values, *tables, token_offsets, queries, *words]
-    row_scores = torch.empty(rows.numel(), dtype=torch.float32, device=device)
-    token_scores = torch.empty(2, batch, dtype=torch.float32, device=device)
-    return Call(memory, inputs, [torch.empty_like(query), row_scores, token_scores], slots)
+    scores = [torch.full((2, count), torch.nan, device=device) for count in (rows.numel(), tokens)]
+    return Call(memory, counts, inputs, [torch.full_like(query, torch.nan), *scores], slots)
 
 
 def _unread(memory: Memory, part: int) -> list[int]:
