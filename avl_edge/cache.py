@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from .budget import KvPlan
-from .config import PromptShape
+from .config import KvShape, PromptShape
 from .layout import Format
 from .policies import Method, PromptLayer, StepLayer, pruned
 from .pool import Moved, RowPool, SequenceRows
@@ -40,10 +41,61 @@ class Selected:
     ids: Ids
     positions: Ids
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def parts(self) -> Sequence[Selected]:
+        """Lists that are this one, one behind the other."""
+        return (self,)
+
+
+class Together(Selected):
+    """Several lists of one format as one. They are joined where that is asked for: every layer of every sequence has
+    such a list in every step, and most are only copied into a table."""
+
+    def __init__(self, parts: Sequence[Selected]) -> None:
+        self.__dict__.update(format=parts[0].format, _parts=parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def parts(self) -> Sequence[Selected]:
+        parts: Sequence[Selected] = self.__dict__["_parts"]
+        return parts
+
+    @cached_property
+    def places(self) -> Index:
+        return np.concatenate([each.places for each in self.parts])
+
+    @cached_property
+    def ids(self) -> Ids:
+        return np.concatenate([each.ids for each in self.parts])
+
+    @cached_property
+    def positions(self) -> Ids:
+        return np.concatenate([each.positions for each in self.parts])
+
 
 def is_low_rank(selected: Selected) -> bool:
     """Whether the rows are read over their layer's basis."""
     return Format(selected.format).rank is not None
+
+
+def _put_together(images: Sequence[Selected], text: Selected) -> list[Selected]:
+    """Rows by formats: of one format, image rows before text rows. None without rows."""
+    alike = [each for each in images if each.format == text.format]
+    others = (each for each in images if each.format != text.format)
+    joined = Together([*alike, text]) if alike else text
+    return [each for each in (joined, *others) if len(each)]
+
+
+@lru_cache(maxsize=256)
+def _bytes_to_read(name: str, shape: KvShape) -> tuple[int, int]:
+    """What a step reads of a row in a format, and of the basis that rows of it share."""
+    format_ = Format(name)
+    return format_.read_bytes(shape), format_.basis_rows_read * shape.row_bytes
 
 
 class SequenceCache:
@@ -79,6 +131,8 @@ class SequenceCache:
         self.bytes_read = 0
         self.has_one_tier = plan.method.peak_tiers(shape, 0, layers).secondary == 0
         self._spared = [0] * layers
+        nothing: tuple[object, ...] = (None,) * 4
+        self._last_images: list[tuple[tuple[object, ...], list[Selected]]] = [(nothing, [])] * layers
         self._shape = pool.shape
         self._first_image = shape.prefix
         self._is_image = np.zeros(length, dtype=np.bool_)
@@ -135,27 +189,31 @@ class SequenceCache:
 
     def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
         """The rows of a layer that were taken for its prompt: all. ``places`` of the image rows, then of the text's."""
-        return self._by_format(rows, np.ones(len(rows.core), dtype=np.bool_), places)
+        return self._every_row(rows, places)
 
     def rows_before(self, layer: int) -> list[Selected]:  # noqa: ARG002
         """The rows that ``layer`` has of the tokens before ``begin``, format by format; ``places`` are in the order of
         their positions."""
         return []
 
-    def _by_format(self, rows: LayerRows, image: Mask, places: Index) -> list[Selected]:
-        """The image rows that ``image`` marks and all text rows of a layer, put together by their formats.
+    def _every_row(self, rows: LayerRows, places: Index) -> list[Selected]:
+        """All rows of a layer, put together by their formats; ``places`` of the image rows, then of the text rows."""
+        images = [replace(each, places=places[each.places]) for each in self._image_rows(rows, secondary=True)]
+        text = Selected(self.formats.text, places[len(rows.image_ids) :], rows.text_ids, rows.text_positions)
+        return _put_together(images, text)
 
-        ``places`` of the marked image rows, then of the text rows.
-        """
-        formats, count = self.formats, int(image.sum())
-        ids = np.concatenate([rows.image_ids[image], rows.text_ids])
-        positions = np.concatenate([rows.image_positions[image], rows.text_positions])
-        if formats.text == formats.core == formats.secondary:
-            return [Selected(formats.text, places, ids, positions)]
-        names = np.full(len(ids), formats.text, dtype=object)
-        names[:count] = np.where(rows.core[image], formats.core, formats.secondary)
-        chosen = [(name, np.flatnonzero(names == name)) for name in dict.fromkeys(formats.by_tier().values())]
-        return [Selected(name, places[at], ids[at], positions[at]) for name, at in chosen if len(at)]
+    def _image_rows(self, rows: LayerRows, *, secondary: bool) -> list[Selected]:
+        """A layer's core, with its ``secondary`` rows or without, by formats; ``places`` are those among them."""
+        formats, core, ids, positions = self.formats, rows.core, rows.image_ids, rows.image_positions
+        if formats.core == formats.secondary:
+            if not secondary:
+                ids, positions = ids[core], positions[core]
+            return [Selected(formats.core, np.arange(len(ids)), ids, positions)]
+        if not secondary:
+            count = np.count_nonzero(core)
+            return [Selected(formats.core, np.arange(count), ids[core], positions[core])]
+        tiers = ((formats.core, np.flatnonzero(core)), (formats.secondary, np.flatnonzero(~core)))
+        return [Selected(name, at, ids[at], positions[at]) for name, at in tiers]
 
     def stored_images(self, stored: Sequence[Selected]) -> tuple[Index, Ids]:
         """Of the rows that :meth:`store_prompt` chose, the images': which of the ``m`` tokens, and their positions."""
@@ -225,17 +283,26 @@ class SequenceCache:
     def rows_to_read(self, layer: int) -> list[Selected]:
         """The rows that this step attends in ``layer``, format by format: image rows, then text rows with the new
         token's own last; ``places`` are in that order."""
-        rows = self.rows.layers[layer]
-        image = rows.core | self.policy.reads_secondary(self.step)
-        count = int(image.sum()) + len(rows.text_ids)
-        selected = self._by_format(rows, image, np.arange(count))
-        self.rows_read += count
+        rows, images = self.rows.layers[layer], self._images_to_read(layer)
+        count = sum(map(len, images))
+        places = np.arange(count, count + len(rows.text_ids))
+        selected = _put_together(images, Selected(self.formats.text, places, rows.text_ids, rows.text_positions))
+        self.rows_read += count + len(rows.text_ids)
         self.rows_full += self.length + self.step
-        formats = [Format(each.format) for each in selected]
-        pairs = zip(selected, formats, strict=True)
-        self.bytes_read += sum(len(each.ids) * format_.read_bytes(self._shape) for each, format_ in pairs)
-        self.bytes_read += max(format_.basis_rows_read for format_ in formats) * self._shape.row_bytes
+        weights = [_bytes_to_read(each.format, self._shape) for each in selected]
+        self.bytes_read += sum(len(each) * row for each, (row, _) in zip(selected, weights, strict=True))
+        self.bytes_read += max(basis for _, basis in weights)
         return selected
+
+    def _images_to_read(self, layer: int) -> list[Selected]:
+        """:meth:`_image_rows` of this step: most steps find them as the last one did."""
+        rows, secondary = self.rows.layers[layer], self.policy.reads_secondary(self.step)
+        source = (rows.image_ids, rows.core, secondary, self.formats)
+        known, images = self._last_images[layer]
+        if not all(one is other for one, other in zip(known, source, strict=True)):
+            images = self._image_rows(rows, secondary=secondary)
+            self._last_images[layer] = source, images
+        return images
 
     @property
     def wants_scores(self) -> bool:

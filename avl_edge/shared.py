@@ -54,7 +54,7 @@ class SceneCache(SequenceCache):
         """The rows of a layer, format by format, at the ``places`` of their tokens."""
         rows = self.rows.layers[layer]
         places = np.searchsorted(self.stored(layer), np.concatenate([rows.image_positions, rows.text_positions]))
-        return self._by_format(rows, np.ones(len(rows.core), dtype=np.bool_), places)
+        return self._every_row(rows, places)
 
 
 class QuestionCache(SequenceCache):

@@ -88,17 +88,17 @@ def test_an_interrupt_between_two_lines_of_the_pool_loses_no_row(
     left = calls
 
     class Numpy:
-        """numpy, whose ``append`` is interrupted at its n-th call."""
+        """numpy, whose ``concatenate`` is interrupted at its n-th call."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(np, name)
 
-        def append(self, *arguments: Any) -> Any:
+        def concatenate(self, *arguments: Any) -> Any:
             nonlocal left
             left -= 1
             if left == 0:
                 raise KeyboardInterrupt
-            return np.append(*arguments)
+            return np.concatenate(*arguments)
 
     generation = _ask(runtime)
     with monkeypatch.context() as patch:

@@ -27,8 +27,8 @@ from .base import (
     Settlement,
     StepLayer,
     TierPeaks,
-    exact,
     pruned,
+    rounded_share,
     share,
     spread,
     top,
@@ -93,7 +93,7 @@ class Avl:
 
     def text_budget(self, seen: int) -> int:
         """Text rows kept of the ``seen`` ones after the image (halves round to even)."""
-        return min(seen, max(round(exact(self.text_keep) * seen / 100), self.text_floor))
+        return min(seen, max(rounded_share(seen, self.text_keep), self.text_floor))
 
     def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
         return sum(self.peak_tiers(prompt, steps, layers))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -195,20 +196,36 @@ def whole(value: float) -> bool:
     return math.isfinite(value) and value == int(value)
 
 
+@lru_cache(maxsize=256)
 def exact(percent: float) -> Fraction:
     """The decimal number that was written, not the binary one nearest to it: 32.3 % of 1000 are 323."""
     return Fraction(str(percent))
 
 
+@lru_cache(maxsize=4096)
 def share(count: int, percent: float) -> int:
     """``percent`` of ``count``, rounded down: the paper's int(S*N)."""
     return int(count * exact(percent) // 100)
 
 
+@lru_cache(maxsize=4096)
+def rounded_share(count: int, percent: float) -> int:
+    """``percent`` of ``count``, halves to even."""
+    return round(count * exact(percent) / 100)
+
+
 def top(scores: Scores, count: int) -> Mask:
     """The ``count`` highest scores as a mask; ties go to the lower position."""
-    mask = np.zeros(len(scores), dtype=np.bool_)
-    mask[np.argsort(-scores, kind="stable")[:count]] = True
+    if not 0 < count < len(scores):
+        return np.full(len(scores), count > 0)
+    # Partly sorted, as a refresh ranks hundreds of rows in every layer; NaN comes last.
+    falling = -scores
+    lowest = np.partition(falling, count - 1)[count - 1]
+    mask: Mask = falling < lowest
+    equal = falling == lowest
+    if np.isnan(lowest):
+        mask, equal = ~np.isnan(falling), np.isnan(falling)
+    mask[np.flatnonzero(equal)[: count - np.count_nonzero(mask)]] = True
     return mask
 
 

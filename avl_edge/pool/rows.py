@@ -139,12 +139,14 @@ class RowPool:
             raise PoolExhausted("a row was freed twice")
         self._taken[pages, slots] = False
         lease.nbytes -= len(ids) * pack.row_bytes
-        for page, count in zip(*(each.tolist() for each in np.unique(pages, return_counts=True)), strict=True):
+        places, rows = pages.tolist(), ids.tolist()
+        for page, count in Counter(places).items():
             lease.rows[page] -= count
-        for page, row in zip(pages.tolist(), ids.tolist(), strict=True):
-            if lease.rows[page]:
-                lease.free.setdefault(format_, []).append(row)
-        self._leave({page for page in pages.tolist() if not lease.rows[page]}, lease, pack)
+        left = {page for page in places if not lease.rows[page]}
+        if left:
+            rows = [row for page, row in zip(places, rows, strict=True) if page not in left]
+        lease.free.setdefault(format_, []).extend(rows)
+        self._leave(left, lease, pack)
 
     def _leave(self, pages: set[int], lease: Lease, pack: Packing) -> None:
         """``lease`` holds nothing in ``pages`` any more; they go back to the pool."""
@@ -158,8 +160,7 @@ class RowPool:
             self._free_count += 1
 
     def _charge(self, pages: Index, lease: Lease, nbytes: int) -> None:
-        for page, count in zip(*(each.tolist() for each in np.unique(pages, return_counts=True)), strict=True):
-            lease.rows[page] += count
+        lease.rows.update(pages.tolist())
         lease.nbytes += nbytes
         lease.peak = max(lease.peak, lease.held)
 

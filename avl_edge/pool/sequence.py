@@ -99,9 +99,10 @@ class SequenceRows:
     def append(self, position: int) -> Ids:
         """One new text row in every layer, for the token at ``position``: an id per layer."""
         ids = self._allocate(len(self.layers), self.formats.text)
-        for rows, row in zip(self.layers, ids, strict=True):
-            rows.text_positions = np.append(rows.text_positions, np.int32(position))
-            rows.text_ids = np.append(rows.text_ids, row)
+        positions = np.array([position], dtype=np.int32)
+        for layer, rows in enumerate(self.layers):
+            rows.text_positions = np.concatenate((rows.text_positions, positions))
+            rows.text_ids = np.concatenate((rows.text_ids, ids[layer : layer + 1]))
         return ids
 
     def set_core(self, layer: int, core: Mask) -> list[Moved]:

@@ -78,7 +78,7 @@ class Bucket:
         one and a half of it."""
         layers = range(len(reads[0].rows))
         looking = [each for each in reads if each.looked]
-        rows = max(sum([len(part.ids) for each in reads for part in each.rows[layer]]) for layer in layers)
+        rows = max(sum([len(part) for each in reads for part in each.rows[layer]]) for layer in layers)
         rows += max(sum(each.room(layer) for each in looking) for layer in layers) if looking else 0
         looked = max(sum(len(each.looked[layer].ids) for each in looking) for layer in layers) if looking else 0
         read = {part.format for each in reads for of_layer in each.rows for part in of_layer}
@@ -167,7 +167,8 @@ class StepTables:
         else:
             np.cumsum(self._lengths(lists), axis=1, dtype=np.int32, out=self.offsets[:, 1:])
             for layer, of_layer in enumerate(lists):
-                np.concatenate([each.ids for each in of_layer], out=self._rows[layer, : self.offsets[layer, -1]])
+                ids = [part.ids for each in of_layer for part in each.parts]
+                np.concatenate(ids, out=self._rows[layer, : self.offsets[layer, -1]])
         if self.bucket.rank:
             self._fill_low_rank(lists, reads)
 
@@ -208,7 +209,7 @@ class StepTables:
         """How long each list is, int32 ``[L, P * B]``."""
         parts, batch = len(self.bucket.formats), self.bucket.batch
         lengths = np.zeros((self._layers, parts, batch), dtype=np.int32)
-        counts = np.array([[len(each.ids) for each in of_layer] for of_layer in lists], dtype=np.int32)
+        counts = np.array([[len(each) for each in of_layer] for of_layer in lists], dtype=np.int32)
         lengths[:, :, : len(lists[0]) // parts] = counts.reshape(self._layers, parts, -1)
         return lengths.reshape(self._layers, -1)
 
