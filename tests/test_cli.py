@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -18,9 +17,9 @@ from PIL import Image
 
 from avl_edge.cli import run_app
 from tests.checkpoints import random_image
+from tests.command_line import COMMAND, Outcome
 from tests.conftest import Checkpoints, hear_interrupts
 
-COMMAND = [sys.executable, "-c", "from avl_edge.cli import main; main()", "run"]
 PROMPT = "What is shown?"
 
 
@@ -34,11 +33,6 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("pictures") / "cam.jpg"
     random_image(5, (120, 90)).save(path)
     return str(path)
-
-
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
 
 
 @pytest.fixture
