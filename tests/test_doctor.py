@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from avl_edge.device import Check, DeviceFacts, diagnose, exit_code, probe, report
-from tests.machines import NAMES, TREES, copy_of_orin
+from tests.machines import GB, NAMES, TREES, copy_of_orin, write
 
 
 def _check(facts: DeviceFacts, name: str) -> Check:
@@ -57,6 +57,22 @@ def test_doctor_finds_what_is_wrong() -> None:
     assert _check(big, "swap").status == "ok"
     assert _check(big, "page cache").status == "warn"
     assert _check(small, "jetson-stats").status == "warn"
+
+
+def test_doctor_finds_what_is_short(tree: Path) -> None:
+    """A machine of 8 GB with 1 GB to give, where tasks wait for memory, swap on a disk is more than half full, and 1 of
+    the 8 GB of its control group is left."""
+    names = ("memory", "memory pressure", "swap", "control group")
+    assert {_check(probe(tree), name).status for name in names[:3]} == {"ok"}
+    write(tree, GB, stall=25.0)
+    (tree / "proc/swaps").write_text("Filename Type Size Used Priority\n/dev/nvme0n1p3 partition 8000000 5000000 -2\n")
+    (tree / "proc/self/cgroup").write_text("0::/\n")
+    (tree / "sys/fs/cgroup/memory.max").write_text(f"{8 * GB}\n")
+    (tree / "sys/fs/cgroup/memory.current").write_text(f"{7 * GB}\n")
+    found = {name: _check(probe(tree), name) for name in names}
+    assert {check.status for check in found.values()} == {"warn"}
+    assert "25 %" in found["memory pressure"].found
+    assert "5.1 GB of 8.2 GB" in found["swap"].found
 
 
 def test_unknown_release_warns_and_never_fails(tree: Path) -> None:
