@@ -19,6 +19,7 @@ from avl_edge.cli import run_app
 from tests.checkpoints import random_image
 from tests.command_line import COMMAND, Outcome
 from tests.conftest import Checkpoints, hear_interrupts
+from tests.machines import TREES
 
 PROMPT = "What is shown?"
 
@@ -286,8 +287,7 @@ def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytes
 
 
 def test_doctor_reads_a_recorded_tree(capsys: pytest.CaptureFixture[str]) -> None:
-    trees = Path(__file__).parent / "trees"
-    for tree in sorted(path for path in trees.iterdir() if path.is_dir()):
+    for tree in sorted(path for path in TREES.iterdir() if path.is_dir()):
         code = run_app(["doctor", "--root", str(tree), "--json"])
         document = json.loads(capsys.readouterr().out)
         assert code == (0 if document["ok"] else 1)
