@@ -29,7 +29,7 @@ def methods() -> st.SearchStrategy[Method]:
     fastv = st.builds(FastV, layer=st.integers(1, LAYERS + 1), drop=st.integers(0, 100))
     streaming = st.builds(Streaming, sinks=st.integers(0, 8), window=st.integers(1, 60))
     distinct = st.builds(Distinct, percent)
-    return st.one_of(st.just(Full()), avl, avl, coarse, distinct, h2o, fastv, streaming)
+    return st.one_of(st.just(Full()), avl, avl, avl, coarse, distinct, h2o, fastv, streaming)
 
 
 def sharing_methods() -> st.SearchStrategy[Method]:
