@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from avl_edge.policies import Avl
 from tests import oracle
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
+from tests.held_rows import held_rows
 
 STEPS = 48
 PROMPT = "What is shown in the picture, and how many boats are there?"
@@ -49,17 +49,6 @@ CASES = [
 ]
 
 
-def _rows(cache: Any) -> list[oracle.LayerRows]:
-    return [
-        oracle.LayerRows(
-            tuple(rows.text_positions.tolist()),
-            tuple(rows.image_positions[rows.core].tolist()),
-            tuple(rows.image_positions[~rows.core].tolist()),
-        )
-        for rows in cache.rows.layers
-    ]
-
-
 @pytest.mark.parametrize(("name", "images", "settings"), CASES)
 def test_tokens_and_rows_equal_the_oracle(
     checkpoint: Checkpoints, name: str, images: int, settings: dict[str, int]
@@ -91,7 +80,7 @@ def _assert_equal(
         event = next(generation)
         assert event.token_id == truth.token, f"step {step}"
         if event.finish_reason is None:
-            assert _rows(generation.cache) == truth.rows, f"step {step}"
+            assert held_rows(generation.cache) == truth.rows, f"step {step}"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from avl_edge.policies.base import share
 from tests import oracle_baselines as oracles
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints, Recorder
-from tests.oracle import LayerRows, load_model
+from tests.held_rows import held_rows
+from tests.oracle import load_model
 
 STEPS = 32
 PROMPT = "What is shown in the picture, and how many boats are there?"
@@ -57,17 +58,6 @@ CASES = [
 ]
 
 
-def _rows(cache: Any) -> list[LayerRows]:
-    return [
-        LayerRows(
-            tuple(rows.text_positions.tolist()),
-            tuple(rows.image_positions[rows.core].tolist()),
-            tuple(rows.image_positions[~rows.core].tolist()),
-        )
-        for rows in cache.rows.layers
-    ]
-
-
 @pytest.mark.parametrize(("method", "name", "images", "settings"), CASES)
 def test_tokens_and_rows_equal_the_oracle(
     checkpoint: Checkpoints, method: str, name: str, images: int, settings: dict[str, int]
@@ -83,7 +73,7 @@ def test_tokens_and_rows_equal_the_oracle(
         event = next(generation)
         assert event.token_id == truth.token, f"step {step}"
         if event.finish_reason is None:
-            assert _rows(generation.cache) == truth.rows, f"step {step}"
+            assert held_rows(generation.cache) == truth.rows, f"step {step}"
     shape = prompt_shape(len(prompt), prompt.spans)
     promised = METHODS[method](**settings).peak_rows(shape, STEPS - 1, runtime.kv_shape.layers)
     pages = -(-promised // PAGE_ROWS)

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -18,9 +17,10 @@ from PIL import Image
 
 from avl_edge.cli import run_app
 from tests.checkpoints import random_image
+from tests.command_line import COMMAND, Outcome
 from tests.conftest import Checkpoints, hear_interrupts
+from tests.machines import TREES
 
-COMMAND = [sys.executable, "-c", "from avl_edge.cli import main; main()", "run"]
 PROMPT = "What is shown?"
 
 
@@ -34,11 +34,6 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("pictures") / "cam.jpg"
     random_image(5, (120, 90)).save(path)
     return str(path)
-
-
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
 
 
 @pytest.fixture
@@ -292,8 +287,7 @@ def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytes
 
 
 def test_doctor_reads_a_recorded_tree(capsys: pytest.CaptureFixture[str]) -> None:
-    trees = Path(__file__).parent / "trees"
-    for tree in sorted(path for path in trees.iterdir() if path.is_dir()):
+    for tree in sorted(path for path in TREES.iterdir() if path.is_dir()):
         code = run_app(["doctor", "--root", str(tree), "--json"])
         document = json.loads(capsys.readouterr().out)
         assert code == (0 if document["ok"] else 1)

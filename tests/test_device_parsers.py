@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 
 from avl_edge.device import jetson_text, linux_text, live, nvidia_text, tegrastats, values
 from avl_edge.device.facts import FreeBlocks, Swap
+from tests.machines import ORIN, TREES
 
-TREES = Path(__file__).parent / "trees"
-ORIN = TREES / "agx-orin-64-jp62"
 LINE = (ORIN / "commands/tegrastats").read_text()
 
 Parser = Callable[[str], object]

@@ -17,9 +17,8 @@ from avl_edge.device import diagnose, probe, report, to_dict
 from avl_edge.device.facts import Rail, Temperature
 from avl_edge.device.live import PROGRAMS, ask, has_jtop, parse_jtop, run
 from avl_edge.device.tree import Tree
+from tests.machines import ORIN
 
-TREES = Path(__file__).parent / "trees"
-ORIN = TREES / "agx-orin-64-jp62"
 FILES = sorted(str(path.relative_to(ORIN)) for path in ORIN.rglob("*") if path.is_file())
 
 

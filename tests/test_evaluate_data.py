@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from avl_edge.errors import BadInput
 from avl_edge.evaluate.data import read_questions
 from avl_edge.evaluate.demo import draw_questions
 from avl_edge.evaluate.layouts import read_folder
-from avl_edge.evaluate.questions import Questions, read_lines
+from avl_edge.evaluate.questions import Question, Questions, read_lines
 from tools.demo_model.evaluate import held_out
 from tools.demo_model.scenes import render
 
@@ -264,3 +265,10 @@ class TestSources:
         path.write_text(content)
         with pytest.raises(BadInput, match=reason):
             read_questions(str(path), 1, None, tmp_path)
+
+
+def test_a_question_is_asked_with_its_data_sets_instruction() -> None:
+    question = Question("", Path(), "How many?", ("2",))
+    plain = Questions("x", (question,), ())
+    assert plain.prompt(question) == "How many?"
+    assert replace(plain, instruction="Use one word.").prompt(question) == "How many?\nUse one word."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from avl_edge.profile import DeviceProfile, Figure
 from avl_edge.shapes import known_shape, shape_of_checkpoint
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
+from tests.machines import copy_of_orin
 
-TREES = Path(__file__).parent / "trees"
 LLAVA = known_shape("llava-1.5-7b")
 IMAGE = random_image(3, (120, 80))
 PROMPT = "Describe the picture in detail."
@@ -26,7 +25,7 @@ PROMPT = "Describe the picture in detail."
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the AGX Orin's tree, in MAXN."""
-    return Path(shutil.copytree(TREES / "agx-orin-64-jp62", tmp_path / "tree"))
+    return copy_of_orin(tmp_path)
 
 
 def _set_mode(tree: Path, mode: int) -> None:

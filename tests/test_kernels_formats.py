@@ -3,142 +3,43 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avl_edge import native
 from avl_edge.config import KvShape
-from avl_edge.kernels import (
-    Part,
-    attend,
-    attend_parts,
-    attend_parts_reference,
-    coarse_weights,
-    coarse_weights_reference,
-)
-from avl_edge.layout import UNIT, Format, packing, page_bytes
+from avl_edge.kernels import Part, attend, attend_parts, attend_parts_reference, coarse_weights
+from avl_edge.layout import UNIT, Format
 from avl_edge.pool.formats import decode, encode
+from tests.decode_attention import ABSOLUTE, RELATIVE, needs_native, offsets_of
+from tests.packed_parts import (
+    COUNTS,
+    DIMS,
+    FORMATS,
+    HEADS,
+    PACKED,
+    expected_of,
+    half_steps,
+    logit_error,
+    store,
+    unpacked,
+)
 
-Array = npt.NDArray[Any]
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    NATIVE = native.available()
-needs_native = pytest.mark.skipif(not NATIVE, reason="the native library is not built: pip install -e .")
-
-PACKED = ["int8", "int4"]
-FORMATS = ["exact", *PACKED]
 ATTENTIONS = [pytest.param(attend_parts, marks=needs_native), attend_parts_reference]
-COARSE = [pytest.param(coarse_weights, marks=needs_native), coarse_weights_reference]
-# The oracle sees the query already rounded, and sums are in float32: what a narrow type adds is the rounding of the
-# result, half a unit in the last place; a whole one is allowed, for the float32 error that tips a rounding over.
-RELATIVE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-# Terms of a sum are of size one: where they cancel, the error is relative to them and not to the result.
-ABSOLUTE = 1e-5
-PAGES = 40
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A part as a pool would hold it, and the rows that it was made of, float32 [total, kv_heads, d] in list order."""
-
-    part: Part
-    keys: Tensor
-    values: Tensor
-
-
-def offsets_of(counts: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def store(name: str, counts: list[int], kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Stored:
-    """Random rows at random places of random pages, with noise in all bytes between them."""
-    shape = KvShape(1, kv_heads, dim, dtype.itemsize)
-    pack, total = packing(Format(name), shape), sum(counts)
-    pages = max(PAGES, -(-total // pack.rows))
-    slots = torch.randperm(pages * pack.rows)[:total]
-    ids = slots // pack.rows * pack.page_step + slots % pack.rows * pack.row_step
-    rows = torch.randn(2, total, kv_heads, dim).to(dtype)
-    arenas = []
-    for each in rows:
-        if pack.format.is_exact:
-            arena = torch.full((pages * pack.rows, kv_heads, dim), math.nan, dtype=dtype)
-            arena[ids] = each
-        else:
-            arena = torch.randint(256, (pages * page_bytes(shape) // 2,), dtype=torch.uint8)
-            for begin, record in zip((ids * UNIT).tolist(), encode(pack.format, each) if total else [], strict=True):
-                arena[begin : begin + len(record)] = record
-        arenas.append(arena)
-    part = Part(name, arenas[0], arenas[1], ids.int(), offsets_of(counts))
-    return Stored(part, rows[0].float(), rows[1].float())
-
-
-def unpacked(part: Part, source: Tensor, kv_heads: int, dim: int, *, coarse: bool = False) -> Array:
-    """The rows that a part lists, float64 [total, kv_heads, d], value by value from the definition of the records."""
-    if part.format == "exact":
-        rows: Array = source[part.rows.long()].double().numpy()
-        return rows
-    groups = 1 if part.format == "int8" else dim // math.gcd(dim, 32)
-    planes = UNIT * math.ceil(2 * kv_heads * groups / UNIT)
-    size, arena = kv_heads * dim // 2, source.numpy()
-    head, i = np.indices((kv_heads, dim))
-    byte, shift = head * (dim // 2) + i % (dim // 2), 4 * (i // (dim // 2))
-    result = np.empty((len(part.rows), kv_heads, dim))
-    for row, begin in zip(result, part.rows.tolist(), strict=True):
-        record = arena[UNIT * begin :]
-        scale = record[: 2 * kv_heads * groups].view(np.float16).astype(float)[head * groups + i * groups // dim]
-        first = (record[planes + byte] >> shift & 15).astype(float)
-        if part.format == "int4":
-            row[:] = (first - 8) * scale
-        elif coarse:
-            row[:] = (16 * first + 8 - 128) * scale
-        else:
-            second = record[planes + UNIT * math.ceil(size / UNIT) + byte] >> shift & 15
-            row[:] = (16 * first + second - 128) * scale
-    return result
-
-
-def softmax_of(query: Array, keys: Array, scale: float) -> Array:
-    """[H, n] of query [H, d] and keys [n, kv_heads, d]."""
-    logits: Array = np.einsum("hd,nhd->hn", query, keys.repeat(len(query) // keys.shape[1], 1)) * scale
-    exponentials = np.exp(logits - logits.max(1, keepdims=True, initial=-math.inf))
-    weights: Array = exponentials / exponentials.sum(1, keepdims=True)
-    return weights
-
-
-def expected_of(
-    query: Tensor, keys: list[Array], values: list[Array], offsets: list[Tensor], scale: float
-) -> tuple[Array, list[Array]]:
-    """Output and the scores of each part, in float64, of rows that are given as [total, kv_heads, d] per part."""
-    batch, heads, _ = query.shape
-    out, scores = np.zeros(query.shape), [np.full(len(each), math.nan) for each in keys]
-    for b in range(batch):
-        spans = [slice(int(each[b]), int(each[b + 1])) for each in offsets]
-        key = np.concatenate([each[span] for each, span in zip(keys, spans, strict=True)])
-        value = np.concatenate([each[span] for each, span in zip(values, spans, strict=True)])
-        weights = softmax_of(query[b].double().numpy(), key, scale)
-        out[b] = np.einsum("hn,nhd->hd", weights, value.repeat(heads // value.shape[1], 1))
-        ends = np.cumsum([span.stop - span.start for span in spans])[:-1]
-        for score, span, mean in zip(scores, spans, np.split(weights.mean(0), ends), strict=True):
-            score[span] = mean
-    return out, scores
 
 
 def check(attention: Callable[..., Any], query: Tensor, parts: list[Part], kv_heads: int) -> None:
     dim = query.shape[2]
     out, scores = attention(query, parts, kv_heads, dim**-0.5, scores=True)
-    both = [[unpacked(part, source, kv_heads, dim) for part in parts for source in (part.keys, part.values)]]
-    keys, values = both[0][::2], both[0][1::2]
+    keys = [unpacked(part, part.keys, kv_heads, dim) for part in parts]
+    values = [unpacked(part, part.values, kv_heads, dim) for part in parts]
     expected, expected_scores = expected_of(query, keys, values, [part.offsets for part in parts], dim**-0.5)
     assert out.dtype == query.dtype
     torch.testing.assert_close(out.double().numpy(), expected, rtol=RELATIVE[query.dtype], atol=ABSOLUTE)
@@ -151,11 +52,6 @@ def check(attention: Callable[..., Any], query: Tensor, parts: list[Part], kv_he
         pieces = [score[part.offsets[b] : part.offsets[b + 1]] for part, score in zip(parts, scores, strict=True)]
         together = torch.cat(pieces).double()
         assert not len(together) or together.sum().item() == pytest.approx(1, abs=1e-5)
-
-
-COUNTS = st.one_of(st.sampled_from([0, 1, 3, 4, 5, 16, 127, 128, 129, 257]), st.integers(0, 300))
-DIMS = [2, 8, 16, 20, 32, 36, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256, 320]
-HEADS = st.sampled_from([(1, 1), (1, 4), (2, 1), (3, 2), (8, 1), (5, 7)])
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -206,70 +102,6 @@ def test_one_row_comes_out_as_it_is_decoded(attention: Callable[..., Any], name:
     assert scores[0].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("weigh", COARSE)
-@settings(deadline=None, max_examples=40)
-@given(
-    name=st.sampled_from(FORMATS),
-    counts=st.lists(COUNTS, max_size=3),
-    heads=HEADS,
-    dim=st.sampled_from(DIMS),
-    dtype=st.sampled_from(list(RELATIVE)),
-    seed=st.integers(0, 2**31),
-)
-def test_coarse_weights_match_float64(
-    weigh: Callable[..., Tensor],
-    name: str,
-    counts: list[int],
-    heads: tuple[int, int],
-    dim: int,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    kv_heads, group = heads
-    part, query = store(name, counts, kv_heads, dim, dtype).part, torch.randn(len(counts), kv_heads * group, dim)
-    weights = weigh(query.to(dtype), part, kv_heads, 0.2)
-    keys = unpacked(part, part.keys, kv_heads, dim, coarse=True)
-    _, (expected,) = expected_of(query.to(dtype), [keys], [keys], [part.offsets], 0.2)
-    assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights.double().numpy(), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("weigh", COARSE)
-def test_coarse_weights_read_scales_and_high_nibbles_only(weigh: Callable[..., Tensor]) -> None:
-    part, query, dim = store("int8", [50, 9], 4, 64).part, torch.randn(2, 8, 64), 64
-    weights = weigh(query, part, 4, 0.2)
-    keys = part.keys.clone()
-    for begin in (part.rows * UNIT).tolist():
-        low = begin + Format("int8").record_bytes(KvShape(1, 4, dim, 4)) - 4 * dim // 2
-        keys[low : low + 4 * dim // 2] = torch.randint(256, (4 * dim // 2,), dtype=torch.uint8)
-    assert not torch.equal(keys, part.keys)
-    other = replace(part, keys=keys, values=torch.full_like(part.values, 255))
-    assert torch.equal(weights, weigh(query, other, 4, 0.2))
-    assert not torch.equal(weights, weigh(2 * query, other, 4, 0.2))
-
-
-def half_steps(name: str, rows: Tensor) -> Array:
-    """How far a value may be from what is stored of it, [n, kv_heads, d]: half a step.
-
-    A step is the largest value of the head, or of the group, over 127 or 7, and rounded to float16, by up to 2^-11 of
-    it. The largest value itself may be clamped where its step was rounded down: by 2^-11 of it, less than half a step.
-    """
-    if name == "exact":
-        return np.zeros(rows.shape)
-    levels, group = (127, rows.shape[2]) if name == "int8" else (7, math.gcd(rows.shape[2], 32))
-    largest = rows.abs().unflatten(2, (-1, group)).amax(-1, keepdim=True).expand(-1, -1, -1, group).flatten(2)
-    steps: Array = largest.double().numpy() / levels * (1 + 2**-11) / 2
-    return steps
-
-
-def logit_error(query: Tensor, errors: Array, scale: float) -> Array:
-    """How far any logit of a head may be off, [H], where keys are off by errors [n, kv_heads, d]."""
-    worst = np.einsum("hd,nhd->hn", query.abs().double().numpy(), errors.repeat(len(query) // errors.shape[1], 1))
-    limit: Array = scale * worst.max(1)
-    return limit
-
-
 @needs_native
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128])
 @pytest.mark.parametrize("names", [["int8"], ["int4"], ["exact", "int8", "int4"]])
@@ -296,18 +128,6 @@ def test_near_the_rows_that_were_stored(names: list[str], dim: int) -> None:
     assert scores is not None
     for score, expected_score in zip(scores, expected_scores, strict=True):
         assert (np.abs(score.double().numpy() - expected_score) <= growth.max() * expected_score + 1e-7).all()
-
-
-@needs_native
-def test_a_coarse_look_is_within_its_step() -> None:
-    """16 values share a high nibble and stand for their middle: at most 8 fine steps away, and half of one more."""
-    stored, query = store("int8", [200], 4, 128), 0.05 * torch.randn(1, 8, 128)
-    weights = coarse_weights(query, stored.part, 4, 128**-0.5)
-    keys = stored.keys.double().numpy()
-    _, (expected,) = expected_of(query, [keys], [keys], [stored.part.offsets], 128**-0.5)
-    growth = np.exp(2 * logit_error(query[0], 17 * half_steps("int8", stored.keys), 128**-0.5).max()) - 1
-    assert growth < 0.5  # or the bound would say nothing
-    assert (np.abs(weights.double().numpy() - expected) <= growth * expected + 1e-7).all()
 
 
 @needs_native
@@ -400,13 +220,6 @@ def test_records_end_within_the_arena(attention: Callable[..., Any], name: str) 
     ):
         with pytest.raises(IndexError, match=f"outside the {name} arena of {size} bytes"):
             run(row, size)
-
-
-@pytest.mark.parametrize("weigh", COARSE)
-def test_coarse_weights_check_ids(weigh: Callable[..., Tensor]) -> None:
-    part = store("int8", [3], 4, 64).part
-    with pytest.raises(IndexError, match="outside the int8 arena"):
-        weigh(torch.randn(1, 4, 64), replace(part, rows=part.rows + len(part.keys) // UNIT), 4, 1.0)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -15,7 +15,7 @@ import torch
 from avl_edge import native
 from avl_edge.kernels import attend, attend_reference
 from tests.conftest import ROOT, run_python
-from tests.test_kernels import choose, needs_native, offsets_of, pool
+from tests.decode_attention import choose, needs_native, offsets_of, pool
 
 
 @pytest.fixture

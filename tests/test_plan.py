@@ -1,10 +1,7 @@
-"""Plans against the published figures, against the runtime's own caches, and against themselves."""
+"""What a plan counts and predicts, against the published figures, the runtime's own caches, and sums by hand."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,34 +12,15 @@ from hypothesis import strategies as st
 from avl_edge import profile
 from avl_edge.budget import kv_plan
 from avl_edge.cache import SequenceCache
-from avl_edge.cli import run_app
 from avl_edge.config import Formats, KvShape, PromptShape
-from avl_edge.errors import BadInput
 from avl_edge.layout import page_bytes
-from avl_edge.planner import (
-    Answer,
-    Plan,
-    PlanRequest,
-    Refused,
-    Way,
-    first_fit,
-    plan,
-    plans,
-    prompt_work,
-    report,
-    tiers,
-    tokens_in,
-)
+from avl_edge.planner import Answer, PlanRequest, plan, prompt_work, tiers, tokens_in
 from avl_edge.policies import H2O, METHODS, Avl, Coarse, Distinct, FastV, Full, Method, Streaming
 from avl_edge.pool import RowPool
 from avl_edge.request import ImageSpan
-from avl_edge.shapes import KNOWN, ModelShape, Precision, known_shape
+from avl_edge.shapes import Precision, known_shape
 
 ORIN = profile.named("agx-orin-64", "MAXN")
-SHIPPED = list(profile.shipped().values())
-
-
-# The published figures
 
 
 @pytest.mark.parametrize(
@@ -99,9 +77,6 @@ def test_the_quarter_of_a_step_that_is_cache() -> None:
     model = known_shape("llava-1.6-vicuna-7b")
     step = Answer(Full(), request.prompt(model), model.kv_shape(), 1).mean()
     assert step.rows * 16384 / 1e9 == pytest.approx(1.18, rel=0.002)
-
-
-# The counts, against the caches that the runtime decodes with
 
 
 _methods = st.one_of(
@@ -234,147 +209,6 @@ def test_work_of_a_prompt_by_hand() -> None:
     )
 
 
-# Constraints
-
-
-_requests = st.builds(
-    PlanRequest,
-    images=st.integers(0, 4),
-    max_new_tokens=st.integers(1, 400),
-    streams=st.integers(1, 8),
-    method=st.sampled_from([None, "full", "avl", "fastv"]),
-    weights=st.sampled_from([None, Precision("int4", "fp16")]),
-    max_memory=st.sampled_from([None, 4 * 10**9, 12 * 10**9, 16 * 10**9, 30 * 10**9]),
-    target_ms_per_token=st.sampled_from([None, 25.0, 100.0, 200.0]),
-)
-_models = st.sampled_from([known_shape(name) for name in ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-2b")])
-
-
-@settings(deadline=None, max_examples=15)
-@given(model=_models, request=_requests, of=st.sampled_from(SHIPPED))
-def test_a_plan_keeps_both_constraints_and_a_refusal_proposes_what_does(
-    model: ModelShape, request: PlanRequest, of: profile.DeviceProfile
-) -> None:
-    found = _outcome(model, of, request)
-    if isinstance(found, BadInput):
-        assert "context" in str(found)
-    elif isinstance(found, Refused):
-        prices = [way.price for way in found.ways]
-        assert len(prices) <= 3
-        assert [0.0, *prices] == sorted([0.0, *prices])
-        for way in found.ways:
-            assert _applied(way, model.name, of, request) is not None, way
-    else:
-        _keeps(found, request)
-        better = itertools.takewhile(lambda each: each != found, plans(model, of, request))
-        assert not any(each.fits for each in better)
-
-
-def _outcome(model: ModelShape, of: profile.DeviceProfile, request: PlanRequest) -> Plan | Refused | BadInput:
-    try:
-        return plan(model, of, request, SHIPPED)
-    except (Refused, BadInput) as refusal:
-        return refusal
-
-
-def _keeps(found: Plan, request: PlanRequest) -> None:
-    assert found.memory.peak_bytes <= min(request.max_memory or 2**60, found.profile.memory.budget_bytes)
-    assert found.time.ms_per_token <= (request.target_ms_per_token or 1e9)
-    assert found.kv.bytes_stored <= found.kv.bytes_peak
-    # What no method exceeds are full attention's rows; those of each format may leave one page part empty.
-    part_empty = len(set(found.formats.by_tier().values())) * page_bytes(found.model.kv_shape())
-    assert found.kv.bytes_peak < found.kv.bytes_full + part_empty
-    assert found.memory.kv_bytes == found.request.streams * found.kv.bytes_peak
-
-
-def _applied(way: Way, model: str, of: profile.DeviceProfile, request: PlanRequest) -> Plan | None:
-    """The plan once the options of ``way`` are given, read from its text as a person would."""
-    words = way.option.replace("--method distinct without its parameters", "--method distinct").split()
-    options = dict(zip(words[::2], words[1::2], strict=True))
-    device = options.pop("--device", of.device.name)
-    power = options.pop("--power", of.power_mode.name if of.power_mode else None)
-    shape = known_shape(options.pop("--model", model))
-    changes: dict[str, object] = {}
-    for option, value in options.items():
-        if option == "--weights":
-            changes["weights"] = Precision(value, (request.weights or shape.stored).head)
-        elif option == "--max-memory":
-            changes["max_memory"] = int(value.removesuffix("B"))
-        elif option == "--target-ms-per-token":
-            changes["target_ms_per_token"] = float(value)
-        elif option == "--method":
-            changes.update(method=value, parameters={})
-        else:
-            changes[option[2:].replace("-", "_")] = int(value)
-    return first_fit(shape, profile.named(device, power), replace(request, **changes))  # type: ignore[arg-type]
-
-
-def test_the_smallest_memory_fits_and_a_byte_less_does_not() -> None:
-    model, request = known_shape("llava-1.5-7b"), PlanRequest(streams=4, images=3, max_memory=15 * 10**9)
-    with pytest.raises(Refused, match="--max-memory") as refusal:
-        plan(model, ORIN, request)
-    smallest = next(int(way.option.split()[1][:-1]) for way in refusal.value.ways if "max-memory" in way.option)
-    assert plan(model, ORIN, replace(request, max_memory=smallest)).memory.peak_bytes == smallest
-    with pytest.raises(Refused):
-        plan(model, ORIN, replace(request, max_memory=smallest - 1))
-
-
-def test_a_refusal_names_three_ways() -> None:
-    request = PlanRequest(images=3, streams=4, max_memory=20 * 10**9, target_ms_per_token=100)
-    with pytest.raises(Refused, match=r"\(1\).*\(2\).*\(3\)"):
-        plan(known_shape("llava-1.5-13b"), profile.named("agx-orin-32", "15W"), request, SHIPPED)
-
-
-def test_tighter_memory_costs_quality_not_more() -> None:
-    """A method that was named changes as little as will do: the next higher S would exceed the limit."""
-    model = known_shape("llava-1.5-7b")
-    base = plan(model, ORIN, PlanRequest()).memory
-    spared = base.peak_bytes - base.kv_bytes
-    for formats, limit in (
-        (None, spared + base.kv_bytes * 2 // 3),
-        (Formats("int8", "int8", "int4"), spared + base.kv_bytes // 5),
-    ):
-        found = plan(model, ORIN, PlanRequest(method="avl", formats=formats, max_memory=limit))
-        assert isinstance(found.method, Avl)
-        assert found.formats == (formats or Formats())
-        more = next(each for each in Avl.ladder({}) if each.secondary == found.method.secondary + 1)
-        assert spared + Plan(model, ORIN, found.request, more, found.formats).kv.bytes_peak > limit
-
-
-def test_without_a_method_full_attention_gives_way_only_where_it_must() -> None:
-    model = known_shape("llava-1.5-7b")
-    base = plan(model, ORIN, PlanRequest())
-    assert (base.method, base.formats) == (Full(), Formats())
-    found = plan(model, ORIN, PlanRequest(max_memory=base.memory.peak_bytes))
-    assert (found.method, found.formats) == (Full(), Formats())
-    found = plan(model, ORIN, PlanRequest(max_memory=base.memory.peak_bytes - 1))
-    assert (found.method, found.formats) != (Full(), Formats())
-    assert found.memory.peak_bytes < base.memory.peak_bytes
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"images": -1}, "images"),
-        ({"streams": 0}, "streams"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"system_tokens": 99}, "system_tokens"),
-        ({"image_size": (0, 5)}, "image_size"),
-        ({"max_memory": 0}, "max_memory"),
-        ({"target_ms_per_token": 0.0}, "target_ms_per_token"),
-        ({"target_ms_per_token": float("nan")}, "target_ms_per_token"),
-        ({"target_ms_per_token": float("inf")}, "above 0 and finite"),
-        ({"image_tokens": -1}, "image_tokens must be from 0 to"),
-        ({"prompt_tokens": 0, "system_tokens": 0}, "prompt_tokens must be from 1 to"),
-        ({"prompt_tokens": 10**14}, "prompt_tokens must be from 1 to"),
-        ({"max_new_tokens": 10**14}, "max_new_tokens must be from 1 to"),
-    ],
-)
-def test_absurd_requests_are_named(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        replace(PlanRequest(), **changes)  # type: ignore[arg-type]
-
-
 def test_a_prompt_without_image_tokens_encodes_no_picture() -> None:
     found = plan(known_shape("llava-1.5-7b"), ORIN, PlanRequest(image_tokens=0))
     assert (found.memory.vision_bytes, found.time.encode_ms) == (0, 0)
@@ -394,103 +228,3 @@ def test_what_follows_from_measurements_of_another_format_is_derived() -> None:
     assert plan(model, of, PlanRequest(images=0)).time.basis == "measured"
     packed = plan(model, of, PlanRequest(images=0, weights=Precision("int4", "fp16"))).time
     assert (packed.basis, packed.ms_per_token_basis) == ("derived", "derived")
-
-
-@pytest.mark.parametrize("of", SHIPPED, ids=lambda each: each.name)
-@pytest.mark.parametrize("model", KNOWN.values(), ids=lambda each: each.name)
-def test_every_model_is_planned_on_every_device(model: ModelShape, of: profile.DeviceProfile) -> None:
-    found = _outcome(model, of, PlanRequest())
-    if isinstance(found, Refused):
-        assert found.ways
-        return
-    assert isinstance(found, Plan)
-    text = report(found)
-    assert "[derived, not measured]" in text
-    assert not re.search(r"(?<!not )measure", text)
-    assert found.time.basis == found.memory.basis == "derived"
-
-
-# The command
-
-
-def _run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
-    code = run_app(["plan", *options])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-AVL = ["--method", "avl", "--secondary", "45", "--core", "30", "--refresh", "3", "--prefill-keep", "90"]
-TOKENS = ["--image-tokens", "576", "--prompt-tokens", "71", "--system-tokens", "35"]
-
-
-def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model", "llava-1.5-7b", "--device", "agx-orin-64", "--power", "30W", *TOKENS, *AVL]
-    code, out, err = _run(capsys, *options, "--text-keep", "50", "--json")
-    document = json.loads(out)
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    assert set(document["kv"]) == {"bytes_full", "bytes_stored", "bytes_peak", "layers"}
-    assert document["kv"]["bytes_full"] == 647 * 524_288
-    # 35 text rows that are never evicted, 259 of 576 image rows, the floor of 20 text rows
-    assert document["kv"]["bytes_stored"] == (35 + 259 + 20) * 524_288
-    assert document["kv"]["layers"] == [{"text": 55, "core": 172, "secondary": 87, "freed": 333}] * 32
-    assert (document["power_mode"], document["time"]["basis"]) == ("MODE_30W", "derived")
-    code, out, err = _run(capsys, *options)
-    assert (code, err) == (0, "")
-    assert "layers 0-31" in out
-    assert "172 core" in out
-
-
-def test_the_command_of_the_handbook(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "agx-orin-64", "--power", "30W", "--images", "3", "--image-size", "1280x960"]
-    code, out, _ = _run(
-        capsys, "--model", "llava-1.5-7b", *options, "--max-new-tokens", "256", "--streams", "4", "--json"
-    )
-    document = json.loads(out)
-    assert code == 0
-    assert document["prompt"] == {"prefix": 35, "images": 1728, "suffix": 36, "length": 1799}
-    assert document["kv"]["bytes_full"] == (1799 + 255) * 524_288
-    assert document["memory"]["kv_bytes"] == 4 * document["kv"]["bytes_peak"]
-
-
-@pytest.mark.parametrize(("tokens", "before"), [("71", 35), ("100", 35), ("20", 10), ("1", 0)])
-def test_some_text_stands_after_the_image(capsys: pytest.CaptureFixture[str], tokens: str, before: int) -> None:
-    options = ["--model", "llava-1.5-7b", "--device", "agx-orin-64", "--prompt-tokens", tokens, "--json"]
-    prompt = json.loads(_run(capsys, *options)[1])["prompt"]
-    assert (prompt["prefix"], prompt["suffix"]) == (before, int(tokens) - before)
-
-
-def test_a_refusal_has_its_exit_code_and_its_ways(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model", "llava-1.5-13b", "--device", "agx-orin-32", "--max-memory", "20GB"]
-    code, out, err = _run(capsys, *options)
-    assert (code, out) == (3, "")
-    assert err.count("\n") == 1
-    assert "--weights int8" in err
-    code, out, _ = _run(capsys, *options, "--json")
-    document = json.loads(out)
-    assert (code, document["fits"], len(document["ways"])) == (3, False, 3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--model", "llava-2"], "llava-1.5-7b"),
-        (["--model", "llava-1.5-7b", "--device", "toaster"], "agx-orin-64"),
-        (["--model", "llava-1.5-7b", "--device", "agx-orin-64", "--power", "99W"], "maxn"),
-        (["--model", "llava-1.5-7b", "--device", "missing.yaml"], "no profile"),
-        (["--model", "llava-1.5-7b", "--image-size", "big"], "1280x960"),
-        (["--model", "llava-1.5-7b", "--max-memory", "lots"], "160MB"),
-        (["--model", "llava-1.5-7b", "--method", "best"], "choose one of"),
-        (["--model", "llava-1.5-7b", "--weights", "int3"], "int4"),
-        (["--model", "llava-1.5-7b", "--kv-format", "int9"], "not 'int9'"),
-        (["--model", "llava-1.5-7b", "--text-format", "lowrank:8"], "text rows cannot be low-rank"),
-        (["--model", "llava-1.5-7b", "--core-format", "lowrank:9999"], "the core format lowrank:9999 asks for more"),
-        (["--model", "llava-1.5-7b", "--method", "coarse", "--core-format", "int8"], "the same format"),
-        (["--model", "llava-1.6-vicuna-7b", "--images", "3"], "context"),
-        (["--model", "llava-1.5-7b", "--set", "core"], "NAME=VALUE"),
-    ],
-)
-def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    code, out, err = _run(capsys, *options)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("avl-edge: ")
-    assert message in err

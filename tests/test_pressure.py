@@ -11,18 +11,9 @@ from hypothesis import strategies as st
 
 from avl_edge import BadInput
 from avl_edge.pressure import Action, Limits, Monitor, Pressure, State, after, decide, is_plentiful, is_short, read
+from tests.machines import GB, TREES, write
 
-TREES = Path(__file__).parent / "trees"
-GB = 10**9
 LIMITS = Limits(2 * GB)
-
-
-def write(root: Path, available: int, stall: float = 0.0, total: int = 0) -> None:
-    """A machine of 8 GB with so much available."""
-    (root / "proc/pressure").mkdir(parents=True, exist_ok=True)
-    (root / "proc/meminfo").write_text(f"MemTotal: 8000000 kB\nMemFree: 0 kB\nMemAvailable: {available // 1024} kB\n")
-    averages = f"avg10={stall:.2f} avg60=0.00 avg300=0.00 total={total}"
-    (root / "proc/pressure/memory").write_text(f"some {averages}\nfull {averages}\n")
 
 
 def test_a_recorded_orin_is_read() -> None:

@@ -19,9 +19,9 @@ from avl_edge import device, profile
 from avl_edge.cli import run_app
 from avl_edge.errors import BadInput
 from avl_edge.profile import ANY, BadProfile, DeviceProfile, Figure, Fit, Record, Sample
+from tests.machines import TREES
 from tools.derive_profiles import profiles as derived_profiles
 
-TREES = Path(__file__).parent / "trees"
 SHIPPED = profile.shipped()
 ORIN = SHIPPED["agx-orin-64-30w"]
 TEXT = profile.dumps(ORIN)

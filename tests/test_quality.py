@@ -20,7 +20,7 @@ from avl_edge.policies.notation import parse
 from avl_edge.quality import PRESETS, at_share, choices, explain, preset, ranked, table
 from avl_edge.quality.ranking import rising, stores_all
 from tests.checkpoints import random_image
-from tests.test_cli import COMMAND
+from tests.command_line import COMMAND
 
 SHAPE = KvShape(layers=8, kv_heads=4, head_dim=64, itemsize=2)
 

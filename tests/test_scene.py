@@ -16,11 +16,11 @@ from avl_edge.layout import page_bytes
 from tests import oracle, oracle_scene
 from tests.checkpoints import SPECS
 from tests.conftest import Checkpoints
+from tests.held_rows import held_rows
 from tests.oracle import AvlSettings, OracleStep
 from tests.oracle_formats import TierFormats
 from tests.oracle_scene import SceneOracle
 from tests.scenes import AVL, COARSE, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, WHOLE, check, is_empty, record
-from tests.test_avl import _rows
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_question_is_answered_as_by_a_plain_request(
             event = next(question)
             assert event == expected
             if event.finish_reason is None:
-                assert _rows(question.cache) == _rows(plain.cache)
+                assert held_rows(question.cache) == held_rows(plain.cache)
                 assert [rows.freed for rows in question.cache.rows] == [rows.freed for rows in plain.cache.rows]
         ours, theirs = question.result(), plain.result()
     for name in ("bytes_full", "rows_read_fraction", "bytes_read_fraction", "refreshes", "layers"):
@@ -117,7 +117,7 @@ def _compare(question: Generation, expected: list[OracleStep]) -> None:
         event = next(question)
         assert event.token_id == truth.token, f"step {step}"
         if event.finish_reason is None:
-            assert _rows(question.cache) == truth.rows, f"step {step}"
+            assert held_rows(question.cache) == truth.rows, f"step {step}"
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from avl_edge.planning import PACKED
 from avl_edge.pool import BorrowingRows, SequenceRows
 from avl_edge.pressure import Limits, Monitor
 from tests.conftest import Checkpoints
+from tests.machines import GB, write
 from tests.scenes import AVL, FIRST, FULL, IMAGES, SECOND, WHOLE, check, is_empty
-from tests.test_pressure import GB, write
 
 
 @pytest.fixture
