@@ -21,7 +21,7 @@ from avl_edge.cuda import LOW_RANK
 from avl_edge.kernels import Part
 from avl_edge.layout import UNIT, Format
 from tests.emulated_kernels import COMPILER, Kernels, LowRankPart, Shape
-from tests.test_cuda_formats import check, make_part, make_query
+from tests.emulated_parts import check, make_part, make_query
 
 SHAPES = {
     Shape(64, 1, torch.float16): ("exact", "int4", LOW_RANK),
