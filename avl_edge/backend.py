@@ -110,7 +110,7 @@ class TorchBackend:
             attended, scores = self._attend_step(query, index, caches)
             hidden = layer.finish(hidden, attended)
             for cache, weights in zip(caches, scores, strict=True):
-                rows.move(cache, index, cache.settle(index, weights))
+                rows.move(cache, [(index, cache.settle(index, weights))])
         return decoder.logits(hidden)
 
     def _attend_step(

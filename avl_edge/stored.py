@@ -19,6 +19,8 @@ from .pool import Moved, RowStore
 from .pool.smaller import Demotion, crowd
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
+_AT_ONCE = 2**25
+"""Bytes of rows in the model's dtype that are converted together; a layer's are, however many."""
 
 
 class StoredRows:
@@ -91,11 +93,25 @@ class StoredRows:
             return lowrank.Rows(*self._store.read(ids, name))
         return self._low_rank.read(Format(name), ids, basis, positions)
 
-    def move(self, cache: SequenceCache, layer: int, moved: Sequence[Moved]) -> None:
-        """Convert rows that changed their format."""
+    def move(self, cache: SequenceCache, settled: Iterable[tuple[int, Sequence[Moved]]]) -> None:
+        """Convert rows that changed their format: of a layer, those that :meth:`SequenceCache.settle` gave.
+
+        Layers are asked for one by one, and the rows of as many as may be converted together: for a GPU every operator
+        is a launch.
+        """
+        waiting: list[tuple[int, Moved]] = []
+        for layer, of_layer in settled:
+            waiting += [(layer, each) for each in of_layer]
+            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= _AT_ONCE:
+                self._convert(cache, waiting)
+                waiting = []
+        self._convert(cache, waiting)
+
+    def _convert(self, cache: SequenceCache, moved: Sequence[tuple[int, Moved]]) -> None:
+        together = _by_formats(moved)
         # All are read before any is written: what one left may be where another goes.
-        rows = [self._dense(cache, layer, each) for each in moved]
-        for each, (keys, values) in zip(moved, rows, strict=True):
+        rows = [self._dense(cache, layer, each) for layer, each in together]
+        for (layer, each), (keys, values) in zip(together, rows, strict=True):
             self._write(cache, layer, each.new_format, each.after, each.positions, keys, values)
 
     def demote(self, cache: SequenceCache, formats: Formats) -> bool:
@@ -155,6 +171,24 @@ class StoredRows:
             return
         basis = self._store.index(cache.rows.layers[layer].basis)
         self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, self._store.index(positions))
+
+
+def _by_formats(moved: Sequence[tuple[int, Moved]]) -> list[tuple[int, Moved]]:
+    """The same rows, those of all layers together that go from one format to the same other; but low-rank rows, which
+    have their layer's basis."""
+    groups: dict[tuple[str, str, int | None], list[tuple[int, Moved]]] = {}
+    for layer, each in moved:
+        names = (each.old_format, each.new_format)
+        alone = any(Format(name).rank is not None for name in names)
+        groups.setdefault((*names, layer if alone else None), []).append((layer, each))
+    return [(group[0][0], _joined([each for _, each in group])) for group in groups.values()]
+
+
+def _joined(moved: Sequence[Moved]) -> Moved:
+    positions, before, after = (
+        np.concatenate([getattr(each, name) for each in moved]) for name in ("positions", "before", "after")
+    )
+    return Moved(positions, before, after, moved[0].old_format, moved[0].new_format)
 
 
 def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[np.floating]:

@@ -127,7 +127,7 @@ class Desk:
                 self._check(sequence, layer, each.format, each.ids, each.positions)
             count = sum(len(each.ids) for each in read)
             moved = cache.settle(layer, self.random.random(count) if cache.wants_scores else None)
-            self.rows.move(cache, layer, moved)
+            self.rows.move(cache, [(layer, moved)])
             for move in moved:
                 self._know_again(sequence, layer, move.new_format, move.positions)
 

@@ -201,5 +201,5 @@ def test_low_rank_rows_stay_on_the_device(checkpoint: Checkpoints, monkeypatch: 
                 count = sum(len(each.ids) for each in cache.rows_to_read(layer))
                 changes = cache.settle(layer, np.random.default_rng(layer).random(count))
                 moved += sum(len(each.before) for each in changes)
-                places.rows.move(cache, layer, changes)
+                places.rows.move(cache, [(layer, changes)])
         assert moved, "between int4 and coefficients"

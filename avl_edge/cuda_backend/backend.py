@@ -11,7 +11,8 @@ waits for what:
   scores somebody wants, the scores of all layers. No layer waits for the host, and nothing is copied per layer.
 - A core that is picked within the step (``coarse``) is picked by the device, which lists the rows that it then attends;
   the host reads afterwards which they were.
-- Rows that change their format, as a policy settles, are converted between two steps, by torch's operators.
+- Rows that change their format, as a policy settles, are converted between two steps by torch's operators, those of
+  several layers together.
 - Greedy tokens are chosen on the device (:meth:`CudaBackend.decode_greedy`); logits come back only where a sampler
   needs them (:meth:`CudaBackend.decode`).
 
@@ -39,13 +40,13 @@ from torch import Tensor
 from ..cache import Index, SequenceCache
 from ..cuda import Kernels, KernelShape, Pool, PromptHeads
 from ..models import Llava
-from ..pool import RowStore
+from ..pool import Moved, RowStore
 from ..prefill import Attention, Prefill
 from ..request import Prompt
 from ..shared import SceneCache
 from ..spec import TextSpec
 from ..steps import Accelerator, Bucket, CudaDevice, Reads, RecordedSteps
-from ..stored import StoredRows, in_order
+from ..stored import StoredRows
 from .step import DecodeStep, address, rope_table
 
 _LOGITS_BYTES = 64 * 2**20
@@ -153,24 +154,19 @@ class CudaBackend:
         with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores and not cache.picks_core:
-                    for layer in layers:
-                        self._rows.move(cache, layer, cache.settle(layer, None))
+                    self._rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores or cache.picks_core:
-                for layer in layers:
-                    self._settle(step, number, cache, own, layer)
+                self._rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
         return step
 
-    def _settle(self, step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> None:
-        """What a sequence that waited for the step's results does with them in one layer."""
-        if reads.looked:
-            cache.set_core(layer, step.picked(layer, number, reads.looked[layer].format))
-            cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
-        scores = None
-        if cache.wants_scores:
-            read = reads.rows[layer]
-            scores = in_order(read, [step.scores(layer, number, each.format) for each in read])
-        self._rows.move(cache, layer, cache.settle(layer, scores))
+
+def _settle(step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> list[Moved]:
+    """What a sequence that waited for the step's results does with them in one layer; the rows that move."""
+    if reads.looked:
+        cache.set_core(layer, step.picked(layer, number, reads.looked[layer].format))
+        cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
+    return cache.settle(layer, step.scores(layer, number, reads.rows[layer]) if cache.wants_scores else None)
 
 
 def _reads(cache: SequenceCache, layers: range) -> Reads:

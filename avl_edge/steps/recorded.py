@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ..cache import Selected
+from ..stored import in_order
 from .device import Accelerator
 from .tables import Bucket, Reads, StepTables
 
@@ -58,9 +60,12 @@ class RecordedStep(ABC):
         """``[B, vocabulary]`` on the host, overwritten by the next step of this bucket."""
         return self._results["logits"]
 
-    def scores(self, layer: int, sequence: int, format_: str) -> Tensor:
-        """The weights of the rows of a format that one sequence read in a layer, in the order of its list: float32, on
-        the host, overwritten by the next step of this bucket."""
+    def scores(self, layer: int, sequence: int, read: Sequence[Selected]) -> npt.NDArray[np.floating]:
+        """The weights of the rows that one sequence ``read`` in a layer, in the order of their places: float32, on the
+        host."""
+        return in_order(read, [self._scores(layer, sequence, each.format) for each in read])
+
+    def _scores(self, layer: int, sequence: int, format_: str) -> Tensor:
         number = self.tables.list_of(sequence, format_)
         begin, end = self.tables.offsets[layer, number : number + 2]
         return self._results["scores"][layer, begin:end]

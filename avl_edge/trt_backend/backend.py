@@ -28,7 +28,7 @@ from ..pool import RowStore
 from ..request import Prompt
 from ..shared import SceneCache
 from ..steps import Accelerator, Bucket, Reads, RecordedSteps
-from ..stored import StoredRows, distances, in_order
+from ..stored import StoredRows, distances
 from ..trt import EngineFailed
 from .engines import Buffers, Engines, parts_of
 from .prompt import Listed, buffers, pruned_after, scores_of
@@ -156,13 +156,11 @@ class EngineBackend:
         with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores:
-                    for layer in layers:
-                        self.rows.move(cache, layer, cache.settle(layer, None))
+                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores:
-                for layer, read in zip(layers, own.rows, strict=True):
-                    scores = in_order(read, [step.scores(layer, number, each.format) for each in read])
-                    self.rows.move(cache, layer, cache.settle(layer, scores))
+                scores = (step.scores(layer, number, own.rows[layer]) for layer in layers)
+                self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
         return step
 
     def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
