@@ -8,6 +8,7 @@ first use then warns, once, with the reason and the cure.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import struct
 import warnings
@@ -59,7 +60,7 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
 
 def _share_openmp() -> None:
     """Let libraries that are loaded from now on find torch's OpenMP runtime; builds of torch for Arm keep it apart."""
-    runtime = openmp_runtime(_MAPS.read_text()) if _MAPS.is_file() else None
+    runtime = openmp_runtime(os.fsdecode(_MAPS.read_bytes())) if _MAPS.is_file() else None  # names are any bytes
     if runtime:
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
 

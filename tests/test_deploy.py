@@ -166,6 +166,25 @@ class TestScripts:
         assert len(SCRIPTS) == 3
         assert all(script.stat().st_mode & stat.S_IXUSR for script in SCRIPTS)
 
+    def test_the_emulated_processor_leaves_its_neighbours_alone(self, tmp_path: Path) -> None:
+        """Whatever folder it is given to put its own into, and also where setting up ends half way."""
+        tree, given = tmp_path / "tree", tmp_path / "given"
+        programs = [tree / ".venv" / "bin" / "python"]
+        programs += [tmp_path / "bin" / name for name in ("aarch64-linux-gnu-g++", "qemu-aarch64", "apt-get")]
+        for program in programs:
+            program.parent.mkdir(parents=True, exist_ok=True)
+            program.write_text("#!/bin/sh\nexit 9\n")
+            program.chmod(0o755)
+        script = tree / "tools" / "arm" / "run.sh"
+        script.parent.mkdir(parents=True)
+        shutil.copy(ROOT / "tools" / "arm" / "run.sh", script)
+        given.mkdir()
+        (given / "thesis.tex").write_text("mine")
+        settings = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "AVL_EDGE_ARM": str(given)}
+        done = subprocess.run([script, "-c", "pass"], env=settings, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 9, done.stderr
+        assert (given / "thesis.tex").read_text() == "mine"
+
     @pytest.mark.parametrize(
         ("index", "message"),
         [("", "TORCH_INDEX is empty"), ("https://pypi.org/simple", "has no torch for a Jetson")],

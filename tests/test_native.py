@@ -101,6 +101,15 @@ def test_the_openmp_runtime_is_torchs(torchs: str) -> None:
 
 
 @needs_native
+@pytest.mark.usefixtures("_forget_library")
+def test_a_mapped_file_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = tmp_path / "maps"
+    maps.write_bytes(b"7f10a0000000-7f10a0020000 r--p 00000000 08:01 11 /home/caf\xe9/weights.bin\n")
+    monkeypatch.setattr(native, "_MAPS", maps)
+    assert native.available()
+
+
+@needs_native
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_an_openmp_runtime_that_torch_keeps_to_itself() -> None:
     """As builds of torch for Arm do: the library is loaded all the same."""

@@ -16,6 +16,7 @@ from avl_edge import BadInput, DoesNotFit, Formats, Options, Runtime
 from avl_edge.cli import run_app
 from avl_edge.engine import BadPackage, Job, Mismatch, Recipe, build
 from avl_edge.policies import Full
+from avl_edge.quality import Point, table
 from tests.checkpoints import random_image
 from tests.conftest import Checkpoints
 
@@ -75,6 +76,28 @@ def test_lossless_is_what_engines_serve(package: Packages, dtype: torch.dtype, f
     asked = runtime.look([random_image(1, 60)], options).prepare(PROMPT)
     for plan in (request.plan, *asked.plans):
         assert (plan.method, set(plan.formats.by_tier().values())) == (Full(), {formats})
+
+
+@pytest.mark.parametrize(("prune_after", "setting"), [(1, "distinct"), (2, "avl")])
+def test_small_is_what_engines_serve(
+    package: Packages, tmp_path: Path, capsys: pytest.CaptureFixture[str], prune_after: int, setting: str
+) -> None:
+    """Over exact rows A-VL by the whole question's attention is measured best, but no package prunes by that; one that
+    prunes elsewhere serves no A-VL from an eighth. What is explained is the setting that was taken."""
+    many = replace(RECIPE, prune_after=prune_after, images=12, prompt_tokens=1000)
+    best = max((each for each in table().points if each.setting == setting and each.stored <= 0.13), key=_score)
+    picture = tmp_path / "picture.png"
+    random_image(1, 60).save(picture)
+    arguments: list[Any] = ["run", "--model", package("llama3-rope", many), "--prompt", "Go", "--max-new-tokens", 1]
+    arguments += [*["--image", picture] * many.images, "--preset", "small", "--explain"]
+    assert run_app([str(each) for each in arguments]) == 0
+    explained = capsys.readouterr().err
+    assert f"small ({'secondary' if setting == 'distinct' else 'prefill_keep'}=" in explained
+    assert f"{100 * best.score:.1f} % right answers" in explained
+
+
+def _score(point: Point) -> float:
+    return point.score
 
 
 REFUSED = {

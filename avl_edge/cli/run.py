@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,6 +13,7 @@ import typer
 from rich.table import Table
 
 from .. import quality
+from ..cache import prompt_shape
 from ..config import Options, format_names, format_size
 from ..errors import BadInput
 from ..places import PLACES
@@ -146,7 +146,7 @@ def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
     if request.options.kv_budget is not None:
         _say_plan(request)
     if show.explain:
-        _explain(request, asked=request.options.method is not None or request.plan.budget is None)
+        _explain(runtime, request, asked=request.options.method is not None or request.plan.budget is None)
     _load(runtime, request.plan.peak_bytes)
     with readers_may_leave():
         result = _answer(runtime, request, quiet=show.as_json)
@@ -161,7 +161,7 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
     if budget is not None:
         several.say_plan(asked, budget)
     if show.explain:
-        _explain(asked.requests[0], asked=options.method is not None or budget is None)
+        _explain(runtime, asked.requests[0], asked=options.method is not None or budget is None)
     _load(runtime, asked.peak_bytes)
     with readers_may_leave(), asked.scene as scene:
         results = asked.answer(runtime, quiet=show.as_json)
@@ -211,17 +211,15 @@ def _say_plan(request: Request) -> None:
     )
 
 
-def _explain(request: Request, *, asked: bool) -> None:
+def _explain(runtime: Runtime, request: Request, *, asked: bool) -> None:
     plan, preset = request.plan, request.options.preset
-    chosen = Choice(plan.method, plan.formats)
-    why = quality.preset(preset, partial(_alike, chosen)).why if preset else quality.explain(chosen, asked=asked)
+    if preset:
+        why = runtime.planning.preset(preset, prompt_shape(len(request.prompt), request.prompt.spans)).why
+    else:
+        why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
     settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]
     formats = _spoken(plan.formats.by_tier()) or "rows exact"
     print(f"avl-edge: {preset or plan.method.name} ({settings or plan.method.name}; {formats}): {why}", file=sys.stderr)
-
-
-def _alike(one: Choice, other: Choice) -> bool:
-    return (one.method.name, one.formats) == (other.method.name, other.formats)
 
 
 def _spoken(formats: dict[str, str]) -> str:

@@ -28,18 +28,19 @@ class Preset:
 
     def choices(self) -> Iterator[Choice]:
         """The setting as its dial goes down; or the one that its parameters say."""
-        notation = parse(self.setting)
-        return candidates(notation.name, notation.parameters, self.share is not None, notation.formats)
+        return _rungs(self.setting, fitted=self.share is not None)
+
+
+def _rungs(setting: str, *, fitted: bool) -> Iterator[Choice]:
+    notation = parse(setting)
+    return candidates(notation.name, notation.parameters, fitted, notation.formats)
 
 
 def _served(points: list[Point], serves: Serves) -> list[Point]:
-    """Those whose settings are served; all where none is, for whose refusal there is a reason."""
-
-    def first(point: Point) -> Choice:  # all rungs are of its method and formats
-        notation = parse(point.setting)
-        return next(candidates(notation.name, notation.parameters, True, notation.formats))
-
-    return [point for point in points if serves(first(point))] or points
+    """Those whose settings are served wherever their dial may stand: A-VL prunes on all rungs but the first. All where
+    none is, for whose refusal there is a reason."""
+    served = {setting: all(map(serves, _rungs(setting, fitted=True))) for setting in {each.setting for each in points}}
+    return [point for point in points if served[point.setting]] or points
 
 
 def _measured(point: Point) -> str:

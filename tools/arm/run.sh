@@ -5,7 +5,8 @@
 #     tools/arm/run.sh examples/ask.py examples/cockpit.png "What is the speed?"
 #
 # Debian 12's Python 3.11 for Arm, the oldest torch that the package takes (2.5), and the CPU kernel, cross-compiled, go
-# into $AVL_EDGE_ARM (by default ~/.cache/avl-edge-arm; 700 MB). It shows that things work there, never how fast.
+# into a folder avl-edge-arm in $AVL_EDGE_ARM (by default ~/.cache; 700 MB). It shows that things work there, never how
+# fast.
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
@@ -13,7 +14,7 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 tree=$(cd "$(dirname "$0")/../.." && pwd)
-folder=${AVL_EDGE_ARM:-$HOME/.cache/avl-edge-arm}
+folder=${AVL_EDGE_ARM:-$HOME/.cache}/avl-edge-arm  # removed as a whole where it is not complete
 debs=(libc6 libstdc++6 libgcc-s1 zlib1g libbz2-1.0 liblzma5 libffi8 libssl3 libexpat1 libsqlite3-0 libcrypt1
     python3.11-minimal libpython3.11-minimal libpython3.11-stdlib)
 wheels=("numpy<2.4" jinja2 "pillow>=11.1" pyyaml rich safetensors tokenizers typer
