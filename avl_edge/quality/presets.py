@@ -36,11 +36,10 @@ def _rungs(setting: str, *, fitted: bool) -> Iterator[Choice]:
     return candidates(notation.name, notation.parameters, fitted, notation.formats)
 
 
-def _served(points: list[Point], serves: Serves) -> list[Point]:
-    """Those whose settings are served wherever their dial may stand: A-VL prunes on all rungs but the first. All where
-    none is, for whose refusal there is a reason."""
-    served = {setting: all(map(serves, _rungs(setting, fitted=True))) for setting in {each.setting for each in points}}
-    return [point for point in points if served[point.setting]] or points
+def _first_served(points: list[Point], serves: Serves) -> Point:
+    """The first whose setting is served wherever its dial may stand: A-VL prunes on all rungs but the first. Where none
+    is, the first of all, for whose refusal there is a reason."""
+    return next((each for each in points if all(map(serves, _rungs(each.setting, fitted=True)))), points[0])
 
 
 def _measured(point: Point) -> str:
@@ -60,7 +59,8 @@ def _lossless(serves: Serves) -> Preset:
     # What was left out nobody can read later, and pictures differ from those measured in how much can go: a setting
     # that leaves rows out may have lost nothing there, and is still not called lossless.
     good = [point for point in table().points if point.score >= table().full.score - INDISTINGUISHABLE]
-    point = min(_served([each for each in good if stores_all(each)], serves), key=lambda each: each.stored)
+    whole = sorted(filter(stores_all, good), key=lambda point: point.stored)
+    point = _first_served(whole, serves)
     why = (
         f"the fewest bytes within {100 * INDISTINGUISHABLE:g} points of full attention with every row stored: "
         f"{_measured(point)}"
@@ -69,8 +69,8 @@ def _lossless(serves: Serves) -> Preset:
 
 
 def _small(serves: Serves) -> Preset:
-    points = [point for point in table().points if point.stored <= _SMALL]
-    point = max(_served(points, serves), key=lambda point: point.score)
+    small = (point for point in table().points if point.stored <= _SMALL)
+    point = _first_served(sorted(small, key=lambda point: -point.score), serves)
     return Preset("small", point.setting, point.kv_fraction, f"the best answers from an eighth: {_measured(point)}")
 
 

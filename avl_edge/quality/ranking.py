@@ -37,6 +37,7 @@ def _rungs() -> tuple[_Rung, ...]:
     return tuple(rung for setting in table().settings for rung in _ladder(setting))
 
 
+@lru_cache(maxsize=512)
 def stores_all(point: Point) -> bool:
     """Whether a point of the table left no row out."""
     notation = parse(point.setting)
