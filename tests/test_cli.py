@@ -245,7 +245,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--kv-format", ""], "the text format must be exact"),
         (["--text-format", "lowrank:8"], "text rows cannot be low-rank: choose exact, int8 or int4"),
         (["--secondary-format", "lowrank:33"], "the secondary format lowrank:33 asks for more"),
-        (["--core-format", "lowrank:16", "--secondary-format", "lowrank:8"], "give them the same rank"),
+        (["--core-format", "lowrank:16", "--secondary-format", "lowrank:8"], "give both one rank"),
         (["--method", "coarse", "--core-format", "int8"], "give core and secondary rows the same format"),
         (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse looks at the keys of stored rows"),
         (["--method", "coarse", "--core", "200", "--kv-budget", "1MB"], "core must be above 0"),

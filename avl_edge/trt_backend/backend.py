@@ -168,4 +168,5 @@ class EngineBackend:
         recipe, context = self._engines.recipe, self._engines.spec.text.context
         found = Bucket.of(reads, scores)
         batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
-        return replace(found, batch=batch, capacity=capacity, formats=parts_of(found.formats))
+        # What formats are written is not asked: an engine's step has a slot in each.
+        return replace(found, batch=batch, capacity=capacity, formats=parts_of(found.formats), written=())
