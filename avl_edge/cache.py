@@ -347,3 +347,4 @@ class SequenceCache:
     def close(self) -> None:
         """Free all rows. Safe to call twice."""
         self.rows.close()
+        self._last_images.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from avl_edge.errors import DoesNotFit, PoolExhausted
 from avl_edge.layout import PAGE_ROWS, page_bytes
 from avl_edge.policies import H2O, Avl, Full, Method, Streaming
 from avl_edge.pool import RowPool, RowStore
+from avl_edge.pool.smaller import crowd
 from avl_edge.request import ImageSpan
 from avl_edge.shared import QuestionCache, SceneCache
 from tests.random_methods import LAYERS, NAMES, choices, sharing_methods
@@ -67,6 +70,40 @@ def test_the_promised_peak_is_reached_exactly(
     assert plan.peak_bytes == plan.pages * page_bytes(SHAPE)
     if formats.all_exact:
         assert plan.pages == -(-method.peak_rows(PromptShape(prefix, images, text), steps, LAYERS) // PAGE_ROWS)
+
+
+def _full(steps: int) -> SequenceCache:
+    """A sequence under full attention whose layers hold 39 image rows each, before its first step."""
+    plan = kv_plan(Full(), Formats(), SHAPE, PromptShape(1, 39, 1), steps)
+    cache = SequenceCache(RowPool(plan.pages, SHAPE), plan, 41, [ImageSpan("", 1, 39)], LAYERS)
+    _run(cache, 0, 1)
+    return cache
+
+
+def test_rows_are_read_where_they_were_crowded_to() -> None:
+    """Only their ids change, neither their tier nor their format."""
+    cache = _full(steps=2)
+    cache.begin_step()
+    (old,) = cache.rows_to_read(1)
+    for layer in (0, 2):
+        cache.rows.keep_image(layer, np.zeros(39, dtype=np.bool_))
+    ((_, before, after),) = crowd(cache.rows)
+    carried = dict(zip(before.tolist(), after.tolist(), strict=True))
+    assert set(carried) & set(old.ids[:39].tolist()), "image rows of the layer that lost none"
+    _, slots = cache.begin_step()
+    (new,) = cache.rows_to_read(1)
+    assert new.ids.tolist() == [*(carried.get(row, row) for row in old.ids.tolist()), slots[1]]
+
+
+def test_a_closed_sequence_keeps_no_lists() -> None:
+    """Whoever asked may hold on to it."""
+    cache = _full(steps=1)
+    cache.begin_step()
+    for layer in range(LAYERS):
+        cache.rows_to_read(layer)
+    lists = [weakref.ref(rows.image_ids) for rows in cache.rows]
+    cache.close()
+    assert all(each() is None for each in lists)
 
 
 def test_misuse_is_refused() -> None:

@@ -216,6 +216,7 @@ class PoolLife(RuleBasedStateMachine):
         assert [by_place[place] for place in range(len(expected))] == expected
         assert own in next(each.ids for each in read if each.format == cache.rows.formats.text)
         for each in read:
+            assert np.all(np.diff(each.places) > 0), "sums depend on the order: image rows by position, then text rows"
             self.memory.check(each.ids, each.format, self._stamps(life, layer, each.positions))
 
     def _move(self, life: Life, layer: int, moved: list[Any]) -> None:
