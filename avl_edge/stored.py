@@ -19,8 +19,9 @@ from .pool import Moved, RowStore
 from .pool.smaller import Demotion, crowd
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
-_AT_ONCE = 2**25
-"""Bytes of rows in the model's dtype that are converted together; a layer's are, however many."""
+_AT_ONCE = 2**24
+"""Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
+many."""
 
 
 class StoredRows:
