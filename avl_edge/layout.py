@@ -141,7 +141,10 @@ def can_hold(formats: Formats, shape: KvShape) -> bool:
 def check(formats: Formats, shape: KvShape) -> None:
     """Raise :class:`BadInput` where rows of ``shape`` cannot be stored in ``formats``."""
     bases = {name for name in formats.stored.by_tier().values() if Format(name).rank}
-    require(len(bases) <= 1, "core and secondary rows share one low-rank basis: give both one rank, both with +int8 or without")
+    require(
+        len(bases) <= 1,
+        "core and secondary rows share one low-rank basis: give both one rank, both with +int8 or without",
+    )
     for tier, name in formats.by_tier().items():
         format_ = Format(name)
         if format_.is_exact:
