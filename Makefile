@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/avl-edge run --image examples/cockpit.png --prompt "What is the speed?" --stats
 
+# The models are tiny: a second thread costs more than it computes, and cores are shared by the processes.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -130,7 +130,7 @@ def test_every_byte_is_counted(checkpoint: Checkpoints) -> None:
 @pytest.mark.parametrize(
     ("formats", "message"),
     [
-        (("exact", "lowrank:8", "lowrank:4"), "the same rank"),
+        (("exact", "lowrank:8", "lowrank:4"), "give both one rank"),
         (("exact", "exact", "lowrank:300"), "more directions than there are"),
         (("exact", "lowrank:8@9", "exact"), "no more can be read than are stored"),
         (("exact", "lowrank:64", "exact"), "no smaller"),
