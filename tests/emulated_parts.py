@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,7 +17,19 @@ from avl_edge.config import KvShape
 from avl_edge.kernels import Part, attend_parts_reference
 from avl_edge.layout import UNIT, Format
 from avl_edge.pool.formats import encode
-from tests.emulated_kernels import Shape
+from tests.emulated_kernels import COMPILER, Kernels, Shape
+
+
+@contextmanager
+def compiled(shapes: Mapping[Shape, Sequence[str]], folder: Path) -> Iterator[Callable[[Shape], Kernels]]:
+    """Kernels by shape, each compiled once for its formats, all side by side from the beginning on."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to build the emulation with")
+    with ThreadPoolExecutor(2) as pool:
+        builds = {
+            shape: {name: pool.submit(shape.compile, folder, name) for name in names} for shape, names in shapes.items()
+        }
+        yield lambda shape: Kernels(shape, {name: build.result() for name, build in builds[shape].items()})
 
 
 def record_bytes(name: str, shape: Shape, kv_heads: int) -> int:

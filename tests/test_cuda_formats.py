@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -23,8 +22,8 @@ from avl_edge.kernels import Part, coarse_weights_reference
 from avl_edge.layout import UNIT, Format, groups, padded
 from avl_edge.policies import Coarse
 from avl_edge.pool.formats import decode, encode
-from tests.emulated_kernels import COMPILER, Kernels, Shape
-from tests.emulated_parts import check, make_part, make_query, record_bytes, wide
+from tests.emulated_kernels import Kernels, Shape
+from tests.emulated_parts import check, compiled, make_part, make_query, record_bytes, wide
 
 SHAPES = {
     Shape(64, 1, torch.float16, warps=1): ("exact", "int8", "int4"),
@@ -41,14 +40,8 @@ every_packing = pytest.mark.parametrize(("shape", "name"), PACKED, ids=[f"{shape
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shape], Kernels]]:
     """``kernels(shape)``: compiled once, for its formats."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(2) as pool:
-        builds = {
-            shape: {name: pool.submit(shape.compile, folder, name) for name in names} for shape, names in SHAPES.items()
-        }
-        yield lambda shape: Kernels(shape, {name: build.result() for name, build in builds[shape].items()})
+    with compiled(SHAPES, tmp_path_factory.mktemp("cuda")) as kernels:
+        yield kernels
 
 
 @every_packing

@@ -7,7 +7,6 @@ float64, so that what is compared is the kernel's arithmetic, not the format's r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import pytest
@@ -20,8 +19,8 @@ from avl_edge.config import KvShape
 from avl_edge.cuda import LOW_RANK
 from avl_edge.kernels import Part
 from avl_edge.layout import UNIT, Format
-from tests.emulated_kernels import COMPILER, Kernels, LowRankPart, Shape
-from tests.emulated_parts import check, make_part, make_query
+from tests.emulated_kernels import Kernels, LowRankPart, Shape
+from tests.emulated_parts import check, compiled, make_part, make_query
 
 SHAPES = {
     Shape(64, 1, torch.float16): ("exact", "int4", LOW_RANK),
@@ -38,14 +37,8 @@ CONTEXT = 700
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shape], Kernels]]:
     """``kernels(shape)``: compiled once, for its formats."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(2) as pool:
-        builds = {
-            shape: {name: pool.submit(shape.compile, folder, name) for name in names} for shape, names in SHAPES.items()
-        }
-        yield lambda shape: Kernels(shape, {name: build.result() for name, build in builds[shape].items()})
+    with compiled(SHAPES, tmp_path_factory.mktemp("cuda")) as kernels:
+        yield kernels
 
 
 def make_low_rank(
