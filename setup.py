@@ -1,8 +1,8 @@
 """The attention kernels; everything else about the package is in pyproject.toml.
 
 The CPU's is a plain shared library with a C interface, built as an extension so that it lands in the package. It is
-optional: without a compiler the install succeeds, and `avl_edge.native` says at its first use what is missing.
-The GPU's is compiled on the device by `avl_edge.cuda`, so its sources are copied into the package.
+optional: without a compiler the install succeeds, and `avl_edge.attention.native` says at its first use what is
+missing. The GPU's is compiled on the device by `avl_edge.attention.cuda`, so its sources are copied into the package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class BuildWithCuda(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            folder = Path(self.build_lib) / "avl_edge" / "cuda"
+            folder = Path(self.build_lib) / "avl_edge" / "attention" / "cuda"
             self.mkpath(str(folder))
             for source in (*CUDA_SOURCES.glob("*.cu"), *CUDA_SOURCES.glob("*.cuh")):
                 self.copy_file(str(source), str(folder / source.name))
@@ -31,7 +31,7 @@ setup(
     cmdclass={"build_py": BuildWithCuda},
     ext_modules=[
         Extension(
-            "avl_edge._core_attention",
+            "avl_edge.attention._core_attention",
             sources=["plugins/cpu/core_attention.cpp"],
             depends=[f"plugins/cpu/{name}.h" for name in ("items", "rows", "step", "vectors")],
             language="c++",

@@ -2,10 +2,10 @@
 
 from .config import Formats, Options
 from .errors import AvlEdgeError, BadImage, BadInput, BadModel, DoesNotFit
-from .generation import Generation
 from .request import Result, TokenEvent
-from .runtime import Runtime
-from .scene import Scene
+from .serving.generation import Generation
+from .serving.runtime import Runtime
+from .serving.scene import Scene
 
 __all__ = [
     "AvlEdgeError",

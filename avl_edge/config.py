@@ -37,7 +37,7 @@ _FORMAT = re.compile(r"exact|int8|int4|lowrank:[1-9][0-9]{0,4}(@[1-9][0-9]{0,4})
 
 @dataclass(frozen=True)
 class Formats:
-    """In which format the rows of each tier are stored (see :mod:`avl_edge.pool.formats`).
+    """In which format the rows of each tier are stored (see :mod:`avl_edge.kv.pool.formats`).
 
     ``exact`` is the model's own dtype, ``int8`` about half of it and ``int4`` about 28 %; ``lowrank:R`` keeps R
     coefficients of K and V each (AttentionPack), ``lowrank:R+int8`` keeps them in int8, and ``lowrank:R@r`` reads only
@@ -90,11 +90,11 @@ class PromptShape:
 class Options:
     """How to answer one request.
 
-    ``method`` names a policy of :mod:`avl_edge.policies`; None takes ``full`` where it fits ``kv_budget``, and where it
-    does not what answers best by measurement. ``parameters`` are that policy's own, by field name; those left out take
-    their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the pool's).
-    ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
-    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.quality`). ``temperature`` 0 is greedy.
+    ``method`` names a policy of :mod:`avl_edge.kv.methods`; None takes ``full`` where it fits ``kv_budget``, and where
+    it does not what answers best by measurement. ``parameters`` are that policy's own, by field name; those left out
+    take their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the
+    pool's). ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
+    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). ``temperature`` 0 is greedy.
     """
 
     method: str | None = None

@@ -17,9 +17,9 @@ from hypothesis import settings
 from torch import Tensor
 
 from avl_edge import Runtime
-from tests.checkpoints import SPECS, CheckpointSpec, make_checkpoint
+from tests import ROOT
+from tests.equipment.checkpoints import SPECS, CheckpointSpec, make_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 Checkpoints = Callable[..., Path]
 
 # How long an example takes says how busy the machine is. A gate asks every change the same questions, a person's run

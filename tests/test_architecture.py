@@ -1,4 +1,5 @@
-"""The house stands on its ground floor: imports go downward in ARCHITECTURE.md's table, and never in a circle."""
+"""Imports go downward: between the wings of ARCHITECTURE.md's table, between the modules of a wing's README, and among
+the files of a module never in a circle."""
 
 from __future__ import annotations
 
@@ -6,86 +7,123 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 PACKAGE = ROOT / "avl_edge"
 OPTIONAL = {"onnx", "tensorrt", "cuda"}
+ROW = re.compile(r"^\| `(\w+)` \|.*?(?:\| (yes|no) )?\|$", re.MULTILINE)
 
 
-def _rooms() -> list[tuple[str, bool]]:
-    """(room, imports torch?) in the order of the table."""
-    table = (ROOT / "ARCHITECTURE.md").read_text().split("## The rooms")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.*?`) \|.*\| (yes|no) \|$", table, re.MULTILINE)
-    return [(room, torch == "yes") for names, torch in rows for room in re.findall(r"`(\w+)`", names)]
+def _table(path: Path, heading: str) -> dict[str, bool | None]:
+    """The names in the table under ``heading``, in order, and whether they may import torch (None: it does not say)."""
+    section = path.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return {name: torch == "yes" if torch else None for name, torch in ROW.findall(section)}
 
 
-ROOMS = _rooms()
-ORDER = {room: index for index, (room, _) in enumerate(ROOMS)}
-
-
-def _room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+WINGS = list(_table(ROOT / "ARCHITECTURE.md", "The wings"))
+MODULES = {
+    wing: _table(PACKAGE / wing / "README.md", "Modules, bottom to top")
+    for wing in WINGS
+    if (PACKAGE / wing / "README.md").is_file()
+}
+TORCH_FREE = [
+    *(wing for wing in WINGS if (PACKAGE / f"{wing}.py").is_file()),
+    *(f"{wing}.{module}" for wing, modules in MODULES.items() for module, torch in modules.items() if not torch),
+    "kv.pool.rows",
+    "kv.pool.sequence",
+    "kv.pool.smaller",
+]
 
 
 def _files() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem in WINGS]
 
 
-def _imports(path: Path) -> list[tuple[str, bool]]:
-    """(absolute module, at the top of the file?) of every import."""
-    tree = ast.parse(path.read_text())
+def _name(path: Path) -> tuple[str, ...]:
+    """Of a file, below the package: ("kv", "pool", "rows"); an ``__init__`` is its folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def _imports(path: Path) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """(parts of the absolute name, at the top of the file?) of every import; of ``from a import b``, a.b."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     package = ("avl_edge", *path.relative_to(PACKAGE).parent.parts)
     top = {id(node) for node in tree.body}
-    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in top) for alias in node.names]
+            yield from ((tuple(alias.name.split(".")), id(node) in top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            if module == "avl_edge":
-                found += [(f"avl_edge.{alias.name}", id(node) in top) for alias in node.names]
-            else:
-                found.append((module, id(node) in top))
-    return found
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            yield from (((*module, alias.name), id(node) in top) for alias in node.names)
 
 
-def test_every_room_is_in_the_table_and_every_row_is_a_room() -> None:
-    assert {_room(path) for path in _files()} == set(ORDER)
+def _own_imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """The package's modules that a file imports, below the package."""
+    modules = {_name(each) for each in _files()}
+    for name, _ in _imports(path):
+        if name[0] == "avl_edge":
+            yield next(name[1:end] for end in range(len(name), 0, -1) if name[1:end] in modules or end == 1)
 
 
-@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+FILES = pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def test_every_file_is_in_a_wing_and_every_row_is_there() -> None:
+    assert {_name(path)[0] for path in _files()} == set(WINGS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", *WINGS}
+    for wing, modules in MODULES.items():
+        assert {_name(path)[1] for path in _files() if _name(path)[0] == wing and len(_name(path)) > 1} == set(modules)
+
+
+@FILES
 def test_imports_go_downward(path: Path) -> None:
-    room = _room(path)
-    for module, at_top in _imports(path):
-        assert at_top or module.split(".")[0] in OPTIONAL, f"deferred import of {module}"
-        if module.startswith("avl_edge."):
-            other = module.split(".")[1]
-            assert ORDER[other] <= ORDER[room], f"{room} imports {other}, which stands above it"
+    wing, *rest = _name(path)
+    for other in _own_imports(path):
+        assert other, "the package's face is for its users"
+        assert WINGS.index(other[0]) <= WINGS.index(wing), f"{wing} imports {other[0]}, which stands above it"
+        if other[0] == wing and wing in MODULES:
+            order = list(MODULES[wing])
+            assert rest, f"the wing's own file imports {'.'.join(other)}"
+            assert order.index(other[1]) <= order.index(rest[0]), f"{rest[0]} imports {other[1]}, which is above it"
 
 
-@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+@FILES
+def test_imports_stand_at_the_top(path: Path) -> None:
+    for name, at_top in _imports(path):
+        assert at_top or name[0] in OPTIONAL, f"deferred import of {'.'.join(name)}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {_name(path): {other for other in _own_imports(path) if other != _name(path)} for path in _files()}
+    TopologicalSorter(graph).prepare()
+
+
+@FILES
 def test_no_tools_and_no_torch_where_the_table_says_no(path: Path) -> None:
-    modules = {module.split(".")[0] for module, _ in _imports(path)}
+    modules = {name[0] for name, _ in _imports(path)}
     assert "tools" not in modules
     assert "transformers" not in modules
-    if not dict(ROOMS)[_room(path)]:
+    if ".".join(_name(path)[:2]) in TORCH_FREE:
         assert "torch" not in modules
 
 
-def test_ground_floor_imports_without_torch() -> None:
-    """In a process where torch cannot be imported. `pool` is mixed: its `rows` are torch-free."""
-    rooms = [f"avl_edge.{room}" for room, torch in ROOMS if not torch] + ["avl_edge.pool.rows"]
+def test_modules_without_torch_import_without_it() -> None:
+    """In a process where torch cannot be imported. `pool` is mixed: its arithmetic is torch-free."""
     program = f"""
 import importlib, sys, types
 sys.modules["torch"] = None
 package = types.ModuleType("avl_edge"); package.__path__ = [{str(PACKAGE)!r}]; sys.modules["avl_edge"] = package
-pool = types.ModuleType("avl_edge.pool"); pool.__path__ = [{str(PACKAGE / "pool")!r}]
-sys.modules["avl_edge.pool"] = pool
-for room in {rooms!r}: importlib.import_module(room)
+pool = types.ModuleType("avl_edge.kv.pool"); pool.__path__ = [{str(PACKAGE / "kv" / "pool")!r}]
+sys.modules["avl_edge.kv.pool"] = pool
+for module in {TORCH_FREE!r}: importlib.import_module("avl_edge." + module)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 

@@ -22,17 +22,17 @@ import torch
 import typer
 from torch import Tensor
 
-from avl_edge.backend import TorchBackend
-from avl_edge.budget import kv_plan
-from avl_edge.cache import SequenceCache, prompt_shape
-from avl_edge.checkpoint import Weights
+from avl_edge.attention.kernels import attend_parts
+from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.config import Formats
-from avl_edge.kernels import attend_parts
-from avl_edge.models import Llava
-from avl_edge.policies import Avl, Full, Method
-from avl_edge.pool import RowPool, RowStore
+from avl_edge.kv.budget import kv_plan
+from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.methods import Avl, Full, Method
+from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.model.checkpoint import Weights
+from avl_edge.model.network import Llava
+from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
 from avl_edge.request import ImageSpan, Prompt
-from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
 from tools.record import machine
 
 PREFIX, SUFFIX = 35, 36

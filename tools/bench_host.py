@@ -20,13 +20,13 @@ import torch
 import typer
 from torch import Tensor
 
-from avl_edge.budget import kv_plan
-from avl_edge.cache import SequenceCache, prompt_shape
+from avl_edge.backends.steps import Bucket, Reads, StepTables
 from avl_edge.config import Formats, KvShape
-from avl_edge.policies import Avl, Choice, Full
-from avl_edge.pool import RowPool
+from avl_edge.kv.budget import kv_plan
+from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.methods import Avl, Choice, Full
+from avl_edge.kv.pool import RowPool
 from avl_edge.request import ImageSpan
-from avl_edge.steps import Bucket, Reads, StepTables
 
 PREFIX, SUFFIX = 35, 36
 SHAPE = KvShape(layers=32, kv_heads=32, head_dim=128, itemsize=2)

@@ -68,12 +68,12 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from avl_edge import Options, Runtime
-from avl_edge.cache import prompt_shape
-from avl_edge.checkpoint import Progress, stored_dtype
 from avl_edge.cli.terminal import progress
 from avl_edge.config import require
 from avl_edge.errors import AvlEdgeError, BadInput, DoesNotFit
-from avl_edge.evaluate import (
+from avl_edge.kv.cache import prompt_shape
+from avl_edge.kv.methods.notation import Notation, parse
+from avl_edge.measure.evaluate import (
     REFERENCE,
     Answer,
     Asked,
@@ -84,11 +84,11 @@ from avl_edge.evaluate import (
     require_packages,
     settings_of,
 )
-from avl_edge.policies.notation import Notation, parse
-from avl_edge.prompt import open_image
+from avl_edge.model.checkpoint import Progress, stored_dtype
+from avl_edge.model.prompt import open_image
 from avl_edge.request import Prompt
-from avl_edge.runtime import DEMO
-from avl_edge.scheduler import Request
+from avl_edge.serving.runtime import DEMO
+from avl_edge.serving.scheduler import Request
 from tools.record import machine
 
 INSTALL = "pip install -e '.[dev,peers]' && pip install --no-deps kvpress==0.5.5"
@@ -256,7 +256,8 @@ class Comparison:
     max_new_tokens: int
 
     def run(self, questions: Questions, seen: Progress | None = None) -> dict[str, Any]:
-        """The questions to everybody: a JSON document as :func:`avl_edge.evaluate.report` gives it, without times."""
+        """The questions to everybody: a JSON document as :func:`avl_edge.measure.evaluate.report` gives it, without
+        times."""
         asked = Asked({setting: {} for setting in [*self.methods, *self.presses]})
         held = dict.fromkeys(asked.answers, 0)
         length = 0

@@ -1,6 +1,6 @@
 """The profiles that come with the package, derived: nobody measured a Jetson for them, and they say so.
 
-    python -m tools.derive_profiles [--out avl_edge/profile/data]
+    python -m tools.derive_profiles [--out avl_edge/machine/profile/data]
 
 A roofline. A decode step waits for memory: its time is bytes over bandwidth. Prefill and vision wait for arithmetic:
 their time is operations over half of what the tensor cores could do, and the weights are read once. Launches, host
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from avl_edge.profile import (
+from avl_edge.machine.profile import (
     ANY,
     SHIPPED,
     VERSION,

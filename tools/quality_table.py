@@ -1,7 +1,7 @@
 """The table that the planner and the presets read, from evaluations: ``python -m tools.quality_table EVAL.json...``.
 
 Takes the documents of ``avl-edge eval --out``, all about the same questions to the same model, and writes
-``avl_edge/quality/measured.json``, and the evaluations put together as ``docs/measurements/methods.json``.
+``avl_edge/kv/quality/measured.json``, and the evaluations put together as ``docs/measurements/methods.json``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-OUT = Path("avl_edge/quality/measured.json")
+OUT = Path("avl_edge/kv/quality/measured.json")
 MERGED = Path("docs/measurements/methods.json")
 
 
@@ -22,7 +22,7 @@ def is_bound(setting: str) -> bool:
 
 
 def points(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A point per setting and share, as ``avl_edge.quality.Point`` takes it."""
+    """A point per setting and share, as ``avl_edge.kv.quality.Point`` takes it."""
     found = {}
     for row in results:
         if not is_bound(row["method"]):

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import bench, device
 from ..config import format_size, require
-from ..evaluate import draw_attention, require_plot
+from ..machine import device
+from ..measure import bench
+from ..measure.evaluate import draw_attention, require_plot
 from .terminal import AsJson, Debug, progress, readers_may_leave
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Time the parts that decide the speed.")

@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from .. import engine, trt
+from ..backends import tensorrt as trt
 from ..config import format_size
-from ..export import PRECISIONS
+from ..package import engine
+from ..package.export import PRECISIONS
 from .terminal import AsJson, Debug, checkpoint_of, progress, readers_may_leave
 
 

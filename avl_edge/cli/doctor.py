@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .. import device
+from ..machine import device
 from .terminal import AsJson, Debug, readers_may_leave
 
 

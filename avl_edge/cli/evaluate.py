@@ -18,7 +18,8 @@ from rich.table import Table
 
 from ..config import format_size, require
 from ..errors import BadInput
-from ..evaluate import (
+from ..kv.methods import METHODS
+from ..measure.evaluate import (
     METRICS,
     REFERENCE,
     AnswerLog,
@@ -36,8 +37,7 @@ from ..evaluate import (
     settings_of,
     watch,
 )
-from ..policies import METHODS
-from ..runtime import DEMO, Runtime
+from ..serving.runtime import DEMO, Runtime
 from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave, stderr
 
 _MOST_PROBLEMS = 10

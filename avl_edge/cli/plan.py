@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from .. import planner, profile
 from ..config import Options, format_names, parse_size
 from ..errors import BadInput
-from ..planner import PlanRequest
-from ..policies import METHODS
-from ..runtime import DEMO
-from ..shapes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
+from ..kv.methods import METHODS
+from ..machine import profile
+from ..model.sizes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
+from ..planning import planner
+from ..planning.planner import PlanRequest
+from ..serving.runtime import DEMO
 from .profile import open_profile
 from .terminal import (
     AsJson,

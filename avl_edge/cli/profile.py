@@ -10,10 +10,11 @@ from typing import Annotated
 import torch
 import typer
 
-from .. import device, profile, profiler
-from ..device import DeviceFacts
 from ..errors import BadModel
-from ..profile import BadProfile, DeviceProfile
+from ..machine import device, profile
+from ..machine.device import DeviceFacts
+from ..machine.profile import BadProfile, DeviceProfile
+from ..measure import profiler
 from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave
 
 OWN_PROFILES = Path("profiles")

@@ -6,9 +6,9 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from .. import device, profile
 from ..config import parse_size
-from ..profile import BadProfile
+from ..machine import device, profile
+from ..machine.profile import BadProfile
 from ..request import PressureStats
 from .profile import OWN_PROFILES
 

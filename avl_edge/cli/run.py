@@ -12,16 +12,16 @@ import torch
 import typer
 from rich.table import Table
 
-from .. import quality
-from ..cache import prompt_shape
+from ..backends.places import PLACES
 from ..config import Options, format_names, format_size
 from ..errors import BadInput
-from ..places import PLACES
-from ..policies import METHODS, Choice
-from ..prompt import ImageSource
+from ..kv import quality
+from ..kv.cache import prompt_shape
+from ..kv.methods import METHODS, Choice
+from ..model.prompt import ImageSource
 from ..request import Result
-from ..runtime import Runtime
-from ..scheduler import Request
+from ..serving.runtime import Runtime
+from ..serving.scheduler import Request
 from . import several
 from .reserve import Reserve, reserve_bytes, spoken
 from .terminal import (

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from ..budget import first_within
 from ..config import Formats, Options, format_size
 from ..errors import BadInput
-from ..prompt import ImageSource
+from ..kv.budget import first_within
+from ..model.prompt import ImageSource
 from ..request import Result, SceneStats
-from ..runtime import Runtime
-from ..scene import Scene
-from ..scheduler import Request
+from ..serving.runtime import Runtime
+from ..serving.scene import Scene
+from ..serving.scheduler import Request
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..checkpoint import Progress as Report
 from ..config import parse_parameter
-from ..engine import is_package
 from ..errors import BadInput, BadModel
-from ..policies import Avl, Coarse, Distinct
-from ..runtime import DEMO
+from ..kv.methods import Avl, Coarse, Distinct
+from ..model.checkpoint import Progress as Report
+from ..package.engine import is_package
+from ..serving.runtime import DEMO
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 

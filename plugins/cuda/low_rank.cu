@@ -1,7 +1,7 @@
 // Attention of one decode step over low-rank rows of one format: a part of the step that core_attention.cu describes.
 //
 // A row is coefficients of its key and of its value, each over a basis that its sequence has in the layer: exact rows
-// of the same pool (avl_edge/lowrank.py). With c_k and c_v the coefficients of row n, and k and v the bases:
+// of the same pool (avl_edge/attention/lowrank.py). With c_k and c_v the coefficients of row n, and k and v the bases:
 //
 //   key[n]   = RoPE(sum over r of c_k[n][r] * k[r], position[n])
 //   value[n] = sum over r of c_v[n][r] * v[r]

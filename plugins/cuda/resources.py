@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from avl_edge.cuda import FORMATS, LOW_RANK, KernelShape, NoCuda, digest, nvrtc, source
+from avl_edge.attention.cuda import FORMATS, LOW_RANK, KernelShape, NoCuda, digest, nvrtc, source
 
 ARCHITECTURES = ("sm_87", "sm_90")
 HEAD_SIZES, GROUPS, ROWS = (64, 80, 96, 128, 256), (1, 2, 4, 7, 8), ("Half", "Bfloat")

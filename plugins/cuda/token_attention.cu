@@ -1,5 +1,5 @@
 // Attention of many new tokens at once, over listed rows of the pool and over one another: a prompt's, for the TensorRT
-// plugin. The numbers are those of avl::CoreAttention as avl_edge/export defines it. A column is a listed row, which
+// plugin. The numbers are those of avl::CoreAttention as avl_edge/package/export defines it. A column is a listed row, which
 // every token of its sequence sees, or a token without a slot, which itself and the later tokens of its sequence see.
 //
 //   avl_token_attend   (ceil(t / kTeams), H)         attended, and the logarithms of the softmax sums

@@ -41,11 +41,11 @@ fi
 rm -rf "$folder/tree"
 mkdir "$folder/tree"
 cp -r "$tree/avl_edge" "$folder/tree"
-rm -f "$folder"/tree/avl_edge/_core_attention.*
+rm -f "$folder"/tree/avl_edge/attention/_core_attention.*
 if [ ! -e "$folder/kernel.so" ] || [ -n "$(find "$tree/plugins/cpu" -newer "$folder/kernel.so" -type f)" ]; then
     aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -shared -o "$folder/kernel.so" "$tree/plugins/cpu/core_attention.cpp"
 fi
-cp "$folder/kernel.so" "$folder/tree/avl_edge/_core_attention.cpython-311-aarch64-linux-gnu.so"
+cp "$folder/kernel.so" "$folder/tree/avl_edge/attention/_core_attention.cpython-311-aarch64-linux-gnu.so"
 
 exec env PYTHONHOME="$folder/system/usr" PYTHONPATH="$folder/tree:$folder/packages" \
     qemu-aarch64 -cpu cortex-a76 -L "$folder/system" "$folder/system/usr/bin/python3.11" "$@"

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from avl_edge.checkpoint import load_weights
-from avl_edge.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
-from avl_edge.runtime import DEMO
-from avl_edge.spec import read_spec
-from avl_edge.steps import CudaDevice
+from avl_edge.attention.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
+from avl_edge.backends.steps import CudaDevice
+from avl_edge.model.checkpoint import load_weights
+from avl_edge.model.spec import read_spec
+from avl_edge.serving.runtime import DEMO
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
 from tools.gpu.engines import check_engines
 from tools.gpu.place import GpuPlace, Place

@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avl_edge.backend import Backend, SceneBackend, TorchBackend
-from avl_edge.budget import KvPlan, kv_plan, plan_after
-from avl_edge.cache import SequenceCache, prompt_shape
-from avl_edge.checkpoint import Weights
+from avl_edge.backends.base import Backend, SceneBackend
+from avl_edge.backends.cpu.backend import TorchBackend
+from avl_edge.backends.cuda import load_model
 from avl_edge.config import Formats
-from avl_edge.cuda_backend import load_model
-from avl_edge.models import Llava
-from avl_edge.policies import H2O, AttentionPack, Avl, Coarse, Full, Method, Streaming
-from avl_edge.pool import RowPool, RowStore
+from avl_edge.kv.budget import KvPlan, kv_plan, plan_after
+from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.methods import H2O, AttentionPack, Avl, Coarse, Full, Method, Streaming
+from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.shared import QuestionCache, SceneCache
+from avl_edge.model.checkpoint import Weights
+from avl_edge.model.network import Llava
+from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
-from avl_edge.shared import QuestionCache, SceneCache
-from avl_edge.spec import ModelSpec
 from tools.gpu.place import Place, backend, require, row_store
 
 STEPS = 12

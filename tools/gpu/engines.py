@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from avl_edge import Formats, Options, Result, Runtime
-from avl_edge.engine import Job, Recipe, build, decoder_formats
-from avl_edge.runtime import DEMO
-from avl_edge.trt import decoder_plugin
+from avl_edge.backends.tensorrt import decoder_plugin
+from avl_edge.package.engine import Job, Recipe, build, decoder_formats
+from avl_edge.serving.runtime import DEMO
 from tools.gpu.place import require
 from tools.gpu.report import Skipped
 

@@ -13,12 +13,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from avl_edge.attention.cuda import Bases, KernelShape, Lists, Pool, Step, Workspace
+from avl_edge.attention.kernels import Part
 from avl_edge.config import KvShape
-from avl_edge.cuda import Bases, KernelShape, Lists, Pool, Step, Workspace
-from avl_edge.kernels import Part
-from avl_edge.layout import UNIT, Format
-from avl_edge.models.rope import Rope
-from avl_edge.pool.formats import decode_coefficients, encode_coefficients
+from avl_edge.kv.layout import UNIT, Format
+from avl_edge.kv.pool.formats import decode_coefficients, encode_coefficients
+from avl_edge.model.network.rope import Rope
 from tools.gpu.numerics import border_counts
 from tools.gpu.packed import KV_HEADS, compare
 from tools.gpu.place import Place, require, row_type

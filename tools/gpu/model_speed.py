@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl_edge.budget import kv_plan
-from avl_edge.cache import SequenceCache, prompt_shape
-from avl_edge.checkpoint import Weights
+from avl_edge.backends.cuda import CudaBackend
 from avl_edge.config import Formats
-from avl_edge.cuda_backend import CudaBackend
-from avl_edge.models import Llava
-from avl_edge.policies import AttentionPack, Avl, Coarse, Full, Method
-from avl_edge.pool import RowPool
+from avl_edge.kv.budget import kv_plan
+from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.methods import AttentionPack, Avl, Coarse, Full, Method
+from avl_edge.kv.pool import RowPool
+from avl_edge.model.checkpoint import Weights
+from avl_edge.model.network import Llava
+from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
 from avl_edge.request import ImageSpan, Prompt
-from avl_edge.spec import ModelSpec, TextSpec, VisionSpec
 from tools.gpu.place import Place, backend, row_store
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise, product
 import torch
 from torch import Tensor
 
-from avl_edge.cuda import KernelShape, Lists, Pool, PromptHeads, Step, Workspace
+from avl_edge.attention.cuda import KernelShape, Lists, Pool, PromptHeads, Step, Workspace
 from tools.gpu.place import Place, require, row_type
 
 HEAD_SIZES, ROWS = (64, 80, 96, 128, 256), ("Half", "Bfloat")

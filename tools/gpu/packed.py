@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avl_edge.attention.cuda import FORMATS, KernelShape, Lists, Look, Pool, Step, Workspace
+from avl_edge.attention.kernels import Part, attend_parts_reference, coarse_weights_reference
 from avl_edge.config import KvShape, PromptShape
-from avl_edge.cuda import FORMATS, KernelShape, Lists, Look, Pool, Step, Workspace
-from avl_edge.kernels import Part, attend_parts_reference, coarse_weights_reference
-from avl_edge.layout import UNIT, Format
-from avl_edge.policies import Coarse
-from avl_edge.pool.formats import decode, encode
+from avl_edge.kv.layout import UNIT, Format
+from avl_edge.kv.methods import Coarse
+from avl_edge.kv.pool.formats import decode, encode
 from tools.gpu.numerics import SCORES, border_counts
 from tools.gpu.place import Place, require, row_type
 

@@ -8,12 +8,12 @@ from typing import Protocol
 
 import torch
 
+from avl_edge.attention.cuda import Kernels, KernelShape
+from avl_edge.backends.cuda import CudaBackend, kernel_shape
+from avl_edge.backends.steps import Accelerator, CudaDevice
 from avl_edge.config import KvShape
-from avl_edge.cuda import Kernels, KernelShape
-from avl_edge.cuda_backend import CudaBackend, kernel_shape
-from avl_edge.models import Llava
-from avl_edge.pool import RowStore
-from avl_edge.steps import Accelerator, CudaDevice
+from avl_edge.kv.pool import RowStore
+from avl_edge.model.network import Llava
 
 
 class CheckFailed(Exception):
@@ -31,7 +31,7 @@ class Place(Protocol):
 
 @dataclass
 class GpuPlace:
-    """GPU number ``index``; raises :class:`~avl_edge.cuda.NoCuda` where there is none."""
+    """GPU number ``index``; raises :class:`~avl_edge.attention.cuda.NoCuda` where there is none."""
 
     accelerator: CudaDevice
     _loaded: dict[KernelShape, Kernels] = field(default_factory=dict)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl_edge.cuda import FORMATS, KernelShape
-from avl_edge.kernels import Part, attend_parts_reference
-from avl_edge.layout import UNIT, Format
-from avl_edge.pool.formats import decode, encode
+from avl_edge.attention.cuda import FORMATS, KernelShape
+from avl_edge.attention.kernels import Part, attend_parts_reference
+from avl_edge.kv.layout import UNIT, Format
+from avl_edge.kv.pool.formats import decode, encode
 from tools.gpu.numerics import SCORES
 from tools.gpu.packed import KV_HEADS, Memory, make_memory, wide
 from tools.gpu.place import Place, require, row_type
@@ -35,8 +35,8 @@ QUERIES = (-1, 0, 0, 2)
 def check_plugin(place: Place) -> dict[str, float]:
     """One layer of a decode step and of prompts that go on from rows, which are exact ones, and of every format: the
     new rows of a step are in their slots, the output and the scores are float64's."""
-    if find_spec("avl_edge.trt") is None:
-        raise Skipped("this version has no avl_edge.trt")
+    if find_spec("avl_edge.backends.tensorrt") is None:
+        raise Skipped("this version has no avl_edge.backends.tensorrt")
     trt = import_module("tensorrt") if find_spec("tensorrt") else None
     if trt is None:
         raise Skipped("tensorrt is not installed: on a Jetson it comes with JetPack")
@@ -174,8 +174,8 @@ def _of_layers(table: Tensor) -> Tensor:
 
 def _plugin(trt: Any) -> Any:
     """The plugin of one layer, from its creator, as the runtime makes it."""
-    module = import_module("avl_edge.trt.plugin")
-    creator = module.make_creator(trt, import_module("avl_edge.trt.attention").Attention.load)
+    module = import_module("avl_edge.backends.tensorrt.plugin")
+    creator = module.make_creator(trt, import_module("avl_edge.backends.tensorrt.attention").Attention.load)
     fields = [SimpleNamespace(name="layer", data=[LAYER])]
     return creator.create_plugin("", fields, trt.TensorRTPhase.RUNTIME)
 

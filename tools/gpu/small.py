@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from avl_edge.cuda import KernelShape, NoCuda
-from avl_edge.steps import CudaDevice
+from avl_edge.attention.cuda import KernelShape, NoCuda
+from avl_edge.backends.steps import CudaDevice
 from tools.gpu import low_rank, numerics, packed
 from tools.gpu.place import GpuPlace
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from avl_edge.attention.cuda import Bases, KernelShape, Lists, Step, Workspace
 from avl_edge.config import KvShape
-from avl_edge.cuda import Bases, KernelShape, Lists, Step, Workspace
-from avl_edge.layout import UNIT, Format
+from avl_edge.kv.layout import UNIT, Format
 from tools.gpu.numerics import pool_of
 from tools.gpu.place import Place, row_type
 

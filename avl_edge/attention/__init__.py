@@ -1,0 +1,1 @@
+"""Attention over rows where they lie; the only doors to `plugins/`."""

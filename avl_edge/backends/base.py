@@ -1,0 +1,53 @@
+"""Where the numbers are computed: images to features, a prompt to rows, a step to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from ..kv.cache import SequenceCache
+from ..kv.shared import SceneCache
+from ..request import Prompt
+
+
+class Backend(Protocol):
+    """What the runtime asks of a device."""
+
+    name: str
+
+    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+        """float32 ``[images, 3, H, W]`` to features ``[images, tokens, hidden]``."""
+        ...
+
+    def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+        """Run the prompt, leave in ``cache`` what its policy stores; the last token's logits ``[vocabulary]``.
+
+        Of a question about a scene only the tokens from the cache's ``begin`` on are run, without ``features``.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+        """One step for every sequence: its newest token in, logits ``[sequences, vocabulary]`` out."""
+        ...
+
+
+@runtime_checkable
+class SceneBackend(Backend, Protocol):
+    """A device that can leave a picture's rows for several questions."""
+
+    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+        """Run a prompt that ends with its images, and leave its rows in ``cache``."""
+        ...
+
+
+@runtime_checkable
+class GreedyBackend(Backend, Protocol):
+    """A device that can choose tokens by itself."""
+
+    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
+        """As :meth:`decode`, but the likeliest token of each sequence."""
+        ...

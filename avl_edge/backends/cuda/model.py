@@ -1,0 +1,48 @@
+"""The networks with their weights on a device."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...model.checkpoint import Weights
+from ...model.network import Llava
+from ...model.spec import ModelSpec
+from ...request import ImageSpan
+
+
+class DeviceWeights(Weights):
+    """Each tensor goes to the device when a layer takes it; the mapped file never is in memory twice as a whole."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+        self.dtype = weights.dtype
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self._weights.take(name, *shape).to(self._device)
+
+    def deny(self, name: str) -> None:
+        self._weights.deny(name)
+
+
+class DeviceLlava(Llava):
+    """What a prompt brings from the CPU, pixels and token ids, goes to where the weights are."""
+
+    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+        features = self._tower(torch.from_numpy(pixels).to(self.decoder.embedding))
+        if self.spec.drop_class_token:
+            features = features[:, 1:]
+        return self._project2(self._activation(self._project1(features)))
+
+    def embed(self, token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...], features: Tensor | None) -> Tensor:
+        with self.decoder.embedding.device:
+            return super().embed(token_ids, spans, features)
+
+
+def load_model(spec: ModelSpec, weights: Weights, device: torch.device) -> Llava:
+    """The model on ``device``, tensor by tensor."""
+    with device:  # tables that layers derive, like RoPE's frequencies
+        return DeviceLlava(spec, DeviceWeights(weights, device))

@@ -1,0 +1,36 @@
+"""A GPU: torch, our kernels, and a CUDA graph for each kind of step. Serves everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...config import KvShape
+from ...kv.pool import RowStore
+from ...model import checkpoint
+from ...model.checkpoint import Progress
+from ...model.spec import ModelSpec
+from ..place import Loaded, Place
+from ..steps import CudaDevice
+from ..stored import StoredRows
+from . import CudaBackend, kernel_shape, load_model
+
+
+class Cuda(Place):
+    """A checkpoint on the first GPU; :class:`~avl_edge.attention.cuda.NoCuda` where there is none."""
+
+    no_relief = (
+        "no part of a GPU's rows can be handed back to the system, so that smaller ones would leave no more to others: "
+        "give a KV budget instead of a reserve, or use the device cpu"
+    )
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._gpu = CudaDevice()
+
+    def check_model(self, spec: ModelSpec) -> None:
+        kernel_shape(spec.text, self.dtype)
+
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
+        model = load_model(spec, checkpoint.load_weights(self.directory, progress), self._gpu.device)
+        store = RowStore(pages, shape, model.dtype, str(self._gpu.device))
+        return Loaded(CudaBackend.on_gpu(model, store, self._gpu), StoredRows(store, model.decoder.angles))

@@ -1,0 +1,69 @@
+"""What the runtime asks of a place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import KvShape, PromptShape
+from ..errors import BadInput
+from ..kv.methods import Choice
+from ..model import checkpoint
+from ..model.checkpoint import Progress
+from ..model.spec import ModelSpec
+from .base import Backend
+from .stored import StoredRows
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready, and the rows of its pool."""
+
+    backend: Backend
+    rows: StoredRows
+
+
+class Place(ABC):
+    """A device, and the model in ``directory`` that is meant to run there.
+
+    Opening one reads small files only. What it cannot do is refused, as :class:`BadInput`, before anything is loaded.
+    """
+
+    most_rows: int | None = None
+    """Of a pool; None where its memory is the only bound."""
+    no_relief: str | None = None
+    """Why rows cannot give memory back while requests run; None where they can."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises what is wrong with the device or the model's files."""
+        self.directory = directory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of exact rows."""
+        return checkpoint.stored_dtype(self.directory)
+
+    def check_model(self, spec: ModelSpec) -> None:  # noqa: B027
+        """Raise :class:`BadInput` for a model that does not run here, whatever it is asked."""
+
+    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:  # noqa: B027
+        """Raise :class:`BadInput` for tokens that are too many to be run at once here, whatever the method; ``what``
+        they are."""
+
+    def check(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> None:  # noqa: B027
+        """Raise :class:`BadInput` for a method or formats that are not served here."""
+
+    def serves(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> bool:
+        """Whether :meth:`check` takes it."""
+        try:
+            self.check(choice, prompt, spec)
+        except BadInput:
+            return False
+        return True
+
+    @abstractmethod
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
+        """Read the weights and reserve a pool of ``pages``."""

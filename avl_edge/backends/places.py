@@ -1,0 +1,39 @@
+"""Where a model runs, one file each. To add one: write its file, name its class here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import require
+from ..errors import BadInput
+from ..package.engine import is_package
+from .cpu.place import Cpu
+from .cuda.place import Cuda
+from .place import Loaded, Place
+from .tensorrt.place import TensorRt
+
+PLACES: dict[str, type[Place]] = {"cpu": Cpu, "cuda": Cuda, "tensorrt": TensorRt}
+"""By the name that people give as the device."""
+
+__all__ = ["PLACES", "Loaded", "Place", "open_place"]
+
+
+def open_place(directory: Path, device: str | None) -> Place:
+    """Where the model in ``directory`` runs: on ``device``, or on that which it is made for.
+
+    Raises :class:`BadInput` for a device that is not known or that does not run such a model, and what opening it
+    raises.
+    """
+    built = is_package(directory)
+    name = ("tensorrt" if built else "cpu") if device is None else device
+    if name not in PLACES:
+        raise BadInput(f"there is no device {name!r}: choose one of {', '.join(PLACES)}")
+    require(
+        not built or name == "tensorrt",
+        f"{directory} is a package, whose engines run with --device tensorrt: for {name} give the checkpoint",
+    )
+    require(
+        built or name != "tensorrt",
+        f"{directory} is no package: build one with avl-edge build {directory} --out PACKAGE, and give that",
+    )
+    return PLACES[name](directory)

@@ -1,0 +1,121 @@
+"""A decode step that is recorded once and replayed, whoever computes it: its tables go up, its results come down."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from ...kv.cache import Selected
+from ..stored import in_order
+from .device import Accelerator
+from .tables import Bucket, Reads, StepTables
+
+_KEPT = 12
+"""Steps that are kept; each holds its tables and scratch memory, tens of MB for a 7B model and a large batch."""
+
+
+class RecordedStep(ABC):
+    """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :attr:`logits`, :meth:`scores`,
+    :meth:`picked`."""
+
+    def __init__(self, accelerator: Accelerator, tables: StepTables, outputs: Mapping[str, Tensor]) -> None:
+        """``outputs`` on the device, which :meth:`run` writes: "tokens" int64 ``[B]``, "logits" ``[B, vocabulary]``
+        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, looked]``."""
+        self.tables, self._accelerator, self._outputs = tables, accelerator, outputs
+        self._results = {
+            name: accelerator.host_memory(tuple(output.shape), output.dtype) for name, output in outputs.items()
+        }
+        self._replay: Callable[[], None] | None = None
+
+    @abstractmethod
+    def run(self) -> None:
+        """The step on the device, from its tables to its outputs. Running it twice is running it once."""
+
+    def start(self, *, logits: bool) -> None:
+        """Queue everything: tables up, the step, and down come the likeliest tokens, the scores and the choices of a
+        bucket that has them and, when asked for, the logits."""
+        self.tables.upload()
+        if self._replay is None:
+            self._replay = self._accelerator.record(self.run)
+        self._replay()
+        for name, output in self._outputs.items():
+            if logits or name != "logits":
+                self._results[name].copy_(output, non_blocking=True)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The likeliest token of each place in the batch."""
+        tokens: list[int] = self._results["tokens"].tolist()
+        return tokens
+
+    @property
+    def logits(self) -> Tensor:
+        """``[B, vocabulary]`` on the host, overwritten by the next step of this bucket."""
+        return self._results["logits"]
+
+    def scores(self, layer: int, sequence: int, read: Sequence[Selected]) -> npt.NDArray[np.floating]:
+        """The weights of the rows that one sequence ``read`` in a layer, in the order of their places: float32, on the
+        host."""
+        return in_order(read, [self._scores(layer, sequence, each.format) for each in read])
+
+    def _scores(self, layer: int, sequence: int, format_: str) -> Tensor:
+        number = self.tables.list_of(sequence, format_)
+        begin, end = self.tables.offsets[layer, number : number + 2]
+        return self._results["scores"][layer, begin:end]
+
+    def picked(self, layer: int, sequence: int, format_: str) -> npt.NDArray[np.bool_]:
+        """Which of the rows that one sequence looked at in a layer it attended, in the order of that list."""
+        number = self.tables.list_of(sequence, format_)
+        begin, end = self.tables.of_looked[layer, number : number + 2]
+        picked: npt.NDArray[np.bool_] = self._results["picked"][layer, begin:end].numpy().astype(np.bool_)
+        return picked
+
+
+S = TypeVar("S", bound=RecordedStep)
+
+
+class RecordedSteps(OrderedDict[Bucket, S]):
+    """The steps of the buckets that were seen lately, made by ``make``, on one device, one after the other."""
+
+    def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S]) -> None:
+        super().__init__()
+        self._accelerator, self._make = accelerator, make
+        self._under_way = False
+
+    @contextmanager
+    def run(
+        self,
+        step: S,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[npt.NDArray[np.integer]],
+        reads: Sequence[Reads],
+        *,
+        logits: bool,
+    ) -> Iterator[None]:
+        """Fill a step's tables and start it: ``slots[sequence]`` ``[L]``, the others as :meth:`StepTables.fill` takes
+        them. What stands in the ``with`` is done by the host meanwhile; the results are there at its end."""
+        if self._under_way:  # a step was interrupted: its copies may still read what is filled next
+            self._accelerator.synchronize()
+        step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
+        self._under_way = True
+        step.start(logits=logits)
+        yield
+        self._accelerator.synchronize()
+        self._under_way = False
+
+    def of(self, bucket: Bucket) -> S:
+        """That of a bucket, new or as it was recorded."""
+        if bucket not in self:
+            if len(self) >= _KEPT:
+                self.popitem(last=False)
+            self[bucket] = self._make(bucket)
+        self.move_to_end(bucket)
+        return self[bucket]

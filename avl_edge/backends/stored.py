@@ -1,0 +1,227 @@
+"""A cache's rows in a store: what is written where in prefill and decode, what moves, and what attention gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..attention import lowrank
+from ..attention.kernels import Part, value_distances
+from ..attention.lowrank import LowRankRows
+from ..config import Formats
+from ..kv.cache import Selected, SequenceCache, is_low_rank
+from ..kv.layout import Format
+from ..kv.pool import Moved, RowStore
+from ..kv.pool.smaller import Demotion, crowd
+
+_NO_ROWS = np.empty(0, dtype=np.int32)
+_AT_ONCE = 2**24
+"""Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
+many."""
+
+
+class StoredRows:
+    """The rows of all sequences in one store. ``angles`` gives RoPE's cosines and sines for positions."""
+
+    def __init__(self, store: RowStore, angles: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._store = store
+        self._low_rank = LowRankRows(store, angles)
+
+    def store_prompt(
+        self, cache: SequenceCache, layer: int, stored: Sequence[Selected], keys: Tensor, values: Tensor
+    ) -> None:
+        """Write what a layer stores of its prompt's ``keys`` and ``values``, each ``[m, H_kv, d]``.
+
+        A low-rank basis is fitted to all image rows that are stored, since any of them may come to need it.
+        """
+        ranks = [Format(each.format).basis_rows for each in stored if is_low_rank(each)]
+        if ranks:
+            places, positions = cache.stored_images(stored)
+            basis, chosen = self._store.index(cache.rows.take_basis(layer, ranks[0])), self._store.index(places)
+            self._low_rank.begin(basis, keys[chosen], values[chosen], self._store.index(positions))
+        for each in stored:
+            chosen = self._store.index(each.places)
+            self._write(cache, layer, each.format, each.ids, each.positions, keys[chosen], values[chosen])
+
+    def after(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A prompt's ``keys`` and ``values`` ``[m, H_kv, d]`` behind those of the tokens before its cache's ``begin``,
+        as many as the layer has, read from their rows."""
+        before = cache.rows_before(layer)
+        count = sum(len(each.ids) for each in before)
+        every = [new.new_empty(count + len(new), *new.shape[1:]) for new in (keys, values)]
+        for each in before:
+            places = self._store.index(each.places)
+            for rows, held in zip(every, self._store.read(self._store.index(each.ids), each.format), strict=True):
+                rows[places] = held
+        for rows, new in zip(every, (keys, values), strict=True):
+            rows[count:] = new
+        return every[0], every[1]
+
+    def append(self, caches: Sequence[SequenceCache], ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Write one new text row for each sequence, each in its own format: ``[B, H_kv, d]``."""
+        names = [cache.formats.text for cache in caches]
+        for name in dict.fromkeys(names):
+            at = [number for number, other in enumerate(names) if other == name]
+            rows = (keys, values) if len(at) == len(names) else (keys[at], values[at])
+            self._store.write(torch.tensor([int(ids[number]) for number in at]), *rows, name)
+
+    def parts(self, read: Sequence[Sequence[Selected]]) -> list[Part]:
+        """What a batch reads, format by format; none of it low-rank."""
+        parts = []
+        for name in dict.fromkeys(each.format for selected in read for each in selected):
+            rows = [_ids_of(name, selected) for selected in read]
+            keys, values = self._store.arenas(name)
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+            parts.append(Part(name, keys, values, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(offsets)))
+        return parts
+
+    def attend(
+        self, cache: SequenceCache, layer: int, read: Sequence[Selected], query: Tensor, scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One query ``[H, d]`` over rows of any formats: what :func:`avl_edge.attention.lowrank.attend` gives for
+        them."""
+        lists = [cache.rows.layers[layer].basis, *(each.ids for each in read), *(each.positions for each in read)]
+        basis, *rest = self._store.indices(lists)
+        places = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
+        rows = [self._read(each.format, ids, positions, basis) for each, ids, positions in places]
+        return lowrank.attend(query, rows, scale)
+
+    def _read(self, name: str, ids: Tensor, positions: Tensor, basis: Tensor) -> lowrank.Rows:
+        if Format(name).rank is None:
+            return lowrank.Rows(*self._store.read(ids, name))
+        return self._low_rank.read(Format(name), ids, basis, positions)
+
+    def move(self, cache: SequenceCache, settled: Iterable[tuple[int, Sequence[Moved]]]) -> None:
+        """Convert rows that changed their format: of a layer, those that :meth:`SequenceCache.settle` gave.
+
+        Layers are asked for one by one, and the rows of as many as may be converted together: for a GPU every operator
+        is a launch.
+        """
+        waiting: list[tuple[int, Moved]] = []
+        for layer, of_layer in settled:
+            waiting += [(layer, each) for each in of_layer]
+            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= _AT_ONCE:
+                self._convert(cache, waiting)
+                waiting = []
+        self._convert(cache, waiting)
+
+    def _convert(self, cache: SequenceCache, moved: Sequence[tuple[int, Moved]]) -> None:
+        together = _by_formats(moved)
+        # All are read before any is written: what one left may be where another goes.
+        rows = [self._dense(cache, layer, each) for layer, each in together]
+        for (layer, each), (keys, values) in zip(together, rows, strict=True):
+            self._write(cache, layer, each.new_format, each.after, each.positions, keys, values)
+
+    def demote(self, cache: SequenceCache, formats: Formats) -> bool:
+        """Store image rows anew in the smaller ``formats`` (see :func:`avl_edge.kv.pool.smaller.smaller_formats`).
+
+        As few layers as possible are in between at a time. False, and nothing changed, where the lease does not even
+        have the room for that.
+        """
+        self.crowd(cache)
+        change = Demotion(cache.rows, formats)
+        batches = change.batches()
+        for batch in batches or ():
+            moved = [(layer, change.rows_of(layer)) for layer in batch]
+            rows = [self._dense(cache, layer, each) for layer, each in moved]
+            for layer in batch:
+                change.leave(layer)
+            self._carry(change.crowd())
+            for (layer, each), (keys, values) in zip(moved, rows, strict=True):
+                self._write(cache, layer, change.new, change.enter(layer), each.positions, keys, values)
+        if batches is not None:
+            change.finish()
+            cache.formats = formats
+            self.crowd(cache)
+        return batches is not None
+
+    def crowd(self, cache: SequenceCache) -> None:
+        """Move a cache's rows into as few pages of the pool as hold them."""
+        self._carry(crowd(cache.rows))
+
+    def _carry(self, moves: Iterable[tuple[str, npt.NDArray[np.int32], npt.NDArray[np.int32]]]) -> None:
+        for name, before, after in moves:
+            self._store.copy(self._store.index(before), self._store.index(after), name)
+
+    def give_back(self, pages: npt.NDArray[np.int64]) -> int:
+        """Hand the memory of the pool's free ``pages`` back to the operating system; how many bytes went."""
+        return self._store.give_back(pages)
+
+    def _dense(self, cache: SequenceCache, layer: int, moved: Moved) -> tuple[Tensor, Tensor]:
+        form, ids = Format(moved.old_format), self._store.index(moved.before)
+        if form.rank is None:
+            return self._store.read(ids, form.name)
+        basis = self._store.index(cache.rows.layers[layer].basis)
+        return self._low_rank.dense(form, ids, basis, self._store.index(moved.positions))
+
+    def _write(
+        self,
+        cache: SequenceCache,
+        layer: int,
+        name: str,
+        ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        if Format(name).rank is None:
+            self._store.write(self._store.index(ids), keys, values, name)
+            return
+        basis = self._store.index(cache.rows.layers[layer].basis)
+        self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, self._store.index(positions))
+
+
+def _by_formats(moved: Sequence[tuple[int, Moved]]) -> list[tuple[int, Moved]]:
+    """The same rows, those of all layers together that go from one format to the same other; but low-rank rows, which
+    have their layer's basis."""
+    groups: dict[tuple[str, str, int | None], list[tuple[int, Moved]]] = {}
+    for layer, each in moved:
+        names = (each.old_format, each.new_format)
+        alone = any(Format(name).rank is not None for name in names)
+        groups.setdefault((*names, layer if alone else None), []).append((layer, each))
+    return [(group[0][0], _joined([each for _, each in group])) for group in groups.values()]
+
+
+def _joined(moved: Sequence[Moved]) -> Moved:
+    positions, before, after = (
+        np.concatenate([getattr(each, name) for each in moved]) for name in ("positions", "before", "after")
+    )
+    return Moved(positions, before, after, moved[0].old_format, moved[0].new_format)
+
+
+def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[np.floating]:
+    """Those of a layer's ``values`` ``[m, H_kv, d]``, on the host (see :class:`~avl_edge.kv.methods.PromptLayer`):
+    empty where the policy does not want them, zero where there is no image."""
+    if not cache.wants_distances:
+        return np.empty(0)
+    is_image = cache.is_image(layer)
+    if not is_image.any():
+        return np.zeros(len(values))
+    return value_distances(values, torch.from_numpy(is_image).to(values.device)).cpu().numpy()
+
+
+def own_scores(
+    number: int, selected: Sequence[Selected], parts: Sequence[Part], scores: Sequence[Tensor]
+) -> npt.NDArray[np.floating]:
+    """The scores of the sequence with that number in the batch, in the order of the places that it reads."""
+    mine = {}
+    for part, weights in zip(parts, scores, strict=True):
+        begin, end = part.offsets[number : number + 2].tolist()
+        mine[part.format] = weights[begin:end]
+    return in_order(selected, [mine[each.format] for each in selected])
+
+
+def in_order(selected: Sequence[Selected], scores: Sequence[Tensor]) -> npt.NDArray[np.floating]:
+    """Scores of selected rows, in the order of their places."""
+    ordered = np.empty(sum(len(each.ids) for each in selected), dtype=scores[0].numpy().dtype)
+    for each, weights in zip(selected, scores, strict=True):
+        ordered[each.places] = weights.numpy()
+    return ordered
+
+
+def _ids_of(name: str, selected: Sequence[Selected]) -> npt.NDArray[np.int32]:
+    return next((each.ids for each in selected if each.format == name), _NO_ROWS)

@@ -1,0 +1,173 @@
+"""``encode_images``, ``prefill`` and ``decode`` by a package's engines. ``TorchBackend`` is the oracle.
+
+A prompt runs whole; its scores, keys and values of all layers come out together, the policy chooses, and torch writes
+the chosen rows into the pool, in any format: so a prompt's full cache does exist for a moment, in the engine's outputs.
+Of a question about a scene only its own tokens run, over the scene's rows. A decode step is one recorded run of the
+engine. The plugin reads rows where they lie; see :mod:`avl_edge.backends.cuda` for what waits for what, which is the
+same here.
+
+Shown on a CPU: the whole path, with ONNX Runtime on the exported graphs in the engines' place. Left to a device: the
+engines themselves, recording and replay, and the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...kv.cache import Selected, SequenceCache
+from ...kv.pool import RowStore
+from ...kv.shared import SceneCache
+from ...model.network.rope import Rope
+from ...package.engine import PROMPT
+from ...package.export import bindings as names
+from ...request import Prompt
+from ..steps import Accelerator, Bucket, Reads, RecordedSteps
+from ..stored import StoredRows, distances
+from .engines import Buffers, Engines, parts_of
+from .prompt import Listed, buffers, pruned_after, scores_of
+from .runner import EngineFailed
+from .step import EngineStep
+
+
+class EngineBackend:
+    """The ``SceneBackend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
+    device, logits come back to the CPU. An error of the device shows at the next wait, as torch's RuntimeError."""
+
+    name = "tensorrt"
+
+    def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator) -> None:
+        """``store``: the pool, in the engines' dtype, on the accelerator's device."""
+        self._engines, self._store, self._accelerator = engines, store, accelerator
+        text, device = engines.spec.text, accelerator.device
+        with device:
+            rope = Rope(text.head_dim, text.rope)
+        self.rows = StoredRows(store, lambda positions: rope.angles(positions, store.keys.dtype))
+        # One run at a time: all engines share the memory of the largest.
+        runners = (engines.vision, engines.decoder)
+        self._memory = torch.empty(max(each.memory_bytes for each in runners), dtype=torch.uint8, device=device)
+        for each in runners:
+            each.take_memory(self._memory.data_ptr())
+        stream = accelerator.stream()
+        self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
+        self._steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
+
+    @torch.inference_mode()
+    def require_rows(self) -> None:
+        """Run one step over a pool in which nobody has rows yet; :class:`~avl_edge.backends.tensorrt.EngineFailed`
+        unless its new rows are there. TensorRT promises no plugin that an input is what was bound, and not a copy of
+        it."""
+        layers, store = self._engines.spec.text.layers, self._store
+        slots = np.where(np.arange(layers) < len(store.keys), np.arange(layers), -1).astype(np.int32)
+        first = np.zeros(1, dtype=np.int32)
+        own = [Selected("exact", first.astype(np.int64), slots[layer : layer + 1], first) for layer in range(layers)]
+        reads = [Reads([[each] for each in own])]
+        store.keys[:layers], store.values[:layers] = torch.nan, torch.nan  # not what an earlier check left there
+        step = EngineStep(self._engines, store, self._accelerator, self._bucket(reads, False))
+        step.tables.fill([0], [0], slots[:, None], reads)
+        step.tables.upload()
+        step.run()
+        self._accelerator.synchronize()
+        for layer in np.flatnonzero(slots >= 0).tolist():
+            pairs = zip((store.keys[layer], store.values[layer]), step.row(layer), strict=True)
+            if not all(torch.equal(row.view(torch.uint8), new.view(torch.uint8)) for row, new in pairs):
+                raise EngineFailed(
+                    f"layer {layer}'s new row is not in the pool: this TensorRT copies what its plugins write into; "
+                    "use --device cuda, and report TensorRT's version"
+                )
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+        """The features stay on the device."""
+        most = self._engines.recipe.images
+        return torch.cat([self._encode(pixels[at : at + most]) for at in range(0, len(pixels), most)])
+
+    def _encode(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+        device, dims = self._accelerator.device, {"I": len(pixels)}
+        given = {names.PIXELS: torch.from_numpy(np.ascontiguousarray(pixels)).to(device)}
+        run = Buffers.of(self._engines.vision_bindings, dims, device, given)
+        self._vision.run(dims, run.addresses, self._accelerator.stream())
+        return run[names.FEATURES]
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+        """The last token's logits ``[vocabulary]``, float32 on the CPU."""
+        return self._run(prompt, features, cache)[names.LOGITS][0].cpu()
+
+    @torch.inference_mode()
+    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+        """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
+        self._run(prompt, features, cache)
+        self._accelerator.synchronize()
+
+    def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
+        """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
+        text = self._engines.spec.text
+        listed, pruned = Listed(cache, text.layers), pruned_after(cache, text.layers)
+        run = buffers(self._engines, self._store, prompt, features, cache, listed)
+        self._prompts.run(run.dims, run.addresses, self._accelerator.stream())
+        scores = scores_of(run, text, cache, listed)
+        for layer in range(text.layers):
+            keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
+            stored = cache.store_prompt(layer, *scores[layer], self._distances(cache, layer, keys, values))
+            before = listed.count(layer)
+            own = [Selected(each.format, each.places - before, each.ids, each.positions) for each in stored]
+            self.rows.store_prompt(cache, layer, own, keys, values)
+            if pruned and layer == pruned.layer:
+                cache.go_on(run[names.KEPT].cpu().numpy().astype(np.int64))
+        return run
+
+    def _distances(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> npt.NDArray[np.floating]:
+        """Those of a layer's values, a question's behind its scene's, whose rows are read for nothing else."""
+        if cache.begin and cache.wants_distances:
+            values = self.rows.after(cache, layer, keys, values)[1]
+        return distances(values, cache, layer)
+
+    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+        """Logits ``[sequences, vocabulary]``, float32 on the CPU, of one step for every sequence; the caller's."""
+        pieces = []
+        for some in self._pieces(len(caches)):
+            step = self._decode(token_ids[some], caches[some], logits=True)
+            pieces.append(step.logits[: len(caches[some])].clone())
+        return torch.cat(pieces)
+
+    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
+        """As :meth:`decode`, but the likeliest token of each sequence, chosen on the device."""
+        tokens: list[int] = []
+        for some in self._pieces(len(caches)):
+            tokens += self._decode(token_ids[some], caches[some], logits=False).tokens[: len(caches[some])]
+        return tokens
+
+    def _pieces(self, count: int) -> list[slice]:
+        """As many sequences at a time as the engine was built for."""
+        most = self._engines.recipe.sequences
+        return [slice(at, at + most) for at in range(0, count, most)]
+
+    @torch.inference_mode()
+    def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
+        layers = range(self._engines.spec.text.layers)
+        positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
+        reads = [Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text) for cache in caches]
+        step = self._steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
+        with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
+            for cache in caches:
+                if not cache.wants_scores:
+                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
+        for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
+            if cache.wants_scores:
+                scores = (step.scores(layer, number, own.rows[layer]) for layer in layers)
+                self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
+        return step
+
+    def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
+        """The smallest that the engine's sizes allow."""
+        recipe, context = self._engines.recipe, self._engines.spec.text.context
+        found = Bucket.of(reads, scores)
+        batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
+        # What formats are written is not asked: an engine's step has a slot in each.
+        return replace(found, batch=batch, capacity=capacity, formats=parts_of(found.formats), written=())

@@ -1,0 +1,1 @@
+"""Which row is kept, where, in what format, and what that costs."""

@@ -1,0 +1,232 @@
+"""A-VL, adaptive attention for vision-language models (arXiv 2409.14846, AAAI 2025).
+
+Image tokens are tiered per layer by the attention they receive: *core* rows are attended on every decode
+step, *secondary* rows only on every K-th, which also picks the core anew, *minor* rows are never stored.
+Text after the image is held to a budget of heavy hitters and the most recent rows (as in H2O).
+
+Row sets are shared by all heads of a layer; the authors' public code evicts text per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from ...config import PromptShape, require
+from .base import (
+    KeepsCore,
+    Kept,
+    Mask,
+    PromptLayer,
+    Prune,
+    Queries,
+    Scores,
+    Settlement,
+    StepLayer,
+    TierPeaks,
+    pruned,
+    rounded_share,
+    share,
+    spread,
+    top,
+    whole,
+    without_lowest,
+)
+
+
+@dataclass(frozen=True)
+class Avl:
+    """A-VL's symbols; percentages are of the image tokens of the prompt, of text rows for ``text_keep``.
+
+    ``prefill_keep`` P: image tokens that go beyond layer ``prune_layer`` (0-based) of prefill;
+    ``secondary`` S: image rows stored per layer, core included; ``core`` C: image rows attended on an ordinary
+    step; ``refresh`` K: every K-th step attends all stored rows and picks the core anew (0: never);
+    ``text_keep`` T: text rows kept after the image, at least ``text_floor`` of them, ``heavy`` percent of
+    which are heavy hitters and the others the most recent.
+
+    ``prompt_mean`` 1 is ours, not the paper's: prefill ranks image tokens by their mean attention from all text after
+    the image, instead of from the last token alone, which looks where the first word of the answer is and evicts what
+    later words need. ``by_values`` 1 is ours too: prefill stores (and goes on beyond ``prune_layer`` with) the image
+    tokens whose values stand out, whatever attention they get (see :mod:`avl_edge.kv.methods.distinct`); of those,
+    attention picks the core. And so is ``drift``: beside every K-th step, the one after a step on which the core has
+    lost so many percent of its attention (against the text's, since the last refresh, mean of the layers) refreshes as
+    well; 0: never.
+    """
+
+    prefill_keep: float = 90
+    secondary: float = 45
+    core: float = 30
+    refresh: int = 3
+    text_keep: float = 70
+    heavy: float = 70
+    text_floor: int = 20
+    prune_layer: int = 2
+    prompt_mean: int = 0
+    by_values: int = 0
+    drift: float = 0
+
+    name: ClassVar[str] = "avl"
+
+    def __post_init__(self) -> None:
+        p, s, c = self.prefill_keep, self.secondary, self.core
+        for symbol, name, value in (("P", "prefill_keep", p), ("S", "secondary", s), ("C", "core", c)):
+            require(0 < value <= 100, f"{name} ({symbol}) must be above 0 and at most 100 percent, not {value:g}")
+        require(0 < self.text_keep <= 100, f"text_keep (T) must be above 0 and at most 100, not {self.text_keep:g}")
+        require(
+            p >= s >= c,
+            f"A-VL needs prefill_keep >= secondary >= core (P >= S >= C), but they are {p:g}, {s:g} and {c:g}",
+        )
+        require(
+            whole(self.refresh) and self.refresh >= 0,
+            f"refresh (K) must be a whole number of steps, 0 for never, not {self.refresh:g}",
+        )
+        require(0 <= self.heavy <= 100, f"heavy must be from 0 to 100 percent, not {self.heavy:g}")
+        floor, layer = self.text_floor, self.prune_layer
+        require(whole(floor) and floor >= 1, f"text_floor must be a whole number of rows from 1, not {floor:g}")
+        require(self.prompt_mean in (0, 1), f"prompt_mean must be 0 or 1, not {self.prompt_mean:g}")
+        require(self.by_values in (0, 1), f"by_values must be 0 or 1, not {self.by_values:g}")
+        require(0 <= self.drift <= 100, f"drift must be from 0 to 100 percent, not {self.drift:g}")
+        require(whole(layer) and layer >= 0, f"prune_layer must be a whole number from 0, not {layer:g}")
+
+    def text_budget(self, seen: int) -> int:
+        """Text rows kept of the ``seen`` ones after the image (halves round to even)."""
+        return min(seen, max(rounded_share(seen, self.text_keep), self.text_floor))
+
+    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
+        return sum(self.peak_tiers(prompt, steps, layers))
+
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        # Rows grow with every step, and a step's new row is there before the eviction that it causes.
+        text = self.text_budget(prompt.suffix)
+        if steps:
+            text = max(text, self.text_budget(prompt.suffix + steps - 1) + 1)
+        core, stored = share(prompt.images, self.core), share(prompt.images, self.secondary)
+        return TierPeaks(layers * (prompt.prefix + text), layers * core, layers * (stored - core))
+
+    def policy(self, prompt: PromptShape, layers: int) -> AvlPolicy:
+        return AvlPolicy(self, prompt, layers)
+
+    @classmethod
+    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Avl]:
+        """One dial: S falls from 100 to 1; C is two thirds of S, as published, and T follows S down to 50."""
+        if "secondary" in fixed:
+            dial = [fixed["secondary"]]
+        else:
+            highest = int(fixed.get("prefill_keep", 100))
+            dial = [s for s in range(highest, 0, -1) if s >= fixed.get("core", 0)]
+        for s in dial or [cls.secondary]:
+            picked = {
+                "secondary": s,
+                "core": max(1, s * 2 // 3),
+                "prefill_keep": max(cls.prefill_keep, s),
+                "text_keep": max(50, s),
+            }
+            yield cls(**{**picked, **fixed})  # type: ignore[arg-type]
+
+
+class AvlPolicy(KeepsCore):
+    """One request under A-VL.
+
+    Keeps, layer by layer, the running sums of the text rows' attention, and the scores of the stored image rows when
+    all of them were last scored: in prefill or at a refresh.
+    """
+
+    def __init__(self, settings: Avl, prompt: PromptShape, layers: int) -> None:
+        self._settings = settings
+        self._images = prompt.images
+        # What image tokens are stored by, and go on by.
+        attention: Literal["last", "total"] = "total" if settings.prompt_mean else "last"
+        self._worth: Literal["last", "total", "distances"] = "distances" if settings.by_values else attention
+        self._stored = share(prompt.images, settings.secondary)
+        self._core = share(prompt.images, settings.core)
+        self._survivors = share(prompt.images, settings.prefill_keep)
+        self._seen = [prompt.suffix] * layers
+        self._sums: list[Scores] = [np.empty(0)] * layers
+        self._scores: list[Scores] = [np.empty(0)] * layers
+        # The core's attention for one of text's, by layer: at the last refresh, and on the last step.
+        self._fresh, self._odds = np.ones(layers), np.ones(layers)
+        self._drifted_before = 0
+
+    def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
+        return "suffix"
+
+    @property
+    def wants_distances(self) -> bool:
+        return bool(self._settings.by_values)
+
+    def keep_prompt(self, view: PromptLayer) -> Kept:
+        scores = view.total if self._settings.prompt_mean else view.last
+        image = pruned(view, Prune(self._stored, self._worth)) & view.is_image
+        core = spread(top(scores[image], self._core), image)
+        self._scores[view.layer] = scores[image]
+        sums = view.total[view.is_suffix]
+        kept = self._keep_suffix(sums, self._seen[view.layer])
+        self._sums[view.layer] = sums[kept]
+        prefix = ~view.is_image & ~view.is_suffix
+        self._fresh[view.layer] = _odds(view.last[core], view.last[~view.is_image])
+        return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
+
+    def prunes(self, layer: int) -> Prune | None:
+        if layer != self._settings.prune_layer or self._survivors >= self._images:
+            return None
+        return Prune(self._survivors, self._worth)
+
+    def reads_secondary(self, step: int) -> bool:
+        every = self._settings.refresh
+        return (every > 0 and step % every == 0) or (step > 1 and step == self._drifted_before)
+
+    def wants_scores(self, step: int) -> bool:
+        return self._settings.text_keep < 100 or self._settings.drift > 0 or self.reads_secondary(step)
+
+    def settle(self, view: StepLayer) -> Settlement:
+        core = None
+        if self.reads_secondary(view.step):
+            core, self._scores[view.layer] = top(view.image, self._core), view.image
+        if self._settings.drift:
+            self._watch(view, core)
+        return Settlement(core, self._settle_text(view) if self._settings.text_keep < 100 else None)
+
+    def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
+        return int((~core).sum())
+
+    def give_up(self, layer: int, core: Mask, count: int) -> Mask:
+        keep = without_lowest(self._scores[layer], core, count)
+        self._scores[layer] = self._scores[layer][keep]
+        return keep
+
+    def _watch(self, view: StepLayer, core: Mask | None) -> None:
+        """Note how much of the attention the core has, and after the last layer whether the next step refreshes."""
+        layer = view.layer
+        if core is not None:
+            self._fresh[layer] = self._odds[layer] = _odds(view.image[core], view.text)
+        else:
+            self._odds[layer] = _odds(view.image, view.text)
+        left = np.minimum(self._odds / self._fresh, 1).mean()
+        if layer == len(self._odds) - 1 and 100 * (1 - left) >= self._settings.drift:
+            self._drifted_before = view.step + 1
+
+    def _settle_text(self, view: StepLayer) -> Mask | None:
+        weights = view.text[view.is_suffix]
+        sums = np.append(self._sums[view.layer], 0) + weights
+        self._seen[view.layer] += 1
+        keep = self._keep_suffix(sums, self._seen[view.layer])
+        self._sums[view.layer] = sums[keep]
+        return None if keep.all() else ~view.is_suffix | spread(keep, view.is_suffix)
+
+    def _keep_suffix(self, sums: Scores, seen: int) -> Mask:
+        """Heavy hitters by running sum, and the most recent rows: a mask over the text rows after the image."""
+        budget = self._settings.text_budget(seen)
+        if len(sums) <= budget:
+            return np.ones(len(sums), dtype=np.bool_)
+        heavy = share(budget, self._settings.heavy)
+        older = len(sums) - (budget - heavy)
+        return np.append(top(sums[:older], heavy), np.ones(budget - heavy, dtype=np.bool_))
+
+
+def _odds(image: Scores, text: Scores) -> float:
+    """Attention to image rows for one of attention to text rows."""
+    tiny = np.finfo(np.float32).tiny
+    return float(image.sum() + tiny) / float(text.sum() + tiny)

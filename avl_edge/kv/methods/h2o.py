@@ -1,0 +1,119 @@
+"""H2O, the heavy-hitter oracle (arXiv 2306.14048, NeurIPS 2023; public code FMInference/H2O).
+
+Every row's attention is summed over all queries so far: the prompt's, then one per step. A layer holds a budget of
+rows: those with the highest sums (heavy hitters) and the most recent ones. All rows are alike: images, the text after
+them and the system prompt; an evicted row's sum is forgotten.
+
+Where paper and code leave room: the paper's cache has a fixed size, and the code that generates takes it from the
+prompt's length, so that is what ``budget`` counts; the code that scores given text takes it from the whole sequence,
+which is ``grow``. The code rounds each half down by itself; here the total is rounded down and the recent rows take
+what the heavy ones leave, so that 100 % is all of them. A layer is settled after its attention, so a step reads the
+budget and its own row. Row sets are shared by all heads of a layer, by the mean of their sums; the paper evicts per
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ...config import PromptShape, require
+from .base import (
+    KeepsCore,
+    Kept,
+    Mask,
+    PromptLayer,
+    Queries,
+    RowOrder,
+    Scores,
+    Settlement,
+    StepLayer,
+    TierPeaks,
+    mixed_peaks,
+    recent,
+    share,
+    top,
+)
+
+
+@dataclass(frozen=True)
+class H2O:
+    """``budget``: rows held per layer, in percent of the prompt's (at least one row); ``heavy``: percent of them that
+    are heavy hitters, the others being the most recent; ``grow`` 1: the budget is a percentage of all rows seen so
+    far, generated ones included, and grows with the answer (0: it stays)."""
+
+    budget: float = 50
+    heavy: float = 50
+    grow: int = 0
+
+    name: ClassVar[str] = "h2o"
+
+    def __post_init__(self) -> None:
+        require(0 < self.budget <= 100, f"budget must be above 0 and at most 100 percent, not {self.budget:g}")
+        require(0 <= self.heavy <= 100, f"heavy must be from 0 to 100 percent, not {self.heavy:g}")
+        require(self.grow in (0, 1), f"grow must be 0 (a fixed budget) or 1 (it grows), not {self.grow:g}")
+
+    def rows(self, prompt: int, generated: int) -> int:
+        """Rows that a layer holds once a prompt of that length and ``generated`` tokens have been through it."""
+        return max(share(prompt + generated if self.grow else prompt, self.budget), 1)
+
+    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
+        # A step's new row is there before the eviction that it causes.
+        held = self.rows(prompt.length, steps - 1) + 1 if steps else self.rows(prompt.length, 0)
+        return layers * held
+
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        return mixed_peaks(self.peak_rows(prompt, steps, layers), prompt, steps, layers)
+
+    def policy(self, prompt: PromptShape, layers: int) -> H2OPolicy:
+        return H2OPolicy(self, prompt, layers)
+
+    @classmethod
+    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[H2O]:
+        """The dial is the budget, from 100 percent down to 1; before it, where the answer's rows fit too, all rows."""
+        if not {"budget", "grow"} & fixed.keys():
+            yield cls(**{**fixed, "budget": 100, "grow": 1})  # type: ignore[arg-type]
+        for budget in [fixed["budget"]] if "budget" in fixed else range(100, 0, -1):
+            yield cls(**{**fixed, "budget": budget})  # type: ignore[arg-type]
+
+
+class H2OPolicy(KeepsCore):
+    """One request under H2O. Keeps the running sums of the held rows' attention, layer by layer."""
+
+    def __init__(self, settings: H2O, prompt: PromptShape, layers: int) -> None:
+        self._settings = settings
+        self._length = prompt.length
+        self._order = RowOrder(layers)
+        self._sums: list[Scores] = [np.empty(0)] * layers
+
+    def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
+        return "all"
+
+    def keep_prompt(self, view: PromptLayer) -> Kept:
+        return self._order.store(view, self._select(view.layer, view.total, generated=0))
+
+    def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def wants_scores(self, step: int) -> bool:  # noqa: ARG002
+        return True
+
+    def settle(self, view: StepLayer) -> Settlement:
+        self._order.append(view.layer)
+        sums = np.append(self._sums[view.layer], 0) + self._order.scores(view)
+        return self._order.keep(view.layer, self._select(view.layer, sums, generated=view.step))
+
+    def _select(self, layer: int, sums: Scores, generated: int) -> Mask:
+        """The rows that stay, by the sums of all in order of position; theirs are remembered."""
+        budget = self._settings.rows(self._length, generated)
+        keep = np.ones(len(sums), dtype=np.bool_)
+        if len(sums) > budget:
+            heavy = share(budget, self._settings.heavy)
+            keep = recent(len(sums), budget - heavy)
+            older = len(sums) - (budget - heavy)
+            keep[:older] = top(sums[:older], heavy)
+        self._sums[layer] = sums[keep]
+        return keep

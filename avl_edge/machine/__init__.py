@@ -1,0 +1,1 @@
+"""What machine this is, what it can do, and whether its memory is short."""

@@ -1,0 +1,69 @@
+"""How far a method's predictions are from full attention's, before a single token differs.
+
+Full attention's answer is given to the method token by token, and at each token the two next-token distributions are
+compared. It is run on the torch backend, the oracle of the others: this is a figure of the method, not of a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...backends.cpu.backend import TorchBackend
+from ...kv.cache import SequenceCache
+from ...kv.pool import RowPool, RowStore
+from ...model.checkpoint import load_weights
+from ...model.network import Llava
+from ...serving.runtime import Runtime
+from ...serving.scheduler import Request
+from .settings import Setting
+
+
+class Divergence:
+    """The model of ``runtime``, whose directory is ``model``, beside it (its weights are mapped, not read twice)."""
+
+    def __init__(self, runtime: Runtime, model: Path) -> None:
+        self._shape = runtime.kv_shape
+        self._model = Llava(runtime.spec, load_weights(model))
+
+    def from_full(
+        self, full: Request, token_ids: Sequence[int], requests: Mapping[Setting, Request]
+    ) -> dict[Setting, float]:
+        """For each of ``requests`` the mean KL per token, in nats, to ``full``, whose answer is ``token_ids``.
+
+        All are requests about the same picture.
+        """
+        features = self.encode(full)
+        expected = self.log_probabilities(full, features, token_ids)
+        return {
+            setting: kl_per_token(expected, self.log_probabilities(request, features, token_ids))
+            for setting, request in requests.items()
+        }
+
+    @torch.inference_mode()
+    def encode(self, request: Request) -> Tensor | None:
+        """The features ``[images, tokens, hidden]`` of a request's pictures; None without pictures."""
+        pixels = request.prompt.pixel_values
+        return None if pixels is None else self._model.encode_images(pixels)
+
+    def log_probabilities(self, request: Request, features: Tensor | None, token_ids: Sequence[int]) -> Tensor:
+        """Of ``request`` answered by ``token_ids``, at most its ``max_new_tokens``: float32 ``[tokens, vocabulary]``.
+
+        Row ``i`` is what the model expected in the place of token ``i``.
+        """
+        prompt, plan = request.prompt, request.plan
+        pool = RowPool(plan.pages, self._shape)
+        backend = TorchBackend(self._model, RowStore(pool.pages, self._shape, self._model.dtype))
+        cache = SequenceCache(pool, plan, len(prompt), prompt.spans, self._shape.layers)
+        logits = [backend.prefill(prompt, features, cache)]
+        logits += [backend.decode([token], [cache])[0] for token in token_ids[:-1]]
+        return functional.log_softmax(torch.stack(logits).float(), dim=-1)
+
+
+def kl_per_token(full: Tensor, other: Tensor) -> float:
+    """The mean over tokens of KL(full || other) in nats; both are log-probabilities ``[tokens, vocabulary]``."""
+    return max(float(functional.kl_div(other, full, reduction="batchmean", log_target=True)), 0.0)

@@ -1,0 +1,117 @@
+"""The tokenizer of a model directory, loaded as transformers loads it for LLaVA, and checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from ...config import read_json, read_text
+from ...errors import BadModel
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """``named`` holds the special tokens by name (bos_token, ...); ``special`` the text of every special token by id.
+
+    A named token that the vocabulary lacks has no id, and stands in ``named`` only.
+    """
+
+    tokenizer: Tokenizer
+    named: Mapping[str, str]
+    special: Mapping[int, str]
+
+    @classmethod
+    def open(cls, directory: Path, vocab_size: int) -> TextTokenizer:
+        """Raises BadModel if tokenizer.json is missing or broken, or has ids of ``vocab_size`` and more."""
+        tokenizer = _load(directory / "tokenizer.json")
+        config = read_json(directory / "tokenizer_config.json") or {}
+        named = _named_tokens(directory, config)
+        try:
+            _add_tokens(tokenizer, config, named)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadModel(f"{directory / 'tokenizer_config.json'} describes its tokens wrongly: {error}") from None
+        _check_ids(tokenizer, vocab_size, directory)
+        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        return cls(tokenizer, named, special)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a whole prompt. What the tokenizer adds around a text is left out if BOS is there already."""
+        bos = self.named.get("bos_token")
+        has_bos = bos is not None and text.startswith(bos)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=not has_bos).ids)
+
+    def special_token_in(self, text: str) -> str | None:
+        """A special token that a text would smuggle in, or None.
+
+        The ids are searched too: a normalizer may turn other spellings into a special token. The unknown token is
+        what any unknown character becomes, so among the ids it is no sign.
+        """
+        for token in (*self.special.values(), *self.named.values()):
+            if token and token in text:
+                return token
+        unknown = self.named.get("unk_token")
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return next((self.special[i] for i in ids if i in self.special and self.special[i] != unknown), None)
+
+
+def _load(path: Path) -> Tokenizer:
+    text = read_text(path)
+    if text is None:
+        raise BadModel(f"{path} is missing: download the model's tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises the bare class
+        raise BadModel(f"{path} is broken ({error}): download it again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _named_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    named = {key: _content(value) for key, value in config.items() if key.endswith("_token")}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        named |= {key: _content(value) for key, value in extra.items()}
+    if "added_tokens_decoder" not in config:  # only older models keep their special tokens apart
+        legacy = read_json(directory / "special_tokens_map.json") or {}
+        named |= {key: _content(value) for key, value in legacy.items() if key.endswith("_token")}
+    return {key: token for key, token in named.items() if token is not None}
+
+
+def _content(value: Any) -> str | None:
+    """The text of a token that is written as a string or as an object with flags; None for anything else."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens and flags that tokenizer_config.json has beyond tokenizer.json, in the order of transformers.
+
+    A named token outside of the vocabulary is not given an id: the model has no embedding for it.
+    """
+    known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    described = sorted((int(i), AddedToken(**flags)) for i, flags in config.get("added_tokens_decoder", {}).items())
+    tokens = [token for _, token in described if repr(token) not in known]
+    present = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    listed = [token for value in extra if (token := _content(value))] if isinstance(extra, list) else []
+    for text in dict.fromkeys((*named.values(), *listed)):
+        if text not in present and tokenizer.token_to_id(text) is not None:
+            tokens.append(AddedToken(text, special=True))
+    tokenizer.add_tokens(tokens)
+
+
+def _check_ids(tokenizer: Tokenizer, vocab_size: int, directory: Path) -> None:
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest < 0:
+        raise BadModel(f"{directory / 'tokenizer.json'} has no tokens: download it again")
+    if highest >= vocab_size:
+        raise BadModel(
+            f"{directory / 'tokenizer.json'} does not belong to this model: it has token ids up to {highest}, "
+            f"but the model's vocabulary has {vocab_size} entries"
+        )

@@ -1,0 +1,1 @@
+"""A checkpoint as ONNX graphs and engines, published whole."""

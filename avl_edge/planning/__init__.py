@@ -1,0 +1,1 @@
+"""What a request will hold and take on this device."""

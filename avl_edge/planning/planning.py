@@ -1,0 +1,126 @@
+"""What a request is planned to hold: its options, its budget, the place and the device's profile become one setting."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ..backends.place import Place
+from ..config import Formats, KvShape, Options, PromptShape, format_size
+from ..errors import BadInput, DoesNotFit
+from ..kv import quality
+from ..kv.budget import KvPlan, fit, kv_plan
+from ..kv.layout import PAGE_ROWS, can_hold, page_bytes
+from ..kv.methods import Choice, Full, Method
+from ..kv.quality import Preset
+from ..model.spec import ModelSpec
+from .follow import Standing
+
+DEFAULT_STREAMS = 4
+_DEFAULT_POOL_LIMIT = 4 * 2**30
+PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
+"""What a scene's budget tries after exact rows: packing loses less than anything else (README)."""
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Plans for one model in one place."""
+
+    place: Place
+    spec: ModelSpec
+    shape: KvShape
+
+    def pool_pages(self, pool_bytes: int | None) -> int:
+        """How many pages a pool of ``pool_bytes`` has; None takes four full contexts, 4 GiB at most."""
+        page, most = page_bytes(self.shape), self.place.most_rows
+        if pool_bytes is None:
+            context = self.spec.text.context * self.shape.layers * self.shape.row_bytes
+            pages = min(DEFAULT_STREAMS * -(-context // page), _DEFAULT_POOL_LIMIT // page)
+            return pages if most is None else min(pages, most // PAGE_ROWS)
+        if not isinstance(pool_bytes, int) or pool_bytes < page:
+            raise BadInput(
+                f"pool_bytes must be a whole number of bytes, at least one page of {page}, not {pool_bytes!r}"
+            )
+        pages = pool_bytes // page
+        if most is not None and pages * PAGE_ROWS > most:
+            raise DoesNotFit(
+                f"a pool of {format_size(pool_bytes)} has {pages * PAGE_ROWS} rows, but the model was built for "
+                f"{most}: build it with more pool_rows, or ask for less at a time"
+            )
+        return pages
+
+    def plan(
+        self, pool_pages: int, options: Options, prompt: PromptShape, steps: int, standing: Standing | None = None
+    ) -> KvPlan[Method]:
+        """The first settings that keep the budget and, where a device's profile stands by, its target, best answers
+        first. ``steps`` follow the prompt; a profile gives no more than the pool has.
+
+        Raises :class:`BadInput` for options that contradict themselves or that the place does not serve, and
+        :class:`DoesNotFit`.
+        """
+        preset = self.preset(options.preset, prompt) if options.preset else None
+        settings = preset.choices() if preset else self._settings(options, prompt)
+        self.place.check_prompt(prompt, self.spec)
+        if preset:
+            plan = self._of_preset(preset, settings, options.kv_budget_bytes, prompt, steps)
+        elif standing:
+            plan = self._in_time(standing, pool_pages, options, settings, prompt, steps)
+        else:
+            plan = fit(settings, self.shape, prompt, steps, options.kv_budget_bytes)
+        self.place.check(Choice(plan.method, plan.formats), prompt, self.spec)
+        return plan
+
+    def preset(self, name: str, prompt: PromptShape) -> Preset:
+        """The preset of that name, of the settings that the place serves; :class:`BadInput` if there is none."""
+        return quality.preset(name, self._served(prompt))
+
+    @property
+    def packed(self) -> list[Formats]:
+        """Those of :data:`PACKED` that this model's rows can have here."""
+        text = PromptShape(1, 0, 0)
+        return [
+            each
+            for each in PACKED
+            if can_hold(each, self.shape) and self.place.serves(Choice(Full(), each), text, self.spec)
+        ]
+
+    def _settings(self, options: Options, prompt: PromptShape) -> Iterator[Choice]:
+        fitted = options.kv_budget_bytes is not None
+        found = quality.choices(options.method, options.parameters, fitted, options.formats, self.shape)
+        # Looked at now, so that what contradicts itself is said before what does not fit.
+        first = next(found)
+        found = itertools.chain([first], found)
+        if options.method:
+            return found
+        if options.formats:
+            self.place.check(first, prompt, self.spec)  # full attention: what is not served are the formats
+        return filter(self._served(prompt), found)  # nobody asked for what is not
+
+    def _served(self, prompt: PromptShape) -> Callable[[Choice], bool]:
+        return lambda choice: self.place.serves(choice, prompt, self.spec)
+
+    def _of_preset(
+        self, preset: Preset, settings: Iterator[Choice], budget: int | None, prompt: PromptShape, steps: int
+    ) -> KvPlan[Method]:
+        # A share is one of a picture's rows: of a text alone there is nothing to leave out.
+        if preset.share is None or not prompt.images:
+            return fit(settings, self.shape, prompt, steps, budget)
+        found = quality.at_share(list(settings), preset.share, prompt, self.shape, f"the preset {preset.name}")
+        return kv_plan(found.method, found.formats, self.shape, prompt, steps)
+
+    def _in_time(
+        self,
+        standing: Standing,
+        pool_pages: int,
+        options: Options,
+        settings: Iterator[Choice],
+        prompt: PromptShape,
+        steps: int,
+    ) -> KvPlan[Method]:
+        """By the profile of the device: a method's own defaults where they fit, then what fits."""
+        budget = options.kv_budget_bytes
+        if budget is None and standing.kv_budget is not None:
+            budget = min(standing.kv_budget, pool_pages * page_bytes(self.shape))
+            settings = itertools.chain(settings, self._settings(replace(options, kv_budget=budget), prompt))
+        return fit(standing.in_time(settings, prompt, steps), self.shape, prompt, steps, budget)

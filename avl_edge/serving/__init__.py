@@ -1,0 +1,1 @@
+"""Who runs next, what is promised, and what a caller sees."""

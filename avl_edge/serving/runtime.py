@@ -1,0 +1,399 @@
+"""The loop: schedule, forward, sample, emit."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..backends.base import Backend, GreedyBackend, SceneBackend
+from ..backends.place import Place
+from ..backends.places import open_place
+from ..backends.stored import StoredRows
+from ..config import Options, checked_options, format_size, require
+from ..errors import BadInput, BadModel, DoesNotFit
+from ..kv.cache import SequenceCache, prompt_shape
+from ..kv.pool import RowPool
+from ..machine import allocator
+from ..machine.pressure import Limits, Monitor
+from ..machine.profile import DeviceProfile
+from ..model.checkpoint import Progress
+from ..model.features import FeatureCache
+from ..model.prompt import ImageSource, Processor, check_sources
+from ..model.sampler import Sampler
+from ..model.sizes import shape_of_checkpoint
+from ..model.spec import ModelSpec, read_spec
+from ..planning.follow import Follower, Wishes
+from ..planning.planning import DEFAULT_STREAMS, Planning
+from ..request import Prompt, Result, TokenEvent
+from .generation import Generation
+from .outcome import result_of
+from .relief import Relief
+from .scene import Scene
+from .scheduler import Request, Running, Scheduler, Work
+
+DEMO = Path(__file__).parents[1] / "demo"
+_WAIT_SECONDS = 0.02
+_NO_ROOM = "open scenes hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
+
+
+class Runtime:
+    """A model with its row pool, answering any number of requests together.
+
+    ``Runtime.load("demo")`` is ready to :meth:`generate`. :meth:`open` reads only the small files, so that
+    :meth:`prepare` can check and plan (or refuse) a request before :meth:`load_weights` does any work.
+    One lock guards the loop: several threads may iterate their generations.
+    """
+
+    def __init__(self, name: str, place: Place, spec: ModelSpec, processor: Processor) -> None:
+        self.name = name
+        self.spec = spec
+        self.kv_shape = spec.text.kv_shape(place.dtype.itemsize)
+        self.load_ms = 0.0
+        self._place = place
+        self.planning = Planning(place, spec, self.kv_shape)
+        self._processor = processor
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._abandoned: deque[Running] = deque()
+        self._pool = RowPool(0, self.kv_shape)
+        self._backend: Backend | None = None
+        self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
+        self._rows: StoredRows | None = None
+        self._features: FeatureCache | None = None
+        self._monitor: Monitor | None = None
+        self._follower: Follower | None = None
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
+        """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
+        of a built package. ``device``: one of :data:`~avl_edge.backends.places.PLACES`, which raises what is wrong with
+        it; None takes tensorrt for a package, and the cpu for others."""
+        given = DEMO if model == "demo" else Path(model)
+        if not os.fspath(model) or not given.is_dir():
+            raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
+        place = open_place(given, device)
+        spec = read_spec(place.directory)
+        place.check_model(spec)
+        name = "demo" if model == "demo" else given.resolve().name
+        return cls(name, place, spec, Processor.of(spec, place.directory))
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        device: str | None = None,
+        pool_bytes: int | None = None,
+        progress: Progress | None = None,
+        reserve_bytes: int | None = None,
+        profile: DeviceProfile | Sequence[DeviceProfile] = (),
+        follow_device: bool = False,
+        target_ms_per_token: float | None = None,
+        device_root: str | os.PathLike[str] = "/",
+    ) -> Runtime:
+        """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
+        ``profile`` or the device; ``device_root`` is where both look at the machine."""
+        runtime = cls.open(model, device=device)
+        profiles = (profile,) if isinstance(profile, DeviceProfile) else profile
+        if reserve_bytes is not None:
+            runtime.keep_free(reserve_bytes, root=device_root)
+        if profiles or follow_device:
+            runtime.follow(
+                profiles, follow_device=follow_device, target_ms_per_token=target_ms_per_token, root=device_root
+            )
+        runtime.load_weights(pool_bytes=pool_bytes, progress=progress)
+        return runtime
+
+    def load_weights(self, *, pool_bytes: int | None = None, progress: Progress | None = None) -> None:
+        """Map and read the weights and reserve the pool, once, for all requests.
+
+        ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most.
+        """
+        with self._lock:
+            if self._backend is not None:
+                raise BadInput("the weights are loaded already: open another Runtime for another pool")
+            allocator.bound()
+            start = time.perf_counter()
+            pages = self.planning.pool_pages(pool_bytes)
+            loaded = self._place.load(self.spec, self.kv_shape, pages, progress)
+            backend, self._rows = loaded.backend, loaded.rows
+            self._pool = RowPool(pages, self.kv_shape)
+            self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
+            self._backend = backend
+            self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
+            self.load_ms = 1000 * (time.perf_counter() - start)
+
+    @property
+    def can_keep_free(self) -> bool:
+        """Whether :meth:`keep_free` is served where the model runs."""
+        return self._place.no_relief is None
+
+    def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
+        """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
+        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
+        require(self.can_keep_free, self._place.no_relief or "")
+        self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
+
+    def follow(
+        self,
+        profiles: Sequence[DeviceProfile] = (),
+        *,
+        follow_device: bool = True,
+        streams: int = DEFAULT_STREAMS,
+        target_ms_per_token: float | None = None,
+        root: str | os.PathLike[str] = "/",
+    ) -> None:
+        """From now on plan requests by a device's profile: one without a KV budget gets what the profile leaves for
+        rows, divided by ``streams``, and settings that keep the target.
+
+        With ``follow_device`` the profile is that of the machine in its present power mode, matched anew for each
+        request: ``profiles`` (of this machine) before those that are shipped. Without it, the first of ``profiles``.
+        """
+        model = shape_of_checkpoint(self._place.directory, self.name)
+        wishes = Wishes(streams, target_ms_per_token)
+        self._follower = Follower(model, wishes, profiles, follows=follow_device, root=os.fspath(root))
+
+    def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
+        """Check a request and plan its memory, holding nothing.
+
+        Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
+        """
+        options = checked_options(options)
+        check_sources(images)
+        token_ids, spans = self._processor.lay_out(len(images), prompt)
+        max_new_tokens = self.new_tokens(len(token_ids), options)
+        standing = self._follower.look() if self._follower else None
+        pages = self._pool.pages or self.planning.pool_pages(None)
+        plan = self.planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, standing)
+        device = standing.stats if standing else None
+        return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
+
+    def new_tokens(self, length: int, options: Options) -> int:
+        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one."""
+        room = self.spec.text.context - length
+        if room < 1:
+            raise BadInput(
+                f"the prompt takes {length} tokens, images included, but the model's context ends at "
+                f"{self.spec.text.context}: ask a shorter question or give fewer images"
+            )
+        return min(options.max_new_tokens, room)
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
+        :class:`BadInput` for a question about a scene that was closed, or is another runtime's."""
+        home = request.look.home if request.look else self
+        require(home is self, "the question is about a scene of another runtime: submit it there")
+        with self._lock:
+            if self._backend is None:
+                self.load_weights()
+        if sum(plan.pages for plan in request.plans) > self._pool.pages:
+            peak = sum(plan.peak_bytes for plan in request.plans)
+            raise DoesNotFit(
+                f"the request may hold {format_size(peak)}, but the whole pool has "
+                f"{format_size(self._pool.pages * self._pool.page_bytes)}: load with a larger pool or give the request "
+                f"a KV budget"
+            )
+        sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
+        with self._lock:
+            if request.look:
+                require(not request.look.is_closed, "the scene is closed: look at the pictures again to ask about them")
+            self._scheduler.add(sequence)
+        return Generation(self, sequence)
+
+    def generate(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Generation:
+        """Ask about ``images`` (paths, bytes or Pillow images): an iterator of :class:`TokenEvent`.
+
+        The request is queued at once; requests that are open together are decoded together.
+        """
+        return self.submit(self.prepare(images, prompt, options))
+
+    def look(self, images: Sequence[ImageSource], options: Options | None = None) -> Scene:
+        """A scene of ``images``, about which any number of questions may be asked, at once or one after another; they
+        share its rows. See :class:`~avl_edge.serving.scene.Scene` for what ``options`` say.
+
+        Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
+        """
+        return Scene.of(self, self._processor, self.planning, images, checked_options(options))
+
+    def free_scenes(self) -> None:
+        """Free the rows of closed scenes about which no question is on its way. In the middle of a step, at its end."""
+        with self._lock:
+            if self._stepping:
+                return
+            try:
+                self._scheduler.free_scenes()
+            except BaseException:
+                self._scheduler.drop(())
+                raise
+
+    @property
+    def kv_bytes_in_use(self) -> int:
+        """Bytes of all rows that requests hold now, each in its format."""
+        return self._pool.bytes_in_use
+
+    def step(self) -> bool:
+        """One prompt, or one token for everybody; False when there is nothing to do. Where nobody runs, and requests
+        wait for memory, a moment passes.
+
+        What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
+        them too, and goes on. Where nobody runs and open scenes leave no room for who waits, the first of these ends
+        with :class:`DoesNotFit`.
+        """
+        with self._lock:
+            self._end_step()  # again, where an interrupt cut the last one's short
+            self._relieve()
+            work = self._scheduler.next()
+            stuck = self._scheduler.stuck if work is None else None
+            if work:
+                self._run(work)
+            elif stuck:
+                self._break_off(Work((stuck,), prefill=True), DoesNotFit(_NO_ROOM))
+        if not work and self.is_waiting:
+            time.sleep(_WAIT_SECONDS)
+            return True
+        return work is not None or stuck is not None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether requests wait because memory is short."""
+        return self._scheduler.is_held and self._scheduler.waits
+
+    def _relieve(self) -> None:
+        """Give memory back where it is short. A request that an error catches in the middle of it ends with it."""
+        if self._monitor is None:
+            return
+        self._stepping = True
+        try:
+            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler, self._features)
+            relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
+        finally:
+            self._stepping = False  # before any call, at which an interrupt may fall
+            self._end_step()
+
+    def _run(self, work: Work) -> None:
+        self._stepping = True
+        try:
+            if work.prefill and self._show(work.sequences[0]):
+                return self.finish(work.sequences[0], "stop")
+            for sequence, token in zip(work.sequences, self._forward(work), strict=True):
+                self._emit(sequence, token)
+        except BaseException as error:
+            self._break_off(work, error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._stepping = False  # before any call, at which an interrupt may fall
+            self._end_step()
+
+    def _end_step(self) -> None:
+        while self._abandoned:
+            self.finish(self._abandoned[0], "cancelled")
+            self._abandoned.popleft()
+        self.free_scenes()
+
+    def _forward(self, work: Work) -> Iterator[int]:
+        """The next token of each sequence."""
+        assert self._backend is not None
+        if work.prefill:
+            (sequence,) = work.sequences
+            return iter([sequence.sampler(self._prefill(self._backend, sequence))])
+        tokens = [sequence.token_ids[-1] for sequence in work.sequences]
+        caches = [_cache(sequence) for sequence in work.sequences]
+        if isinstance(self._backend, GreedyBackend) and all(sequence.sampler.greedy for sequence in work.sequences):
+            return iter(self._backend.decode_greedy(tokens, caches))
+        logits = self._backend.decode(tokens, caches)
+        return (sequence.sampler(own) for sequence, own in zip(work.sequences, logits, strict=True))
+
+    def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
+        prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
+        start = time.perf_counter()
+        features = None if sequence.request.look else self._encode(prompt)
+        encoded = time.perf_counter()
+        logits = backend.prefill(prompt, features, cache)
+        sequence.encode_seconds = encoded - start
+        sequence.prefill_seconds = time.perf_counter() - encoded
+        return logits
+
+    def _encode(self, prompt: Prompt) -> Tensor | None:
+        assert self._features is not None, "nothing runs before the weights are loaded"
+        return self._features(prompt)
+
+    def _show(self, sequence: Running) -> bool:
+        """Run the pictures of the scene that a request is about, if it is the first; whether it asks for no more."""
+        look = sequence.request.look
+        if look and not look.is_ready:
+            assert isinstance(self._backend, SceneBackend), "no scene was made for another one"
+            cache = self._scheduler.show(look)
+            start = time.perf_counter()
+            features = self._encode(look.prompt)
+            look.encode_seconds = time.perf_counter() - start
+            self._backend.look(look.prompt, features, cache)
+            look.prefill_seconds = time.perf_counter() - start - look.encode_seconds
+            look.is_ready = True
+        return sequence.request.max_new_tokens == 0
+
+    def _break_off(self, work: Work, error: BaseException) -> None:
+        try:
+            for sequence in work.sequences:
+                if sequence.result is None:
+                    sequence.error = error if isinstance(error, Exception) else None
+                    sequence.result = self._result(sequence, "error" if sequence.error else "cancelled")
+        finally:
+            self._scheduler.drop(work.sequences)
+
+    def _emit(self, sequence: Running, token: int) -> None:
+        sequence.latest_token = time.perf_counter()
+        if not sequence.token_ids:
+            sequence.first_token = sequence.latest_token
+        sequence.token_ids.append(token)
+        text = sequence.detokenizer.push(token)
+        reason = None
+        if token in self._processor.eos_token_ids:
+            reason = "stop"
+        elif len(sequence.token_ids) == sequence.request.max_new_tokens:
+            reason = "length"
+        if reason:
+            text += sequence.detokenizer.finish()
+        sequence.text += text
+        sequence.events.append(TokenEvent(token, text, reason))
+        if reason:
+            self.finish(sequence, reason)
+
+    def finish(self, sequence: Running, reason: str) -> None:
+        """End a request for ``reason``: its result is fixed, its rows are free. Safe to call twice.
+
+        A generation that the garbage collector drops in the middle of a step ends when the step does.
+        """
+        with self._lock:
+            if self._stepping and reason == "cancelled":
+                self._abandoned.append(sequence)
+                return
+            if sequence.result is None:
+                sequence.result = self._result(sequence, reason)
+            try:
+                self._scheduler.remove(sequence)
+            except BaseException:
+                self._scheduler.drop((sequence,))
+                raise
+
+    def _result(self, sequence: Running, reason: str) -> Result:
+        return result_of(
+            sequence,
+            reason,
+            model=self.name,
+            backend=self._backend.name if self._backend else "",
+            shape=self.kv_shape,
+            load_ms=self.load_ms,
+            waited_ms=self._scheduler.waited_ms(sequence),
+        )
+
+
+def _cache(sequence: Running) -> SequenceCache:
+    assert sequence.cache is not None, "a sequence runs only once it was admitted"
+    return sequence.cache

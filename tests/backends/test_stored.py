@@ -1,0 +1,93 @@
+"""Rows that change their format, many layers at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from avl_edge import Formats
+from avl_edge.backends import stored
+from avl_edge.backends.stored import StoredRows
+from avl_edge.config import KvShape
+from avl_edge.kv.budget import kv_plan
+from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.layout import Format
+from avl_edge.kv.methods import Avl
+from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.request import ImageSpan
+
+SHAPE = KvShape(layers=6, kv_heads=2, head_dim=32, itemsize=4)
+LENGTH, SPANS, STEPS = 60, (ImageSpan("", 2, 50),), 5
+FORMATS = [Formats("exact", "exact", "int4"), Formats("int8", "int8", "int4"), Formats("exact", "int4", "lowrank:8")]
+
+
+def no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones(len(positions), 1, SHAPE.head_dim), torch.zeros(len(positions), 1, SHAPE.head_dim)
+
+
+def life(monkeypatch: pytest.MonkeyPatch, formats: Formats, at_once: int) -> tuple[list[Tensor], list[int]]:
+    """What every row of a sequence holds after some steps, each of which ranks the image rows anew; and the number of
+    reads and writes of each step, once its new rows are there."""
+    monkeypatch.setattr(stored, "_AT_ONCE", at_once)
+    counts: Counter[str] = Counter()
+    for name in ("read", "write"):
+        original = getattr(RowStore, name)
+
+        def counted(*arguments: Any, original: Any = original, name: str = name) -> Any:
+            counts[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(RowStore, name, counted)
+    plan = kv_plan(Avl(secondary=90, core=40, refresh=1), formats, SHAPE, prompt_shape(LENGTH, SPANS), STEPS)
+    pool = RowPool(plan.pages, SHAPE)
+    store = RowStore(pool.pages, SHAPE, torch.float32)
+    rows = StoredRows(store, no_rope)
+    cache = SequenceCache(pool, plan, LENGTH, SPANS, SHAPE.layers)
+    random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    truth = torch.randn(SHAPE.layers, 2, LENGTH + STEPS, 2, 32, generator=generator)
+    for layer in range(SHAPE.layers):
+        keys, values = truth[layer][:, cache.positions(layer)]
+        scores = random.random(len(keys))
+        rows.store_prompt(cache, layer, cache.store_prompt(layer, scores, scores), keys, values)
+        cache.prune_prompt(layer, scores, scores)
+    steps = []
+    for _ in range(STEPS):
+        position, slots = cache.begin_step()
+        for layer in range(SHAPE.layers):
+            rows.append([cache], slots[layer : layer + 1].tolist(), *truth[layer][:, [position]])
+        read = [sum(len(each) for each in cache.rows_to_read(layer)) for layer in range(SHAPE.layers)]
+        counts.clear()
+        rows.move(cache, ((layer, cache.settle(layer, random.random(count))) for layer, count in enumerate(read)))
+        steps.append(counts.total())
+    held = []
+    for layer in range(SHAPE.layers):
+        for each in cache.rows_to_read(layer):
+            if "lowrank" in each.format:
+                held += store.read_records(torch.from_numpy(each.ids).long(), Format(each.format))
+                continue
+            held += store.read(torch.from_numpy(each.ids).long(), each.format)
+            error = torch.stack(held[-2:]) - truth[layer][:, each.positions]
+            assert "lowrank" in str(formats) or error.abs().max() < 1, "no row has become another"
+    return held, steps
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def test_layers_are_converted_together_as_one_by_one(monkeypatch: pytest.MonkeyPatch, formats: Formats) -> None:
+    """Rows that one layer left are where another's go: all are read before."""
+    with monkeypatch.context() as patch:
+        expected, one_by_one = life(patch, formats, 1)
+    with monkeypatch.context() as patch:
+        some, in_between = life(patch, formats, 30 * SHAPE.row_bytes)
+    with monkeypatch.context() as patch:
+        found, together = life(patch, formats, 2**40)
+    for other in (some, found):
+        for ours, theirs in zip(other, expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert max(together) <= min(in_between) <= max(in_between) <= min(one_by_one)
+    if "lowrank" not in formats.secondary:
+        assert max(together) == 4, "both ways between two formats: a read and a write each"

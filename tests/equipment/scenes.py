@@ -1,0 +1,45 @@
+"""Shared by the tests of scenes: pictures, questions, options that share rows, and the state of a runtime's books."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from avl_edge import Generation, Options, Runtime
+from tests.equipment.checkpoints import random_image
+
+IMAGES = [random_image(1, (70, 90)), random_image(2, (200, 64))]
+FIRST, SECOND = "What is shown in this picture?", "How many boats are there, and what colour is the car?"
+WHOLE = {"secondary": 100, "prefill_keep": 100}
+FULL = Options(max_new_tokens=24)
+AVL = Options(method="avl", parameters={**WHOLE, "core": 30, "text_floor": 4, "text_keep": 60}, max_new_tokens=24)
+COARSE = Options(method="coarse", parameters={"core": 30, "mass": 80}, max_new_tokens=24)
+PROMPT_MEAN = Options(method="avl", parameters={**WHOLE, "core": 20, "prompt_mean": 1, "refresh": 2}, max_new_tokens=24)
+
+
+def record(runtime: Runtime) -> list[Tensor]:
+    """The logits of every step to come of the one question that runs."""
+    backend: Any = runtime._backend
+    prefill, decode, logits = backend.prefill, backend.decode, []
+
+    def note(found: Tensor) -> Tensor:
+        logits.append(found.reshape(-1, found.shape[-1])[0])
+        return found
+
+    backend.prefill = lambda *arguments: note(prefill(*arguments))
+    backend.decode = lambda *arguments: note(decode(*arguments))
+    return logits
+
+
+def check(runtime: Runtime, *questions: Generation) -> None:
+    """The books are in order, and hold nothing but the rows of ``questions`` and of scenes."""
+    caches = [each.cache for each in questions if each.cache]
+    assert len(caches) == len(questions)
+    scenes = [look.cache for look in runtime._scheduler._looks if look.cache]
+    runtime._pool.check_integrity([cache.rows for cache in (*caches, *scenes)])
+    assert runtime.kv_bytes_in_use == sum(cache.rows.lease.nbytes for cache in (*caches, *scenes))
+
+
+def is_empty(runtime: Runtime) -> bool:
+    return runtime.kv_bytes_in_use == 0 and runtime._pool.pages_unreserved == runtime._pool.pages

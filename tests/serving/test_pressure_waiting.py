@@ -1,0 +1,155 @@
+"""Who waits for memory, who goes on meanwhile, and what breaks off while memory is given back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avl_edge import Formats, Options, Runtime
+from tests.conftest import Checkpoints
+from tests.equipment.machines import GB, write
+from tests.equipment.short_memory import ask, check, watchful
+
+FULL_EXACT = {"text": "exact", "core": "exact", "secondary": "exact"}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    write(tmp_path, 6 * GB)
+    return tmp_path
+
+
+@pytest.fixture
+def runtime(checkpoint: Checkpoints, tree: Path) -> Runtime:
+    return watchful(checkpoint, tree)
+
+
+def test_who_comes_under_pressure_waits_and_says_so(
+    runtime: Runtime, tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With nobody running there is nothing to give: the request is held at once, and admitted when there is room."""
+    write(tree, GB)
+    generation = ask(runtime)
+    with caplog.at_level(logging.WARNING, "avl_edge"):
+        for _ in range(3):
+            assert runtime.step()
+        assert generation.cache is None
+        assert runtime.is_waiting
+        write(tree, 2 * GB + 10**6)
+        assert runtime.step()
+        assert runtime.is_waiting, "it would flutter"
+        write(tree, 6 * GB)
+        result = generation.result()
+    assert not runtime.is_waiting
+    assert result.finish_reason == "length"
+    assert 60 <= result.kv.pressure.waited_ms < 60_000
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        "avl-edge: memory is short",
+        "avl-edge: there is memory again",
+    ]
+    assert ask(runtime).result().kv.pressure.waited_ms == 0
+
+
+def test_who_runs_goes_on_while_others_wait(runtime: Runtime, tree: Path) -> None:
+    first = ask(runtime)
+    next(first)
+    write(tree, GB)
+    for _ in range(4):
+        next(first)
+    assert runtime._scheduler.is_held
+    second = ask(runtime)
+    assert first.result().finish_reason == "length"
+    assert second.cache is None
+    assert runtime.step()
+    assert second.cache is None
+    cancelled = ask(runtime)
+    runtime.step()
+    cancelled.close()
+    assert cancelled.result().finish_reason == "cancelled"
+    assert cancelled.result().kv.pressure.waited_ms > 0
+    write(tree, 6 * GB)
+    assert second.result().finish_reason == "length"
+    assert second.result().kv.pressure.waited_ms > cancelled.result().kv.pressure.waited_ms
+    assert second.result().formats == FULL_EXACT
+
+
+def test_a_waiting_thread_lets_others_in(runtime: Runtime, tree: Path) -> None:
+    """It waits outside of the lock: another may cancel, ask or end the pressure meanwhile."""
+    write(tree, GB)
+    generation = ask(runtime)
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.append(generation.result()), daemon=True)
+    thread.start()
+    other = ask(runtime)
+    other.close()
+    assert not done
+    write(tree, 6 * GB)
+    thread.join(30)
+    assert done[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_breaks_off_a_notch_ends_that_request_and_no_other(
+    runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    expected = ask(runtime, Options(max_new_tokens=30, formats=Formats("exact", "int8", "int8"))).result().token_ids
+    first, second = ask(runtime), ask(runtime)
+    next(first), next(second)
+    write(tree, GB)
+    rows = runtime._rows
+    assert rows is not None
+    demote, calls = rows.demote, 0
+
+    def fails_once(*arguments: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        done = demote(*arguments)
+        if calls == 1:
+            raise error
+        return done
+
+    monkeypatch.setattr(rows, "demote", fails_once)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.step()
+    else:
+        runtime.step()
+        write(tree, 6 * GB)
+    check(runtime, second)
+    assert first._sequence.result is not None
+    assert first.cache is None
+    if error is KeyboardInterrupt:
+        runtime.step()
+        write(tree, 6 * GB)
+    assert second.result().token_ids == expected
+    assert runtime.kv_bytes_in_use == 0
+    if error is MemoryError:
+        first._sequence.events.clear()
+        with pytest.raises(MemoryError):
+            next(first)
+
+
+def test_who_was_let_in_before_an_interrupt_gives_nothing_yet(
+    runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that let it in ended before it took a row, and in the next one memory is short."""
+    expected = ask(runtime).result().token_ids
+    generation = ask(runtime)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "_run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.step()
+    write(tree, GB)
+    runtime.step()
+    write(tree, 6 * GB)
+    assert generation.result().token_ids == expected
+    assert generation.result().kv.pressure.demotions == 0
+    check(runtime, generation)
