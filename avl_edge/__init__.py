@@ -4,8 +4,8 @@ from .config import Formats, Options
 from .errors import AvlEdgeError, BadImage, BadInput, BadModel, DoesNotFit
 from .request import Result, TokenEvent
 from .serving.generation import Generation
+from .serving.image_session import ImageSession
 from .serving.runtime import Runtime
-from .serving.scene import Scene
 
 __all__ = [
     "AvlEdgeError",
@@ -15,9 +15,9 @@ __all__ = [
     "DoesNotFit",
     "Formats",
     "Generation",
+    "ImageSession",
     "Options",
     "Result",
     "Runtime",
-    "Scene",
     "TokenEvent",
 ]

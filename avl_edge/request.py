@@ -76,12 +76,12 @@ class PressureStats:
 class KvStats:
     """What the pool held for one request, in bytes, measured from the pool.
 
-    ``bytes_full`` is what full attention would hold for the same tokens at the end, ``bytes_stored`` what the rows
-    held then weigh in their formats, ``bytes_peak`` the pages of the pool that were held at the fullest moment. Of a
-    question about a scene these two are its own rows, and ``bytes_shared`` what those of its scene weigh, which all
-    its questions read and the pool holds once; ``layers`` counts both.
-    ``rows_read_fraction`` is of full attention's rows over the decode steps (1 when there were none), and
-    ``bytes_read_fraction`` of its bytes, coarse looks included. ``layers`` counts rows per tier at the end.
+    ``bytes_full`` is what full attention would hold for the same tokens at the end, ``bytes_stored`` what the rows held
+    then weigh in their formats, ``bytes_peak`` the pages of the pool that were held at the fullest moment. Of a
+    question about an image session these two are its own rows, and ``bytes_shared`` what those of its session weigh,
+    which all its questions read and the pool holds once; ``layers`` counts both. ``rows_read_fraction`` is of full
+    attention's rows over the decode steps (1 when there were none), and ``bytes_read_fraction`` of its bytes, coarse
+    looks included. ``layers`` counts rows per tier at the end.
     """
 
     bytes_full: int
@@ -97,8 +97,8 @@ class KvStats:
 
 
 @dataclass(frozen=True)
-class SceneStats:
-    """What a scene's tokens are, and what their rows hold in the pool (0 bytes and ms before they are there).
+class ImageSessionStats:
+    """What an image session's tokens are, and what their rows hold in the pool (0 bytes and ms before they are there).
 
     ``bytes_stored`` is what the rows weigh, ``bytes_peak`` the pages of the pool that they take, ``bytes_budget`` what
     they were held to. ``encode_ms`` and ``prefill_ms`` were spent once, for all questions.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..kv.cache import SequenceCache
-from ..kv.shared import SceneCache
+from ..kv.shared_prefix import SharedPrefixCache
 from ..request import Prompt
 
 
@@ -26,21 +26,16 @@ class Backend(Protocol):
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         """Run the prompt, leave in ``cache`` what its policy stores; the last token's logits ``[vocabulary]``.
 
-        Of a question about a scene only the tokens from the cache's ``begin`` on are run, without ``features``.
+        Of a question over a shared prefix only the tokens from the cache's ``begin`` on are run, without ``features``.
         """
+        ...
+
+    def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
+        """Run a prompt that ends with its images, and leave its rows in ``cache``."""
         ...
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
         """One step for every sequence: its newest token in, logits ``[sequences, vocabulary]`` out."""
-        ...
-
-
-@runtime_checkable
-class SceneBackend(Backend, Protocol):
-    """A device that can leave a picture's rows for several questions."""
-
-    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
-        """Run a prompt that ends with its images, and leave its rows in ``cache``."""
         ...
 
 

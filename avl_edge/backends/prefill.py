@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.kernels import attend_prompt
 from ..kv.cache import Index, SequenceCache
-from ..kv.shared import SceneCache
+from ..kv.shared_prefix import SharedPrefixCache
 from ..model.network import Llava
 from ..request import Prompt
 from .stored import StoredRows, distances
@@ -32,11 +32,11 @@ class Prefill:
     @torch.inference_mode()
     def run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         """The last token's logits ``[vocabulary]``, on the device, of the tokens from the cache's ``begin`` on: with
-        ``features`` of the prompt's pictures, or over the rows that a scene stored of them."""
+        ``features`` of the prompt's pictures, or over the rows that a shared prefix stored of them."""
         return self._model.decoder.logits(self._last(prompt, features, cache))[0]
 
     @torch.inference_mode()
-    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+    def run_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
         """The same for a prompt that ends with its pictures, of which only the rows are wanted."""
         self._last(prompt, features, cache)
 

@@ -163,11 +163,11 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
     if show.explain:
         _explain(runtime, asked.requests[0], asked=options.method is not None or budget is None)
     _load(runtime, asked.peak_bytes)
-    with readers_may_leave(), asked.scene as scene:
+    with readers_may_leave(), asked.session as session:
         results = asked.answer(runtime, quiet=show.as_json)
         if show.as_json:
             print(asked.document(results))
-        held = several.describe(scene.stats)
+        held = several.describe(session.stats)
     if show.stats:
         print(held, file=sys.stderr)
         for prompt, result in zip(asked.prompts, results, strict=True):

@@ -1,4 +1,4 @@
-"""Several prompts of ``avl-edge run``: one scene, and a question for each."""
+"""Several prompts of ``avl-edge run``: one image session, and a question for each."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..config import Formats, Options, format_size
 from ..errors import BadInput
 from ..kv.budget import first_within
 from ..model.prompt import ImageSource
-from ..request import Result, SceneStats
+from ..request import ImageSessionStats, Result
+from ..serving.image_session import ImageSession
 from ..serving.runtime import Runtime
-from ..serving.scene import Scene
 from ..serving.scheduler import Request
 
 
 @dataclass(frozen=True)
 class Several:
-    """A scene and the questions about it, checked and planned."""
+    """An image session and the questions about it, checked and planned."""
 
     prompts: Sequence[str]
-    scene: Scene
+    session: ImageSession
     requests: Sequence[Request]
 
     @property
     def peak_bytes(self) -> int:
         """What the picture and all questions hold at most, together."""
-        return self.scene.peak_bytes + sum(request.plan.peak_bytes for request in self.requests)
+        return self.session.peak_bytes + sum(request.plan.peak_bytes for request in self.requests)
 
     def answer(self, runtime: Runtime, *, quiet: bool) -> list[Result]:
         """Decode all questions together; unless ``quiet``, print each with its answer, in the order of the prompts."""
@@ -43,7 +43,7 @@ class Several:
     def document(self, results: Sequence[Result]) -> str:
         """What ``--json`` prints."""
         answers = [{"prompt": prompt, **each.to_dict()} for prompt, each in zip(self.prompts, results, strict=True)]
-        return json.dumps({"scene": asdict(self.scene.stats), "answers": answers})
+        return json.dumps({"session": asdict(self.session.stats), "answers": answers})
 
 
 def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str], options: Options) -> Several:
@@ -56,8 +56,8 @@ def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str]
 
     def every() -> Iterator[Several]:
         for formats in _formats(runtime, options):
-            scene = runtime.look(images, replace(options, kv_budget=None, formats=formats))
-            yield Several(prompts, scene, [scene.prepare(prompt) for prompt in prompts])
+            session = runtime.open_images(images, replace(options, kv_budget=None, formats=formats))
+            yield Several(prompts, session, [session.prepare(prompt) for prompt in prompts])
 
     what = f"the picture and {len(prompts)} questions about it"
     instead = "raise --kv-budget, lower --max-new-tokens or ask fewer at a time"
@@ -80,7 +80,7 @@ def say_plan(several: Several, budget: int) -> None:
     )
 
 
-def describe(stats: SceneStats) -> str:
+def describe(stats: ImageSessionStats) -> str:
     """A line for ``--stats``."""
     return (
         f"picture: {stats.tokens} tokens ({stats.image_tokens} image), {format_size(stats.bytes_stored)} of rows held "

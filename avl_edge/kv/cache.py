@@ -103,8 +103,8 @@ class SequenceCache:
 
     Prefill: :meth:`store_prompt` and :meth:`prune_prompt` once per layer, in order. Decode, per step:
     :meth:`begin_step`, then per layer :meth:`rows_to_read` and :meth:`settle`; what is settled holds from the
-    next step on. ``begin`` is the first token whose rows it takes itself: 0, but for a question about a scene
-    (:mod:`avl_edge.kv.shared`).
+    next step on. ``begin`` is the first token whose rows it takes itself: 0, but for a question over a shared prefix
+    (:mod:`avl_edge.kv.shared_prefix`).
     """
 
     begin = 0

@@ -20,7 +20,7 @@ from .follow import Standing
 DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
 PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
-"""What a scene's budget tries after exact rows: packing loses less than anything else (README)."""
+"""What an image session's budget tries after exact rows: packing loses less than anything else (README)."""
 
 
 @dataclass(frozen=True)

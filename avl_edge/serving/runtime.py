@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..backends.base import Backend, GreedyBackend, SceneBackend
+from ..backends.base import Backend, GreedyBackend
 from ..backends.place import Place
 from ..backends.places import open_place
 from ..backends.stored import StoredRows
@@ -32,14 +32,16 @@ from ..planning.follow import Follower, Wishes
 from ..planning.planning import DEFAULT_STREAMS, Planning
 from ..request import Prompt, Result, TokenEvent
 from .generation import Generation
+from .image_session import ImageSession
 from .outcome import result_of
 from .relief import Relief
-from .scene import Scene
 from .scheduler import Request, Running, Scheduler, Work
 
 DEMO = Path(__file__).parents[1] / "demo"
 _WAIT_SECONDS = 0.02
-_NO_ROOM = "open scenes hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
+_NO_ROOM = (
+    "open image sessions hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
+)
 
 
 class Runtime:
@@ -186,9 +188,9 @@ class Runtime:
 
     def submit(self, request: Request) -> Generation:
         """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
-        :class:`BadInput` for a question about a scene that was closed, or is another runtime's."""
-        home = request.look.home if request.look else self
-        require(home is self, "the question is about a scene of another runtime: submit it there")
+        :class:`BadInput` for a question about an image session that was closed, or is another runtime's."""
+        home = request.prefix.home if request.prefix else self
+        require(home is self, "the question is about an image session of another runtime: submit it there")
         with self._lock:
             if self._backend is None:
                 self.load_weights()
@@ -201,8 +203,10 @@ class Runtime:
             )
         sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
         with self._lock:
-            if request.look:
-                require(not request.look.is_closed, "the scene is closed: look at the pictures again to ask about them")
+            if request.prefix:
+                require(
+                    not request.prefix.is_closed, "the session is closed: open the pictures again to ask about them"
+                )
             self._scheduler.add(sequence)
         return Generation(self, sequence)
 
@@ -213,21 +217,23 @@ class Runtime:
         """
         return self.submit(self.prepare(images, prompt, options))
 
-    def look(self, images: Sequence[ImageSource], options: Options | None = None) -> Scene:
-        """A scene of ``images``, about which any number of questions may be asked, at once or one after another; they
-        share its rows. See :class:`~avl_edge.serving.scene.Scene` for what ``options`` say.
+    def open_images(self, images: Sequence[ImageSource], options: Options | None = None) -> ImageSession:
+        """An image session of ``images``, about which any number of questions may be asked, at once or one after
+        another; they share its rows. See :class:`~avl_edge.serving.image_session.ImageSession` for what ``options``
+        say.
 
         Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        return Scene.of(self, self._processor, self.planning, images, checked_options(options))
+        return ImageSession.of(self, self._processor, self.planning, images, checked_options(options))
 
-    def free_scenes(self) -> None:
-        """Free the rows of closed scenes about which no question is on its way. In the middle of a step, at its end."""
+    def free_image_sessions(self) -> None:
+        """Free the rows of closed image sessions about which no question is on its way. In the middle of a step, at its
+        end."""
         with self._lock:
             if self._stepping:
                 return
             try:
-                self._scheduler.free_scenes()
+                self._scheduler.free_image_sessions()
             except BaseException:
                 self._scheduler.drop(())
                 raise
@@ -242,8 +248,8 @@ class Runtime:
         wait for memory, a moment passes.
 
         What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
-        them too, and goes on. Where nobody runs and open scenes leave no room for who waits, the first of these ends
-        with :class:`DoesNotFit`.
+        them too, and goes on. Where nobody runs and open image sessions leave no room for who waits, the first of these
+        ends with :class:`DoesNotFit`.
         """
         with self._lock:
             self._end_step()  # again, where an interrupt cut the last one's short
@@ -279,7 +285,7 @@ class Runtime:
     def _run(self, work: Work) -> None:
         self._stepping = True
         try:
-            if work.prefill and self._show(work.sequences[0]):
+            if work.prefill and self._prefill_prefix(work.sequences[0]):
                 return self.finish(work.sequences[0], "stop")
             for sequence, token in zip(work.sequences, self._forward(work), strict=True):
                 self._emit(sequence, token)
@@ -295,7 +301,7 @@ class Runtime:
         while self._abandoned:
             self.finish(self._abandoned[0], "cancelled")
             self._abandoned.popleft()
-        self.free_scenes()
+        self.free_image_sessions()
 
     def _forward(self, work: Work) -> Iterator[int]:
         """The next token of each sequence."""
@@ -313,7 +319,7 @@ class Runtime:
     def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
         prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
         start = time.perf_counter()
-        features = None if sequence.request.look else self._encode(prompt)
+        features = None if sequence.request.prefix else self._encode(prompt)
         encoded = time.perf_counter()
         logits = backend.prefill(prompt, features, cache)
         sequence.encode_seconds = encoded - start
@@ -324,18 +330,18 @@ class Runtime:
         assert self._features is not None, "nothing runs before the weights are loaded"
         return self._features(prompt)
 
-    def _show(self, sequence: Running) -> bool:
-        """Run the pictures of the scene that a request is about, if it is the first; whether it asks for no more."""
-        look = sequence.request.look
-        if look and not look.is_ready:
-            assert isinstance(self._backend, SceneBackend), "no scene was made for another one"
-            cache = self._scheduler.show(look)
+    def _prefill_prefix(self, sequence: Running) -> bool:
+        """Run the pictures of the session that a request is about, if it is the first; whether it asks for no more."""
+        prefix = sequence.request.prefix
+        if prefix and not prefix.is_ready:
+            assert self._backend is not None, "nothing runs before the weights are loaded"
+            cache = self._scheduler.admit_prefix(prefix)
             start = time.perf_counter()
-            features = self._encode(look.prompt)
-            look.encode_seconds = time.perf_counter() - start
-            self._backend.look(look.prompt, features, cache)
-            look.prefill_seconds = time.perf_counter() - start - look.encode_seconds
-            look.is_ready = True
+            features = self._encode(prefix.prompt)
+            prefix.encode_seconds = time.perf_counter() - start
+            self._backend.prefill_prefix(prefix.prompt, features, cache)
+            prefix.prefill_seconds = time.perf_counter() - start - prefix.encode_seconds
+            prefix.is_ready = True
         return sequence.request.max_new_tokens == 0
 
     def _break_off(self, work: Work, error: BaseException) -> None:

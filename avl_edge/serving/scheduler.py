@@ -12,14 +12,14 @@ from ..kv.budget import KvPlan
 from ..kv.cache import SequenceCache
 from ..kv.methods import Method
 from ..kv.pool import RowPool
-from ..kv.shared import QuestionCache, SceneCache
+from ..kv.shared_prefix import QuestionCache, SharedPrefixCache
 from ..model.prompt import Detokenizer
 from ..model.sampler import Sampler
 from ..request import DeviceStats, PressureStats, Prompt, Result, TokenEvent
 
 
 @dataclass(eq=False)
-class Look:
+class SharedPrefix:
     """A picture that several questions are asked about: ``prompt`` ends with its last image, ``plan`` counts its rows,
     ``home`` is the runtime in whose pool they are.
 
@@ -30,7 +30,7 @@ class Look:
     prompt: Prompt
     plan: KvPlan[Method]
     home: object
-    cache: SceneCache | None = None
+    cache: SharedPrefixCache | None = None
     is_ready: bool = False
     is_closed: bool = False
     encode_seconds: float = 0.0
@@ -46,9 +46,9 @@ class Look:
 class Request:
     """A request that was checked and planned; it holds no rows yet.
 
-    ``max_new_tokens`` is the option's, cut where the model's context ends; 0 asks for a scene's rows alone. ``device``:
-    what it was planned for. ``look``: the picture whose rows it shares with other questions; ``plan`` then counts what
-    it adds to them.
+    ``max_new_tokens`` is the option's, cut where the model's context ends; 0 asks for an image session's rows alone.
+    ``device``: what it was planned for. ``prefix``: the picture whose rows it shares with other questions; ``plan``
+    then counts what it adds to them.
     """
 
     prompt: Prompt
@@ -56,12 +56,12 @@ class Request:
     plan: KvPlan[Method]
     max_new_tokens: int
     device: DeviceStats | None = None
-    look: Look | None = None
+    prefix: SharedPrefix | None = None
 
     @property
     def plans(self) -> tuple[KvPlan[Method], ...]:
         """What has to be there for it, shared rows included."""
-        return (self.plan, self.look.plan) if self.look else (self.plan,)
+        return (self.plan, self.prefix.plan) if self.prefix else (self.plan,)
 
 
 @dataclass(eq=False)
@@ -100,15 +100,15 @@ class Work:
 
 
 class Scheduler:
-    """First come, first served, but for who would wait for open scenes; a prompt that fits goes before the next decode
-    step."""
+    """First come, first served, but for who would wait for open image sessions; a prompt that fits goes before the next
+    decode step."""
 
     def __init__(self, pool: RowPool, layers: int) -> None:
         self._pool = pool
         self._layers = layers
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
-        self._looks: list[Look] = []  # those that have rows, or are about to
+        self._prefixes: list[SharedPrefix] = []  # those that have rows, or are about to
         self._held_since: float | None = None
         self._held_seconds = 0.0
 
@@ -169,70 +169,70 @@ class Scheduler:
 
     def _first(self) -> Running | None:
         """Who is admitted now: the first of the queue if it fits. Where nobody runs, whose end it could wait for, the
-        first that fits: a question about a scene that holds the rows, and may be the last one about it."""
+        first that fits: a question about an image session that holds the rows, and may be the last one about it."""
         candidates = tuple(self._waiting)[: 1 if self._running else None]
         return next((each for each in candidates if self._fits(each.request)), None)
 
     def _fits(self, request: Request) -> bool:
-        plans = request.plans if request.look and not request.look.is_ready else (request.plan,)
+        plans = request.plans if request.prefix and not request.prefix.is_ready else (request.plan,)
         return sum(plan.pages for plan in plans) <= self._pool.pages_unreserved
 
     @property
     def stuck(self) -> Running | None:
-        """Who waits in vain where :meth:`next` finds nobody: no request's end makes room, as open scenes hold the
-        rows."""
+        """Who waits in vain where :meth:`next` finds nobody: no request's end makes room, as open image sessions hold
+        the rows."""
         return self._waiting[0] if self._waiting and not self._running and not self.is_held else None
 
     def admit(self, sequence: Running) -> SequenceCache:
-        """The cache of a sequence whose prompt runs now, under a lease of its worst case; of a question about a scene
-        once :meth:`show` has given that one's."""
+        """The cache of a sequence whose prompt runs now, under a lease of its worst case; of a question about an image
+        session once :meth:`admit_prefix` has given that one's."""
         request = sequence.request
-        prompt, scene = request.prompt, request.look.cache if request.look else None
+        prompt, shared = request.prompt, request.prefix.cache if request.prefix else None
         sequence.held = (sequence.held[0], self._held_clock())
-        if scene:
-            sequence.cache = QuestionCache(scene, request.plan, len(prompt), prompt.spans)
+        if shared:
+            sequence.cache = QuestionCache(shared, request.plan, len(prompt), prompt.spans)
         else:
             sequence.cache = SequenceCache(self._pool, request.plan, len(prompt), prompt.spans, self._layers)
         return sequence.cache
 
-    def show(self, look: Look) -> SceneCache:
-        """The cache of a scene whose first question is admitted, under a lease of its worst case."""
+    def admit_prefix(self, prefix: SharedPrefix) -> SharedPrefixCache:
+        """The cache of an image session whose first question is admitted, under a lease of its worst case."""
         # Listed before there is anything to free: an interrupt may fall in between.
-        self._looks.append(look)
-        look.cache = SceneCache(self._pool, look.plan, len(look.prompt), look.prompt.spans, self._layers)
-        return look.cache
+        self._prefixes.append(prefix)
+        prefix.cache = SharedPrefixCache(self._pool, prefix.plan, len(prefix.prompt), prefix.prompt.spans, self._layers)
+        return prefix.cache
 
     def remove(self, sequence: Running) -> None:
         """Take a request out, wherever it stands, and free its rows. Safe to call twice."""
         self._forget((sequence,))
         if sequence.cache:
             sequence.cache.close()
-        self.free_scenes()
+        self.free_image_sessions()
 
-    def free_scenes(self) -> None:
-        """Free the rows of scenes that were closed, where no question about them is on its way."""
-        for look in tuple(self._looks):
-            # Asked one by one: freeing a scene may have the garbage collector drop, and so free, another.
-            if look in self._looks and not self._is_wanted(look):
-                self._looks.remove(look)
-                if look.cache:
-                    look.cache.close()
-                    look.cache, look.is_ready = None, False
+    def free_image_sessions(self) -> None:
+        """Free the rows of image sessions that were closed, where no question about them is on its way."""
+        for prefix in tuple(self._prefixes):
+            # Asked one by one: freeing an image session may have the garbage collector drop, and so free, another.
+            if prefix in self._prefixes and not self._is_wanted(prefix):
+                self._prefixes.remove(prefix)
+                if prefix.cache:
+                    prefix.cache.close()
+                    prefix.cache, prefix.is_ready = None, False
 
-    def _is_wanted(self, look: Look) -> bool:
-        asked = any(other.request.look is look for other in (*self._waiting, *self._running))
-        return asked or not look.is_closed
+    def _is_wanted(self, prefix: SharedPrefix) -> bool:
+        asked = any(other.request.prefix is prefix for other in (*self._waiting, *self._running))
+        return asked or not prefix.is_closed
 
     def drop(self, sequences: Sequence[Running]) -> None:
         """Take out requests whose step broke off anywhere; the pool's books are made anew from the others."""
         self._forget(sequences)
         for sequence in sequences:
             sequence.cache = None
-        for look in self._looks:
-            if not (look.is_ready and self._is_wanted(look)):
-                look.cache, look.is_ready = None, False
-        self._looks = [look for look in self._looks if look.cache]
-        caches = (*(other.cache for other in self._running), *(look.cache for look in self._looks))
+        for prefix in self._prefixes:
+            if not (prefix.is_ready and self._is_wanted(prefix)):
+                prefix.cache, prefix.is_ready = None, False
+        self._prefixes = [prefix for prefix in self._prefixes if prefix.cache]
+        caches = (*(other.cache for other in self._running), *(prefix.cache for prefix in self._prefixes))
         self._pool.rebuild(cache.rows for cache in caches if cache)
 
     def _forget(self, sequences: Sequence[Running]) -> None:

@@ -35,9 +35,9 @@ from tests.equipment.cuda_sides import (
     Side,
     both,
     membership,
+    prefixes,
     random_prompt,
     run_both,
-    scenes,
 )
 from tests.equipment.emulated_kernels import of_format
 
@@ -182,14 +182,16 @@ def test_the_whole_path_on_the_emulated_source(
 
 
 @pytest.mark.slow
-def test_a_scene_on_the_emulated_source(checkpoint: Checkpoints, emulated: Callable[[str], EmulatedModule]) -> None:
-    """A question whose policy looks at its prompt's attention, which begins where the scene ends."""
+def test_a_shared_prefix_on_the_emulated_source(
+    checkpoint: Checkpoints, emulated: Callable[[str], EmulatedModule]
+) -> None:
+    """A question whose policy looks at its prompt's attention, which begins where the prefix ends."""
     directory, formats = checkpoint("llama-bf16"), Formats("exact", "int8", "int8")
     backends = [backend_for(directory, PAGES, *rest)[0] for rest in ((), (emulated, WARPS))]
     sides = [Side(backend, read_spec(directory), 2, PAGES) for backend in backends]
-    of_scenes, prompts = scenes(sides, 2, Full(), formats)
+    of_sessions, prompts = prefixes(sides, 2, Full(), formats)
     method = Avl(secondary=100, prefill_keep=100, core=30, prompt_mean=1)
-    run_both(*of_scenes, [(prompts[0], method, formats)], 0.03, steps=2)
+    run_both(*of_sessions, [(prompts[0], method, formats)], 0.03, steps=2)
 
 
 def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:

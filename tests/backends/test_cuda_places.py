@@ -32,7 +32,7 @@ from avl_edge.model.spec import read_spec
 from avl_edge.request import ImageSpan
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import HostDevice
-from tests.equipment.cuda_sides import Side, random_prompt, scenes
+from tests.equipment.cuda_sides import Side, prefixes, random_prompt
 
 
 class Elsewhere(HostDevice):
@@ -87,7 +87,8 @@ class Places(Side):
         super().__init__(self, spec, self.model.dtype.itemsize, 1024)
         self.rows = StoredRows(RowStore(1024, self.shape, self.model.dtype, "meta"), self.model.decoder.angles)
         prefill = Prefill(self.model, self.rows, self._score)
-        self.prefill, self.look, self.encode_images = prefill.run, prefill.look, self.model.encode_images
+        self.prefill, self.prefill_prefix = prefill.run, prefill.run_prefix
+        self.encode_images = self.model.encode_images
         self.prompt, _ = random_prompt(spec, 0)
 
     @staticmethod
@@ -104,13 +105,13 @@ class Places(Side):
 def test_a_prompt_stays_on_the_device(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, formats: Formats, method: Method
 ) -> None:
-    """But for what a policy looks at. Tokens that go, rows of every format, and a question about a scene."""
+    """But for what a policy looks at. Tokens that go, rows of every format, and a question over a shared prefix."""
     places = Places(checkpoint("llama3-rope"), monkeypatch)
     with torch.inference_mode(), OneDevice():
         assert places.start(places.prompt, method, formats)[1].device == places.device.device
-        of_scenes, prompts = scenes([places], 2, Full(), Formats("exact", "int8", "int8"))
+        of_sessions, prompts = prefixes([places], 2, Full(), Formats("exact", "int8", "int8"))
         question = Avl(secondary=100, prefill_keep=100, prompt_mean=1)
-        assert of_scenes[0].start(prompts[0], question, Formats("exact", "int8", "int8"))[1].is_meta
+        assert of_sessions[0].start(prompts[0], question, Formats("exact", "int8", "int8"))[1].is_meta
 
 
 def test_an_operator_over_two_devices_is_noticed(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

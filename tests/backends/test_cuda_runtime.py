@@ -15,7 +15,7 @@ from avl_edge.cli import app, run_app
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.cuda_on_cpu import HostDevice, reference_kernels
-from tests.equipment.scenes import AVL, COARSE, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, is_empty
+from tests.equipment.image_sessions import AVL, COARSE, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, is_empty
 
 PROMPT = "What is shown in this picture?"
 
@@ -105,17 +105,17 @@ def test_low_rank_answers_are_those_of_the_cpu(checkpoint: Checkpoints, method: 
     [FULL, AVL, COARSE, PROMPT_MEAN, Options(preset="lossless", max_new_tokens=24)],
     ids=["full", "avl", "coarse", "prompt_mean", "lossless"],
 )
-def test_answers_about_a_scene_are_those_of_the_cpu(checkpoint: Checkpoints, options: Options) -> None:
+def test_answers_about_a_prefix_are_those_of_the_cpu(checkpoint: Checkpoints, options: Options) -> None:
     """Two questions at once, one after them, and a plain request between."""
     directory = checkpoint("mistral-gqa", dtype=torch.float16)
     answers = []
     for device in ("cpu", "cuda"):
         runtime = Runtime.load(directory, device=device)
-        with runtime.look(IMAGES, options) as scene:
+        with runtime.open_images(IMAGES, options) as shared:
             plain = runtime.generate(IMAGES[:1], FIRST, FULL)
-            questions = [scene.ask(FIRST), scene.ask(SECOND)]
+            questions = [shared.ask(FIRST), shared.ask(SECOND)]
             answers.append([each.result() for each in (*questions, plain)])
-            answers[-1].append(scene.ask(SECOND).result())
+            answers[-1].append(shared.ask(SECOND).result())
         assert is_empty(runtime)
     assert [each.token_ids for each in answers[0]] == [each.token_ids for each in answers[1]]
     assert [each.kv.bytes_stored for each in answers[0]] == [each.kv.bytes_stored for each in answers[1]]

@@ -230,8 +230,8 @@ def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Skipped, match="there is no tensorrt that takes plugins"):
         engines.check_engines()
     monkeypatch.setattr(engines, "decoder_plugin", lambda: Plugin(digest(), lambda _: None))
-    scenes = 3 * 3 + 2 * 3
-    assert engines.check_engines("float16")["answers"] == 12 + 2 * 3 + scenes, "exact rows, and two packed formats"
+    prefixes = 3 * 3 + 2 * 3
+    assert engines.check_engines("float16")["answers"] == 12 + 2 * 3 + prefixes, "exact rows, and two packed formats"
     monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
     monkeypatch.setattr(EngineBackend, "require_rows", lambda _: None)
     with pytest.raises(CheckFailed, match="of 21 answers are not the CPU's"):

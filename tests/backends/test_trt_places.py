@@ -73,7 +73,7 @@ def test_lossless_is_what_engines_serve(package: Packages, dtype: torch.dtype, f
     """The preset's own setting picks rows within a step: the next best that stores every row stands in for it."""
     runtime, options = Runtime.open(package("qwen2-tied", dtype=dtype)), Options(preset="lossless")
     request = runtime.prepare([random_image(1, 60)], PROMPT, options)
-    asked = runtime.look([random_image(1, 60)], options).prepare(PROMPT)
+    asked = runtime.open_images([random_image(1, 60)], options).prepare(PROMPT)
     for plan in (request.plan, *asked.plans):
         assert (plan.method, set(plan.formats.by_tier().values())) == (Full(), {formats})
 

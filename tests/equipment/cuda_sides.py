@@ -15,7 +15,7 @@ from avl_edge.kv.budget import kv_plan, plan_after
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import H2O, AttentionPack, Avl, Distinct, FastV, Full, Method, Streaming
 from avl_edge.kv.pool import RowPool, RowStore
-from avl_edge.kv.shared import QuestionCache, SceneCache
+from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, read_spec
@@ -76,28 +76,28 @@ class Side:
         return cache, self.backend.prefill(prompt, features, cache)
 
 
-class SceneSide(Side):
-    """A side on which requests that begin as its scene's prompt are questions about that; others are plain."""
+class PrefixSide(Side):
+    """A side on which requests that begin as its prefix's prompt are questions about that; others are plain."""
 
     def __init__(self, side: Side, head: Prompt, method: Method, formats: Formats) -> None:
         super().__init__(side.backend, side.spec, side.shape.itemsize, side.pool.pages)
         plan = kv_plan(method, formats, self.shape, prompt_shape(len(head), head.spans), 0)
-        self.head, self.scene = head, SceneCache(self.pool, plan, len(head), head.spans, self.shape.layers)
-        self.lent = [self.scene]
-        self.backend.look(head, self.backend.encode_images(head.pixel_values), self.scene)
+        self.head, self.shared = head, SharedPrefixCache(self.pool, plan, len(head), head.spans, self.shape.layers)
+        self.lent = [self.shared]
+        self.backend.prefill_prefix(head, self.backend.encode_images(head.pixel_values), self.shared)
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
         if prompt.token_ids[: len(self.head)] != self.head.token_ids:
             return super().start(prompt, method, formats)
         shape, shared = prompt_shape(len(prompt), prompt.spans), len(self.head)
         plan = plan_after(method, formats or Formats(), self.shape, shape, shared, STEPS * 2, None)
-        cache = QuestionCache(self.scene, plan, len(prompt), prompt.spans)
+        cache = QuestionCache(self.shared, plan, len(prompt), prompt.spans)
         return cache, self.backend.prefill(prompt, None, cache)
 
 
-def scenes(
+def prefixes(
     sides: Sequence[Side], images: int, method: Method, formats: Formats
-) -> tuple[list[SceneSide], list[Prompt]]:
+) -> tuple[list[PrefixSide], list[Prompt]]:
     """The same pictures looked at on each side, and the prompts of three questions about them."""
     prompt, _ = random_prompt(sides[0].spec, 5, images=images)
     end = prompt.spans[-1].start + prompt.spans[-1].length
@@ -105,7 +105,7 @@ def scenes(
     rng = np.random.default_rng(6)
     texts = [tuple(map(int, rng.integers(10, 300, n))) for n in (9, 1, 30)]
     questions = [Prompt(head.token_ids + text, head.spans, head.pixel_values) for text in texts]
-    return [SceneSide(side, head, method, formats) for side in sides], questions
+    return [PrefixSide(side, head, method, formats) for side in sides], questions
 
 
 PAGES = 4096

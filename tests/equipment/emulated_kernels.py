@@ -205,7 +205,7 @@ class Kernels:
         self.launch("avl_scores", grid, logits, log_sums, begins, ends, heads, capacity, weights, backwards=backwards)
         return weights
 
-    def look(self, query: Tensor, parts: Sequence[Part], kv_heads: int) -> list[Tensor]:
+    def prefill_prefix(self, query: Tensor, parts: Sequence[Part], kv_heads: int) -> list[Tensor]:
         """The weights of each part's rows by a look at their keys; a sequence has rows in one part at most."""
         batch, heads, _ = query.shape
         rows, begins, ends = lists_of(parts)

@@ -83,7 +83,7 @@ class Layer:
     seen: int = 0
     attended: Callable[[Tensor, float], list[int]] | None = None  # positions, from the query [heads, d] and its scale
     text_format: str = "exact"
-    dropped: list[int] = field(default_factory=list)  # of a scene's images
+    dropped: list[int] = field(default_factory=list)  # of a shared prefix's images
 
     def store(self, positions: list[int], name: str) -> None:
         """Take rows as they are now into a format."""

@@ -18,7 +18,7 @@ from avl_edge.kv.layout import PAGE_ROWS, page_bytes
 from avl_edge.kv.methods import H2O, Avl, Full, Method, Streaming
 from avl_edge.kv.pool import RowPool, RowStore
 from avl_edge.kv.pool.smaller import crowd
-from avl_edge.kv.shared import QuestionCache, SceneCache
+from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
 
@@ -167,18 +167,18 @@ def test_what_a_question_adds_is_promised_exactly(
 ) -> None:
     """And a picture's rows are counted once, in their own plan: both leases together fill the pool."""
     names, spans = Formats(formats[0], formats[1], formats[1]), [ImageSpan("", prefix, images)]
-    shared, length = prefix + images, prefix + images + text
+    begin, length = prefix + images, prefix + images + text
     whole = kv_plan(Full(), names, SHAPE, PromptShape(prefix, images, 0), 0)
-    plan = plan_after(method, names, SHAPE, PromptShape(prefix, images, text), shared, steps)
+    plan = plan_after(method, names, SHAPE, PromptShape(prefix, images, text), begin, steps)
     pool = RowPool(whole.pages + plan.pages, SHAPE)
-    scene = SceneCache(pool, whole, shared, spans, LAYERS)
-    _run(scene, 0, 1)
-    question = QuestionCache(scene, plan, length, spans)
+    shared = SharedPrefixCache(pool, whole, begin, spans, LAYERS)
+    _run(shared, 0, 1)
+    question = QuestionCache(shared, plan, length, spans)
     _run(question, steps, 2)
-    assert (scene.rows.lease.peak, question.rows.lease.peak) == (whole.pages, plan.pages)
-    assert question.rows.bytes_borrowed == scene.rows.lease.nbytes
-    assert pool.bytes_in_use == scene.rows.lease.nbytes + question.rows.lease.nbytes
-    pool.check_integrity([scene.rows, question.rows])
+    assert (shared.rows.lease.peak, question.rows.lease.peak) == (whole.pages, plan.pages)
+    assert question.rows.bytes_borrowed == shared.rows.lease.nbytes
+    assert pool.bytes_in_use == shared.rows.lease.nbytes + question.rows.lease.nbytes
+    pool.check_integrity([shared.rows, question.rows])
 
 
 def test_published_memory_of_llava_7b() -> None:

@@ -20,7 +20,7 @@ from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.methods import Full, Method
 from avl_edge.kv.pool import RowPool, SequenceRows
-from avl_edge.kv.shared import QuestionCache, SceneCache
+from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
 
@@ -63,8 +63,8 @@ def _held(rows: SequenceRows) -> Counter[str]:
 class Life:
     """A request on its way: its cache, the steps that it may still take and the most rows of each format it held."""
 
-    def __init__(self, cache: SequenceCache, steps: int, scene: SceneCache | None = None) -> None:
-        self.cache, self.steps, self.scene = cache, steps, scene
+    def __init__(self, cache: SequenceCache, steps: int, shared: SharedPrefixCache | None = None) -> None:
+        self.cache, self.steps, self.shared = cache, steps, shared
         self.most: Counter[str] = Counter()
 
     def count(self) -> None:
@@ -75,15 +75,15 @@ class Life:
 
 
 class PoolLife(RuleBasedStateMachine):
-    """Admissions, prefills, steps (appends, refreshes, moves, evictions), scenes and questions about them, cancels and
-    interrupts over one small pool. A row is read only while every byte of it is what its owner wrote."""
+    """Admissions, prefills, steps (appends, refreshes, moves, evictions), shared prefixes and questions about them,
+    cancels and interrupts over one small pool. A row is read only while every byte of it is what its owner wrote."""
 
     @initialize(pages=st.integers(4, 40))
     def open(self, pages: int) -> None:
         self.pool = RowPool(pages, SHAPE)
         self.memory = Memory(self.pool)
         self.live: list[Life] = []
-        self.scenes: list[tuple[SceneCache, list[ImageSpan]]] = []
+        self.prefixes: list[tuple[SharedPrefixCache, list[ImageSpan]]] = []
         self.random = np.random.default_rng(0)
 
     @rule(
@@ -112,43 +112,43 @@ class PoolLife(RuleBasedStateMachine):
         prefix=st.integers(0, 6),
         images=st.lists(st.integers(1, 24), min_size=1, max_size=2),
     )
-    def look(self, text: str, image: str, prefix: int, images: list[int]) -> None:
-        """A scene's rows; of two images with a token of text in between."""
+    def open_prefix(self, text: str, image: str, prefix: int, images: list[int]) -> None:
+        """A shared prefix's rows; of two images with a token of text in between."""
         spans = [ImageSpan("", prefix, images[0])]
         spans += [ImageSpan("", prefix + images[0] + 1, length) for length in images[1:]]
         length = spans[-1].start + spans[-1].length
         plan = kv_plan(Full(), Formats(text, image, image), SHAPE, prompt_shape(length, spans), 0)
         if plan.pages > self.pool.pages_unreserved:
             with pytest.raises(DoesNotFit):
-                SceneCache(self.pool, plan, length, spans, LAYERS)
+                SharedPrefixCache(self.pool, plan, length, spans, LAYERS)
             return
-        cache = SceneCache(self.pool, plan, length, spans, LAYERS)
+        cache = SharedPrefixCache(self.pool, plan, length, spans, LAYERS)
         life = Life(cache, 0)
         self._prefill(life)
         assert cache.rows.lease.peak == plan.pages
-        self.scenes.append((cache, spans))
+        self.prefixes.append((cache, spans))
 
-    @precondition(lambda self: bool(self.scenes))
+    @precondition(lambda self: bool(self.prefixes))
     @rule(choice=st.integers(0, 10**6), method=sharing_methods(), text=st.integers(1, 8), steps=st.integers(0, 12))
     def ask(self, choice: int, method: Method, text: int, steps: int) -> None:
-        scene, spans = self.scenes[choice % len(self.scenes)]
-        length = scene.length + text
-        plan = plan_after(method, scene.formats, SHAPE, prompt_shape(length, spans), scene.length, steps)
+        shared, spans = self.prefixes[choice % len(self.prefixes)]
+        length = shared.length + text
+        plan = plan_after(method, shared.formats, SHAPE, prompt_shape(length, spans), shared.length, steps)
         if plan.pages > self.pool.pages_unreserved:
             with pytest.raises(DoesNotFit):
-                QuestionCache(scene, plan, length, spans)
+                QuestionCache(shared, plan, length, spans)
             return
-        self._begin(Life(QuestionCache(scene, plan, length, spans), steps, scene))
+        self._begin(Life(QuestionCache(shared, plan, length, spans), steps, shared))
 
     def _begin(self, life: Life) -> None:
         self._prefill(life)
         self.live.append(life)
 
     def _stamps(self, life: Life, layer: int, positions: Ids) -> npt.NDArray[np.int64]:
-        """Who wrote the rows at ``positions`` of a layer: the sequence itself, or its scene."""
+        """Who wrote the rows at ``positions`` of a layer: the sequence itself, or its prefix."""
         own = self.memory.stamps(life.cache, layer, positions)
         lent = positions < life.cache.begin
-        own[lent] = self.memory.stamps(life.scene, layer, positions[lent])
+        own[lent] = self.memory.stamps(life.shared, layer, positions[lent])
         return own
 
     def _prefill(self, life: Life) -> None:
@@ -238,15 +238,15 @@ class PoolLife(RuleBasedStateMachine):
 
     @precondition(lambda self: bool(self._idle()))
     @rule(choice=st.integers(0, 10**6))
-    def close_scene(self, choice: int) -> None:
+    def close_session(self, choice: int) -> None:
         idle = self._idle()
-        scene = idle[choice % len(idle)]
-        scene[0].close()
-        self.scenes.remove(scene)
+        shared = idle[choice % len(idle)]
+        shared[0].close()
+        self.prefixes.remove(shared)
 
-    def _idle(self) -> list[tuple[SceneCache, list[ImageSpan]]]:
-        """Scenes about which no question is on its way."""
-        return [each for each in self.scenes if all(life.scene is not each[0] for life in self.live)]
+    def _idle(self) -> list[tuple[SharedPrefixCache, list[ImageSpan]]]:
+        """Shared prefixes about which no question is on its way."""
+        return [each for each in self.prefixes if all(life.shared is not each[0] for life in self.live)]
 
     @precondition(lambda self: bool(self.live))
     @rule(choice=st.integers(0, 10**6), name=st.sampled_from(NAMES), takes=st.booleans())
@@ -262,7 +262,7 @@ class PoolLife(RuleBasedStateMachine):
         self.pool.rebuild(self._owners())
 
     def _owners(self) -> list[SequenceRows]:
-        return [*(life.cache.rows for life in self.live), *(scene.rows for scene, _ in self.scenes)]
+        return [*(life.cache.rows for life in self.live), *(shared.rows for shared, _ in self.prefixes)]
 
     @invariant()
     def sound(self) -> None:

@@ -125,7 +125,7 @@ class TestProfiles:
             prompt, step = decoder_profiles(spec, recipe, precision)
             assert prompt["P * T"] == (1, prompt["T"][1], parts * prompt["T"][2])
             assert prompt["P * B + 1"] == (2, 2, parts + 1)
-            assert prompt["N"] == (1, 1, spec.text.context), "of a question about a scene"
+            assert prompt["N"] == (1, 1, spec.text.context), "of a question over a shared prefix"
             assert step["P * T"] == (1, 1, parts * 4)
             assert step["P * B + 1"] == (2, 2, parts * 4 + 1)
             arena = 640 * text.kv_heads * text.head_dim * (4 if precision == "float32" else 2)

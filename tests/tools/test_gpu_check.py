@@ -196,7 +196,7 @@ def test_decode_checks_pass_on_kernels_that_are_right(model: decode.Model) -> No
     for each in (model, half):
         assert 0 <= decode.check_against_cpu(HostPlace(), each)["logits"] <= torch.finfo(each.weights.dtype).eps
     assert 0 <= decode.check_packed_against_cpu(HostPlace(), half)["logits"] <= 1 / 254
-    assert decode.check_scenes_against_cpu(HostPlace(), half).keys() == {"logits_exact", "logits_packed"}
+    assert decode.check_sessions_against_cpu(HostPlace(), half).keys() == {"logits_exact", "logits_packed"}
     assert 0 <= decode.check_low_rank_against_cpu(HostPlace(), half)["logits"] <= torch.finfo(torch.float16).eps
     assert decode.check_graphs(HostPlace(), model) == {"logits": 0.0}
 
@@ -206,8 +206,8 @@ def test_decode_checks_pass_on_kernels_that_are_right(model: decode.Model) -> No
     [
         ("an output is off", decode.check_against_cpu),
         ("nothing is appended", decode.check_against_cpu),
-        ("an output is off", decode.check_scenes_against_cpu),
-        ("nothing is appended", decode.check_scenes_against_cpu),
+        ("an output is off", decode.check_sessions_against_cpu),
+        ("nothing is appended", decode.check_sessions_against_cpu),
         ("nothing is appended", decode.check_low_rank_against_cpu),
         ("a low rank part is left out", decode.check_low_rank_against_cpu),
         ("positions are one off", decode.check_low_rank_against_cpu),
@@ -221,7 +221,7 @@ def test_decode_checks_fail_on_kernels_that_are_wrong(
 
 
 def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the device alone, of a scene's rows the order is turned."""
+    """On the device alone, of an image session's rows the order is turned."""
     after = StoredRows.after
 
     def turned(self: StoredRows, *arguments: Any) -> Any:
@@ -239,7 +239,7 @@ def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, mon
     monkeypatch.setattr(decode, "backend", backend)
     monkeypatch.setattr(StoredRows, "after", turned)
     with pytest.raises(CheckFailed, match="logits"):
-        decode.check_scenes_against_cpu(HostPlace(), model)
+        decode.check_sessions_against_cpu(HostPlace(), model)
 
 
 def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:

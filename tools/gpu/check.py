@@ -46,7 +46,7 @@ def correctness(place: Place) -> list[report.Check]:
         ("decode against the CPU, as stored", partial(decode.check_against_cpu, place, model)),
         ("decode against the CPU, float16", partial(decode.check_against_cpu, place, half)),
         ("decode against the CPU, packed rows", partial(decode.check_packed_against_cpu, place, half)),
-        ("decode against the CPU, scenes", partial(decode.check_scenes_against_cpu, place, half)),
+        ("decode against the CPU, sessions", partial(decode.check_sessions_against_cpu, place, half)),
         ("decode against the CPU, low-rank rows", partial(decode.check_low_rank_against_cpu, place, half)),
         ("decode by graphs against launches", partial(decode.check_graphs, place, model)),
         ("TensorRT plugin", partial(check_plugin, place)),

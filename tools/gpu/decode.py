@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avl_edge.backends.base import Backend, SceneBackend
+from avl_edge.backends.base import Backend
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.backends.cuda import load_model
 from avl_edge.config import Formats
@@ -17,7 +17,7 @@ from avl_edge.kv.budget import KvPlan, kv_plan, plan_after
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import H2O, AttentionPack, Avl, Coarse, Full, Method, Streaming
 from avl_edge.kv.pool import RowPool, RowStore
-from avl_edge.kv.shared import QuestionCache, SceneCache
+from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec
@@ -106,23 +106,22 @@ class Sequences:
 
 
 class Questions(Sequences):
-    """Questions about one scene, of which each request is one; the first's formats are the scene's."""
+    """Questions about one shared prefix, of which each request is one; the first's formats are the prefix's."""
 
     def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[Request]) -> None:
         super().__init__(of, model, itemsize, pages, ())
-        assert isinstance(of, SceneBackend)
         shape, whole = model.spec.text.kv_shape(itemsize), random_prompt(model.spec, 0)
         end = whole.spans[0].start + whole.spans[0].length
         head = Prompt(whole.token_ids[:end], whole.spans, whole.pixel_values)
         plan: KvPlan[Method] = kv_plan(Full(), requests[0][1], shape, prompt_shape(end, head.spans), 0)
-        scene = SceneCache(RowPool(pages, shape), plan, end, head.spans, shape.layers)
+        shared = SharedPrefixCache(RowPool(pages, shape), plan, end, head.spans, shape.layers)
         assert head.pixel_values is not None
-        of.look(head, of.encode_images(head.pixel_values), scene)
+        of.prefill_prefix(head, of.encode_images(head.pixel_values), shared)
         for seed, (method, formats) in enumerate(requests):
             text = random_prompt(model.spec, seed).token_ids[5 * seed - 20 :]
             prompt = Prompt(head.token_ids + text, head.spans, None)
             planned = plan_after(method, formats, shape, prompt_shape(len(prompt), head.spans), end, STEPS)
-            cache = QuestionCache(scene, planned, len(prompt), head.spans)
+            cache = QuestionCache(shared, planned, len(prompt), head.spans)
             self.first.append(of.prefill(prompt, None, cache))
             self.caches.append(cache)
 
@@ -147,7 +146,7 @@ def check_packed_against_cpu(place: Place, model: Model) -> dict[str, float]:
     return {"logits": _against_cpu(place, model, requests, 4 * torch.finfo(model.weights.dtype).eps + 1 / 254)}
 
 
-def check_scenes_against_cpu(place: Place, model: Model) -> dict[str, float]:
+def check_sessions_against_cpu(place: Place, model: Model) -> dict[str, float]:
     """The same for questions about a picture, over its exact rows and over packed ones, which their prompts attend as
     they are read back."""
     limit, found = 4 * torch.finfo(model.weights.dtype).eps, {}

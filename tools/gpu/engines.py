@@ -16,7 +16,7 @@ from tools.gpu.report import Skipped
 PICTURE = Path("examples/cockpit.png")
 QUESTIONS = ("What is the speed?", "Read all instruments.", "What is on the road ahead?")
 METHODS = ("full", "avl", "distinct", "h2o")
-OF_SCENES: tuple[tuple[str, dict[str, float]], ...] = (
+OF_SESSIONS: tuple[tuple[str, dict[str, float]], ...] = (
     ("full", {}),
     ("avl", {"prefill_keep": 100, "secondary": 100}),
     ("distinct", {}),
@@ -25,9 +25,10 @@ RECIPE = Recipe(prune_after=2, images=1, prompt_tokens=1024, sequences=4, pool_r
 
 
 def check_engines(precision: str = "stored") -> dict[str, float]:
-    """The demo model as a package, several requests together, plain ones and questions about one scene, over exact
-    rows and over those that engines of its precision read besides: every answer begins as on the CPU, and three of four
-    are the same to their ends; half precision rounds otherwise here and there. :class:`Skipped` without TensorRT."""
+    """The demo model as a package, several requests together, plain ones and questions about one image session, over
+    exact rows and over those that engines of its precision read besides: every answer begins as on the CPU, and three
+    of four are the same to their ends; half precision rounds otherwise here and there. :class:`Skipped` without
+    TensorRT."""
     plugin = decoder_plugin()
     if plugin is None:
         raise Skipped("there is no tensorrt that takes plugins: on a Jetson it comes with JetPack")
@@ -40,9 +41,9 @@ def check_engines(precision: str = "stored") -> dict[str, float]:
         packed = decoder_formats(job.spec, job.settings.precision)[1:]
         rows = [Formats(name, name, name) for name in packed]
         asked = [_options(name) for name in METHODS] + [_options("full", formats=each) for each in rows]
-        of_scenes = [_options(*each) for each in OF_SCENES] + [_options("full", formats=each) for each in rows]
+        of_sessions = [_options(*each) for each in OF_SESSIONS] + [_options("full", formats=each) for each in rows]
         pairs = [pair for each in asked for pair in zip(_ask(ours, each), _ask(oracle, each), strict=True)]
-        pairs += [pair for each in of_scenes for pair in zip(_look(ours, each), _look(oracle, each), strict=True)]
+        pairs += [pair for each in of_sessions for pair in zip(_look(ours, each), _look(oracle, each), strict=True)]
     first = sum(each.token_ids[0] != other.token_ids[0] for each, other in pairs)
     require(first == 0, f"{first} of {len(pairs)} answers begin otherwise than on the CPU")
     same = sum(each.token_ids == other.token_ids for each, other in pairs)
@@ -62,7 +63,7 @@ def _ask(runtime: Runtime, options: Options) -> list[Result]:
 
 
 def _look(runtime: Runtime, options: Options) -> list[Result]:
-    """The same about one scene."""
-    with runtime.look([PICTURE], options) as scene:
-        running = [scene.ask(question) for question in QUESTIONS]
+    """The same about one image session."""
+    with runtime.open_images([PICTURE], options) as session:
+        running = [session.ask(question) for question in QUESTIONS]
         return [generation.result() for generation in running]

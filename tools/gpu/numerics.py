@@ -160,7 +160,7 @@ def check_append(place: Place, shape: KernelShape) -> dict[str, float]:
 
 def check_prompt(place: Place, shape: KernelShape, n: int = 333, piece: int = 5) -> dict[str, float]:
     """The scores of a prompt, its queries taken in pieces, against float64; no query sees what comes after it. Of all
-    tokens, and of the last ones alone, as of a question about a scene."""
+    tokens, and of the last ones alone, as of a question over a shared prefix."""
     device, heads = place.accelerator.device, 2 * shape.group
     generator = torch.Generator().manual_seed(2)
     query, keys = (torch.randn(n, count, shape.head_dim, generator=generator) for count in (heads, 2))

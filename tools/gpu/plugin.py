@@ -1,4 +1,4 @@
-"""The TensorRT plugin's ``enqueue`` on real memory: decode steps and questions about a scene against float64."""
+"""The TensorRT plugin's ``enqueue`` on real memory: decode steps and questions over a shared prefix against float64."""
 
 from __future__ import annotations
 

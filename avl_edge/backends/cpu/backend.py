@@ -13,7 +13,7 @@ from ...attention import native
 from ...attention.kernels import attend_parts, coarse_weights, prompt_scores
 from ...kv.cache import Index, SequenceCache, is_low_rank
 from ...kv.pool import RowStore
-from ...kv.shared import SceneCache
+from ...kv.shared_prefix import SharedPrefixCache
 from ...model.network import Llava
 from ...request import Prompt
 from ..prefill import Attention, Prefill
@@ -43,8 +43,8 @@ class TorchBackend:
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         return self._prefill.run(prompt, features, cache)
 
-    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
-        self._prefill.look(prompt, features, cache)
+    def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
+        self._prefill.run_prefix(prompt, features, cache)
 
     def _score(self, query: Tensor, key: Tensor, queries: Index) -> Attention:
         last, total = prompt_scores(query.transpose(0, 1), key.transpose(0, 1), torch.from_numpy(queries), self._scale)

@@ -4,7 +4,7 @@ Rows lie in device memory. Our kernels read them there, exact, packed or low-ran
 waits for what:
 
 - Prefill: once per layer whose scores a policy asks for, since the policy chooses on the host which rows that layer
-  stores, or for which a low-rank basis is fitted; and once at its end, for the logits. A scene likewise.
+  stores, or for which a low-rank basis is fitted; and once at its end, for the logits. A shared prefix likewise.
 - Decode: once per step. The host knows all row lists before the step, as policies only change the next one. It fills
   one block of numbers; a copy, one graph launch and the copies back are queued together. While the device works, the
   policies of sequences that look at no scores settle; then the host waits once, for the tokens and, in a step whose
@@ -40,7 +40,7 @@ from torch import Tensor
 from ...attention.cuda import Kernels, KernelShape, Pool, PromptHeads
 from ...kv.cache import Index, SequenceCache
 from ...kv.pool import Moved, RowStore
-from ...kv.shared import SceneCache
+from ...kv.shared_prefix import SharedPrefixCache
 from ...model.network import Llava
 from ...model.spec import TextSpec
 from ...request import Prompt
@@ -60,8 +60,8 @@ def kernel_shape(text: TextSpec, dtype: torch.dtype) -> KernelShape:
 
 
 class CudaBackend:
-    """``encode_images``, ``prefill``, ``look`` and ``decode`` on a GPU; what they give and take is the ``SceneBackend``
-    protocol's.
+    """``encode_images``, ``prefill``, ``prefill_prefix`` and ``decode`` on a GPU; what they give and take is the
+    ``Backend`` protocol's.
 
     Logits come back to the CPU, where samplers are. An error of the device shows at the next wait, as torch's
     RuntimeError.
@@ -106,10 +106,10 @@ class CudaBackend:
         self._kernels.prepare(cache.formats.by_tier().values())
         return self._prefill.run(prompt, features, cache).cpu()
 
-    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+    def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
         """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
         self._kernels.prepare(cache.formats.by_tier().values())
-        self._prefill.look(prompt, features, cache)
+        self._prefill.run_prefix(prompt, features, cache)
         self._accelerator.synchronize()
 
     def _score(self, query: Tensor, key: Tensor, queries: Index) -> Attention:
@@ -119,7 +119,9 @@ class CudaBackend:
         piece = max(1, min(len(positions), _LOGITS_BYTES // (4 * heads * n)))
         scratch = torch.empty(self._kernels.prompt_workspace(n, heads, piece), dtype=torch.uint8, device=device)
         scores = torch.zeros(2, n, dtype=torch.float32, device=device)
-        before = (n - w) * heads * dim * query.itemsize  # of the tokens of a scene, whose queries nobody asks for
+        before = (
+            (n - w) * heads * dim * query.itemsize
+        )  # of the tokens of a shared prefix, whose queries nobody asks for
         self._kernels.score_prompt(
             PromptHeads(address(query) - before, heads * dim, dim),
             PromptHeads(address(key), key.shape[1] * dim, dim),

@@ -2,9 +2,9 @@
 
 A prompt runs whole; its scores, keys and values of all layers come out together, the policy chooses, and torch writes
 the chosen rows into the pool, in any format: so a prompt's full cache does exist for a moment, in the engine's outputs.
-Of a question about a scene only its own tokens run, over the scene's rows. A decode step is one recorded run of the
-engine. The plugin reads rows where they lie; see :mod:`avl_edge.backends.cuda` for what waits for what, which is the
-same here.
+Of a question over a shared prefix only its own tokens run, over the prefix's rows. A decode step is one recorded run of
+the engine. The plugin reads rows where they lie; see :mod:`avl_edge.backends.cuda` for what waits for what, which is
+the same here.
 
 Shown on a CPU: the whole path, with ONNX Runtime on the exported graphs in the engines' place. Left to a device: the
 engines themselves, recording and replay, and the speed.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...kv.cache import Selected, SequenceCache
 from ...kv.pool import RowStore
-from ...kv.shared import SceneCache
+from ...kv.shared_prefix import SharedPrefixCache
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
 from ...package.export import bindings as names
@@ -36,7 +36,7 @@ from .step import EngineStep
 
 
 class EngineBackend:
-    """The ``SceneBackend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
+    """The ``Backend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
     device, logits come back to the CPU. An error of the device shows at the next wait, as torch's RuntimeError."""
 
     name = "tensorrt"
@@ -100,7 +100,7 @@ class EngineBackend:
         return self._run(prompt, features, cache)[names.LOGITS][0].cpu()
 
     @torch.inference_mode()
-    def look(self, prompt: Prompt, features: Tensor | None, cache: SceneCache) -> None:
+    def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
         """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
         self._run(prompt, features, cache)
         self._accelerator.synchronize()
@@ -123,7 +123,7 @@ class EngineBackend:
         return run
 
     def _distances(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> npt.NDArray[np.floating]:
-        """Those of a layer's values, a question's behind its scene's, whose rows are read for nothing else."""
+        """Those of a layer's values, a question's behind its prefix's, whose rows are read for nothing else."""
         if cache.begin and cache.wants_distances:
             values = self.rows.after(cache, layer, keys, values)[1]
         return distances(values, cache, layer)

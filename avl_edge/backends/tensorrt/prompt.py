@@ -33,13 +33,13 @@ def pruned_after(cache: SequenceCache, layers: int) -> PrunedAfter | None:
     """Where the cache's policy prunes, before the last layer; at one layer at most, as the engine does."""
     found = [PrunedAfter(layer, prune) for layer in range(layers - 1) if (prune := cache.policy.prunes(layer))]
     assert len(found) <= 1, "a package prunes after one layer"
-    assert not (found and cache.begin), "a scene keeps its tokens for every question"
+    assert not (found and cache.begin), "a shared prefix keeps its tokens for every question"
     return found[0] if found else None
 
 
 class Listed:
-    """The rows that a question's tokens read, those of its scene, as the engine lists them: in each layer part by part.
-    Of any other prompt there are none.
+    """The rows that a question's tokens read, those of its prefix, as the engine lists them: in each layer part by
+    part. Of any other prompt there are none.
 
     ``formats`` of the parts; ``rows`` int32 ``[L, N]`` with room for one at least; ``offsets`` int32 ``[L, P + 1]``;
     ``places``, layer by layer, int64 ``[n]``: where the listed rows stand in the order of their positions.

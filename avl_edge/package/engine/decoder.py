@@ -36,9 +36,9 @@ def decoder_formats(spec: ModelSpec, precision: str) -> tuple[str, ...]:
 def decoder_profiles(spec: ModelSpec, recipe: Recipe, precision: str) -> list[Mapping[str, Sizes]]:
     """:data:`PROMPT` and :data:`STEP`: the sizes of each dimension in the decoder's table of bindings.
 
-    A prompt is one sequence; as a question about a scene it goes on from that one's rows, up to a full context of them.
-    A step is one new token for each of up to ``recipe.sequences``, whose lists of rows together have room for a full
-    context each. Rows are of any of :func:`decoder_formats`.
+    A prompt is one sequence; as a question over a shared prefix it goes on from that one's rows, up to a full context
+    of them. A step is one new token for each of up to ``recipe.sequences``, whose lists of rows together have room for
+    a full context each. Rows are of any of :func:`decoder_formats`.
     """
     tokens, batch, context = recipe.prompt_tokens, recipe.sequences, spec.text.context
     features = recipe.images * spec.tokens_per_image

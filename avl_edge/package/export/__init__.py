@@ -52,7 +52,7 @@ bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value 
   in one part at most. It is written first, then read where ``rows`` names it, as it is stored: that is a decode step. A
   negative slot writes nothing: a token without any is read by itself and by the later tokens of its sequence, beside
   the rows that are listed. That is a prompt, whose rows are chosen when its scores are known, from ``key.N`` and
-  ``value.N`` (after RoPE). One that lists rows is a question about a scene: those are the scene's.
+  ``value.N`` (after RoPE). One that lists rows is a question over a shared prefix: those are the prefix's.
 - ``row_scores[l, 0]`` is the attention that the listed rows received from the last token of their sequence, the mean
   over heads, and ``row_scores[l, 1]`` the sum over ``score_queries`` (indices of tokens, one given twice counts twice,
   -1 is nobody, as in a decode step, whose sums are zero); ``token_scores.N`` are the same for tokens without a slot.

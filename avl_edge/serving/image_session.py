@@ -16,134 +16,141 @@ from ..kv.layout import Format
 from ..kv.methods import Avl, Choice, Coarse, Distinct, Full, Method, candidates
 from ..model.prompt import ImageSource, Processor, check_sources
 from ..planning.planning import Planning
-from ..request import Prompt, SceneStats
+from ..request import ImageSessionStats, Prompt
 from .generation import Generation
-from .scheduler import Look, Request
+from .scheduler import Request, SharedPrefix
 
 
-class Host(Protocol):
-    """The runtime that a scene belongs to."""
+class SessionRuntime(Protocol):
+    """The runtime that an image session belongs to."""
 
     def new_tokens(self, length: int, options: Options) -> int: ...
 
     def submit(self, request: Request) -> Generation: ...
 
-    def free_scenes(self) -> None: ...
+    def free_image_sessions(self) -> None: ...
 
 
-class Scene:
+class ImageSession:
     """Pictures to ask about: :meth:`ask` as often as you like, at once or one after another.
 
     Everything up to the end of the last picture is encoded, run and held once: all its rows, or, with ``secondary`` of
     ``distinct``, ``coarse`` or ``avl`` (with ``by_values=1``), those whose values stand out. A question runs and holds
-    its own text alone, and picks its own core of the shared rows. Closing the scene, or dropping it, frees them when
+    its own text alone, and picks its own core of the shared rows. Closing the session, or dropping it, frees them when
     the last question that is on its way has ended.
 
-    The options that the scene was made with hold for its questions too, but for ``kv_budget``: that is what the scene's
-    own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int4) as far as it asks. A
-    device's profile that the runtime follows plans no scenes: give a budget.
+    The options that the session was made with hold for its questions too, but for ``kv_budget``: that is what the
+    session's own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int4) as far as it
+    asks. A device's profile that the runtime follows plans no image sessions: give a budget.
     """
 
-    def __init__(self, runtime: Host, processor: Processor, planning: Planning, look: Look, options: Options) -> None:
-        """:meth:`of` plans the ``look``."""
+    def __init__(
+        self, runtime: SessionRuntime, processor: Processor, planning: Planning, prefix: SharedPrefix, options: Options
+    ) -> None:
+        """:meth:`of` plans the ``prefix``."""
         self._runtime, self._processor, self._planning = runtime, processor, planning
-        self._look = look
+        self._prefix = prefix
         self._options = options
 
     @classmethod
     def of(
-        cls, runtime: Host, processor: Processor, planning: Planning, images: Sequence[ImageSource], options: Options
-    ) -> Scene:
+        cls,
+        runtime: SessionRuntime,
+        processor: Processor,
+        planning: Planning,
+        images: Sequence[ImageSource],
+        options: Options,
+    ) -> ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or the place where it
         runs do not let questions share rows, :class:`DoesNotFit` beyond the budget."""
         check_sources(images)
-        require(len(images) > 0, "a scene needs a picture: give one or more images")
+        require(len(images) > 0, "an image session needs a picture: give one or more images")
         token_ids, spans = processor.lay_out_images(len(images))
         runtime.new_tokens(len(token_ids), options)
-        plan = _plan_scene(options, prompt_shape(len(token_ids), spans), planning)
-        look = Look(processor.read(images, token_ids, spans), plan, runtime)
-        return cls(runtime, processor, planning, look, options)
+        plan = _plan_session(options, prompt_shape(len(token_ids), spans), planning)
+        prefix = SharedPrefix(processor.read(images, token_ids, spans), plan, runtime)
+        return cls(runtime, processor, planning, prefix, options)
 
-    def load(self) -> SceneStats:
+    def load(self) -> ImageSessionStats:
         """Encode and run the pictures now, while a person still types, say, instead of with the first question.
 
-        Waits for the pool as a question does. What it raises leaves the scene as it was.
+        Waits for the pool as a question does. What it raises leaves the session as it was.
         """
-        look = self._look
-        nothing: KvPlan[Method] = KvPlan(Full(), look.plan.formats, 0, 0, None)
-        self._runtime.submit(Request(look.prompt, Options(), nothing, 0, look=look)).result()
+        prefix = self._prefix
+        nothing: KvPlan[Method] = KvPlan(Full(), prefix.plan.formats, 0, 0, None)
+        self._runtime.submit(Request(prefix.prompt, Options(), nothing, 0, prefix=prefix)).result()
         return self.stats
 
     def ask(self, prompt: str, options: Options | None = None) -> Generation:
         """Ask about the pictures. The question is queued at once; those that are open together are decoded together.
 
-        ``options`` None: the scene's. ``kv_budget`` is for the question's own rows; ``formats``, if given, have to be
-        the scene's. Raises as :meth:`prepare` and :meth:`avl_edge.Runtime.submit`.
+        ``options`` None: the session's. ``kv_budget`` is for the question's own rows; ``formats``, if given, have to be
+        the session's. Raises as :meth:`prepare` and :meth:`avl_edge.Runtime.submit`.
         """
         return self._runtime.submit(self.prepare(prompt, options))
 
     def prepare(self, prompt: str, options: Options | None = None) -> Request:
         """Check a question and plan its memory, holding nothing: for :meth:`avl_edge.Runtime.submit`.
 
-        Raises :class:`BadInput` for what cannot be answered from the scene's rows, or once it is closed, and
+        Raises :class:`BadInput` for what cannot be answered from the session's rows, or once it is closed, and
         :class:`DoesNotFit` for what exceeds its budget.
         """
-        look, planning, shape = self._look, self._planning, self._planning.shape
-        require(not look.is_closed, "the scene is closed: look at the pictures again to ask about them")
+        prefix, planning, shape = self._prefix, self._planning, self._planning.shape
+        require(not prefix.is_closed, "the session is closed: open the pictures again to ask about them")
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
-        token_ids, spans = self._processor.lay_out(len(look.prompt.spans), prompt)
+        token_ids, spans = self._processor.lay_out(len(prefix.prompt.spans), prompt)
         require(
-            self._processor.head(token_ids, spans)[0] == look.prompt.token_ids,
-            "this model's chat template writes something else before the pictures now: look at them again",
+            self._processor.head(token_ids, spans)[0] == prefix.prompt.token_ids,
+            "this model's chat template writes something else before the pictures now: open them again",
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
-        whole, shared = prompt_shape(len(token_ids), spans), len(look.prompt)
+        whole, shared = prompt_shape(len(token_ids), spans), len(prefix.prompt)
         planning.place.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planning.spec, "question")
-        (method, formats), share = _choice(options, _head(look), planning, look.plan.formats)
+        (method, formats), share = _choice(options, _head(prefix), planning, prefix.plan.formats)
         planning.place.check(Choice(method, formats), whole, planning.spec)
         require(
-            share >= look.share,
-            f"the scene stores {look.share:g} % of the picture's rows, and questions may read any of them: give the "
-            f"question secondary={look.share:g}",
+            share >= prefix.share,
+            f"the session stores {prefix.share:g} % of the picture's rows, and questions may read any of them: give "
+            f"the question secondary={prefix.share:g}",
         )
         require(
-            formats == look.plan.formats,
-            "a question's rows have the formats of its scene: give formats, or a preset that packs, to look",
+            formats == prefix.plan.formats,
+            "a question's rows have the formats of its session: give formats, or a preset that packs, to open_images",
         )
         budget = options.kv_budget_bytes
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
         what = f"{len(token_ids) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
-        asked = Prompt(token_ids, look.prompt.spans, look.prompt.pixel_values)
-        return Request(asked, options, plan, max_new_tokens, look=look)
+        asked = Prompt(token_ids, prefix.prompt.spans, prefix.prompt.pixel_values)
+        return Request(asked, options, plan, max_new_tokens, prefix=prefix)
 
     @property
     def peak_bytes(self) -> int:
-        """The pages of the pool that the scene's rows take, in bytes; each question adds its own."""
-        return self._look.plan.peak_bytes
+        """The pages of the pool that the session's rows take, in bytes; each question adds its own."""
+        return self._prefix.plan.peak_bytes
 
     @property
-    def stats(self) -> SceneStats:
-        """What the scene's tokens are and what their rows hold now."""
-        look, cache = self._look, self._look.cache
+    def stats(self) -> ImageSessionStats:
+        """What the session's tokens are and what their rows hold now."""
+        prefix, cache = self._prefix, self._prefix.cache
         lease = cache.rows.lease if cache else None
-        return SceneStats(
-            tokens=len(look.prompt),
-            image_tokens=sum(span.length for span in look.prompt.spans),
-            formats=look.plan.formats.by_tier(),
+        return ImageSessionStats(
+            tokens=len(prefix.prompt),
+            image_tokens=sum(span.length for span in prefix.prompt.spans),
+            formats=prefix.plan.formats.by_tier(),
             bytes_stored=lease.nbytes if lease else 0,
-            bytes_peak=look.plan.peak_bytes if lease else 0,
-            bytes_budget=look.plan.budget,
-            encode_ms=1000 * look.encode_seconds,
-            prefill_ms=1000 * look.prefill_seconds,
+            bytes_peak=prefix.plan.peak_bytes if lease else 0,
+            bytes_budget=prefix.plan.budget,
+            encode_ms=1000 * prefix.encode_seconds,
+            prefill_ms=1000 * prefix.prefill_seconds,
         )
 
     def close(self) -> None:
         """Take no more questions; the rows are free when the last one on its way has ended. Closing twice is safe."""
-        self._look.is_closed = True
-        self._runtime.free_scenes()
+        self._prefix.is_closed = True
+        self._runtime.free_image_sessions()
 
-    def __enter__(self) -> Scene:
+    def __enter__(self) -> ImageSession:
         return self
 
     def __exit__(
@@ -155,13 +162,13 @@ class Scene:
         self.close()
 
 
-def _head(look: Look) -> PromptShape:
-    """The scene's own tokens: what a preset's share is taken of, for the scene and for its questions."""
-    return prompt_shape(len(look.prompt), look.prompt.spans)
+def _head(prefix: SharedPrefix) -> PromptShape:
+    """The session's own tokens: what a preset's share is taken of, for the session and for its questions."""
+    return prompt_shape(len(prefix.prompt), prefix.prompt.spans)
 
 
-def _plan_scene(options: Options, prompt: PromptShape, planning: Planning) -> KvPlan[Method]:
-    """What the scene stores, in the first formats that its budget holds."""
+def _plan_session(options: Options, prompt: PromptShape, planning: Planning) -> KvPlan[Method]:
+    """What the session stores, in the first formats that its budget holds."""
     budget = options.kv_budget_bytes
     choice, share = _choice(options, prompt, planning, None)
     planning.place.check_prompt(prompt, planning.spec, "picture")
@@ -169,7 +176,7 @@ def _plan_scene(options: Options, prompt: PromptShape, planning: Planning) -> Kv
     every = [choice.formats, *(planning.packed if budget and not options.formats else ())]
     method: Method = Full() if share == 100 else Distinct(share)
     plans = (kv_plan(method, each, planning.shape, prompt, 0, budget) for each in every)
-    what = f"the {prompt.length} tokens of the scene"
+    what = f"the {prompt.length} tokens of the session"
     return first_within(budget, plans, what, "raise --kv-budget or give fewer images")
 
 

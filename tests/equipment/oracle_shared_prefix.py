@@ -58,7 +58,7 @@ def load_model(directory: Path) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation=implementation).double().eval()
 
 
-class SceneOracle(Oracle):
+class PrefixOracle(Oracle):
     """One question. ``formats`` hold for the picture before it is asked, and for its own text from its end on; of the
     picture's image rows, ``share`` percent are stored, those whose values stand out, and nobody sees the others."""
 

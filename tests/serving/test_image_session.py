@@ -11,16 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
-from avl_edge import BadInput, Formats, Generation, Options, Runtime, Scene
+from avl_edge import BadInput, Formats, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
 from tests.conftest import Checkpoints
-from tests.equipment import oracle, oracle_scene
+from tests.equipment import oracle, oracle_shared_prefix
 from tests.equipment.checkpoints import SPECS
 from tests.equipment.held_rows import held_rows
+from tests.equipment.image_sessions import (
+    AVL,
+    COARSE,
+    FIRST,
+    FULL,
+    IMAGES,
+    PROMPT_MEAN,
+    SECOND,
+    WHOLE,
+    check,
+    is_empty,
+    record,
+)
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import TierFormats
-from tests.equipment.oracle_scene import SceneOracle
-from tests.equipment.scenes import AVL, COARSE, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, WHOLE, check, is_empty, record
+from tests.equipment.oracle_shared_prefix import PrefixOracle
 
 
 @pytest.fixture
@@ -36,10 +48,10 @@ def test_full_attention_equals_transformers(checkpoint: Checkpoints, name: str, 
     runtime = Runtime.load(checkpoint(name))
     logits = record(runtime)
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint(name)).eval()
-    with runtime.look(IMAGES[:images], FULL) as scene:
+    with runtime.open_images(IMAGES[:images], FULL) as session:
         for prompt in (FIRST, SECOND):
             logits.clear()
-            question = scene.ask(prompt)
+            question = session.ask(prompt)
             tokens = list(question.result().token_ids)
             ids, pixels = torch.tensor([question.prompt.token_ids]), torch.tensor(question.prompt.pixel_values)
             with torch.no_grad():
@@ -58,8 +70,8 @@ def test_bfloat16_is_as_close_to_float64_as_a_plain_request(checkpoint: Checkpoi
     for shared in (False, True):
         runtime = Runtime.load(directory)
         logits = record(runtime)
-        scene = runtime.look(IMAGES, FULL)
-        question = scene.ask(SECOND) if shared else runtime.generate(IMAGES, SECOND, FULL)
+        session = runtime.open_images(IMAGES, FULL)
+        question = session.ask(SECOND) if shared else runtime.generate(IMAGES, SECOND, FULL)
         tokens, prompt = list(question.result().token_ids), question.prompt
         ids = torch.tensor([[*prompt.token_ids, *tokens]])
         with torch.no_grad():
@@ -75,9 +87,9 @@ def test_a_question_is_answered_as_by_a_plain_request(
 ) -> None:
     """The same tokens, the same rows in every tier of every layer after each step, the same rows read."""
     runtime = Runtime.load(checkpoint(name, dtype=torch.float64))
-    with runtime.look(IMAGES[:images], options) as scene:
-        scene.ask(FIRST).result()
-        question, plain = scene.ask(SECOND), runtime.generate(IMAGES[:images], SECOND, options)
+    with runtime.open_images(IMAGES[:images], options) as session:
+        session.ask(FIRST).result()
+        question, plain = session.ask(SECOND), runtime.generate(IMAGES[:images], SECOND, options)
         for expected in plain:
             event = next(question)
             assert event == expected
@@ -104,9 +116,9 @@ def test_avl_equals_the_oracle(checkpoint: Checkpoints, name: str, images: int, 
     directory = checkpoint(name, dtype=torch.float64)
     settings = {**WHOLE, **parameters}
     runtime = Runtime.load(directory)
-    scene = runtime.look(IMAGES[:images])
-    scene.load()
-    question = scene.ask(SECOND, Options(method="avl", parameters=settings, max_new_tokens=32))
+    session = runtime.open_images(IMAGES[:images])
+    session.load()
+    question = session.ask(SECOND, Options(method="avl", parameters=settings, max_new_tokens=32))
     ids, pixels = torch.tensor([question.prompt.token_ids]), torch.tensor(question.prompt.pixel_values)
     expected = oracle.generate(oracle.load_model(directory), ids, pixels, AvlSettings(**settings), 32)
     _compare(question, expected)
@@ -137,10 +149,10 @@ def test_packed_rows_equal_the_oracle(
     directory, steps = checkpoint(name, dtype=torch.float64), 16
     runtime = Runtime.load(directory)
     logits = record(runtime)
-    scene = runtime.look(IMAGES[:images], Options(formats=Formats(tiers.text, tiers.core, tiers.secondary)))
-    prompt = scene.prepare(SECOND).prompt
+    session = runtime.open_images(IMAGES[:images], Options(formats=Formats(tiers.text, tiers.core, tiers.secondary)))
+    prompt = session.prepare(SECOND).prompt
     pixels = torch.tensor(prompt.pixel_values)
-    truth = SceneOracle(oracle_scene.load_model(directory), list(prompt.token_ids), pixels, tiers)
+    truth = PrefixOracle(oracle_shared_prefix.load_model(directory), list(prompt.token_ids), pixels, tiers)
     parameters: dict[str, int] = {}
     if method == "coarse":
         parameters = {"core": 40, "mass": 70}
@@ -150,7 +162,7 @@ def test_packed_rows_equal_the_oracle(
         expected = truth.avl(AvlSettings(**parameters), steps)
     else:
         expected = truth.avl(AvlSettings(100, 100, 100, refresh=0, text_keep=100), steps)
-    _compare(scene.ask(SECOND, Options(method, parameters, max_new_tokens=steps)), expected)
+    _compare(session.ask(SECOND, Options(method, parameters, max_new_tokens=steps)), expected)
     torch.testing.assert_close(torch.stack(logits), torch.stack([step.logits for step in expected]), rtol=0, atol=5e-5)
 
 
@@ -163,18 +175,18 @@ def test_packed_rows_equal_the_oracle(
     ],
 )
 @pytest.mark.parametrize("method", ["full", "distinct", "coarse", "avl"])
-def test_a_scene_of_what_stands_out_equals_the_oracle(
+def test_a_session_of_what_stands_out_equals_the_oracle(
     checkpoint: Checkpoints, name: str, images: int, tiers: TierFormats, method: str
 ) -> None:
-    """What the scene did not store no question sees, in prefill or later; each picks its core from what there is."""
+    """What the session did not store no question sees, in prefill or later; each picks its core from what there is."""
     directory, steps, share = checkpoint(name, dtype=torch.float64), 16, 40
     runtime = Runtime.load(directory)
     logits = record(runtime)
     formats = Formats(tiers.text, tiers.core, tiers.secondary)
-    scene = runtime.look(IMAGES[:images], Options("distinct", {"secondary": share}, formats))
-    prompt = scene.prepare(SECOND).prompt
+    session = runtime.open_images(IMAGES[:images], Options("distinct", {"secondary": share}, formats))
+    prompt = session.prepare(SECOND).prompt
     pixels = torch.tensor(prompt.pixel_values)
-    truth = SceneOracle(oracle_scene.load_model(directory), list(prompt.token_ids), pixels, tiers)
+    truth = PrefixOracle(oracle_shared_prefix.load_model(directory), list(prompt.token_ids), pixels, tiers)
     truth.share = share
     parameters: dict[str, int] = {}
     if method == "coarse":
@@ -190,9 +202,9 @@ def test_a_scene_of_what_stands_out_equals_the_oracle(
     assert all(len(rows.core) < share * len(truth.images) // 100 for rows in expected[1].rows) == (
         method in ("coarse", "avl")
     )
-    _compare(scene.ask(SECOND, Options(method, parameters, max_new_tokens=steps)), expected)
+    _compare(session.ask(SECOND, Options(method, parameters, max_new_tokens=steps)), expected)
     torch.testing.assert_close(torch.stack(logits), torch.stack([step.logits for step in expected]), rtol=0, atol=5e-5)
-    stored = [len(rows.image_ids) for rows in runtime._scheduler._looks[0].cache.rows]
+    stored = [len(rows.image_ids) for rows in runtime._scheduler._prefixes[0].cache.rows]
     assert stored == [share * len(truth.images) // 100] * len(stored)
 
 
@@ -202,15 +214,15 @@ def test_packing_is_noticed_before_the_question(checkpoint: Checkpoints) -> None
     logits = record(runtime)
     options = Options(formats=Formats("exact", "int4", "int4"), max_new_tokens=1)
     runtime.generate(IMAGES, SECOND, options).result()
-    runtime.look(IMAGES, options).ask(SECOND).result()
+    runtime.open_images(IMAGES, options).ask(SECOND).result()
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_questions_at_once_are_answered_as_each_alone(runtime: Runtime) -> None:
     asks = [(FIRST, FULL), (SECOND, AVL), (FIRST, COARSE), (SECOND, PROMPT_MEAN)]
-    with runtime.look(IMAGES[:1]) as scene:
-        alone = [scene.ask(*ask).result() for ask in asks]
-        together, plain = [scene.ask(*ask) for ask in asks], runtime.generate(IMAGES[1:], FIRST, FULL)
+    with runtime.open_images(IMAGES[:1]) as session:
+        alone = [session.ask(*ask).result() for ask in asks]
+        together, plain = [session.ask(*ask) for ask in asks], runtime.generate(IMAGES[1:], FIRST, FULL)
         for generation in (*together, plain):
             next(generation)
         assert len(runtime._scheduler.running) == 5, "in one batch"
@@ -229,15 +241,15 @@ def _core(generation: Generation) -> tuple[int, ...]:
     return tuple(rows.image_positions[rows.core].tolist())
 
 
-def test_threads_may_ask_about_one_scene(runtime: Runtime) -> None:
+def test_threads_may_ask_about_one_session(runtime: Runtime) -> None:
     expected = runtime.generate(IMAGES[:1], SECOND, AVL).result().token_ids
     results: list[tuple[int, ...]] = []
 
-    def ask(scene: Scene) -> None:
-        results.extend(tuple(event.token_id for event in scene.ask(SECOND)) for _ in range(2))
+    def ask(session: ImageSession) -> None:
+        results.extend(tuple(event.token_id for event in session.ask(SECOND)) for _ in range(2))
 
-    with runtime.look(IMAGES[:1], AVL) as scene:
-        threads = [threading.Thread(target=ask, args=(scene,)) for _ in range(3)]
+    with runtime.open_images(IMAGES[:1], AVL) as session:
+        threads = [threading.Thread(target=ask, args=(session,)) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -276,16 +288,16 @@ def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatc
     embed, logits = decoder.embed, decoder.logits
     monkeypatch.setattr(decoder, "embed", lambda ids: (tokens.append(len(ids)), embed(ids))[1])
     monkeypatch.setattr(decoder, "logits", lambda hidden: (calls.append("logits"), logits(hidden))[1])
-    for name in ("encode_images", "look", "prefill"):
+    for name in ("encode_images", "prefill_prefix", "prefill"):
         count(name)
-    with runtime.look(IMAGES) as scene:
-        stats = scene.load()
+    with runtime.open_images(IMAGES) as session:
+        stats = session.load()
         assert calls == ["encode_images", "look"]
         assert tokens == [stats.tokens]
-        assert scene.load() == stats, "loading twice is safe"
+        assert session.load() == stats, "loading twice is safe"
         calls.clear(), tokens.clear()
         options = Options(max_new_tokens=1)
-        questions = [scene.ask(prompt, options) for prompt in (FIRST, SECOND, FIRST)]
+        questions = [session.ask(prompt, options) for prompt in (FIRST, SECOND, FIRST)]
         for question in questions:
             question.result()
         assert calls == ["prefill", "logits"] * 3
@@ -293,19 +305,19 @@ def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatc
 
 
 def test_rows_are_held_once_and_counted_where_they_are(runtime: Runtime) -> None:
-    scene = runtime.look(IMAGES, FULL)
-    assert (scene.stats.bytes_stored, runtime.kv_bytes_in_use) == (0, 0), "nothing is held before the first question"
-    questions = [scene.ask(prompt) for prompt in (FIRST, SECOND, SECOND)]
+    session = runtime.open_images(IMAGES, FULL)
+    assert (session.stats.bytes_stored, runtime.kv_bytes_in_use) == (0, 0), "nothing is held before the first question"
+    questions = [session.ask(prompt) for prompt in (FIRST, SECOND, SECOND)]
     for question in questions:
         next(question)
     row, layers = runtime.kv_shape.row_bytes, runtime.kv_shape.layers
-    stats, shared = scene.stats, scene.stats.tokens * row * layers
+    stats, shared = session.stats, session.stats.tokens * row * layers
     own = [(len(q.prompt) - stats.tokens + q.cache.step) * row * layers for q in questions]  # type: ignore[union-attr]
     assert (stats.bytes_stored, runtime.kv_bytes_in_use) == (shared, shared + sum(own))
     assert stats.image_tokens == sum(span.length for span in questions[0].prompt.spans)
     assert (
         stats.bytes_peak
-        == scene.peak_bytes
+        == session.peak_bytes
         == -(-shared // page_bytes(runtime.kv_shape)) * page_bytes(runtime.kv_shape)
     )
     plain = runtime.generate(IMAGES, FIRST, FULL).result().kv
@@ -317,5 +329,5 @@ def test_rows_are_held_once_and_counted_where_they_are(runtime: Runtime) -> None
     assert timings.encode_ms < 1 <= stats.encode_ms + stats.prefill_ms
     questions[2].close()
     assert runtime.kv_bytes_in_use == shared
-    scene.close()
+    session.close()
     assert is_empty(runtime)

@@ -1,4 +1,5 @@
-"""Scenes on engines: a picture's rows, left by `look`, and the questions that read them, by the exported graphs."""
+"""Shared prefixes on engines: a picture's rows, left by `prefill_prefix`, and the questions that read them, by the
+exported graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.cli import run_app
 from avl_edge.kv.methods import Avl, Distinct, Full, Method
 from avl_edge.kv.pool import RowStore
-from avl_edge.kv.shared import QuestionCache
+from avl_edge.kv.shared_prefix import QuestionCache
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import read_spec
@@ -26,8 +27,8 @@ from avl_edge.package.export import bindings as names
 from avl_edge.package.export.bindings import Binding
 from avl_edge.request import Prompt
 from tests.conftest import Checkpoints
-from tests.equipment.cuda_sides import STEP_OF, SceneSide, Side, close, run_both, scenes
-from tests.equipment.scenes import AVL, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, is_empty
+from tests.equipment.cuda_sides import STEP_OF, PrefixSide, Side, close, prefixes, run_both
+from tests.equipment.image_sessions import AVL, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, is_empty
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -88,7 +89,7 @@ class Pairs:
 
     def __call__(
         self, name: str, images: int, method: Method, formats: Formats, dtype: torch.dtype = torch.float32
-    ) -> tuple[SceneSide, SceneSide, GraphRunner, list[Prompt]]:
+    ) -> tuple[PrefixSide, PrefixSide, GraphRunner, list[Prompt]]:
         runtime, directory = Runtime.load(self._package(name, dtype=dtype)), self._checkpoint(name, dtype=dtype)
         backend: Any = runtime._backend
         spec, pages = read_spec(directory), runtime._pool.pages
@@ -97,7 +98,7 @@ class Pairs:
         sides = [Side(each, spec, dtype.itemsize, pages) for each in (oracle, backend)]
         decoder = backend._engines.decoder
         del decoder.runs[:]
-        (theirs, ours), prompts = scenes(sides, images, method, formats)
+        (theirs, ours), prompts = prefixes(sides, images, method, formats)
         return theirs, ours, decoder, prompts
 
 
@@ -114,7 +115,7 @@ def test_questions_equal_the_oracles(pairs: Pairs, name: str, images: int, metho
     """Logits, rows, tiers and counts of three questions that join one after another: of many tokens, of one."""
     formats = ROWS[rows]
     oracle, ours, decoder, prompts = pairs(name, images, Full(), formats)
-    for got, expected in zip(ours.scene.totals, oracle.scene.totals, strict=True):
+    for got, expected in zip(ours.shared.totals, oracle.shared.totals, strict=True):
         assert np.abs(got - expected).max() <= 1e-5
         assert (images > 1) == bool(expected.any()), "of text between two pictures"
     run_both(oracle, ours, [(prompt, QUESTIONS[method], formats) for prompt in prompts], STEP_OF[formats.text])
@@ -130,11 +131,11 @@ def test_questions_equal_the_oracles(pairs: Pairs, name: str, images: int, metho
 @pytest.mark.usefixtures("every_format")
 @pytest.mark.parametrize("rows", ["exact", "image int4"])
 @pytest.mark.parametrize("method", PART)
-def test_a_scene_of_what_stands_out_equals_the_oracles(pairs: Pairs, method: str, rows: str) -> None:
-    """Each layer lists rows of its own, and a question's values are measured beside the scene's."""
+def test_a_shared_prefix_of_what_stands_out_equals_the_oracles(pairs: Pairs, method: str, rows: str) -> None:
+    """Each layer lists rows of its own, and a question's values are measured beside the prefix's."""
     formats = ROWS[rows]
     oracle, ours, _, prompts = pairs("llama-gqa-full", 2, Distinct(60), formats)
-    for got, expected in zip(ours.scene.rows, oracle.scene.rows, strict=True):
+    for got, expected in zip(ours.shared.rows, oracle.shared.rows, strict=True):
         assert got.image_positions.tolist() == expected.image_positions.tolist()
     run_both(oracle, ours, [(prompt, PART[method], formats) for prompt in prompts], STEP_OF[formats.text])
 
@@ -144,7 +145,7 @@ def test_a_scene_of_what_stands_out_equals_the_oracles(pairs: Pairs, method: str
 def test_policies_are_given_what_the_oracle_gives_them(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch, rows: str
 ) -> None:
-    """Scores and distances of the scene's rows, as they are read back, and of the question's tokens behind them. The
+    """Scores and distances of the prefix's rows, as they are read back, and of the question's tokens behind them. The
     rows are the oracle's on both sides, so that none was rounded otherwise."""
     oracle, ours, _, prompts = pairs("llama-gqa-full", 2, Distinct(60), ROWS[rows])
     theirs, own = oracle.backend._rows._store, ours.backend._store
@@ -164,7 +165,7 @@ def test_policies_are_given_what_the_oracle_gives_them(
     for (layer, *expected), (_, *got) in zip(given[:layers], given[layers:], strict=True):
         assert len(got) == len(expected) == 3
         for exact, found in zip(expected, got, strict=True):
-            assert len(found) == len(ours.scene.stored(layer)) + len(prompts[0]) - len(ours.head)
+            assert len(found) == len(ours.shared.stored(layer)) + len(prompts[0]) - len(ours.head)
             np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-5)
             assert found.std() > 0
 
@@ -184,10 +185,10 @@ def test_half_precision_is_as_close_as_its_rounding(pairs: Pairs, rows: str) -> 
 
 def answers(runtime: Runtime, options: Options) -> list[Result]:
     """Two questions at once, with a plain request between, and one after them."""
-    with runtime.look(IMAGES, options) as scene:
-        running = [scene.ask(FIRST), runtime.generate(IMAGES[:1], FIRST, FULL), scene.ask(SECOND)]
+    with runtime.open_images(IMAGES, options) as session:
+        running = [session.ask(FIRST), runtime.generate(IMAGES[:1], FIRST, FULL), session.ask(SECOND)]
         found = [each.result() for each in running]
-        found.append(scene.ask(SECOND).result())
+        found.append(session.ask(SECOND).result())
     assert is_empty(runtime)
     return found
 
@@ -219,24 +220,24 @@ def test_answers_over_packed_rows_are_those_of_the_cpu(
 
 
 def test_a_question_brings_its_own_tokens_alone(package: Packages, checkpoint: Checkpoints) -> None:
-    """Together with its scene it may be longer than the prompts that the package was built for."""
+    """Together with its prefix it may be longer than the prompts that the package was built for."""
     whole = Runtime.open(checkpoint("mistral-gqa"))
-    shared, asked = len(whole.look(IMAGES)._look.prompt), len(whole.prepare(IMAGES, SECOND).prompt)
+    shared, asked = len(whole.open_images(IMAGES)._prefix.prompt), len(whole.prepare(IMAGES, SECOND).prompt)
     runtime = Runtime.load(package("mistral-gqa", replace(RECIPE, prompt_tokens=shared)))
     assert shared < asked
     with pytest.raises(BadInput, match=f"the prompt takes {asked} tokens, .* built for {shared} and 2 images"):
         runtime.generate(IMAGES, SECOND, FULL)
     expected = Runtime.load(checkpoint("mistral-gqa", dtype=torch.float32)).generate(IMAGES, SECOND, FULL).result()
-    with runtime.look(IMAGES, FULL) as scene:
-        assert scene.ask(SECOND).result().token_ids == expected.token_ids
+    with runtime.open_images(IMAGES, FULL) as session:
+        assert session.ask(SECOND).result().token_ids == expected.token_ids
 
 
-def test_a_scene_is_there_when_look_returns(package: Packages) -> None:
+def test_a_shared_prefix_is_there_when_it_returns(package: Packages) -> None:
     runtime: Any = Runtime.load(package("mistral-gqa"))
     log = runtime._backend._accelerator.log
     log.clear()
-    with runtime.look(IMAGES, FULL) as scene:
-        assert scene.load().bytes_stored > 0
+    with runtime.open_images(IMAGES, FULL) as session:
+        assert session.load().bytes_stored > 0
     assert log == ["synchronize"]
 
 
@@ -255,9 +256,9 @@ class TestRefused:
         ],
     )
     def test_what_engines_do_not_serve(self, runtime: Runtime, options: Options, message: str) -> None:
-        """By ``look``, and by ``ask`` of a scene that others may ask."""
-        scene = runtime.look(IMAGES[:1])
-        for refused in (lambda: runtime.look(IMAGES[:1], options), lambda: scene.ask(FIRST, options)):
+        """By ``prefill_prefix``, and by ``ask`` of a shared prefix that others may ask."""
+        session = runtime.open_images(IMAGES[:1])
+        for refused in (lambda: runtime.open_images(IMAGES[:1], options), lambda: session.ask(FIRST, options)):
             with pytest.raises(BadInput, match=message) as refusal:
                 refused()
             assert "\n" not in str(refusal.value)
@@ -265,23 +266,23 @@ class TestRefused:
 
     def test_sizes_that_the_package_was_not_built_for(self, runtime: Runtime) -> None:
         with pytest.raises(BadInput, match=r"the picture takes .*, but the package was built for 60 and 1 images: ask"):
-            runtime.look(IMAGES)
+            runtime.open_images(IMAGES)
         with pytest.raises(BadInput, match=r"the question takes \d+ tokens, 0 of images, but the package was built"):
-            runtime.look(IMAGES[:1]).ask("boat " * 70)
+            runtime.open_images(IMAGES[:1]).ask("boat " * 70)
 
     def test_a_budget_packs_what_engines_read(self, package: Packages, checkpoint: Checkpoints) -> None:
         """Nobody asked for packed rows: those of a float32 engine stay exact, however small the budget."""
         for dtype, packs in ((torch.float32, False), (torch.float16, True)):
             on_cpu = Runtime.open(checkpoint("qwen2-tied", dtype=dtype))
-            options = Options(kv_budget=on_cpu.look(IMAGES).peak_bytes * 8 // 10)
-            packed = on_cpu.look(IMAGES, options).stats.formats
+            options = Options(kv_budget=on_cpu.open_images(IMAGES).peak_bytes * 8 // 10)
+            packed = on_cpu.open_images(IMAGES, options).stats.formats
             assert packed["core"] != "exact"
             runtime = Runtime.open(package("qwen2-tied", dtype=dtype))
             if packs:
-                assert runtime.look(IMAGES, options).stats.formats == packed
+                assert runtime.open_images(IMAGES, options).stats.formats == packed
                 continue
             with pytest.raises(DoesNotFit):
-                runtime.look(IMAGES, options)
+                runtime.open_images(IMAGES, options)
 
 
 def test_an_older_package_is_refused_by_name(package: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_several_prompts_of_the_command(
         found.append(json.loads(capsys.readouterr().out))
     ours, oracle = ([each["text"] for each in document["answers"]] for document in found)
     assert ours == oracle
-    assert found[0]["scene"]["bytes_stored"] == found[1]["scene"]["bytes_stored"]
+    assert found[0]["session"]["bytes_stored"] == found[1]["session"]["bytes_stored"]
     arguments += ["--kv-budget", "1kB"]
     assert (
         run_app([str(each) for each in [*arguments[:2], package("mistral-gqa"), *arguments[3:]]])

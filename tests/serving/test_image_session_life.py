@@ -1,4 +1,4 @@
-"""Scenes that are closed, dropped, interrupted, and short of memory: no row is lost, no promise broken."""
+"""Image sessions that are closed, dropped, interrupted, and short of memory: no row is lost, no promise broken."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from avl_edge import BadInput, DoesNotFit, Formats, Generation, Options, Runtime, Scene
+from avl_edge import BadInput, DoesNotFit, Formats, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.pool import BorrowingRows, SequenceRows
 from avl_edge.machine.pressure import Limits, Monitor
 from avl_edge.planning.planning import PACKED
 from tests.conftest import Checkpoints
+from tests.equipment.image_sessions import AVL, FIRST, FULL, IMAGES, SECOND, WHOLE, check, is_empty
 from tests.equipment.machines import GB, write
-from tests.equipment.scenes import AVL, FIRST, FULL, IMAGES, SECOND, WHOLE, check, is_empty
 
 
 @pytest.fixture
@@ -41,50 +41,50 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
     return Runtime.load(checkpoint("mistral-gqa"))
 
 
-def test_a_closed_scene_ends_with_its_last_question(runtime: Runtime) -> None:
-    with runtime.look(IMAGES[:1], AVL) as scene:
-        expected = scene.ask(SECOND).result().token_ids
+def test_a_closed_session_ends_with_its_last_question(runtime: Runtime) -> None:
+    with runtime.open_images(IMAGES[:1], AVL) as session:
+        expected = session.ask(SECOND).result().token_ids
     running, waiting = _two(runtime)
-    scene.close()
+    session.close()
     assert running.result().token_ids == waiting.result().token_ids == expected
     assert is_empty(runtime)
 
 
 def _two(runtime: Runtime) -> tuple[Generation, Generation]:
-    """A question that runs and one that waits, about a scene that is closed and dropped."""
-    scene = runtime.look(IMAGES[:1], AVL)
-    running = scene.ask(SECOND)
+    """A question that runs and one that waits, about an image session that is closed and dropped."""
+    session = runtime.open_images(IMAGES[:1], AVL)
+    running = session.ask(SECOND)
     next(running)
-    waiting, prepared = scene.ask(SECOND), scene.prepare(SECOND)
-    scene.close()
-    scene.close()
-    for refused in (lambda: scene.ask(FIRST), lambda: runtime.submit(prepared), scene.load):
-        with pytest.raises(BadInput, match="the scene is closed: look at the pictures again"):
+    waiting, prepared = session.ask(SECOND), session.prepare(SECOND)
+    session.close()
+    session.close()
+    for refused in (lambda: session.ask(FIRST), lambda: runtime.submit(prepared), session.load):
+        with pytest.raises(BadInput, match="the session is closed: open the pictures again"):
             refused()
-    assert scene.stats.bytes_stored > 0, "the question that runs reads them"
+    assert session.stats.bytes_stored > 0, "the question that runs reads them"
     return running, waiting
 
 
-def test_a_closed_scene_waits_for_its_first_question(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture was run before the scene was closed; it is not run again."""
-    scene = runtime.look(IMAGES[:1], FULL)
-    scene.load()
-    question = scene.ask(FIRST)
-    scene.close()
+def test_a_closed_session_waits_for_its_first_question(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture was run before the session was closed; it is not run again."""
+    session = runtime.open_images(IMAGES[:1], FULL)
+    session.load()
+    question = session.ask(FIRST)
+    session.close()
     assert runtime.kv_bytes_in_use > 0
     monkeypatch.setattr(runtime._backend, "look", None)
     assert question.result().token_ids == runtime.generate(IMAGES[:1], FIRST, FULL).result().token_ids
     assert is_empty(runtime)
 
 
-@pytest.mark.parametrize("rows", [BorrowingRows, SequenceRows], ids=["a question's", "the scene's"])
+@pytest.mark.parametrize("rows", [BorrowingRows, SequenceRows], ids=["a question's", "the session's"])
 def test_an_interrupt_while_rows_are_freed_loses_none(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, rows: type[SequenceRows]
 ) -> None:
-    scene = runtime.look(IMAGES[:1], FULL)
-    question, plain = scene.ask(FIRST), runtime.generate(IMAGES[:1], FIRST, FULL)
+    session = runtime.open_images(IMAGES[:1], FULL)
+    question, plain = session.ask(FIRST), runtime.generate(IMAGES[:1], FIRST, FULL)
     next(question), next(plain)
-    scene.close()
+    session.close()
     close = SequenceRows.close
 
     def interrupted(self: SequenceRows) -> None:
@@ -99,37 +99,37 @@ def test_an_interrupt_while_rows_are_freed_loses_none(
         with pytest.raises(KeyboardInterrupt):
             question.close()
     check(runtime, plain)
-    assert not runtime._scheduler._looks
+    assert not runtime._scheduler._prefixes
     plain.close()
     assert is_empty(runtime)
 
 
-def test_a_scene_that_is_dropped_is_closed(runtime: Runtime) -> None:
-    answer = runtime.look(IMAGES[:1], FULL).ask(FIRST)
+def test_a_session_that_is_dropped_is_closed(runtime: Runtime) -> None:
+    answer = runtime.open_images(IMAGES[:1], FULL).ask(FIRST)
     gc.collect()
     assert len(answer.result().token_ids) == 24
     assert is_empty(runtime)
-    scene = runtime.look(IMAGES[:1], FULL)
-    scene.load()
+    session = runtime.open_images(IMAGES[:1], FULL)
+    session.load()
     assert runtime.kv_bytes_in_use > 0
-    del scene
+    del session
     gc.collect()
     assert is_empty(runtime)
 
 
-def test_a_scene_dropped_in_the_middle_of_a_step_is_freed_after_it(
+def test_a_session_dropped_in_the_middle_of_a_step_is_freed_after_it(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenes = [runtime.look(IMAGES[:1], FULL)]
-    scenes[0].load()
+    sessions = [runtime.open_images(IMAGES[:1], FULL)]
+    sessions[0].load()
     plain = runtime.generate(IMAGES[:1], FIRST, FULL)
     held: list[int] = []
     decode = runtime._backend.decode  # type: ignore[union-attr]
 
     def drop(*arguments: Any) -> Tensor:
-        scenes.clear()
+        sessions.clear()
         gc.collect()
-        held.append(len(runtime._scheduler._looks))
+        held.append(len(runtime._scheduler._prefixes))
         return decode(*arguments)
 
     next(plain)
@@ -137,20 +137,20 @@ def test_a_scene_dropped_in_the_middle_of_a_step_is_freed_after_it(
     next(plain)
     assert held == [1]
     check(runtime, plain)
-    assert not runtime._scheduler._looks
+    assert not runtime._scheduler._prefixes
 
 
 @pytest.mark.parametrize("stage", ["look", "prefill", "decode"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_what_breaks_in_a_step_leaves_other_scenes(
+def test_what_breaks_in_a_step_leaves_other_sessions(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stage: str, kind: type[BaseException]
 ) -> None:
-    """A scene that was being run is run anew for the next question; one that was there stays."""
-    other, scene = runtime.look(IMAGES[1:], FULL), runtime.look(IMAGES[:1], FULL)
+    """An image session that was being run is run anew for the next question; one that was there stays."""
+    other, session = runtime.open_images(IMAGES[1:], FULL), runtime.open_images(IMAGES[:1], FULL)
     expected = other.ask(FIRST).result().token_ids
     if stage != "look":
-        scene.load()
-    question = scene.ask(SECOND)
+        session.load()
+    question = session.ask(SECOND)
 
     def fail(*_: object) -> None:
         raise kind("broken")
@@ -162,40 +162,40 @@ def test_what_breaks_in_a_step_leaves_other_scenes(
     assert question._sequence.result is not None
     assert question._sequence.result.finish_reason == ("error" if kind is RuntimeError else "cancelled")
     check(runtime)
-    assert (scene.stats.bytes_stored > 0) == (stage != "look")
+    assert (session.stats.bytes_stored > 0) == (stage != "look")
     assert other.ask(FIRST).result().token_ids == expected
     plain = runtime.generate(IMAGES[:1], SECOND, FULL).result()
-    assert scene.ask(SECOND).result().token_ids == plain.token_ids
-    scene.close(), other.close()
+    assert session.ask(SECOND).result().token_ids == plain.token_ids
+    session.close(), other.close()
     assert is_empty(runtime)
 
 
 def test_real_interrupts_at_any_moment_lose_no_row(runtime: Runtime) -> None:
-    """A timer interrupts thirty looks, each a little later than the one before, while another scene is open."""
+    """A timer interrupts thirty looks, each a little later than the one before, while another session is open."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     usual, interrupted = signal.signal(signal.SIGALRM, interrupt), 0
-    kept = runtime.look(IMAGES[1:], AVL)
+    kept = runtime.open_images(IMAGES[1:], AVL)
     expected = kept.ask(FIRST).result().token_ids
     try:
         for run in range(30):
-            scene = runtime.look(IMAGES[:1], AVL)
-            both = [scene.ask(prompt) for prompt in (FIRST, SECOND)]
+            session = runtime.open_images(IMAGES[:1], AVL)
+            both = [session.ask(prompt) for prompt in (FIRST, SECOND)]
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0007 * run)
                 both[0].result()
-                scene.close()
+                session.close()
                 both[1].result()
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupted += 1
             for each in both:
                 each.close()
-            scene.close()
+            session.close()
             check(runtime)
-            assert len(runtime._scheduler._looks) == 1
+            assert len(runtime._scheduler._prefixes) == 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, usual)
@@ -207,7 +207,8 @@ def test_real_interrupts_at_any_moment_lose_no_row(runtime: Runtime) -> None:
 
 def test_an_interrupt_at_a_call_of_any_function_leaves_the_books_in_order(runtime: Runtime) -> None:
     """Where a function begins, Python lets an interrupt in: at the first, second and last call of each of ours."""
-    kept, ours = runtime.look(IMAGES[1:], AVL), re.compile("(runtime|scheduler|scene|generation|shared|pool/.*)[.]py")
+    kept = runtime.open_images(IMAGES[1:], AVL)
+    ours = re.compile("(serving/(runtime|scheduler|image_session|generation)|kv/(shared_prefix|pool/.*))[.]py")
     expected = kept.ask(FIRST).result().token_ids
 
     def run(wanted: tuple[CodeType, int] | None) -> Counter[CodeType]:
@@ -221,19 +222,19 @@ def test_an_interrupt_at_a_call_of_any_function_leaves_the_books_in_order(runtim
                 if (code, calls[code]) == wanted:
                     raise KeyboardInterrupt
 
-        scene = runtime.look(IMAGES[:1], AVL)
-        both = [scene.ask(prompt) for prompt in (FIRST, SECOND)]
+        session = runtime.open_images(IMAGES[:1], AVL)
+        both = [session.ask(prompt) for prompt in (FIRST, SECOND)]
         with suppress(KeyboardInterrupt):
             sys.setprofile(called)
             try:
                 both[0].result()
-                scene.close()
+                session.close()
                 both[1].result()
             finally:
                 sys.setprofile(None)
         for each in both:
             each.close()
-        scene.close()
+        session.close()
         return calls
 
     calls = run(None)
@@ -242,41 +243,41 @@ def test_an_interrupt_at_a_call_of_any_function_leaves_the_books_in_order(runtim
         for which in sorted({1, min(2, count), count}):
             run((code, which))
             check(runtime)
-            assert len(runtime._scheduler._looks) == 1, code
+            assert len(runtime._scheduler._prefixes) == 1, code
     assert kept.ask(FIRST).result().token_ids == expected
     kept.close()
     assert is_empty(runtime)
 
 
 def test_budgets_are_kept_apart(runtime: Runtime) -> None:
-    """The scene's is for the picture, which is packed as far as it asks; a question's is for its own rows."""
-    exact, half = (runtime.look(IMAGES, Options(formats=each)).peak_bytes for each in (Formats(), PACKED[0]))
+    """The session's is for the picture, which is packed as far as it asks; a question's is for its own rows."""
+    exact, half = (runtime.open_images(IMAGES, Options(formats=each)).peak_bytes for each in (Formats(), PACKED[0]))
     found = []
     for budget in (exact, exact - 1, half - 1):
-        with runtime.look(IMAGES, Options(kv_budget=budget, max_new_tokens=8)) as scene:
-            kv = scene.ask(FIRST).result().kv
-            stats = scene.stats
+        with runtime.open_images(IMAGES, Options(kv_budget=budget, max_new_tokens=8)) as session:
+            kv = session.ask(FIRST).result().kv
+            stats = session.stats
             assert stats.bytes_peak <= budget == stats.bytes_budget
             assert kv.bytes_budget is None
             assert kv.bytes_shared == stats.bytes_stored
             found.append(stats.formats["core"])
     assert found == ["exact", "int8", "int4"]
-    with pytest.raises(DoesNotFit, match=r"does not hold the \d+ tokens of the scene") as refusal:
-        runtime.look(IMAGES, Options(kv_budget=1000))
+    with pytest.raises(DoesNotFit, match=r"does not hold the \d+ tokens of the session") as refusal:
+        runtime.open_images(IMAGES, Options(kv_budget=1000))
     least = _smallest(refusal.value)
-    runtime.look(IMAGES, Options(kv_budget=least))
+    runtime.open_images(IMAGES, Options(kv_budget=least))
     with pytest.raises(DoesNotFit):
-        runtime.look(IMAGES, Options(kv_budget=least - 1))
+        runtime.open_images(IMAGES, Options(kv_budget=least - 1))
     with pytest.raises(DoesNotFit):
-        runtime.look(IMAGES, Options(kv_budget=least, formats=Formats()))
-    scene = runtime.look(IMAGES)
+        runtime.open_images(IMAGES, Options(kv_budget=least, formats=Formats()))
+    session = runtime.open_images(IMAGES)
     with pytest.raises(DoesNotFit, match="tokens of the question and 8 new ones") as refusal:
-        scene.ask(FIRST, Options(kv_budget=1000, max_new_tokens=8))
+        session.ask(FIRST, Options(kv_budget=1000, max_new_tokens=8))
     least = _smallest(refusal.value)
-    kv = scene.ask(FIRST, Options(kv_budget=least, max_new_tokens=8)).result().kv
+    kv = session.ask(FIRST, Options(kv_budget=least, max_new_tokens=8)).result().kv
     assert kv.bytes_peak == least == kv.bytes_budget
     with pytest.raises(DoesNotFit):
-        scene.ask(FIRST, Options(kv_budget=least - 1, max_new_tokens=8))
+        session.ask(FIRST, Options(kv_budget=least - 1, max_new_tokens=8))
 
 
 def _smallest(refusal: DoesNotFit) -> int:
@@ -285,39 +286,39 @@ def _smallest(refusal: DoesNotFit) -> int:
     return int(found[1])
 
 
-def test_questions_wait_for_the_pool_and_what_open_scenes_hold_is_refused(checkpoint: Checkpoints) -> None:
+def test_questions_wait_for_the_pool_and_what_open_sessions_hold_is_refused(checkpoint: Checkpoints) -> None:
     directory = checkpoint("mistral-gqa")
-    planned = Runtime.open(directory).look(IMAGES[:1], FULL)
-    scene_bytes, own = planned.peak_bytes, planned.prepare(FIRST).plan.peak_bytes
-    runtime = Runtime.load(directory, pool_bytes=scene_bytes + own)
-    with runtime.look(IMAGES[:1], FULL) as scene:
-        waiting = [scene.ask(FIRST) for _ in range(3)]
+    planned = Runtime.open(directory).open_images(IMAGES[:1], FULL)
+    session_bytes, own = planned.peak_bytes, planned.prepare(FIRST).plan.peak_bytes
+    runtime = Runtime.load(directory, pool_bytes=session_bytes + own)
+    with runtime.open_images(IMAGES[:1], FULL) as session:
+        waiting = [session.ask(FIRST) for _ in range(3)]
         assert len({each.result().token_ids for each in waiting}) == 1
-        other = runtime.look(IMAGES[1:], FULL)
+        other = runtime.open_images(IMAGES[1:], FULL)
         question, plain = other.ask(FIRST), runtime.generate(IMAGES[:1], FIRST, AVL)
         for each in (question, plain):
-            with pytest.raises(DoesNotFit, match="open scenes hold the rows that this needs"):
+            with pytest.raises(DoesNotFit, match="open image sessions hold the rows that this needs"):
                 each.result()
         check(runtime)
-        assert scene.ask(FIRST).result().token_ids == waiting[0].result().token_ids
+        assert session.ask(FIRST).result().token_ids == waiting[0].result().token_ids
     assert len(other.ask(FIRST).result().token_ids) == 24
     plain, last = runtime.generate(IMAGES[:1], FIRST, AVL), other.ask(FIRST)
     other.close()
-    assert len(plain.result().token_ids) == 24, "once the scene's last question, asked later, has freed it"
+    assert len(plain.result().token_ids) == 24, "once the session's last question, asked later, has freed it"
     assert last.result().finish_reason == "length"
     with pytest.raises(DoesNotFit, match="the whole pool has"):
-        runtime.look(IMAGES[:1]).ask(FIRST, Options(max_new_tokens=200))
+        runtime.open_images(IMAGES[:1]).ask(FIRST, Options(max_new_tokens=200))
     assert is_empty(runtime)
 
 
 def test_short_memory_leaves_shared_rows_alone(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    """A plain request beside them is packed, then nobody is admitted; the scene's answers stay what they were."""
+    """A plain request beside them is packed, then nobody is admitted; the session's answers stay what they were."""
     write(tmp_path, 6 * GB)
     runtime = Runtime.load(checkpoint("mistral-gqa"), reserve_bytes=2 * GB, device_root=tmp_path)
     runtime._monitor = Monitor(Limits(2 * GB), tmp_path, every_ms=0)
-    scene = runtime.look(IMAGES[:1], AVL)
-    expected = scene.ask(SECOND).result()
-    question, plain = scene.ask(SECOND), runtime.generate(IMAGES[:1], SECOND, FULL)
+    session = runtime.open_images(IMAGES[:1], AVL)
+    expected = session.ask(SECOND).result()
+    question, plain = session.ask(SECOND), runtime.generate(IMAGES[:1], SECOND, FULL)
     next(question), next(plain)
     write(tmp_path, GB)
     result = question.result()
@@ -326,14 +327,14 @@ def test_short_memory_leaves_shared_rows_alone(checkpoint: Checkpoints, tmp_path
     assert result.token_ids == expected.token_ids
     assert vars(result.kv.pressure) | {"waited_ms": 0.0} == vars(expected.kv.pressure) | {"waited_ms": 0.0}
     check(runtime, plain)
-    late = scene.ask(FIRST)
+    late = session.ask(FIRST)
     runtime.step()
     assert late.cache is None, "nobody is admitted"
     write(tmp_path, 6 * GB)
     late.result()
 
 
-class SceneLife(RuleBasedStateMachine):
+class SessionLife(RuleBasedStateMachine):
     """Looks, questions, plain requests, steps, closes, drops and broken steps in any order, over one small pool.
 
     At every moment the pool's books are in order and each lease holds what was planned for it at most; in the end it is
@@ -349,26 +350,26 @@ class SceneLife(RuleBasedStateMachine):
         runtime = Runtime.open(self.directory)
         runtime.load_weights(pool_bytes=pages * page_bytes(runtime.kv_shape))
         self.runtime = runtime
-        self.scenes: list[Scene] = []
+        self.sessions: list[ImageSession] = []
         self.asked: list[tuple[Generation, tuple[int, int, str]]] = []
 
     @rule(picture=st.sampled_from([0, 1]), packed=st.booleans(), share=st.sampled_from([100, 30]), load=st.booleans())
-    def look(self, picture: int, packed: bool, share: int, load: bool) -> None:
+    def open_session(self, picture: int, packed: bool, share: int, load: bool) -> None:
         options = Options("distinct", {"secondary": share}, PACKED[0] if packed else None)
-        scene = self.runtime.look(IMAGES[picture : picture + 1], options)
-        self.scenes.append(scene)
+        session = self.runtime.open_images(IMAGES[picture : picture + 1], options)
+        self.sessions.append(session)
         if load:
             with suppress(DoesNotFit):
-                assert scene.load().bytes_peak == scene.peak_bytes
+                assert session.load().bytes_peak == session.peak_bytes
 
-    @precondition(lambda self: bool(self.scenes))
+    @precondition(lambda self: bool(self.sessions))
     @rule(choice=st.integers(0, 99), method=st.integers(0, 3), prompt=st.sampled_from([FIRST, SECOND]))
     def ask(self, choice: int, method: int, prompt: str) -> None:
-        scene = self.scenes[choice % len(self.scenes)]
+        session = self.sessions[choice % len(self.sessions)]
         with suppress(DoesNotFit):
-            question = scene.ask(prompt, METHODS[method])
+            question = session.ask(prompt, METHODS[method])
             picture = self.pictures.index(question.prompt.spans[0].digest)
-            whole = question._sequence.request.look.share == 100 and scene.stats.formats["core"] == "exact"
+            whole = question._sequence.request.prefix.share == 100 and session.stats.formats["core"] == "exact"
             known = (picture if whole else -1, method, prompt)
             self.asked.append((question, known))
 
@@ -383,12 +384,12 @@ class SceneLife(RuleBasedStateMachine):
         for _ in range(count):
             self.runtime.step()
 
-    @precondition(lambda self: bool(self.scenes))
+    @precondition(lambda self: bool(self.sessions))
     @rule(choice=st.integers(0, 99), drop=st.booleans())
     def close(self, choice: int, drop: bool) -> None:
-        scene = self.scenes.pop(choice % len(self.scenes))
+        session = self.sessions.pop(choice % len(self.sessions))
         if not drop:
-            scene.close()
+            session.close()
 
     @precondition(lambda self: bool(self.asked))
     @rule(choice=st.integers(0, 99))
@@ -409,7 +410,7 @@ class SceneLife(RuleBasedStateMachine):
         if not hasattr(self, "runtime"):
             return
         running = self.runtime._scheduler.running
-        looks = [look for look in self.runtime._scheduler._looks if look.cache]
+        looks = [look for look in self.runtime._scheduler._prefixes if look.cache]
         pairs = [(each.cache, each.request.plan) for each in running] + [(look.cache, look.plan) for look in looks]
         self.runtime._pool.check_integrity([cache.rows for cache, _ in pairs if cache])
         for cache, plan in pairs:
@@ -426,8 +427,8 @@ class SceneLife(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "runtime"):
             return
-        for scene in self.scenes:
-            scene.close()
+        for session in self.sessions:
+            session.close()
         while self.runtime.step():
             self.sound()
         assert all(generation._sequence.result for generation, _ in self.asked)
@@ -453,5 +454,5 @@ def test_any_order_of_looks_questions_and_ends(checkpoint: Checkpoints) -> None:
                 generation = runtime.generate([image], prompt, options)
                 alone[picture, method, prompt] = generation.result().token_ids
         pictures.append(generation.prompt.spans[0].digest)
-    SceneLife.directory, SceneLife.alone, SceneLife.pictures = directory, alone, pictures
-    run_state_machine_as_test(SceneLife, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))
+    SessionLife.directory, SessionLife.alone, SessionLife.pictures = directory, alone, pictures
+    run_state_machine_as_test(SessionLife, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))

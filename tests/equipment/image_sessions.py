@@ -1,4 +1,5 @@
-"""Shared by the tests of scenes: pictures, questions, options that share rows, and the state of a runtime's books."""
+"""Shared by the tests of image sessions: pictures, questions, options that share rows, and the state of a runtime's
+books."""
 
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ def record(runtime: Runtime) -> list[Tensor]:
 
 
 def check(runtime: Runtime, *questions: Generation) -> None:
-    """The books are in order, and hold nothing but the rows of ``questions`` and of scenes."""
+    """The books are in order, and hold nothing but the rows of ``questions`` and of image sessions."""
     caches = [each.cache for each in questions if each.cache]
     assert len(caches) == len(questions)
-    scenes = [look.cache for look in runtime._scheduler._looks if look.cache]
-    runtime._pool.check_integrity([cache.rows for cache in (*caches, *scenes)])
-    assert runtime.kv_bytes_in_use == sum(cache.rows.lease.nbytes for cache in (*caches, *scenes))
+    sessions = [prefix.cache for prefix in runtime._scheduler._prefixes if prefix.cache]
+    runtime._pool.check_integrity([cache.rows for cache in (*caches, *sessions)])
+    assert runtime.kv_bytes_in_use == sum(cache.rows.lease.nbytes for cache in (*caches, *sessions))
 
 
 def is_empty(runtime: Runtime) -> bool:

@@ -1,10 +1,10 @@
-"""Rows that several questions read: a scene's cache, and the caches of the questions about it.
+"""Rows that several questions read: a shared prefix's cache, and the caches of the questions about it.
 
-A scene is a prompt that ends with its last image. What stands there does not depend on what is asked after it, since a
-token attends only those before it; so its rows are computed and stored once, and a question brings its own text alone.
-Which image rows are stored is decided before anything is asked: all, or those whose values stand out. Each question has
-a core of its own among them, picked by its own attention. A row is core for one question and secondary for another, so
-both tiers have one format.
+A shared prefix is a prompt that ends with its last image. What stands there does not depend on what is asked after it,
+since a token attends only those before it; so its rows are computed and stored once, and a question brings its own text
+alone. Which image rows are stored is decided before anything is asked: all, or those whose values stand out. Each
+question has a core of its own among them, picked by its own attention. A row is core for one question and secondary for
+another, so both tiers have one format.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .pool.sequence import LayerRows
 _NO_SCORES: Scores = np.empty(0)
 
 
-class SceneCache(SequenceCache):
-    """The rows of a scene. ``plan`` is of a method that asks for no attention.
+class SharedPrefixCache(SequenceCache):
+    """The rows of a shared prefix. ``plan`` is of a method that asks for no attention.
 
     ``totals``, layer by layer: the attention ``[length]`` that tokens received from the text between two images. It is
     part of the sums of every question, and nobody runs those queries again.
@@ -58,29 +58,31 @@ class SceneCache(SequenceCache):
 
 
 class QuestionCache(SequenceCache):
-    """The rows of a question: those of its ``scene``, and its own text's.
+    """The rows of a question: those of its ``shared``, and its own text's.
 
-    The policy is asked as for any prompt, over the tokens that the scene stored in a layer and the question's own: what
-    it sees are the scores that it would see if the prompt had been run over the rows that are stored. ``plan`` counts
-    what the question adds (:func:`~avl_edge.kv.budget.plan_after`).
+    The policy is asked as for any prompt, over the tokens that the prefix stored in a layer and the question's own:
+    what it sees are the scores that it would see if the prompt had been run over the rows that are stored. ``plan``
+    counts what the question adds (:func:`~avl_edge.kv.budget.plan_after`).
     """
 
-    def __init__(self, scene: SceneCache, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan]) -> None:
-        rows = BorrowingRows(scene.rows, scene.length, plan.pages)
-        super().__init__(scene.rows.pool, plan, length, spans, len(rows.layers), rows)
-        self.begin = scene.length
-        self._scene = scene
+    def __init__(
+        self, shared: SharedPrefixCache, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan]
+    ) -> None:
+        rows = BorrowingRows(shared.rows, shared.length, plan.pages)
+        super().__init__(shared.rows.pool, plan, length, spans, len(rows.layers), rows)
+        self.begin = shared.length
+        self._shared = shared
 
     def prompt_queries(self, layer: int) -> Index | None:
         queries = super().prompt_queries(layer)
-        return None if queries is None else queries[queries >= len(self._scene.stored(layer))]
+        return None if queries is None else queries[queries >= len(self._shared.stored(layer))]
 
     def positions(self, layer: int) -> Ids:
-        return np.concatenate([self._scene.stored(layer), self._positions[self.begin :]])
+        return np.concatenate([self._shared.stored(layer), self._positions[self.begin :]])
 
     def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
-        total, before = total.copy(), self._scene.stored(layer)
-        total[: len(before)] += self._scene.totals[layer][before]
+        total, before = total.copy(), self._shared.stored(layer)
+        total[: len(before)] += self._shared.totals[layer][before]
         return super().store_prompt(layer, last, total, distances)
 
     def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
@@ -89,4 +91,4 @@ class QuestionCache(SequenceCache):
         return [Selected(self.formats.text, places, rows.text_ids[own], rows.text_positions[own])]
 
     def rows_before(self, layer: int) -> list[Selected]:
-        return self._scene.every_row(layer)
+        return self._shared.every_row(layer)

@@ -14,7 +14,7 @@ import pytest
 from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.cli import run_app
 from tests.conftest import Checkpoints
-from tests.equipment.scenes import FIRST, IMAGES, SECOND, is_empty
+from tests.equipment.image_sessions import FIRST, IMAGES, SECOND, is_empty
 
 
 @pytest.fixture
@@ -43,52 +43,52 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
     ],
 )
 def test_what_cannot_share_is_refused_with_what_can(runtime: Runtime, options: Options, message: str) -> None:
-    """By ``look``, and by ``ask`` of a scene that others may ask."""
-    scene = runtime.look(IMAGES)
-    for refused in (lambda: runtime.look(IMAGES, options), lambda: scene.ask(FIRST, options)):
+    """By ``look``, and by ``ask`` of an image session that others may ask."""
+    session = runtime.open_images(IMAGES)
+    for refused in (lambda: runtime.open_images(IMAGES, options), lambda: session.ask(FIRST, options)):
         with pytest.raises(BadInput, match=message) as refusal:
             refused()
         assert "\n" not in str(refusal.value)
     assert is_empty(runtime)
 
 
-def test_what_makes_no_scene_is_refused(runtime: Runtime) -> None:
-    scene, context = runtime.look(IMAGES), runtime.spec.text.context
+def test_what_makes_no_session_is_refused(runtime: Runtime) -> None:
+    session, context = runtime.open_images(IMAGES), runtime.spec.text.context
     for refused, message in [
-        (lambda: runtime.look([]), "a scene needs a picture"),
-        (lambda: runtime.look("cam.jpg"), "put a single one into brackets"),
-        (lambda: runtime.look(["none.jpg"]), "does not exist"),
-        (lambda: runtime.look(IMAGES, {"method": "avl"}), "options must be avl_edge.Options"),  # type: ignore[arg-type]
-        (lambda: runtime.look(IMAGES * 20), f"context ends at {context}"),
-        (lambda: scene.ask(""), "the prompt is empty"),
-        (lambda: scene.ask(FIRST, 3), "options must be avl_edge.Options"),  # type: ignore[arg-type]
-        (lambda: scene.ask(FIRST, {}), "options must be avl_edge.Options"),  # type: ignore[arg-type]
-        (lambda: scene.ask("boat " * context), f"context ends at {context}"),
-        (lambda: scene.ask(FIRST, Options(formats=Formats("int8", "exact", "exact"))), "formats of its scene"),
-        (lambda: scene.ask(FIRST, Options(preset="lossless")), "formats of its scene"),
+        (lambda: runtime.open_images([]), "an image session needs a picture"),
+        (lambda: runtime.open_images("cam.jpg"), "put a single one into brackets"),
+        (lambda: runtime.open_images(["none.jpg"]), "does not exist"),
+        (lambda: runtime.open_images(IMAGES, {"method": "avl"}), "options must be avl_edge.Options"),  # type: ignore[arg-type]
+        (lambda: runtime.open_images(IMAGES * 20), f"context ends at {context}"),
+        (lambda: session.ask(""), "the prompt is empty"),
+        (lambda: session.ask(FIRST, 3), "options must be avl_edge.Options"),  # type: ignore[arg-type]
+        (lambda: session.ask(FIRST, {}), "options must be avl_edge.Options"),  # type: ignore[arg-type]
+        (lambda: session.ask("boat " * context), f"context ends at {context}"),
+        (lambda: session.ask(FIRST, Options(formats=Formats("int8", "exact", "exact"))), "formats of its session"),
+        (lambda: session.ask(FIRST, Options(preset="lossless")), "formats of its session"),
     ]:
         with pytest.raises(BadInput, match=message):
             refused()
-    with runtime.look(IMAGES, Options(preset="lossless", max_new_tokens=4)) as packed:
+    with runtime.open_images(IMAGES, Options(preset="lossless", max_new_tokens=4)) as packed:
         assert packed.ask(FIRST).result().method == "coarse"
         assert packed.stats.formats["core"] == "int4"
 
 
 @pytest.mark.parametrize("name", ["small", "lossless"])
 def test_presets_share(name: str) -> None:
-    """Whatever the question's length, a preset stores of the picture what the scene stored."""
+    """Whatever the question's length, a preset stores of the picture what the session stored."""
     runtime = Runtime.load("demo")
-    with runtime.look(IMAGES[:1], Options(preset=name, max_new_tokens=2)) as scene:
+    with runtime.open_images(IMAGES[:1], Options(preset=name, max_new_tokens=2)) as session:
         for prompt in ("Hi", FIRST, f"{FIRST} {SECOND} {FIRST}"):
-            assert scene.ask(prompt).result().token_ids
-        assert scene.ask(FIRST, Options(preset=name, max_new_tokens=2)).result().token_ids
+            assert session.ask(prompt).result().token_ids
+        assert session.ask(FIRST, Options(preset=name, max_new_tokens=2)).result().token_ids
     assert is_empty(runtime)
 
 
 def test_a_question_stays_with_its_runtime(runtime: Runtime, checkpoint: Checkpoints) -> None:
     other = Runtime.load(checkpoint("mistral-gqa"))
-    with runtime.look(IMAGES[:1]) as scene:
-        question = scene.prepare(FIRST)
+    with runtime.open_images(IMAGES[:1]) as session:
+        question = session.prepare(FIRST)
         with pytest.raises(BadInput, match="another runtime"):
             other.submit(question)
         assert runtime.submit(question).result().token_ids
@@ -107,7 +107,7 @@ def test_a_question_before_the_picture_is_refused(checkpoint: Checkpoints, tmp_p
     early = "{{ message['content'][-1]['text'][:3] + message['role'].upper() + ': ' }}"
     runtime = _with_template(checkpoint, tmp_path / "m", "{{ message['role'].upper() + ': ' }}", early)
     with pytest.raises(BadInput, match="writes the question before the pictures: ask one at a time"):
-        runtime.look(IMAGES)
+        runtime.open_images(IMAGES)
 
 
 def test_a_template_that_writes_something_new_is_noticed(
@@ -118,11 +118,11 @@ def test_a_template_that_writes_something_new_is_noticed(
     now = ["19"]
     monkeypatch.setattr("avl_edge.model.prompt.template._strftime_now", lambda _: now[0])
     runtime = _with_template(checkpoint, tmp_path / "m", "{{ message['role'].upper() + ': ' }}", dated)
-    scene = runtime.look(IMAGES)
-    scene.prepare(FIRST)
+    session = runtime.open_images(IMAGES)
+    session.prepare(FIRST)
     now[0] = "20"
-    with pytest.raises(BadInput, match="look at them again"):
-        scene.prepare(FIRST)
+    with pytest.raises(BadInput, match="open them again"):
+        session.prepare(FIRST)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_several_prompts_are_answered_as_each_alone(run: Any) -> None:
         assert set(answer) == set(single)
         assert (answer["token_ids"], answer["usage"]) == (single["token_ids"], single["usage"])
         assert answer["kv"]["bytes_stored"] + answer["kv"]["bytes_shared"] == single["kv"]["bytes_stored"]
-    assert document["scene"]["bytes_stored"] == document["answers"][0]["kv"]["bytes_shared"]
+    assert document["session"]["bytes_stored"] == document["answers"][0]["kv"]["bytes_shared"]
     code, _, err = run(*BOTH, "--stats")
     assert code == 0
     assert err.count("KV shared") == err.count("KV stored / peak / full") == 2
@@ -165,13 +165,13 @@ def test_several_prompts_are_answered_as_each_alone(run: Any) -> None:
 
 def test_a_budget_holds_for_the_picture_and_all_questions(run: Any) -> None:
     whole = json.loads(run(*BOTH, "--json")[1])
-    peak = whole["scene"]["bytes_peak"] + sum(each["kv"]["bytes_peak"] for each in whole["answers"])
+    peak = whole["session"]["bytes_peak"] + sum(each["kv"]["bytes_peak"] for each in whole["answers"])
     code, _, err = run(*BOTH, "--kv-budget", str(peak))
     assert (code, "rows exact, hold at most" in err) == (0, True)
     code, out, err = run(*BOTH, "--kv-budget", str(peak - 1), "--json")
     document = json.loads(out)
     assert (code, "2 questions, rows int8, hold at most" in err) == (0, True)
-    held = document["scene"]["bytes_peak"] + sum(each["kv"]["bytes_peak"] for each in document["answers"])
+    held = document["session"]["bytes_peak"] + sum(each["kv"]["bytes_peak"] for each in document["answers"])
     assert held < peak
     code, out, err = run(*BOTH, "--kv-budget", "10kB")
     found = re.search(r"smallest that would do is .*\((\d+) bytes\)", err)

@@ -1,4 +1,5 @@
-"""Scenes on the GPU backend: a picture's rows, left by `look`, and the questions that read them, against the oracle."""
+"""Shared prefixes on the GPU backend: a picture's rows, left by `prefill_prefix`, and the questions that read them,
+against the oracle."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from avl_edge.model.network.decoder import Decoder
 from avl_edge.request import Prompt
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import HostDevice
-from tests.equipment.cuda_sides import STEP_OF, SceneSide, both, random_prompt, run_both, scenes
+from tests.equipment.cuda_sides import STEP_OF, PrefixSide, both, prefixes, random_prompt, run_both
 
 FORMATS = {
     "exact": Formats(),
@@ -35,11 +36,11 @@ PART: dict[str, Method] = {
 }
 
 
-def _scenes(
+def _prefixes(
     directory: Path, images: int, method: Method, formats: Formats
-) -> tuple[SceneSide, SceneSide, HostDevice, list[Prompt]]:
+) -> tuple[PrefixSide, PrefixSide, HostDevice, list[Prompt]]:
     oracle, ours, device = both(directory)
-    sides, prompts = scenes([oracle, ours], images, method, formats)
+    sides, prompts = prefixes([oracle, ours], images, method, formats)
     return sides[0], sides[1], device, prompts
 
 
@@ -51,8 +52,8 @@ def test_questions_equal_the_oracles(
 ) -> None:
     """Logits, rows, tiers and counts of three questions that join one after another: of many tokens, of one."""
     chosen = FORMATS[formats]
-    oracle, ours, _, prompts = _scenes(checkpoint(name), images, Full(), chosen)
-    for got, expected in zip(ours.scene.totals, oracle.scene.totals, strict=True):
+    oracle, ours, _, prompts = _prefixes(checkpoint(name), images, Full(), chosen)
+    for got, expected in zip(ours.shared.totals, oracle.shared.totals, strict=True):
         assert np.abs(got - expected).max() <= 1e-5
         assert (images > 1) == bool(expected.any()), "of text between two pictures"
     requests = [(prompt, QUESTIONS[method], chosen) for prompt in prompts]
@@ -61,16 +62,18 @@ def test_questions_equal_the_oracles(
 
 @pytest.mark.parametrize("formats", ["exact", "int4"])
 @pytest.mark.parametrize("method", PART)
-def test_a_scene_of_what_stands_out_equals_the_oracles(checkpoint: Checkpoints, method: str, formats: str) -> None:
+def test_a_shared_prefix_of_what_stands_out_equals_the_oracles(
+    checkpoint: Checkpoints, method: str, formats: str
+) -> None:
     chosen = FORMATS[formats]
-    oracle, ours, _, prompts = _scenes(checkpoint("llama-gqa-full"), 2, Distinct(60), chosen)
-    for got, expected in zip(ours.scene.rows, oracle.scene.rows, strict=True):
+    oracle, ours, _, prompts = _prefixes(checkpoint("llama-gqa-full"), 2, Distinct(60), chosen)
+    for got, expected in zip(ours.shared.rows, oracle.shared.rows, strict=True):
         assert got.image_positions.tolist() == expected.image_positions.tolist()
     run_both(oracle, ours, [(prompt, PART[method], chosen) for prompt in prompts], STEP_OF[chosen.text])
 
 
 def test_questions_of_all_methods_share_a_batch_with_plain_requests(checkpoint: Checkpoints) -> None:
-    oracle, ours, device, prompts = _scenes(checkpoint("llama-mha"), 1, Full(), FORMATS["int8"])
+    oracle, ours, device, prompts = _prefixes(checkpoint("llama-mha"), 1, Full(), FORMATS["int8"])
     requests = [(prompts[0], method, FORMATS["int8"]) for method in QUESTIONS.values()]
     requests.append((random_prompt(oracle.spec, 9)[0], Full(), Formats()))
     device.log.clear()
@@ -79,8 +82,8 @@ def test_questions_of_all_methods_share_a_batch_with_plain_requests(checkpoint: 
 
 
 def test_scores_of_a_question_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its queries begin where the scene ends, in every piece."""
-    oracle, ours, _, prompts = _scenes(checkpoint("llama-gqa-full"), 1, Full(), Formats())
+    """Its queries begin where the prefix ends, in every piece."""
+    oracle, ours, _, prompts = _prefixes(checkpoint("llama-gqa-full"), 1, Full(), Formats())
     launched = ours.backend._kernels._modules["exact"].launched
     launched.clear()
     monkeypatch.setattr("avl_edge.backends.cuda.backend._LOGITS_BYTES", 4 * 4 * len(prompts[2]) * 7)
@@ -88,15 +91,15 @@ def test_scores_of_a_question_come_in_pieces(checkpoint: Checkpoints, monkeypatc
     assert launched.count("avl_prompt_logits") == ours.spec.text.layers * -(-31 // 7)
 
 
-def test_a_scene_is_there_when_look_returns(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_prefix_is_there_when_it_returns(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nobody asked for its logits."""
     monkeypatch.setattr(Decoder, "logits", None)
-    *_, device, _ = _scenes(checkpoint("llama-mha"), 1, Full(), Formats())
+    *_, device, _ = _prefixes(checkpoint("llama-mha"), 1, Full(), Formats())
     assert device.log == ["synchronize"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat"])
 def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dtype: torch.dtype) -> None:
-    oracle, ours, _, prompts = _scenes(checkpoint("llama-gqa-full", dtype=dtype), 2, Full(), Formats())
+    oracle, ours, _, prompts = _prefixes(checkpoint("llama-gqa-full", dtype=dtype), 2, Full(), Formats())
     requests: list[tuple[Prompt, Method, Formats]] = [(prompt, Full(), Formats()) for prompt in prompts]
     run_both(oracle, ours, requests, 8 * torch.finfo(dtype).eps)
