@@ -31,7 +31,7 @@ CALL = struct.Struct("3P7if")
 threads; scale."""
 PART = struct.Struct("4P6qi4x")
 """The addresses of keys, values, rows and offsets; the strides of a row's and of a head's keys, then of its values;
-places, listed ids; a number of FORMATS."""
+id limit, listed ids; a number of FORMATS."""
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "coarse int8": 5}
 
 

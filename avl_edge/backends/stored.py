@@ -40,11 +40,11 @@ class StoredRows:
         """
         ranks = [Format(each.format).basis_rows for each in stored if is_low_rank(each)]
         if ranks:
-            places, positions = cache.stored_images(stored)
-            basis, chosen = self._store.index(cache.rows.take_basis(layer, ranks[0])), self._store.index(places)
+            order, positions = cache.stored_images(stored)
+            basis, chosen = self._store.index(cache.rows.take_basis(layer, ranks[0])), self._store.index(order)
             self._low_rank.begin(basis, keys[chosen], values[chosen], self._store.index(positions))
         for each in stored:
-            chosen = self._store.index(each.places)
+            chosen = self._store.index(each.order)
             self._write(cache, layer, each.format, each.ids, each.positions, keys[chosen], values[chosen])
 
     def after(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,9 +54,9 @@ class StoredRows:
         count = sum(len(each.ids) for each in before)
         every = [new.new_empty(count + len(new), *new.shape[1:]) for new in (keys, values)]
         for each in before:
-            places = self._store.index(each.places)
+            order = self._store.index(each.order)
             for rows, held in zip(every, self._store.read(self._store.index(each.ids), each.format), strict=True):
-                rows[places] = held
+                rows[order] = held
         for rows, new in zip(every, (keys, values), strict=True):
             rows[count:] = new
         return every[0], every[1]
@@ -86,8 +86,8 @@ class StoredRows:
         them."""
         lists = [cache.rows.layers[layer].basis, *(each.ids for each in read), *(each.positions for each in read)]
         basis, *rest = self._store.indices(lists)
-        places = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
-        rows = [self._read(each.format, ids, positions, basis) for each, ids, positions in places]
+        order = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
+        rows = [self._read(each.format, ids, positions, basis) for each, ids, positions in order]
         return lowrank.attend(query, rows, scale)
 
     def _read(self, name: str, ids: Tensor, positions: Tensor, basis: Tensor) -> lowrank.Rows:
@@ -207,7 +207,7 @@ def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[n
 def own_scores(
     number: int, selected: Sequence[Selected], parts: Sequence[Part], scores: Sequence[Tensor]
 ) -> npt.NDArray[np.floating]:
-    """The scores of the sequence with that number in the batch, in the order of the places that it reads."""
+    """The scores of the sequence with that number in the batch, in the order of the rows that it reads."""
     mine = {}
     for part, weights in zip(parts, scores, strict=True):
         begin, end = part.offsets[number : number + 2].tolist()
@@ -216,10 +216,10 @@ def own_scores(
 
 
 def in_order(selected: Sequence[Selected], scores: Sequence[Tensor]) -> npt.NDArray[np.floating]:
-    """Scores of selected rows, in the order of their places."""
+    """Scores of selected rows, in their order."""
     ordered = np.empty(sum(len(each.ids) for each in selected), dtype=scores[0].numpy().dtype)
     for each, weights in zip(selected, scores, strict=True):
-        ordered[each.places] = weights.numpy()
+        ordered[each.order] = weights.numpy()
     return ordered
 
 

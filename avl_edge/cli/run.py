@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.table import Table
 
-from ..backends.places import PLACES
+from ..backends.targets import TARGETS
 from ..config import Options, format_names, format_size
 from ..errors import BadInput
 from ..kv import quality
@@ -90,7 +90,7 @@ def run(
     reserve: Reserve = None,
     device: Annotated[
         str | None,
-        typer.Option(help=f"Where to compute: {', '.join(PLACES)}. [default: cpu; tensorrt for a built package]"),
+        typer.Option(help=f"Where to compute: {', '.join(TARGETS)}. [default: cpu; tensorrt for a built package]"),
     ] = None,
     threads: Annotated[
         int | None,

@@ -33,11 +33,11 @@ def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
 
 @dataclass(frozen=True)
 class Selected:
-    """Rows of one format. ``places`` int64: where they stand among all that are meant (tokens, or rows to read);
+    """Rows of one format. ``order`` int64: where they stand among all that are meant (tokens, or rows to read);
     ``ids`` int32: where they lie in the pool; ``positions`` int32: those of their tokens."""
 
     format: str
-    places: Index
+    order: Index
     ids: Ids
     positions: Ids
 
@@ -66,8 +66,8 @@ class Together(Selected):
         return parts
 
     @cached_property
-    def places(self) -> Index:
-        return np.concatenate([each.places for each in self.parts])
+    def order(self) -> Index:
+        return np.concatenate([each.order for each in self.parts])
 
     @cached_property
     def ids(self) -> Ids:
@@ -187,23 +187,23 @@ class SequenceCache:
         )
         return self._to_write(rows, np.concatenate([np.flatnonzero(image), np.flatnonzero(text)]))
 
-    def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
-        """The rows of a layer that were taken for its prompt: all. ``places`` of the image rows, then of the text's."""
-        return self._every_row(rows, places)
+    def _to_write(self, rows: LayerRows, order: Index) -> list[Selected]:
+        """The rows of a layer that were taken for its prompt: all. ``order`` of the image rows, then of the text's."""
+        return self._every_row(rows, order)
 
     def rows_before(self, layer: int) -> list[Selected]:  # noqa: ARG002
-        """The rows that ``layer`` has of the tokens before ``begin``, format by format; ``places`` are in the order of
+        """The rows that ``layer`` has of the tokens before ``begin``, format by format; ``order`` are in the order of
         their positions."""
         return []
 
-    def _every_row(self, rows: LayerRows, places: Index) -> list[Selected]:
-        """All rows of a layer, put together by their formats; ``places`` of the image rows, then of the text rows."""
-        images = [replace(each, places=places[each.places]) for each in self._image_rows(rows, secondary=True)]
-        text = Selected(self.formats.text, places[len(rows.image_ids) :], rows.text_ids, rows.text_positions)
+    def _every_row(self, rows: LayerRows, order: Index) -> list[Selected]:
+        """All rows of a layer, put together by their formats; ``order`` of the image rows, then of the text rows."""
+        images = [replace(each, order=order[each.order]) for each in self._image_rows(rows, secondary=True)]
+        text = Selected(self.formats.text, order[len(rows.image_ids) :], rows.text_ids, rows.text_positions)
         return _put_together(images, text)
 
     def _image_rows(self, rows: LayerRows, *, secondary: bool) -> list[Selected]:
-        """A layer's core, with its ``secondary`` rows or without, by formats; ``places`` are those among them."""
+        """A layer's core, with its ``secondary`` rows or without, by formats; ``order`` are those among them."""
         formats, core, ids, positions = self.formats, rows.core, rows.image_ids, rows.image_positions
         if formats.core == formats.secondary:
             if not secondary:
@@ -217,10 +217,10 @@ class SequenceCache:
 
     def stored_images(self, stored: Sequence[Selected]) -> tuple[Index, Ids]:
         """Of the rows that :meth:`store_prompt` chose, the images': which of the ``m`` tokens, and their positions."""
-        places = np.concatenate([each.places for each in stored])
+        order = np.concatenate([each.order for each in stored])
         positions = np.concatenate([each.positions for each in stored])
         images = self._is_image[positions]
-        return places[images], positions[images]
+        return order[images], positions[images]
 
     def prune_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> Index | None:
         """Indices of the tokens that go on beyond ``layer``; None: all of them."""
@@ -282,11 +282,11 @@ class SequenceCache:
 
     def rows_to_read(self, layer: int) -> list[Selected]:
         """The rows that this step attends in ``layer``, format by format: image rows, then text rows with the new
-        token's own last; ``places`` are in that order."""
+        token's own last; ``order`` are in that order."""
         rows, images = self.rows.layers[layer], self._images_to_read(layer)
         count = sum(map(len, images))
-        places = np.arange(count, count + len(rows.text_ids))
-        selected = _put_together(images, Selected(self.formats.text, places, rows.text_ids, rows.text_positions))
+        order = np.arange(count, count + len(rows.text_ids))
+        selected = _put_together(images, Selected(self.formats.text, order, rows.text_ids, rows.text_positions))
         self.rows_read += count + len(rows.text_ids)
         self.rows_full += self.length + self.step
         weights = [_bytes_to_read(each.format, self._shape) for each in selected]
@@ -312,7 +312,7 @@ class SequenceCache:
     def settle(self, layer: int, scores: Scores | None) -> list[Moved]:
         """Apply the policy to one layer after a step; the rows that change their format.
 
-        ``scores`` in the order of :meth:`rows_to_read`'s places; None where the policy does not want them.
+        ``scores`` in the order of :meth:`rows_to_read`'s order; None where the policy does not want them.
         """
         rows = self.rows.layers[layer]
         scores = _NO_SCORES if scores is None else scores

@@ -51,10 +51,10 @@ class SharedPrefixCache(SequenceCache):
         return np.sort(np.concatenate([rows.image_positions, rows.text_positions]))
 
     def every_row(self, layer: int) -> list[Selected]:
-        """The rows of a layer, format by format, at the ``places`` of their tokens."""
+        """The rows of a layer, format by format, at the ``order`` of their tokens."""
         rows = self.rows.layers[layer]
-        places = np.searchsorted(self.stored(layer), np.concatenate([rows.image_positions, rows.text_positions]))
-        return self._every_row(rows, places)
+        order = np.searchsorted(self.stored(layer), np.concatenate([rows.image_positions, rows.text_positions]))
+        return self._every_row(rows, order)
 
 
 class QuestionCache(SequenceCache):
@@ -85,10 +85,10 @@ class QuestionCache(SequenceCache):
         total[: len(before)] += self._shared.totals[layer][before]
         return super().store_prompt(layer, last, total, distances)
 
-    def _to_write(self, rows: LayerRows, places: Index) -> list[Selected]:
+    def _to_write(self, rows: LayerRows, order: Index) -> list[Selected]:
         own = rows.text_positions >= self.begin
-        places = places[len(rows.image_ids) :][own]
-        return [Selected(self.formats.text, places, rows.text_ids[own], rows.text_positions[own])]
+        order = order[len(rows.image_ids) :][own]
+        return [Selected(self.formats.text, order, rows.text_ids[own], rows.text_positions[own])]
 
     def rows_before(self, layer: int) -> list[Selected]:
         return self._shared.every_row(layer)

@@ -1,4 +1,5 @@
-"""What a request is planned to hold: its options, its budget, the place and the device's profile become one setting."""
+"""What a request is planned to hold: its options, its budget, the target and the device's profile become one
+setting."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..backends.place import Place
+from ..backends.target import Target
 from ..config import Formats, KvShape, Options, PromptShape, format_size
 from ..errors import BadInput, DoesNotFit
 from ..kv import quality
@@ -25,15 +26,15 @@ PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
 
 @dataclass(frozen=True)
 class Planning:
-    """Plans for one model in one place."""
+    """Plans for one model in one target."""
 
-    place: Place
+    target: Target
     spec: ModelSpec
     shape: KvShape
 
     def pool_pages(self, pool_bytes: int | None) -> int:
         """How many pages a pool of ``pool_bytes`` has; None takes four full contexts, 4 GiB at most."""
-        page, most = page_bytes(self.shape), self.place.most_rows
+        page, most = page_bytes(self.shape), self.target.most_rows
         if pool_bytes is None:
             context = self.spec.text.context * self.shape.layers * self.shape.row_bytes
             pages = min(DEFAULT_STREAMS * -(-context // page), _DEFAULT_POOL_LIMIT // page)
@@ -56,23 +57,23 @@ class Planning:
         """The first settings that keep the budget and, where a device's profile stands by, its target, best answers
         first. ``steps`` follow the prompt; a profile gives no more than the pool has.
 
-        Raises :class:`BadInput` for options that contradict themselves or that the place does not serve, and
+        Raises :class:`BadInput` for options that contradict themselves or that the target does not serve, and
         :class:`DoesNotFit`.
         """
         preset = self.preset(options.preset, prompt) if options.preset else None
         settings = preset.choices() if preset else self._settings(options, prompt)
-        self.place.check_prompt(prompt, self.spec)
+        self.target.check_prompt(prompt, self.spec)
         if preset:
             plan = self._of_preset(preset, settings, options.kv_budget_bytes, prompt, steps)
         elif standing:
             plan = self._in_time(standing, pool_pages, options, settings, prompt, steps)
         else:
             plan = fit(settings, self.shape, prompt, steps, options.kv_budget_bytes)
-        self.place.check(Choice(plan.method, plan.formats), prompt, self.spec)
+        self.target.check(Choice(plan.method, plan.formats), prompt, self.spec)
         return plan
 
     def preset(self, name: str, prompt: PromptShape) -> Preset:
-        """The preset of that name, of the settings that the place serves; :class:`BadInput` if there is none."""
+        """The preset of that name, of the settings that the target serves; :class:`BadInput` if there is none."""
         return quality.preset(name, self._served(prompt))
 
     @property
@@ -82,7 +83,7 @@ class Planning:
         return [
             each
             for each in PACKED
-            if can_hold(each, self.shape) and self.place.serves(Choice(Full(), each), text, self.spec)
+            if can_hold(each, self.shape) and self.target.serves(Choice(Full(), each), text, self.spec)
         ]
 
     def _settings(self, options: Options, prompt: PromptShape) -> Iterator[Choice]:
@@ -94,11 +95,11 @@ class Planning:
         if options.method:
             return found
         if options.formats:
-            self.place.check(first, prompt, self.spec)  # full attention: what is not served are the formats
+            self.target.check(first, prompt, self.spec)  # full attention: what is not served are the formats
         return filter(self._served(prompt), found)  # nobody asked for what is not
 
     def _served(self, prompt: PromptShape) -> Callable[[Choice], bool]:
-        return lambda choice: self.place.serves(choice, prompt, self.spec)
+        return lambda choice: self.target.serves(choice, prompt, self.spec)
 
     def _of_preset(
         self, preset: Preset, settings: Iterator[Choice], budget: int | None, prompt: PromptShape, steps: int

@@ -61,7 +61,7 @@ class ImageSession:
         images: Sequence[ImageSource],
         options: Options,
     ) -> ImageSession:
-        """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or the place where it
+        """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or the target where it
         runs do not let questions share rows, :class:`DoesNotFit` beyond the budget."""
         check_sources(images)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
@@ -105,9 +105,9 @@ class ImageSession:
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
         whole, shared = prompt_shape(len(token_ids), spans), len(prefix.prompt)
-        planning.place.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planning.spec, "question")
+        planning.target.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planning.spec, "question")
         (method, formats), share = _choice(options, _head(prefix), planning, prefix.plan.formats)
-        planning.place.check(Choice(method, formats), whole, planning.spec)
+        planning.target.check(Choice(method, formats), whole, planning.spec)
         require(
             share >= prefix.share,
             f"the session stores {prefix.share:g} % of the picture's rows, and questions may read any of them: give "
@@ -171,8 +171,8 @@ def _plan_session(options: Options, prompt: PromptShape, planning: Planning) -> 
     """What the session stores, in the first formats that its budget holds."""
     budget = options.kv_budget_bytes
     choice, share = _choice(options, prompt, planning, None)
-    planning.place.check_prompt(prompt, planning.spec, "picture")
-    planning.place.check(choice, prompt, planning.spec)
+    planning.target.check_prompt(prompt, planning.spec, "picture")
+    planning.target.check(choice, prompt, planning.spec)
     every = [choice.formats, *(planning.packed if budget and not options.formats else ())]
     method: Method = Full() if share == 100 else Distinct(share)
     plans = (kv_plan(method, each, planning.shape, prompt, 0, budget) for each in every)

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..backends.base import Backend, GreedyBackend
-from ..backends.place import Place
-from ..backends.places import open_place
 from ..backends.stored import StoredRows
+from ..backends.target import Target
+from ..backends.targets import open_target
 from ..config import Options, checked_options, format_size, require
 from ..errors import BadInput, BadModel, DoesNotFit
 from ..kv.cache import SequenceCache, prompt_shape
@@ -52,13 +52,13 @@ class Runtime:
     One lock guards the loop: several threads may iterate their generations.
     """
 
-    def __init__(self, name: str, place: Place, spec: ModelSpec, processor: Processor) -> None:
+    def __init__(self, name: str, target: Target, spec: ModelSpec, processor: Processor) -> None:
         self.name = name
         self.spec = spec
-        self.kv_shape = spec.text.kv_shape(place.dtype.itemsize)
+        self.kv_shape = spec.text.kv_shape(target.dtype.itemsize)
         self.load_ms = 0.0
-        self._place = place
-        self.planning = Planning(place, spec, self.kv_shape)
+        self._target = target
+        self.planning = Planning(target, spec, self.kv_shape)
         self._processor = processor
         self._lock = threading.RLock()
         self._stepping = False
@@ -74,16 +74,16 @@ class Runtime:
     @classmethod
     def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
         """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
-        of a built package. ``device``: one of :data:`~avl_edge.backends.places.PLACES`, which raises what is wrong with
-        it; None takes tensorrt for a package, and the cpu for others."""
+        of a built package. ``device``: one of :data:`~avl_edge.backends.targets.TARGETS`, which raises what is wrong
+        with it; None takes tensorrt for a package, and the cpu for others."""
         given = DEMO if model == "demo" else Path(model)
         if not os.fspath(model) or not given.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
-        place = open_place(given, device)
-        spec = read_spec(place.directory)
-        place.check_model(spec)
+        target = open_target(given, device)
+        spec = read_spec(target.directory)
+        target.check_model(spec)
         name = "demo" if model == "demo" else given.resolve().name
-        return cls(name, place, spec, Processor.of(spec, place.directory))
+        return cls(name, target, spec, Processor.of(spec, target.directory))
 
     @classmethod
     def load(
@@ -123,7 +123,7 @@ class Runtime:
             allocator.bound()
             start = time.perf_counter()
             pages = self.planning.pool_pages(pool_bytes)
-            loaded = self._place.load(self.spec, self.kv_shape, pages, progress)
+            loaded = self._target.load(self.spec, self.kv_shape, pages, progress)
             backend, self._rows = loaded.backend, loaded.rows
             self._pool = RowPool(pages, self.kv_shape)
             self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
@@ -134,12 +134,12 @@ class Runtime:
     @property
     def can_keep_free(self) -> bool:
         """Whether :meth:`keep_free` is served where the model runs."""
-        return self._place.no_relief is None
+        return self._target.no_relief is None
 
     def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
         smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
-        require(self.can_keep_free, self._place.no_relief or "")
+        require(self.can_keep_free, self._target.no_relief or "")
         self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
 
     def follow(
@@ -157,7 +157,7 @@ class Runtime:
         With ``follow_device`` the profile is that of the machine in its present power mode, matched anew for each
         request: ``profiles`` (of this machine) before those that are shipped. Without it, the first of ``profiles``.
         """
-        model = shape_of_checkpoint(self._place.directory, self.name)
+        model = shape_of_checkpoint(self._target.directory, self.name)
         wishes = Wishes(streams, target_ms_per_token)
         self._follower = Follower(model, wishes, profiles, follows=follow_device, root=os.fspath(root))
 

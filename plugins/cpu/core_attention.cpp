@@ -146,8 +146,8 @@ int refusal(const Part& part, int batch) {
     bool falls = part.offsets[0] != 0 || part.offsets[batch] != part.listed, outside = false;
     for (int b = 0; b < batch; ++b) falls |= part.offsets[b] > part.offsets[b + 1];
     if (falls) return EINVAL;
-    const uint32_t places = uint32_t(std::min<int64_t>(part.places, INT32_MAX + int64_t(1)));
-    for (int64_t i = 0; i < part.listed; ++i) outside |= uint32_t(part.rows[i]) >= places;
+    const uint32_t id_limit = uint32_t(std::min<int64_t>(part.id_limit, INT32_MAX + int64_t(1)));
+    for (int64_t i = 0; i < part.listed; ++i) outside |= uint32_t(part.rows[i]) >= id_limit;
     return outside ? ERANGE : 0;
 }
 

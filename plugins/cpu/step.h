@@ -20,11 +20,11 @@ struct Call {
 // Rows of one format that the batch attends: of sequence b, those that rows[offsets[b]] ... rows[offsets[b + 1] - 1]
 // name. `format` is a query's, or 3 for int8, 4 for int4 and 5 for a coarse look at int8. Exact rows have strides, in
 // elements; of packed ones an id is where a record begins, in units of 16 bytes. There are `listed` ids, each below
-// `places`.
+// `id_limit`.
 struct Part {
     const void *keys, *values;
     const int32_t *rows, *offsets;
-    int64_t key_row, key_head, value_row, value_head, places, listed;
+    int64_t key_row, key_head, value_row, value_head, id_limit, listed;
     int32_t format;
 };
 

@@ -189,7 +189,7 @@ int main() {
                     };
                     if (call(coarse ? nullptr : out.data(), scores.data())) return 1;
                     worst = std::max(worst, worst_of(read, query, out, scores, coarse));
-                    read[0].rows[0] = int32_t(parts[0].places);
+                    read[0].rows[0] = int32_t(parts[0].id_limit);
                     if (call(out.data(), nullptr) != ERANGE) return 2;
                     ++read[0].offsets[0];
                     if (call(out.data(), nullptr) != EINVAL) return 4;

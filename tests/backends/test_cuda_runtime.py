@@ -26,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype = {"Half": "float16", "Bfloat": "bfloat16"}[shape.row]
         return reference_kernels(shape.head_dim, shape.group, getattr(torch, dtype))
 
-    monkeypatch.setattr("avl_edge.backends.cuda.place.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.backends.cuda.target.CudaDevice", HostDevice)
     monkeypatch.setattr(Kernels, "load", load)
 
 

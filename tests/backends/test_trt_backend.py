@@ -24,7 +24,7 @@ pytest.importorskip("onnx")
 
 from tests.equipment.engines_on_cpu import PROMPT, PRUNE_AFTER, RECIPE, SECOND, GraphRunner, Packages, answers, stand_in
 from tools.gpu import engines
-from tools.gpu.place import CheckFailed
+from tools.gpu.dut import CheckFailed
 from tools.gpu.report import Skipped
 
 METHODS = {
@@ -102,7 +102,7 @@ def test_answers_over_packed_rows_are_those_of_the_cpu(
     Two programs in float32 part in the last bits. Where such a bit decides to which number a new row is rounded, an
     answer may go its own way: one of three, and not at its beginning.
     """
-    monkeypatch.setattr("avl_edge.backends.tensorrt.place.decoder_formats", lambda *_: tuple(FORMATS))
+    monkeypatch.setattr("avl_edge.backends.tensorrt.target.decoder_formats", lambda *_: tuple(FORMATS))
     options = [replace(each, max_new_tokens=24) for each in PACKED[what] * (3 // len(PACKED[what]))]
     runtimes = Runtime.load(package()), Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32))
     found, expected = (_each_its_own(runtime, options) for runtime in runtimes)

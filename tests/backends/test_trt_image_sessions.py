@@ -77,7 +77,7 @@ def package(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def every_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs in float32, whose packed rows no kernel of a GPU reads: to compare tokens."""
-    monkeypatch.setattr("avl_edge.backends.tensorrt.place.decoder_formats", lambda *_: tuple(FORMATS))
+    monkeypatch.setattr("avl_edge.backends.tensorrt.target.decoder_formats", lambda *_: tuple(FORMATS))
 
 
 class Pairs:

@@ -226,7 +226,7 @@ class Kernels:
         return list(torch.split(weights[: rows.numel()], [part.rows.numel() for part in parts]))
 
     def nucleus(self, weights: Sequence[Tensor], limits: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """Which of each list's places are picked, by ``weights`` of one part, under (share in 2^-30, most rows)."""
+        """Which of each list's order are picked, by ``weights`` of one part, under (share in 2^-30, most rows)."""
         batch, total = len(weights), sum(map(len, weights))
         every = torch.cat([*weights, unwritten(1)])
         offsets = torch.tensor([0, *accumulate(map(len, weights))], dtype=torch.int32)

@@ -41,8 +41,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU and TensorRT, as far as building and opening go."""
     monkeypatch.setattr("avl_edge.package.engine.job.find_tensorrt", lambda: "trt")
     monkeypatch.setattr("avl_edge.package.engine.job.build_engine", lambda *_: (b"an engine", b"its times"))
-    monkeypatch.setattr("avl_edge.backends.tensorrt.place.CudaDevice", HostDevice)
-    monkeypatch.setattr("avl_edge.backends.tensorrt.place.Engine", GraphRunner)
+    monkeypatch.setattr("avl_edge.backends.tensorrt.target.CudaDevice", HostDevice)
+    monkeypatch.setattr("avl_edge.backends.tensorrt.target.Engine", GraphRunner)
 
 
 class Packages:

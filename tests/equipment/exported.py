@@ -206,7 +206,7 @@ class WatchedCache(SequenceCache):
         seen: dict[int, Any] = self.__dict__.setdefault("seen", {})
         stored = super().store_prompt(layer, last, total, *distances)
         if len(stored) == 1:
-            seen[layer] = (last, total, stored[0].places, stored[0].ids)
+            seen[layer] = (last, total, stored[0].order, stored[0].ids)
         return stored
 
     def prune_prompt(self, layer: int, last: Array, total: Array, *distances: Array) -> Array | None:

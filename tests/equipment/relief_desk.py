@@ -105,7 +105,7 @@ class Desk:
             stored = cache.store_prompt(layer, scores, scores, scores)
             self.rows.store_prompt(cache, layer, stored, keys, values)
             for each in stored:
-                self._know(sequence, layer, each.format, each.positions, (keys[each.places], values[each.places]))
+                self._know(sequence, layer, each.format, each.positions, (keys[each.order], values[each.order]))
             survivors = cache.prune_prompt(layer, scores, scores, scores)
             m = m if survivors is None else len(survivors)
         self.left[sequence] = request.max_new_tokens - 1

@@ -109,7 +109,7 @@ class EmulatedModule:
 
 Call = dict[str, Tensor]
 """The node's inputs by name, but for the pool's words, and `layer`."""
-PLACES = 40
+SLOTS = 40
 """Rows that a random call's pool has room for, in each format."""
 
 
@@ -124,7 +124,7 @@ def inputs_of(call: Call) -> Call:
 
 
 class Arenas:
-    """The memory of a pool with room for :data:`PLACES` rows of each of some formats, where nothing can be read as a
+    """The memory of a pool with room for :data:`SLOTS` rows of each of some formats, where nothing can be read as a
     number yet. The formats lie in random order, so that a row of one may have the id of another's."""
 
     def __init__(self, shape: Shape, kv_heads: int, parts: int, random: torch.Generator) -> None:
@@ -134,7 +134,7 @@ class Arenas:
         self._step = [-(-size // row) for size in sizes]
         self._first, self.rows = [0] * parts, 0
         for part in torch.randperm(parts, generator=random).tolist():
-            self._first[part], self.rows = self.rows, self.rows + PLACES * self._step[part]
+            self._first[part], self.rows = self.rows, self.rows + SLOTS * self._step[part]
         self._units = row // UNIT
         memory = torch.full((2, self.rows * row), 255, dtype=torch.uint8)
         size = (2, self.rows, kv_heads, shape.head_dim)
@@ -179,13 +179,13 @@ def make_call(shape: Shape, kind: str, counts: Sequence[int], seed: int, parts: 
         listed[:] = 0
     tables = []
     for _ in range(layers):
-        order = [torch.randperm(PLACES, generator=random).tolist() for _ in range(parts)]
+        order = [torch.randperm(SLOTS, generator=random).tolist() for _ in range(parts)]
         slots = [[order[part][t] if part_of[t] == part else -1 for t in range(tokens)] for part in range(parts)]
         lists = []
         for part in range(parts):
             for own, first, count in zip(listed[part].tolist(), accumulate(counts, initial=0), counts, strict=False):
                 new = [slots[part][t] for t in range(first, first + count) if part_of[t] == part]
-                lists.append(below(PLACES, own).tolist() + new)
+                lists.append(below(SLOTS, own).tolist() + new)
         tables.append((slots, lists))
     slots, lists = tables[1]
     for part in range(parts):

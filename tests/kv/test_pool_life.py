@@ -157,7 +157,7 @@ class PoolLife(RuleBasedStateMachine):
             last, total = self.random.random(m), self.random.random(m)
             stored = cache.store_prompt(layer, last, total, last)
             rows = cache.rows.layers[layer]
-            places = np.concatenate([each.places for each in stored] or [np.empty(0, dtype=np.int64)])
+            places = np.concatenate([each.order for each in stored] or [np.empty(0, dtype=np.int64)])
             positions = np.concatenate([each.positions for each in stored] or [np.empty(0, dtype=np.int32)])
             assert len(set(places.tolist())) == len(places) == len(positions)
             held = {*rows.text_positions.tolist(), *rows.image_positions.tolist()}
@@ -211,12 +211,12 @@ class PoolLife(RuleBasedStateMachine):
         by_place = {
             place: position
             for each in read
-            for place, position in zip(each.places.tolist(), each.positions.tolist(), strict=True)
+            for place, position in zip(each.order.tolist(), each.positions.tolist(), strict=True)
         }
         assert [by_place[place] for place in range(len(expected))] == expected
         assert own in next(each.ids for each in read if each.format == cache.rows.formats.text)
         for each in read:
-            assert np.all(np.diff(each.places) > 0), "sums depend on the order: image rows by position, then text rows"
+            assert np.all(np.diff(each.order) > 0), "sums depend on the order: image rows by position, then text rows"
             self.memory.check(each.ids, each.format, self._stamps(life, layer, each.positions))
 
     def _move(self, life: Life, layer: int, moved: list[Any]) -> None:

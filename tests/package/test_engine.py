@@ -27,12 +27,12 @@ from avl_edge.package.engine import (
     BuildRunning,
     Fingerprint,
     Mismatch,
-    Target,
+    Platform,
     open_package,
     publish,
 )
 
-ORIN = Target("10.3.0", "12.6", "sm_87", "36.4.3", "c" * 64)
+ORIN = Platform("10.3.0", "12.6", "sm_87", "36.4.3", "c" * 64)
 SHAPES = {"images": 4, "prompt_tokens": 3072, "sequences": 16}
 FINGERPRINT = Fingerprint("a" * 64, "b" * 64, "float16", 2, SHAPES, ORIN)
 
@@ -94,9 +94,9 @@ def test_new_build_replaces_the_old(out: Path) -> None:
 
 
 class TestMismatch:
-    @pytest.mark.parametrize("field", [field.name for field in fields(Target)])
+    @pytest.mark.parametrize("field", [field.name for field in fields(Platform)])
     def test_other_machine(self, out: Path, field: str) -> None:
-        wanted = replace(FINGERPRINT, target=replace(ORIN, **{field: "10.16.0"}))
+        wanted = replace(FINGERPRINT, platform=replace(ORIN, **{field: "10.16.0"}))
         with pytest.raises(
             Mismatch, match=rf"another .+, now 10\.16\.0\): rebuild it with avl-edge build .*{out}"
         ) as error:
@@ -120,10 +120,10 @@ class TestMismatch:
 
     def test_field_that_this_machine_does_not_have(self, out: Path) -> None:
         with pytest.raises(Mismatch, match=r"L4T release \(36\.4\.3, now none\)"):
-            open_package(out, replace(FINGERPRINT, target=replace(ORIN, l4t=None)))
+            open_package(out, replace(FINGERPRINT, platform=replace(ORIN, l4t=None)))
 
     def test_graphs_serve_where_no_engines_are_asked_for(self, tmp_path: Path) -> None:
-        graphs = replace(FINGERPRINT, target=None)
+        graphs = replace(FINGERPRINT, platform=None)
         publish(tmp_path / "out", "1.0", fill(fingerprint=graphs))
         with open_package(tmp_path / "out", graphs):
             pass
@@ -133,8 +133,8 @@ class TestMismatch:
     def test_target_of_a_machine(self) -> None:
         software = Software(l4t="36.4.3", cuda="12.6", tensorrt="10.3.0")
         facts = DeviceFacts("/", software=software, gpus=(Gpu("Orin", integrated=True, sm="sm_87"),))
-        assert Target.of(facts, "c" * 64) == ORIN
-        assert Target.of(DeviceFacts("/")) == Target()
+        assert Platform.of(facts, "c" * 64) == ORIN
+        assert Platform.of(DeviceFacts("/")) == Platform()
 
 
 class TestDamage:

@@ -160,7 +160,7 @@ def test_command_builds_the_vision_engine(checkpoint: Checkpoints, tmp_path: Pat
     with open_package(out) as package:
         assert package[VISION_ENGINE].stat().st_size > 10_000
         assert package[TIMINGS].is_file()
-        assert package.manifest.fingerprint.target is not None
+        assert package.manifest.fingerprint.platform is not None
 
 
 class TestWithoutDevice:

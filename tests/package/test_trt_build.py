@@ -67,8 +67,8 @@ class TestBuild:
         assert seen[1][1][:2] == ["token_ids", "features"]
         assert seen[1][2] == decoder_profiles(job.spec, job.recipe, job.settings.precision)
         assert seen[1][4] == b"+vision.onnx", "the decoder's build knows the times of the vision tower's"
-        assert manifest.fingerprint.target is not None
-        assert manifest.fingerprint.target.kernel == "kernels"
+        assert manifest.fingerprint.platform is not None
+        assert manifest.fingerprint.platform.kernel == "kernels"
         with open_package(out) as package:
             assert package[VISION_ENGINE].read_bytes() == b"vision.onnx"
             assert package[DECODER_ENGINE].read_bytes() == b"decoder.plugin.onnx"

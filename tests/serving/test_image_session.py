@@ -292,7 +292,7 @@ def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatc
         count(name)
     with runtime.open_images(IMAGES) as session:
         stats = session.load()
-        assert calls == ["encode_images", "look"]
+        assert calls == ["encode_images", "prefill_prefix"]
         assert tokens == [stats.tokens]
         assert session.load() == stats, "loading twice is safe"
         calls.clear(), tokens.clear()

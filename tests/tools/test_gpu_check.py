@@ -28,12 +28,12 @@ from tests.conftest import Checkpoints
 from tests.equipment import trt_calls
 from tests.equipment.cuda_on_cpu import HostDevice, ReferenceModule, at
 from tools.gpu import check, decode, low_rank, model_speed, numerics, packed, plugin, report, sanitize, speed
-from tools.gpu.place import CheckFailed, row_type
+from tools.gpu.dut import CheckFailed, row_type
 
 SHAPES = (KernelShape(80, 4, "Half"), KernelShape(128, 1, "Bfloat"))
 
 
-class HostPlace:
+class HostUnderTest:
     """The CPU, with reference kernels, or those that ``make`` gives."""
 
     def __init__(self, make: Callable[[KernelShape, torch.dtype], ReferenceModule] = ReferenceModule) -> None:
@@ -134,13 +134,13 @@ class Wrong(ReferenceModule):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
-    found = numerics.check_shape(HostPlace(), shape)
+    found = numerics.check_shape(HostUnderTest(), shape)
     assert found.keys() == {"out_relative", "out_max", "scores_max", "prompt_scores_max"}
     assert all(value == value for value in found.values())
-    found = packed.check_shape(HostPlace(), shape)
+    found = packed.check_shape(HostUnderTest(), shape)
     assert found.keys() == {"mixed_out_max", "mixed_scores_max", "look_max"}
     assert all(value <= 1e-2 for value in found.values())
-    found = low_rank.check_shape(HostPlace(), shape)
+    found = low_rank.check_shape(HostUnderTest(), shape)
     assert found.keys() == {"low_rank_out_max", "low_rank_scores_max"}
     assert all(value <= 1e-2 for value in found.values())
 
@@ -170,10 +170,10 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
     ],
 )
 def test_numerics_fail_on_kernels_that_are_wrong(fault: str, numeric: Callable[..., Any]) -> None:
-    wrong = HostPlace(lambda shape, dtype: Wrong(fault, shape, dtype))
+    wrong = HostUnderTest(lambda shape, dtype: Wrong(fault, shape, dtype))
     with pytest.raises(CheckFailed):
         numeric(wrong, SHAPES[1])
-    numeric(HostPlace(), SHAPES[1])
+    numeric(HostUnderTest(), SHAPES[1])
 
 
 def test_every_head_size_and_row_type_is_checked_with_grouped_heads() -> None:
@@ -194,11 +194,11 @@ def model(checkpoint: Checkpoints) -> decode.Model:
 def test_decode_checks_pass_on_kernels_that_are_right(model: decode.Model) -> None:
     half = decode.Model(model.spec, decode.AsHalf(model.weights))
     for each in (model, half):
-        assert 0 <= decode.check_against_cpu(HostPlace(), each)["logits"] <= torch.finfo(each.weights.dtype).eps
-    assert 0 <= decode.check_packed_against_cpu(HostPlace(), half)["logits"] <= 1 / 254
-    assert decode.check_sessions_against_cpu(HostPlace(), half).keys() == {"logits_exact", "logits_packed"}
-    assert 0 <= decode.check_low_rank_against_cpu(HostPlace(), half)["logits"] <= torch.finfo(torch.float16).eps
-    assert decode.check_graphs(HostPlace(), model) == {"logits": 0.0}
+        assert 0 <= decode.check_against_cpu(HostUnderTest(), each)["logits"] <= torch.finfo(each.weights.dtype).eps
+    assert 0 <= decode.check_packed_against_cpu(HostUnderTest(), half)["logits"] <= 1 / 254
+    assert decode.check_sessions_against_cpu(HostUnderTest(), half).keys() == {"logits_exact", "logits_packed"}
+    assert 0 <= decode.check_low_rank_against_cpu(HostUnderTest(), half)["logits"] <= torch.finfo(torch.float16).eps
+    assert decode.check_graphs(HostUnderTest(), model) == {"logits": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_decode_checks_fail_on_kernels_that_are_wrong(
     model: decode.Model, fault: str, decodes: Callable[..., Any]
 ) -> None:
     with pytest.raises(CheckFailed, match="logits"):
-        decodes(HostPlace(lambda shape, dtype: Wrong(fault, shape, dtype)), model)
+        decodes(HostUnderTest(lambda shape, dtype: Wrong(fault, shape, dtype)), model)
 
 
 def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, mon
     monkeypatch.setattr(decode, "backend", backend)
     monkeypatch.setattr(StoredRows, "after", turned)
     with pytest.raises(CheckFailed, match="logits"):
-        decode.check_sessions_against_cpu(HostPlace(), model)
+        decode.check_sessions_against_cpu(HostUnderTest(), model)
 
 
 def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monke
 
     monkeypatch.setattr(HostDevice, "record", stuck)
     with pytest.raises(CheckFailed):
-        decode.check_graphs(HostPlace(), model)
+        decode.check_graphs(HostUnderTest(), model)
 
 
 # Figures
@@ -260,11 +260,11 @@ def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monke
 def test_attention_is_timed_over_the_bytes_that_are_said() -> None:
     load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=2)
     assert load.bytes == 2 * 20 * 2 * 2 * 64 * 2
-    row = speed.attention(HostPlace(), load, copy=10.0, rounds=2)
+    row = speed.attention(HostUnderTest(), load, copy=10.0, rounds=2)
     assert row["ms"] > 0
     assert row["torch_full_ms"] > 0
     assert abs(row["gb_per_s"] - load.bytes / 1e6 / row["ms"]) <= 0.06 + 0.01 * row["gb_per_s"]
-    assert speed.copy_bandwidth(HostPlace(), nbytes=2**20, rounds=2) > 0
+    assert speed.copy_bandwidth(HostUnderTest(), nbytes=2**20, rounds=2) > 0
 
 
 def test_enough_layers_that_no_cache_holds_their_rows() -> None:
@@ -278,16 +278,16 @@ def test_low_rank_rows_are_timed_over_their_bases() -> None:
     load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=2, format="lowrank:16@5")
     assert load.bytes == 2 * (20 * 2 * 16 + 5 * 2 * 2 * 64 * 2), "five coefficients end within a unit of 16 bytes"
     assert speed.beyond_caches(load) == load
-    layers = speed.Layers(HostPlace(), load)
+    layers = speed.Layers(HostUnderTest(), load)
     kernels = layers._kernels._modules
     layers.selected()
     assert kernels["exact"].launched == ["avl_attend_low_rank", "avl_merge"] * 2
-    assert speed.attention(HostPlace(), load, copy=10.0, rounds=2)["ms"] > 0
+    assert speed.attention(HostUnderTest(), load, copy=10.0, rounds=2)["ms"] > 0
 
 
 def test_what_is_timed_is_attention_over_the_selected_rows() -> None:
     load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=1)
-    layers = speed.Layers(HostPlace(), load)
+    layers = speed.Layers(HostUnderTest(), load)
     layers.selected()
     case = numerics.Case(layers.query, *layers.pools[0], layers.rows, layers.offsets)
     expected, _ = numerics.reference(case)
@@ -299,7 +299,7 @@ def test_what_is_timed_is_attention_over_the_selected_rows() -> None:
 
 def test_a_models_steps_are_timed_with_the_bytes_that_they_read() -> None:
     sizes = model_speed.Sizes(layers=2, hidden=128, inner=64, heads=2, vocabulary=50, image=64, steps=12)
-    found = model_speed.cases(HostPlace(), sizes, batches=(1, 2))
+    found = model_speed.cases(HostUnderTest(), sizes, batches=(1, 2))
     full, avl = found["cases"][:2]
     assert (full["method"], avl["method"]) == ("full", "avl")
     assert avl["kv_bytes_per_step"] < full["kv_bytes_per_step"]
@@ -308,7 +308,7 @@ def test_a_models_steps_are_timed_with_the_bytes_that_they_read() -> None:
     assert (pack["method"], pack["format"]) == ("attentionpack", "exact/lowrank:64/lowrank:64@16")
     assert pack["step_ms"] > 0
     assert found.keys() >= {"full_to_avl_step_at_1", "full_to_avl_step_at_2"}
-    weights = model_speed.Model(HostPlace(), sizes).bytes
+    weights = model_speed.Model(HostUnderTest(), sizes).bytes
     per_layer = 4 * 128 * 128 + 3 * 128 * 64 + 2 * 128
     assert weights == 2 * (2 * per_layer + 128 + 50 * 128), "decoder and head, without the embedding"
 
@@ -346,7 +346,7 @@ def test_without_a_sanitizer_the_check_is_skipped(tmp_path: Path, monkeypatch: p
 def test_without_tensorrt_the_plugin_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "find_spec", lambda name: None if name == "tensorrt" else object())
     with pytest.raises(report.Skipped, match="tensorrt is not installed"):
-        plugin.check_plugin(HostPlace())
+        plugin.check_plugin(HostUnderTest())
 
 
 def _tensorrt() -> Any:
@@ -382,7 +382,7 @@ def test_the_plugin_check_on_the_emulated_source(
     monkeypatch.setattr(plugin, "find_spec", lambda _: object())
     monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt())
     if works == "everything":
-        found = plugin.check_plugin(HostPlace())
+        found = plugin.check_plugin(HostUnderTest())
         for kind in ("", "packed_", "prompt_", "prompt_packed_"):
             assert found[f"{kind}scores_max"] <= 1e-6
             assert found[f"{kind}out_relative"] <= 1e-3
@@ -395,7 +395,7 @@ def test_the_plugin_check_on_the_emulated_source(
 
     monkeypatch.setattr(Attention, "run", run_some)
     with pytest.raises(CheckFailed, match="output is nan" if works == "steps" else "did not write the new rows"):
-        plugin.check_plugin(HostPlace())
+        plugin.check_plugin(HostUnderTest())
 
 
 # The command
@@ -427,7 +427,7 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
     checks = [("numerics", lambda: {"worst": 1e-6}), ("more", _failing if broken else _skipping)]
     monkeypatch.setattr(check, "correctness", lambda _: checks)
     out = tmp_path / "measurements" / "gpu.json"
-    code = check.check(lambda: (HostPlace(), {"gpu": "a GPU", "arch": "sm_87"}), "*", False, out, "the command")
+    code = check.check(lambda: (HostUnderTest(), {"gpu": "a GPU", "arch": "sm_87"}), "*", False, out, "the command")
     assert code == int(broken)
     document = json.loads(out.read_text())
     assert document.keys() == {"command", "date", "machine", "seconds", "checks"}
@@ -439,13 +439,13 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 
 
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = HostPlace()
-    names = [name for name, _ in check.correctness(place) + check.speeds(place)]
+    dut = HostUnderTest()
+    names = [name for name, _ in check.correctness(dut) + check.speeds(dut)]
     assert len(names) == len(set(names)) == 30 + 30 + 30 + 6 + 2 + 2 + 2
-    assert [name for name, _ in check.chosen(check.correctness(place), "d128*Half")] == []
-    assert len(check.chosen(check.correctness(place), "*d128*Half")) == 9
-    assert len(check.chosen(check.correctness(place), "sanitizer")) == 2
-    assert check.check(lambda: (place, {"arch": "sm_87"}), "nonsense", True, tmp_path / "out.json", "") == 2
+    assert [name for name, _ in check.chosen(check.correctness(dut), "d128*Half")] == []
+    assert len(check.chosen(check.correctness(dut), "*d128*Half")) == 9
+    assert len(check.chosen(check.correctness(dut), "sanitizer")) == 2
+    assert check.check(lambda: (dut, {"arch": "sm_87"}), "nonsense", True, tmp_path / "out.json", "") == 2
     assert "no check is named like 'nonsense'" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 

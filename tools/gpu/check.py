@@ -27,39 +27,39 @@ from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.spec import read_spec
 from avl_edge.serving.runtime import DEMO
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
+from tools.gpu.dut import DeviceUnderTest, GpuUnderTest
 from tools.gpu.engines import check_engines
-from tools.gpu.place import GpuPlace, Place
 from tools.gpu.plugin import check_plugin
 from tools.gpu.sanitize import TOOLS, check_sanitizer
 
 MEASUREMENTS = Path("docs/measurements")
 
 
-def correctness(place: Place) -> list[report.Check]:
+def correctness(dut: DeviceUnderTest) -> list[report.Check]:
     """What has to be right."""
     spec, weights = read_spec(DEMO), load_weights(DEMO)
     model, half = decode.Model(spec, weights), decode.Model(spec, decode.AsHalf(weights))
     return [
-        *((f"numerics {_named(shape)}", partial(numerics.check_shape, place, shape)) for shape in numerics.shapes()),
-        *((f"formats {_named(shape)}", partial(packed.check_shape, place, shape)) for shape in numerics.shapes()),
-        *((f"low rank {_named(shape)}", partial(low_rank.check_shape, place, shape)) for shape in numerics.shapes()),
-        ("decode against the CPU, as stored", partial(decode.check_against_cpu, place, model)),
-        ("decode against the CPU, float16", partial(decode.check_against_cpu, place, half)),
-        ("decode against the CPU, packed rows", partial(decode.check_packed_against_cpu, place, half)),
-        ("decode against the CPU, sessions", partial(decode.check_sessions_against_cpu, place, half)),
-        ("decode against the CPU, low-rank rows", partial(decode.check_low_rank_against_cpu, place, half)),
-        ("decode by graphs against launches", partial(decode.check_graphs, place, model)),
-        ("TensorRT plugin", partial(check_plugin, place)),
+        *((f"numerics {_named(shape)}", partial(numerics.check_shape, dut, shape)) for shape in numerics.shapes()),
+        *((f"formats {_named(shape)}", partial(packed.check_shape, dut, shape)) for shape in numerics.shapes()),
+        *((f"low rank {_named(shape)}", partial(low_rank.check_shape, dut, shape)) for shape in numerics.shapes()),
+        ("decode against the CPU, as stored", partial(decode.check_against_cpu, dut, model)),
+        ("decode against the CPU, float16", partial(decode.check_against_cpu, dut, half)),
+        ("decode against the CPU, packed rows", partial(decode.check_packed_against_cpu, dut, half)),
+        ("decode against the CPU, sessions", partial(decode.check_sessions_against_cpu, dut, half)),
+        ("decode against the CPU, low-rank rows", partial(decode.check_low_rank_against_cpu, dut, half)),
+        ("decode by graphs against launches", partial(decode.check_graphs, dut, model)),
+        ("TensorRT plugin", partial(check_plugin, dut)),
         ("TensorRT engines", check_engines),
         *((f"sanitizer {tool}", partial(check_sanitizer, tool)) for tool in TOOLS),
     ]
 
 
-def speeds(place: Place) -> list[report.Check]:
+def speeds(dut: DeviceUnderTest) -> list[report.Check]:
     """What has to be fast; a figure fails only where it could not be taken."""
     return [
-        ("speed of attention", partial(speed.attention_cases, place)),
-        ("speed of a 7B model", partial(model_speed.cases, place, model_speed.Sizes())),
+        ("speed of attention", partial(speed.attention_cases, dut)),
+        ("speed of a 7B model", partial(model_speed.cases, dut, model_speed.Sizes())),
     ]
 
 
@@ -87,10 +87,10 @@ def _named(shape: KernelShape) -> str:
     return f"d{shape.head_dim} group{shape.group} {shape.row}"
 
 
-def open_gpu() -> tuple[Place, Mapping[str, Any]]:
+def open_gpu() -> tuple[DeviceUnderTest, Mapping[str, Any]]:
     """The first GPU and its facts. Raises :class:`NoCuda`."""
-    place = GpuPlace(CudaDevice())
-    return place, gpu_facts(Gpu())
+    dut = GpuUnderTest(CudaDevice())
+    return dut, gpu_facts(Gpu())
 
 
 def main(
@@ -106,15 +106,19 @@ def main(
 
 
 def check(
-    opened: Callable[[], tuple[Place, Mapping[str, Any]]], only: str, with_speed: bool, out: Path | None, command: str
+    opened: Callable[[], tuple[DeviceUnderTest, Mapping[str, Any]]],
+    only: str,
+    with_speed: bool,
+    out: Path | None,
+    command: str,
 ) -> int:
     """Everything that :func:`main` does; its exit code."""
     try:
-        place, facts = opened()
+        dut, facts = opened()
     except NoCuda as error:
         print(f"nothing was checked: {error}", file=sys.stderr)
         return 2
-    checks = chosen(correctness(place) + (speeds(place) if with_speed else []), only)
+    checks = chosen(correctness(dut) + (speeds(dut) if with_speed else []), only)
     if not checks:
         print(f"no check is named like {only!r}: leave --only out to run them all", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
-from tools.gpu.place import Place, backend, require, row_store
+from tools.gpu.dut import DeviceUnderTest, backend, require, row_store
 
 STEPS = 12
 Request = tuple[Method, Formats]
@@ -132,31 +132,31 @@ def pages_for(model: Model, sequences: int) -> int:
     return sequences * model.spec.text.layers * (longest // 16 + 2)
 
 
-def check_against_cpu(place: Place, model: Model, sequences: int = 3) -> dict[str, float]:
+def check_against_cpu(dut: DeviceUnderTest, model: Model, sequences: int = 3) -> dict[str, float]:
     """Full attention, whose rows no rounding can change: logits of the prompt and of each step, the CPU's tokens going
     on in both."""
     limit = 4 * torch.finfo(model.weights.dtype).eps  # of two programs that round to this dtype after each operator
-    return {"logits": _against_cpu(place, model, [(Full(), Formats())] * sequences, limit)}
+    return {"logits": _against_cpu(dut, model, [(Full(), Formats())] * sequences, limit)}
 
 
-def check_packed_against_cpu(place: Place, model: Model) -> dict[str, float]:
+def check_packed_against_cpu(dut: DeviceUnderTest, model: Model) -> dict[str, float]:
     """The same over int8 rows, and over int8 image rows alone: values that round to the next number there are half a
     step of the format away, as those of the format itself are."""
     requests = [(Full(), PACKED), (Full(), Formats("exact", "int8", "int8"))]
-    return {"logits": _against_cpu(place, model, requests, 4 * torch.finfo(model.weights.dtype).eps + 1 / 254)}
+    return {"logits": _against_cpu(dut, model, requests, 4 * torch.finfo(model.weights.dtype).eps + 1 / 254)}
 
 
-def check_sessions_against_cpu(place: Place, model: Model) -> dict[str, float]:
+def check_sessions_against_cpu(dut: DeviceUnderTest, model: Model) -> dict[str, float]:
     """The same for questions about a picture, over its exact rows and over packed ones, which their prompts attend as
     they are read back."""
     limit, found = 4 * torch.finfo(model.weights.dtype).eps, {}
     for name, formats, more in (("exact", Formats(), 0.0), ("packed", Formats("exact", "int8", "int8"), 1 / 254)):
         requests: list[Request] = [(Full(), formats)] * 3
-        found[f"logits_{name}"] = _against_cpu(place, model, requests, limit + more, kind=Questions)
+        found[f"logits_{name}"] = _against_cpu(dut, model, requests, limit + more, kind=Questions)
     return found
 
 
-def check_low_rank_against_cpu(place: Place, model: Model) -> dict[str, float]:
+def check_low_rank_against_cpu(dut: DeviceUnderTest, model: Model) -> dict[str, float]:
     """The same over coefficients, all that are stored and the first of them, beside exact rows. The prompt's rows are
     the CPU's on both sides: a basis turns with the last bits of what it is fitted to."""
     requests: list[Request] = [
@@ -165,11 +165,11 @@ def check_low_rank_against_cpu(place: Place, model: Model) -> dict[str, float]:
         (Full(), Formats()),
     ]
     limit = 4 * torch.finfo(model.weights.dtype).eps
-    return {"logits": _against_cpu(place, model, requests, limit, of_cpu=True)}
+    return {"logits": _against_cpu(dut, model, requests, limit, of_cpu=True)}
 
 
 def _against_cpu(
-    place: Place,
+    dut: DeviceUnderTest,
     model: Model,
     requests: Sequence[Request],
     limit: float,
@@ -179,9 +179,9 @@ def _against_cpu(
 ) -> float:
     """The largest distance of logits; with ``of_cpu`` the steps go over the rows that the CPU stored."""
     dtype, pages = model.weights.dtype, pages_for(model, len(requests))
-    on_device = load_model(model.spec, model.weights, place.accelerator.device)
-    stores = RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype), row_store(place, on_device, pages)
-    backends = TorchBackend(Llava(model.spec, model.weights), stores[0]), backend(place, on_device, stores[1])
+    on_device = load_model(model.spec, model.weights, dut.accelerator.device)
+    stores = RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype), row_store(dut, on_device, pages)
+    backends = TorchBackend(Llava(model.spec, model.weights), stores[0]), backend(dut, on_device, stores[1])
     expected, got = (kind(each, model, dtype.itemsize, pages, requests) for each in backends)
     if of_cpu:
         stores[1].keys.copy_(stores[0].keys)
@@ -196,20 +196,20 @@ def _against_cpu(
     return worst
 
 
-def check_graphs(place: Place, model: Model) -> dict[str, float]:
+def check_graphs(dut: DeviceUnderTest, model: Model) -> dict[str, float]:
     """Recorded steps give what launched ones give: logits, tokens and rows, for methods that change their rows and
     formats, choose rows within a step, and read low-rank ones at every step or at every few."""
     exact = [request for request in REQUESTS if request[1].all_exact]
-    return {"logits": max(_graphs(place, model, requests) for requests in (exact, REQUESTS))}
+    return {"logits": max(_graphs(dut, model, requests) for requests in (exact, REQUESTS))}
 
 
-def _graphs(place: Place, model: Model, requests: Sequence[Request]) -> float:
+def _graphs(dut: DeviceUnderTest, model: Model, requests: Sequence[Request]) -> float:
     dtype = model.weights.dtype
     pages = pages_for(model, len(requests))
-    on_device = load_model(model.spec, model.weights, place.accelerator.device)
+    on_device = load_model(model.spec, model.weights, dut.accelerator.device)
     recorded, launched = (
         Sequences(
-            backend(place, on_device, row_store(place, on_device, pages), eager=eager),
+            backend(dut, on_device, row_store(dut, on_device, pages), eager=eager),
             model,
             dtype.itemsize,
             pages,

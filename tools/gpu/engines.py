@@ -10,7 +10,7 @@ from avl_edge import Formats, Options, Result, Runtime
 from avl_edge.backends.tensorrt import decoder_plugin
 from avl_edge.package.engine import Job, Recipe, build, decoder_formats
 from avl_edge.serving.runtime import DEMO
-from tools.gpu.place import require
+from tools.gpu.dut import require
 from tools.gpu.report import Skipped
 
 PICTURE = Path("examples/cockpit.png")

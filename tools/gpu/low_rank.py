@@ -19,9 +19,9 @@ from avl_edge.config import KvShape
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.pool.formats import decode_coefficients, encode_coefficients
 from avl_edge.model.network.rope import Rope
+from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import border_counts
 from tools.gpu.packed import KV_HEADS, compare
-from tools.gpu.place import Place, require, row_type
 
 FORMATS = ("exact", "lowrank:40@33+int8", "lowrank:80", "lowrank:9@5")
 """Of which the second and the third have more directions than are taken at once."""
@@ -83,9 +83,9 @@ class Arenas:
         return first + torch.arange(rows.shape[1])
 
 
-def make_memory(place: Place, shape: KernelShape, counts: Sequence[Sequence[int]], seed: int) -> Memory:
+def make_memory(dut: DeviceUnderTest, shape: KernelShape, counts: Sequence[Sequence[int]], seed: int) -> Memory:
     """``counts`` rows for each format and sequence, of a few that there are; a basis for each sequence."""
-    device, dtype, batch, some = place.accelerator.device, row_type(shape), len(counts[0]), 50
+    device, dtype, batch, some = dut.accelerator.device, row_type(shape), len(counts[0]), 50
     random = torch.Generator().manual_seed(seed)
     arenas = Arenas(shape, batch * _RANK + 6 * some)
     directions = torch.randn(2, batch * _RANK, KV_HEADS, shape.head_dim, generator=random).to(dtype)
@@ -124,24 +124,26 @@ def _turned(keys: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([turned.real, turned.imag], -1)
 
 
-def check_shape(place: Place, shape: KernelShape, splits: int = 3) -> dict[str, float]:
+def check_shape(dut: DeviceUnderTest, shape: KernelShape, splits: int = 3) -> dict[str, float]:
     """Sequences with rows of each format, of one only, with none; borders of splits; the same numbers again."""
     borders = border_counts(shape, splits)
     empty, few = [0] * len(borders), [3] * len(borders)
     counts = [[*few, *empty, 0], [*borders, *few, 0], [*few, *borders, 0], [*empty, *few, 0]]
-    memory, batch = make_memory(place, shape, counts, seed=6), len(counts[0])
+    memory, batch = make_memory(dut, shape, counts, seed=6), len(counts[0])
     query = torch.randn(batch, KV_HEADS * shape.group, shape.head_dim, generator=torch.Generator().manual_seed(7))
     query = query.to(row_type(shape))
-    out, scores = _step(place, shape, memory, query, splits)
-    again, _ = _step(place, shape, memory, query, splits)
+    out, scores = _step(dut, shape, memory, query, splits)
+    again, _ = _step(dut, shape, memory, query, splits)
     require(torch.equal(out, again), f"{shape}: low-rank rows give other numbers the second time")
     worst, worst_score = compare(shape, query, memory.parts, out, scores, "low-rank")
     return {"low_rank_out_max": worst, "low_rank_scores_max": worst_score}
 
 
-def _step(place: Place, shape: KernelShape, memory: Memory, query: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+def _step(
+    dut: DeviceUnderTest, shape: KernelShape, memory: Memory, query: Tensor, splits: int
+) -> tuple[Tensor, Tensor]:
     """Out and scores, on the CPU."""
-    device, (batch, heads, _), capacity = place.accelerator.device, query.shape, memory.rows.numel()
+    device, (batch, heads, _), capacity = dut.accelerator.device, query.shape, memory.rows.numel()
     sizes = (shape, batch, heads, splits, capacity)
     space = Workspace.of(*sizes, scores=True, parts=len(FORMATS), low_rank=True)
     scratch = torch.full((space.bytes,), 255, dtype=torch.uint8, device=device)  # all ones are a NaN
@@ -150,6 +152,6 @@ def _step(place: Place, shape: KernelShape, memory: Memory, query: Tensor, split
     lists = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, capacity, FORMATS)
     pointers = (own.data_ptr(), 0, 0, 0, lists, out.data_ptr(), scores.data_ptr())
     step = Step(*pointers, written=(), bases=memory.step_bases)
-    place.kernels(shape).step(step, memory.pool, space, scratch.data_ptr(), place.accelerator.stream())
-    place.accelerator.synchronize()
+    dut.kernels(shape).step(step, memory.pool, space, scratch.data_ptr(), dut.accelerator.stream())
+    dut.accelerator.synchronize()
     return out.cpu(), scores.cpu()

@@ -21,7 +21,7 @@ from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
 from avl_edge.request import ImageSpan, Prompt
-from tools.gpu.place import Place, backend, row_store
+from tools.gpu.dut import DeviceUnderTest, backend, row_store
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36
 INT8 = Formats("int8", "int8", "int8")
@@ -80,10 +80,10 @@ class Sizes:
 
 
 class Model:
-    """The random model on the place's device; ``bytes`` of the weights that a decode step reads."""
+    """The random model on its device; ``bytes`` of the weights that a decode step reads."""
 
-    def __init__(self, place: Place, sizes: Sizes, dtype: torch.dtype = torch.float16) -> None:
-        device = place.accelerator.device
+    def __init__(self, dut: DeviceUnderTest, sizes: Sizes, dtype: torch.dtype = torch.float16) -> None:
+        device = dut.accelerator.device
         weights = RandomWeights(dtype, device)
         with device:
             self.model = Llava(sizes.spec, weights)
@@ -92,13 +92,15 @@ class Model:
         self.features = torch.randn(1, sizes.image, sizes.hidden, dtype=dtype, device=device)
 
 
-def measure(place: Place, model: Model, sizes: Sizes, method: Method, formats: Formats, batch: int) -> dict[str, Any]:
+def measure(
+    dut: DeviceUnderTest, model: Model, sizes: Sizes, method: Method, formats: Formats, batch: int
+) -> dict[str, Any]:
     """Prompts one after the other, then ``steps`` tokens for all of them together."""
     text, prompt = sizes.spec.text, sizes.prompt
     shape = text.kv_shape(model.model.dtype.itemsize)
     planned = kv_plan(method, formats, shape, prompt_shape(len(prompt), prompt.spans), sizes.steps)
     pool = RowPool(batch * planned.pages, shape)
-    ours = backend(place, model.model, row_store(place, model.model, pool.pages))
+    ours = backend(dut, model.model, row_store(dut, model.model, pool.pages))
     caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
     start = time.perf_counter()
     for cache in caches:
@@ -144,14 +146,14 @@ def _typical(times: list[float]) -> float:
     return median(means)
 
 
-def cases(place: Place, sizes: Sizes, batches: tuple[int, ...] = (1, 16)) -> dict[str, Any]:
+def cases(dut: DeviceUnderTest, sizes: Sizes, batches: tuple[int, ...] = (1, 16)) -> dict[str, Any]:
     """Every method at every batch that fits the device's memory, and how much A-VL gains over full attention."""
-    model = Model(place, sizes)
+    model = Model(dut, sizes)
     rows: list[dict[str, Any]] = []
     for batch in batches:
         for method, formats in REQUESTS:
             try:
-                rows.append(measure(place, model, sizes, method, formats, batch))
+                rows.append(measure(dut, model, sizes, method, formats, batch))
             except torch.OutOfMemoryError:
                 named = {"method": method.name, "format": _named(formats), "batch": batch}
                 rows.append({**named, "skipped": "it does not fit the device's memory"})

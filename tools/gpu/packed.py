@@ -19,8 +19,8 @@ from avl_edge.config import KvShape, PromptShape
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.methods import Coarse
 from avl_edge.kv.pool.formats import decode, encode
+from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import SCORES, border_counts
-from tools.gpu.place import Place, require, row_type
 
 KV_HEADS = 2
 _WHOLE = 2**30
@@ -42,9 +42,9 @@ class Memory:
     pool: Pool
 
 
-def make_memory(place: Place, shape: KernelShape, counts: Sequence[Sequence[int]], seed: int) -> Memory:
+def make_memory(dut: DeviceUnderTest, shape: KernelShape, counts: Sequence[Sequence[int]], seed: int) -> Memory:
     """``counts`` rows for each format and sequence, each of a row of its own or shared."""
-    device, dtype = place.accelerator.device, row_type(shape)
+    device, dtype = dut.accelerator.device, row_type(shape)
     generator = torch.Generator().manual_seed(seed)
     size, most = KV_HEADS * shape.head_dim * dtype.itemsize, max(max(map(sum, counts)), 1)
     keys, values = (torch.full((3 * most, size), 255, dtype=torch.uint8) for _ in range(2))
@@ -76,14 +76,14 @@ def wide(part: Part) -> Part:
     return Part(part.format, keys, values, part.rows, part.offsets)
 
 
-def check_mixture(place: Place, shape: KernelShape, splits: int = 3) -> dict[str, float]:
+def check_mixture(dut: DeviceUnderTest, shape: KernelShape, splits: int = 3) -> dict[str, float]:
     """One softmax over rows of three formats: sequences with some of each, of one only, with none; borders of
     splits."""
     borders = border_counts(shape, splits)
     empty, few = [0] * len(borders), [3] * len(borders)
     counts = [[*few, *borders, *empty, 0], [*borders, *empty, *few, 0], [*empty, *few, *borders, 0]]
-    memory, batch, heads = make_memory(place, shape, counts, seed=1), len(counts[0]), KV_HEADS * shape.group
-    device, capacity, kernels = place.accelerator.device, memory.rows.numel(), place.kernels(shape)
+    memory, batch, heads = make_memory(dut, shape, counts, seed=1), len(counts[0]), KV_HEADS * shape.group
+    device, capacity, kernels = dut.accelerator.device, memory.rows.numel(), dut.kernels(shape)
     query = torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(2)).to(row_type(shape))
     space = Workspace.of(shape, batch, heads, splits, capacity, scores=True, parts=len(FORMATS))
     scratch = torch.full((space.bytes,), 255, dtype=torch.uint8, device=device)
@@ -91,8 +91,8 @@ def check_mixture(place: Place, shape: KernelShape, splits: int = 3) -> dict[str
     out, scores = torch.full_like(own, torch.nan), torch.full((capacity,), torch.nan, device=device)
     lists = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, capacity, tuple(FORMATS))
     step = Step(own.data_ptr(), 0, 0, 0, lists, out.data_ptr(), scores.data_ptr(), written=())
-    kernels.step(step, memory.pool, space, scratch.data_ptr(), place.accelerator.stream())
-    place.accelerator.synchronize()
+    kernels.step(step, memory.pool, space, scratch.data_ptr(), dut.accelerator.stream())
+    dut.accelerator.synchronize()
     parts = [wide(part) for part in memory.parts]
     worst, worst_score = compare(shape, query, parts, out.cpu(), scores.cpu(), "mixed")
     return {"mixed_out_max": worst, "mixed_scores_max": worst_score}
@@ -112,10 +112,10 @@ def compare(
     return float(error.max()), worst
 
 
-def check_packing(place: Place, shape: KernelShape) -> dict[str, float]:
+def check_packing(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     """New rows are packed as the pool packs them, bit for bit in their values; a negative slot drops its row, and
     nothing else is touched."""
-    device, dtype, count = place.accelerator.device, row_type(shape), 9
+    device, dtype, count = dut.accelerator.device, row_type(shape), 9
     new = torch.randn(2, count, KV_HEADS, shape.head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
     new[:, 2], new[0, 4, 0, 0] = 0, torch.finfo(dtype).max
     places = torch.tensor([8, -1, 0, 3, 7, -1, 4, 5, 6], dtype=torch.int32)
@@ -127,8 +127,8 @@ def check_packing(place: Place, shape: KernelShape) -> dict[str, float]:
         slots = torch.where(places < 0, places, places * (step // UNIT)).int().to(device)
         pool = Pool(arenas[0].data_ptr(), arenas[1].data_ptr(), KV_HEADS, 0, 0, 0, 0)
         pointers = (on_device[0].data_ptr(), on_device[1].data_ptr(), slots.data_ptr(), count)
-        place.kernels(shape).append(*pointers, pool, place.accelerator.stream(), name)
-        place.accelerator.synchronize()
+        dut.kernels(shape).append(*pointers, pool, dut.accelerator.stream(), name)
+        dut.accelerator.synchronize()
         records = arenas.cpu().view(2, 9, step)
         for arena, rows in zip(records, new, strict=True):
             kept = places >= 0
@@ -142,13 +142,13 @@ def check_packing(place: Place, shape: KernelShape) -> dict[str, float]:
     return {}
 
 
-def check_choice(place: Place, shape: KernelShape) -> dict[str, float]:
+def check_choice(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     """The weights of a look at keys of every format against float64, and the rows that are chosen by them against the
     policy's own choice; each sequence looks at one format."""
     sizes = [1, 40, 333, 0, 2, 97]
     counts = [[n if b % 3 == part else 0 for b, n in enumerate(sizes)] for part in range(len(FORMATS))]
-    memory, batch, heads = make_memory(place, shape, counts, seed=4), len(sizes), KV_HEADS * shape.group
-    device, looked, room = place.accelerator.device, memory.rows.numel(), 20
+    memory, batch, heads = make_memory(dut, shape, counts, seed=4), len(sizes), KV_HEADS * shape.group
+    device, looked, room = dut.accelerator.device, memory.rows.numel(), 20
     query = 2 * torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(5))
     query = query.to(row_type(shape))
     segments, own = len(FORMATS) * batch, query.to(device)
@@ -161,13 +161,13 @@ def check_choice(place: Place, shape: KernelShape) -> dict[str, float]:
     candidates = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, looked, tuple(FORMATS))
     attended = Lists(rows.data_ptr(), listed.data_ptr(), ends.data_ptr(), batch, len(rows), tuple(FORMATS))
     look = Look(candidates, tuple(FORMATS), limits.data_ptr(), listed.data_ptr(), picked.data_ptr())
-    kernels, stream = place.kernels(shape), place.accelerator.stream()
+    kernels, stream = dut.kernels(shape), dut.accelerator.stream()
     for part in range(len(FORMATS)):
         kernels.look(own.data_ptr(), memory.pool, candidates, part, logits.data_ptr(), stream)
     kernels.log_sums(logits.data_ptr(), candidates, heads, log_sums.data_ptr(), stream)
     kernels.scores(logits.data_ptr(), log_sums.data_ptr(), candidates, heads, weights.data_ptr(), stream)
     kernels.nucleus(weights.data_ptr(), look, attended, stream)
-    place.accelerator.synchronize()
+    dut.accelerator.synchronize()
     looks = [
         coarse_weights_reference(query.double(), wide(part), KV_HEADS, shape.head_dim**-0.5) for part in memory.parts
     ]
@@ -192,15 +192,15 @@ def _nucleus(weights: Tensor, share: float, most: int) -> list[int]:
         return []
     core = min(100.0, 100 * (most + 0.5) / len(weights))  # percent, of which a policy rounds down
     policy = Coarse(core=core, mass=100 * share).policy(PromptShape(0, len(weights), 1), 1)
-    return [int(place) for place in np.flatnonzero(policy.pick_core(weights.numpy()))]
+    return [int(dut) for dut in np.flatnonzero(policy.pick_core(weights.numpy()))]
 
 
 CHECKS = (check_mixture, check_packing, check_choice)
 
 
-def check_shape(place: Place, shape: KernelShape) -> dict[str, float]:
+def check_shape(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     """All checks of one shape; the largest errors."""
     found: dict[str, float] = {}
     for check in CHECKS:
-        found |= check(place, shape)
+        found |= check(dut, shape)
     return found

@@ -17,9 +17,9 @@ from avl_edge.attention.cuda import FORMATS, KernelShape
 from avl_edge.attention.kernels import Part, attend_parts_reference
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.pool.formats import decode, encode
+from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import SCORES
 from tools.gpu.packed import KV_HEADS, Memory, make_memory, wide
-from tools.gpu.place import Place, require, row_type
 from tools.gpu.report import Skipped
 
 LAYER, LAYERS = 1, 3
@@ -32,7 +32,7 @@ QUERIES = (-1, 0, 0, 2)
 """Whose attention is summed: tokens by their index, one of them twice."""
 
 
-def check_plugin(place: Place) -> dict[str, float]:
+def check_plugin(dut: DeviceUnderTest) -> dict[str, float]:
     """One layer of a decode step and of prompts that go on from rows, which are exact ones, and of every format: the
     new rows of a step are in their slots, the output and the scores are float64's."""
     if find_spec("avl_edge.backends.tensorrt") is None:
@@ -44,7 +44,7 @@ def check_plugin(place: Place) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, counts in (("", STEP), ("prompt_", QUESTIONS)):
         for kind, parts in (("", 1), ("packed_", len(FORMATS))):
-            errors = _check_call(place, trt, plugin, _call(place, parts, counts))
+            errors = _check_call(dut, trt, plugin, _call(dut, parts, counts))
             found |= {f"{name}{kind}{what}": error for what, error in errors.items()}
     return found
 
@@ -101,13 +101,13 @@ def _of_sequence(part: Part, number: int) -> Part:
     return Part(part.format, part.keys, part.values, part.rows[begin:end], offsets)
 
 
-def _check_call(place: Place, trt: Any, plugin: Any, call: Call) -> dict[str, float]:
-    space = torch.empty(_workspace(plugin, trt, call.inputs), dtype=torch.uint8, device=place.accelerator.device)
+def _check_call(dut: DeviceUnderTest, trt: Any, plugin: Any, call: Call) -> dict[str, float]:
+    space = torch.empty(_workspace(plugin, trt, call.inputs), dtype=torch.uint8, device=dut.accelerator.device)
     described, results = ([_described(trt, tensor) for tensor in tensors] for tensors in (call.inputs, call.outputs))
     addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (call.inputs, call.outputs)]
     plugin.on_shape_change(described, results)
-    plugin.enqueue(described, results, *addresses, space.data_ptr(), place.accelerator.stream())
-    place.accelerator.synchronize()
+    plugin.enqueue(described, results, *addresses, space.data_ptr(), dut.accelerator.stream())
+    dut.accelerator.synchronize()
     require(_is_written(call), "the plugin did not write the new rows into their slots")
     (out, *scores), (expected, *weights) = [output.cpu() for output in call.outputs], call.expected()
     relative = float((out.double() - expected).norm() / expected.norm())
@@ -118,11 +118,11 @@ def _check_call(place: Place, trt: Any, plugin: Any, call: Call) -> dict[str, fl
     return {"out_relative": relative, "scores_max": worst}
 
 
-def _call(place: Place, parts: int, counts: Sequence[int]) -> Call:
+def _call(dut: DeviceUnderTest, parts: int, counts: Sequence[int]) -> Call:
     """In a step the last row of a list of each sequence is that of its new token, each of the next format."""
-    device, batch, tokens = place.accelerator.device, len(counts), sum(counts)
+    device, batch, tokens = dut.accelerator.device, len(counts), sum(counts)
     listed = [own if part < parts else [0] * batch for part, own in enumerate(COUNTS)]
-    memory = make_memory(place, SHAPE, listed, seed=parts)
+    memory = make_memory(dut, SHAPE, listed, seed=parts)
     offsets, rows = memory.offsets[: parts * batch + 1], memory.rows.clone()
     slots = torch.full((parts, tokens), -1, dtype=torch.int32, device=device)
     for b in range(batch if counts == STEP else 0):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tools.gpu.place import CheckFailed
+from tools.gpu.dut import CheckFailed
 from tools.gpu.report import Skipped
 
 FOUND = 86

@@ -7,7 +7,7 @@ import sys
 from avl_edge.attention.cuda import KernelShape, NoCuda
 from avl_edge.backends.steps import CudaDevice
 from tools.gpu import low_rank, numerics, packed
-from tools.gpu.place import GpuPlace
+from tools.gpu.dut import GpuUnderTest
 
 SHAPES = (KernelShape(80, 2, "Half"), KernelShape(128, 7, "Bfloat"))
 """One whose rows leave lanes without work, and one of a large group."""
@@ -16,11 +16,11 @@ SHAPES = (KernelShape(80, 2, "Half"), KernelShape(128, 7, "Bfloat"))
 def main() -> None:
     """Every kernel once; what it computes is checked too."""
     try:
-        place = GpuPlace(CudaDevice())
+        dut = GpuUnderTest(CudaDevice())
         for shape in SHAPES:
-            numerics.check_shape(place, shape)
-            packed.check_shape(place, shape)
-            low_rank.check_shape(place, shape)
+            numerics.check_shape(dut, shape)
+            packed.check_shape(dut, shape)
+            low_rank.check_shape(dut, shape)
     except NoCuda as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -19,8 +19,8 @@ from torch.nn import functional
 from avl_edge.attention.cuda import Bases, KernelShape, Lists, Step, Workspace
 from avl_edge.config import KvShape
 from avl_edge.kv.layout import UNIT, Format
+from tools.gpu.dut import DeviceUnderTest, row_type
 from tools.gpu.numerics import pool_of
-from tools.gpu.place import Place, row_type
 
 GB = 1e9
 _CACHES = 512 * 2**20
@@ -67,12 +67,12 @@ def beyond_caches(load: Load) -> Load:
     return replace(load, layers=max(4, -(-_CACHES // load.bytes)))
 
 
-def milliseconds(place: Place, work: Callable[[], None], rounds: int, repeats: int = 1) -> float:
+def milliseconds(dut: DeviceUnderTest, work: Callable[[], None], rounds: int, repeats: int = 1) -> float:
     """The median time of ``work``, recorded as the backend's steps are and launched ``repeats`` times in a row."""
-    replay = place.accelerator.record(work)
+    replay = dut.accelerator.record(work)
     times = []
     for _ in range(rounds + 2):
-        with Stopwatch(place) as watch:
+        with Stopwatch(dut) as watch:
             for _ in range(repeats):
                 replay()
         times.append(watch.milliseconds / repeats)
@@ -82,19 +82,19 @@ def milliseconds(place: Place, work: Callable[[], None], rounds: int, repeats: i
 class Stopwatch:
     """Time on the device between two events; where there are none, as on a CPU, on the host's clock."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._events = place.accelerator.device.type == "cuda"
+    def __init__(self, dut: DeviceUnderTest) -> None:
+        self._dut = dut
+        self._events = dut.accelerator.device.type == "cuda"
         self.milliseconds = 0.0
 
     def __enter__(self) -> Stopwatch:
-        self._place.accelerator.synchronize()
+        self._dut.accelerator.synchronize()
         self._start = self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
         end = self._now()
-        self._place.accelerator.synchronize()
+        self._dut.accelerator.synchronize()
         start = self._start
         if isinstance(start, torch.cuda.Event):
             self.milliseconds = float(start.elapsed_time(end))
@@ -105,26 +105,26 @@ class Stopwatch:
         if not self._events:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._place.accelerator.device))
+        event.record(torch.cuda.current_stream(self._dut.accelerator.device))
         return event
 
 
-def copy_bandwidth(place: Place, nbytes: int = 2**30, rounds: int = 20) -> float:
+def copy_bandwidth(dut: DeviceUnderTest, nbytes: int = 2**30, rounds: int = 20) -> float:
     """GB/s of a plain copy in device memory, read and written bytes counted both."""
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=place.accelerator.device)
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=dut.accelerator.device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
-    return 2 * nbytes / GB / (milliseconds(place, copy, rounds) / 1000)
+    return 2 * nbytes / GB / (milliseconds(dut, copy, rounds) / 1000)
 
 
 class Layers:
     """The pools of a few layers, a selection in each, and room for the results."""
 
-    def __init__(self, place: Place, load: Load) -> None:
-        device, dtype = place.accelerator.device, row_type(load.shape)
+    def __init__(self, dut: DeviceUnderTest, load: Load) -> None:
+        device, dtype = dut.accelerator.device, row_type(load.shape)
         size = (load.batch * load.rows, load.kv_heads, load.head_dim)
         self.load = load
         self.pools = [[torch.randn(size, dtype=dtype, device=device) for _ in range(2)] for _ in range(load.layers)]
@@ -135,12 +135,12 @@ class Layers:
         self.rows = torch.cat([self._select(number) for number in range(load.batch)]).int().mul_(units).to(device)
         self.offsets = torch.arange(load.batch + 1, dtype=torch.int32, device=device) * load.selected
         self.slots = torch.full((load.batch,), -1, dtype=torch.int32, device=device)
-        kernels = place.kernels(load.shape)
+        kernels = dut.kernels(load.shape)
         splits = kernels.splits(load.kv_heads, 4096)
         sizes = (load.shape, load.batch, load.heads, splits, self.rows.numel())
         self._space = Workspace.of(*sizes, scores=False, low_rank=load.rank > 0)
         self._scratch = torch.empty(self._space.bytes, dtype=torch.uint8, device=device)
-        self._kernels, self._place = kernels, place
+        self._kernels, self._dut = kernels, dut
         # What a basis says makes no difference either, nor do the angles of a position.
         self._bases = torch.arange(load.batch * load.rank, dtype=torch.int32, device=device)
         self._positions = torch.arange(load.selected, dtype=torch.int32, device=device).repeat(load.batch)
@@ -162,7 +162,7 @@ class Layers:
         written = formats if bases is None else ()
         step = Step(query, query, query, slots, lists, self.out.data_ptr(), written=written, bases=bases)
         for keys, values in self.pools:
-            stream = self._place.accelerator.stream()
+            stream = self._dut.accelerator.stream()
             self._kernels.step(step, pool_of(keys, values), self._space, self._scratch.data_ptr(), stream)
 
     def full(self) -> None:
@@ -176,11 +176,11 @@ class Layers:
             )
 
 
-def attention(place: Place, load: Load, copy: float, rounds: int = 30) -> dict[str, Any]:
+def attention(dut: DeviceUnderTest, load: Load, copy: float, rounds: int = 30) -> dict[str, Any]:
     """One layer's selected-row attention beside torch's full one; ``copy``: GB/s of a plain copy."""
-    layers = Layers(place, load)
-    ours = milliseconds(place, layers.selected, rounds) / load.layers
-    full = milliseconds(place, layers.full, rounds) / load.layers
+    layers = Layers(dut, load)
+    ours = milliseconds(dut, layers.selected, rounds) / load.layers
+    full = milliseconds(dut, layers.full, rounds) / load.layers
     rate = load.bytes / GB / (ours / 1000)
     return {
         "batch": load.batch,
@@ -195,11 +195,11 @@ def attention(place: Place, load: Load, copy: float, rounds: int = 30) -> dict[s
     }
 
 
-def attention_cases(place: Place, batches: Sequence[int] = (1, 4, 16), rounds: int = 30) -> dict[str, Any]:
+def attention_cases(dut: DeviceUnderTest, batches: Sequence[int] = (1, 4, 16), rounds: int = 30) -> dict[str, Any]:
     """All rows, and the core of 30 %, of LLaVA-1.6-7B's 2,340 image rows at every batch, and all rows packed and
     low-rank, as AttentionPack reads the important ones and the others."""
-    copy = copy_bandwidth(place, rounds=rounds)
+    copy = copy_bandwidth(dut, rounds=rounds)
     formats = ("exact", "int8", "int4", "lowrank:64", "lowrank:64@16")
     kinds = [("exact", 702), *((name, 2340) for name in formats)]
     loads = [beyond_caches(Load(batch, rows, format=name)) for batch in batches for name, rows in kinds]
-    return {"copy_gb_per_s": round(copy, 1), "cases": [attention(place, load, copy, rounds) for load in loads]}
+    return {"copy_gb_per_s": round(copy, 1), "cases": [attention(dut, load, copy, rounds) for load in loads]}

@@ -102,7 +102,7 @@ class Kernels:
         """``step.out`` and the workspace's log_sums, over the rows of all parts; its logits where scores are wanted,
         and of low-rank rows."""
         lists, splits = step.lists, workspace.splits
-        sums, states, log_sums = (address + place for place in (workspace.sums, workspace.states, workspace.log_sums))
+        sums, states, log_sums = (address + offset for offset in (workspace.sums, workspace.states, workspace.log_sums))
         logits = address + workspace.logits
         for part, format_ in enumerate(lists.formats):
             if reader(format_) == LOW_RANK:
@@ -121,7 +121,7 @@ class Kernels:
     def _choose(self, step: Step, look: Look, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
         heads, candidates = workspace.heads, look.lists
         logits, log_sums, weights = (
-            address + place for place in (workspace.logits, workspace.log_sums, workspace.weights)
+            address + offset for offset in (workspace.logits, workspace.log_sums, workspace.weights)
         )
         for part, format_ in enumerate(candidates.formats):
             if format_ in look.formats:

@@ -96,10 +96,10 @@ class Workspace:
         results = batch * parts * splits * heads
         logits = max(capacity if scores or low_rank else 0, looked)
         sizes = (4 * results * shape.head_dim, 8 * results, 4 * batch * heads, 4 * looked, 4 * heads * logits)
-        places = [0]
+        offsets = [0]
         for size in sizes:
-            places.append(aligned(places[-1] + size))
-        return cls(heads, splits, *places)
+            offsets.append(aligned(offsets[-1] + size))
+        return cls(heads, splits, *offsets)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def record_bytes(name: str, kv_heads: int, dim: int) -> int:
     return Format(name).record_bytes(KvShape(1, kv_heads, dim, 1))
 
 
-def places(part: Part, kv_heads: int, dim: int) -> int:
+def id_limit(part: Part, kv_heads: int, dim: int) -> int:
     """How many ids a row of this part can have: 0 ... this - 1. A record has to end within its arena."""
     if part.format == "exact":
         return part.keys.shape[0]
@@ -84,7 +84,7 @@ def check(query: Tensor, part: Part, kv_heads: int) -> list[int]:
 
 def check_ids(part: Part, kv_heads: int, dim: int) -> None:
     """Raise IndexError where an id of a part leads outside its pool."""
-    rows, limit = part.rows, places(part, kv_heads, dim)
+    rows, limit = part.rows, id_limit(part, kv_heads, dim)
     if not rows.numel() or 0 <= int(rows.min()) <= int(rows.max()) < limit:
         return
     if part.format == "exact":

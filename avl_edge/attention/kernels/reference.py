@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kv.layout import UNIT, Format
 from ...kv.pool.formats import decode, decode_coarse
-from .parts import Part, accumulator, check, check_ids, places, record_bytes
+from .parts import Part, accumulator, check, check_ids, id_limit, record_bytes
 
 
 def attend_reference(
@@ -82,7 +82,7 @@ def _gather(part: Part, source: Tensor, span: slice, query: Tensor, *, coarse: b
         return query.new_empty(0, kv_heads, dim)
     if part.format == "exact":
         return source.index_select(0, ids).to(query.dtype)
-    every_record = (places(part, kv_heads, dim), record_bytes(part.format, kv_heads, dim))
+    every_record = (id_limit(part, kv_heads, dim), record_bytes(part.format, kv_heads, dim))
     records = source.as_strided(every_record, (UNIT, 1)).index_select(0, ids)
     if coarse and part.format == "int8":
         return decode_coarse(records, kv_heads, dim).to(query.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .parts import PACKED, Part, places
+from .parts import PACKED, Part, id_limit
 from .reference import attend_parts_reference, coarse_weights_reference
 
 _EXACT = {getattr(torch, name): native.FORMATS[name] for name in ("float32", "bfloat16", "float16")}
@@ -182,7 +182,7 @@ def _describe(part: Part, kv_heads: int, dim: int, coarse: bool) -> bytes:
         rows.data_ptr(),
         part.offsets.data_ptr(),
         *strides,
-        places(part, kv_heads, dim),
+        id_limit(part, kv_heads, dim),
         rows.numel(),
         _EXACT[keys.dtype] if exact else native.FORMATS[name],
     )

@@ -74,7 +74,7 @@ class TorchBackend:
     def _attend_step(
         self, query: Tensor, layer: int, caches: Sequence[SequenceCache]
     ) -> tuple[Tensor, list[npt.NDArray[np.floating] | None]]:
-        """A layer's attention ``[B, H, d]``, and each sequence's scores in the order of the places that it reads, where
+        """A layer's attention ``[B, H, d]``, and each sequence's scores in the order of the rows that it reads, where
         its policy wants them."""
         read = [cache.rows_to_read(layer) for cache in caches]
         wants = [cache.wants_scores for cache in caches]

@@ -61,7 +61,7 @@ class RecordedStep(ABC):
         return self._results["logits"]
 
     def scores(self, layer: int, sequence: int, read: Sequence[Selected]) -> npt.NDArray[np.floating]:
-        """The weights of the rows that one sequence ``read`` in a layer, in the order of their places: float32, on the
+        """The weights of the rows that one sequence ``read`` in a layer, in their order: float32, on the
         host."""
         return in_order(read, [self._scores(layer, sequence, each.format) for each in read])
 

@@ -127,14 +127,14 @@ class Attention:
         core = self._core
         attended, row_scores, token_scores = outputs
         scores = sizes.queries > 0
-        places = self._step_workspace(sizes, sizes.sequences, scores=scores)
+        offsets = self._step_workspace(sizes, sizes.sequences, scores=scores)
         lists = Lists.of(of.rows, of.row_offsets, sizes.sequences, sizes.room, sizes.formats)
         asked = row_scores if scores and sizes.room else 0
         step = Step(of.query, of.key, of.value, of.slots, lists, attended, asked)
-        core.attend_parts(step, pool, places, workspace, stream)
-        self._tokens.join(of, attended, workspace + places.log_sums, token_scores if scores else 0, stream)
+        core.attend_parts(step, pool, offsets, workspace, stream)
+        self._tokens.join(of, attended, workspace + offsets.log_sums, token_scores if scores else 0, stream)
         if asked:
-            core.score_parts(step, places, workspace, stream)
+            core.score_parts(step, offsets, workspace, stream)
             self._tokens.sums(of, row_scores, stream)
 
     def _prompt(self, of: Tokens, outputs: Sequence[int], workspace: int, stream: int) -> None:

@@ -116,7 +116,7 @@ class EngineBackend:
             keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
             stored = cache.store_prompt(layer, *scores[layer], self._distances(cache, layer, keys, values))
             before = listed.count(layer)
-            own = [Selected(each.format, each.places - before, each.ids, each.positions) for each in stored]
+            own = [Selected(each.format, each.order - before, each.ids, each.positions) for each in stored]
             self.rows.store_prompt(cache, layer, own, keys, values)
             if pruned and layer == pruned.layer:
                 cache.go_on(run[names.KEPT].cpu().numpy().astype(np.int64))

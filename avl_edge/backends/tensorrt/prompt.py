@@ -42,14 +42,14 @@ class Listed:
     part. Of any other prompt there are none.
 
     ``formats`` of the parts; ``rows`` int32 ``[L, N]`` with room for one at least; ``offsets`` int32 ``[L, P + 1]``;
-    ``places``, layer by layer, int64 ``[n]``: where the listed rows stand in the order of their positions.
+    ``order``, layer by layer, int64 ``[n]``: where the listed rows stand in the order of their positions.
     """
 
     def __init__(self, cache: SequenceCache, layers: int) -> None:
         before = [{each.format: each for each in cache.rows_before(layer)} for layer in range(layers)]
         self.formats = parts_of({name for of_layer in before for name in of_layer})
         parts = [[of_layer.get(name, _NO_ROWS) for name in self.formats] for of_layer in before]
-        self.places = [np.concatenate([part.places for part in own]) for own in parts]
+        self.order = [np.concatenate([part.order for part in own]) for own in parts]
         self.offsets: Ints = np.cumsum([[0, *(len(part.ids) for part in own)] for own in parts], axis=1, dtype=np.int32)
         self.rows: Ints = np.zeros((layers, max(1, *self.offsets[:, -1])), dtype=np.int32)
         for layer, own in enumerate(parts):
@@ -57,7 +57,7 @@ class Listed:
 
     def count(self, layer: int) -> int:
         """How many rows are listed in a layer."""
-        return len(self.places[layer])
+        return len(self.order[layer])
 
 
 def buffers(
@@ -128,9 +128,9 @@ def scores_of(run: Buffers, text: TextSpec, cache: SequenceCache, listed: Listed
     rows, *tokens = np.split(flat, np.cumsum([each.numel() for each in results])[:-1])
     scores = []
     for layer, (of_rows, of_tokens) in enumerate(zip(rows.reshape(text.layers, 2, -1), tokens, strict=True)):
-        places, queries = listed.places[layer], cache.prompt_queries(layer)
-        both = np.concatenate([np.empty((2, len(places)), np.float32), of_tokens.reshape(2, -1)], axis=1)
-        both[:, places] = of_rows[:, : len(places)]
+        order, queries = listed.order[layer], cache.prompt_queries(layer)
+        both = np.concatenate([np.empty((2, len(order)), np.float32), of_tokens.reshape(2, -1)], axis=1)
+        both[:, order] = of_rows[:, : len(order)]
         if queries is None:
             both[0] = 0
         if queries is None or not len(queries):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .decoder import PROMPT, STEP, Plugin, decoder_formats, decoder_profiles
 from .errors import BadPackage, BadRecipe, BuildFailed, BuildRunning, Mismatch
-from .fingerprint import MODEL_FILES, Fingerprint, Target, checkpoint_digest, file_digest, require_match
+from .fingerprint import MODEL_FILES, Fingerprint, Platform, checkpoint_digest, file_digest, require_match
 from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
 from .manifest import File, Manifest
 from .recipe import Recipe, read_recipe
@@ -28,10 +28,10 @@ __all__ = [
     "Manifest",
     "Mismatch",
     "Package",
+    "Platform",
     "Plugin",
     "Recipe",
     "Sizes",
-    "Target",
     "build",
     "build_engine",
     "checkpoint_digest",

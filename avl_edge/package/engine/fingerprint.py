@@ -27,7 +27,7 @@ MODEL_FILES = (
 
 
 @dataclass(frozen=True)
-class Target:
+class Platform:
     """The machine that engines run on, and the kernel that their plugin launches; engines are not portable across any
     of it. ``kernel`` is the digest of its source. None: not found on this machine, or not part of the engines."""
 
@@ -38,8 +38,8 @@ class Target:
     kernel: str | None = None
 
     @classmethod
-    def of(cls, facts: DeviceFacts, kernel: str | None = None) -> Target:
-        """The target that a probed machine is."""
+    def of(cls, facts: DeviceFacts, kernel: str | None = None) -> Platform:
+        """The platform that a probed machine is."""
         software = facts.software
         sm = facts.gpus[0].sm if facts.gpus else None
         return cls(software.tensorrt, software.cuda, sm, software.l4t, kernel)
@@ -49,14 +49,14 @@ class Target:
 class Fingerprint:
     """``model`` is the digest of the checkpoint, ``graphs`` that of the ONNX graphs without their weights;
     ``prune_after`` the layer after which they can prune, None for nowhere; ``shapes`` are the largest sizes that are
-    served, by name. ``target`` None: graphs alone, which hold on every machine."""
+    served, by name. ``platform`` None: graphs alone, which hold on every machine."""
 
     model: str
     graphs: str
     precision: str
     prune_after: int | None
     shapes: dict[str, int]
-    target: Target | None = None
+    platform: Platform | None = None
 
 
 _WORDS = {
@@ -78,10 +78,10 @@ def require_match(built: Fingerprint, wanted: Fingerprint, out: Path) -> None:
     """
     # The precision decides the graphs too: the field that a person set is named first.
     pairs = _fields(built, wanted, ("model", "precision", "prune_after", "shapes", "graphs"))
-    if wanted.target is not None:
-        if built.target is None:
-            raise Mismatch("target", f"{out} holds ONNX graphs but no engines: {rebuild(out)} on the device")
-        pairs = [*pairs, *_fields(built.target, wanted.target, [field.name for field in fields(Target)])]
+    if wanted.platform is not None:
+        if built.platform is None:
+            raise Mismatch("platform", f"{out} holds ONNX graphs but no engines: {rebuild(out)} on the device")
+        pairs = [*pairs, *_fields(built.platform, wanted.platform, [field.name for field in fields(Platform)])]
     for name, was, now in pairs:
         if was != now:
             what = _WORDS.get(name, name)

@@ -30,7 +30,7 @@ from ..export import (
 )
 from .decoder import Plugin, decoder_profiles
 from .errors import BadPackage, BadRecipe, BuildFailed, rebuild
-from .fingerprint import Fingerprint, Target, checkpoint_digest, model_files, require_match
+from .fingerprint import Fingerprint, Platform, checkpoint_digest, model_files, require_match
 from .manifest import Manifest
 from .recipe import STORED, Recipe
 from .store import Package, open_package, publish
@@ -99,22 +99,22 @@ class Job:
             "run_memory_bytes": self.run_memory,
         }
 
-    def fingerprint(self, target: Target | None = None) -> Fingerprint:
-        """Of the graphs, and of the engines for ``target``; reads the whole checkpoint."""
+    def fingerprint(self, platform: Platform | None = None) -> Fingerprint:
+        """Of the graphs, and of the engines for ``platform``; reads the whole checkpoint."""
         model = checkpoint_digest(self.directory)
-        return self._fingerprint(model, target)
+        return self._fingerprint(model, platform)
 
-    def _fingerprint(self, model: str, target: Target | None) -> Fingerprint:
+    def _fingerprint(self, model: str, platform: Platform | None) -> Fingerprint:
         settings = self.settings
         return Fingerprint(
-            model, self.plan.digest, settings.precision, settings.prune_after, self.recipe.shapes, target
+            model, self.plan.digest, settings.precision, settings.prune_after, self.recipe.shapes, platform
         )
 
     @classmethod
-    def of_package(cls, package: Package, target: Target) -> Job:
+    def of_package(cls, package: Package, platform: Platform) -> Job:
         """What a package was built to do, by the files of the model that it brings along: its directory is that of the
         job. :class:`BadPackage` for sizes of another version, :class:`~.errors.Mismatch` where this program or the
-        machine that is ``target`` would build another one."""
+        machine that is ``platform`` would build another one."""
         built = package.manifest.fingerprint
         prune_after: int | Literal["never"] = "never" if built.prune_after is None else built.prune_after
         try:
@@ -123,7 +123,7 @@ class Job:
             out, version = package.directory.parent, package.manifest.version
             raise BadPackage(f"{out} was built by avl-edge {version}, for sizes unknown here: {rebuild(out)}") from None
         job = cls.of(package.directory, recipe)
-        require_match(built, job._fingerprint(built.model, target), package.directory.parent)
+        require_match(built, job._fingerprint(built.model, platform), package.directory.parent)
         return job
 
 
@@ -143,7 +143,7 @@ def build(
     Gives the manifest, and whether anything had to be done. ``progress`` counts tensors first, then TensorRT's steps.
     """
     trt = find_tensorrt()
-    fingerprint = job.fingerprint(Target.of(probe(), plugin.digest if plugin else None) if trt else None)
+    fingerprint = job.fingerprint(Platform.of(probe(), plugin.digest if plugin else None) if trt else None)
     try:
         with open_package(out, fingerprint) as package:
             return package.manifest, False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadPackage, rebuild
-from .fingerprint import Fingerprint, Target, file_digest
+from .fingerprint import Fingerprint, Platform, file_digest
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -67,13 +67,13 @@ def loads(text: str, path: Path) -> Manifest:
 
 def _manifest(content: dict[str, Any]) -> Manifest:
     fingerprint = dict(content["fingerprint"])
-    target = fingerprint.pop("target")
+    platform = fingerprint.pop("platform")
     files = {name: File(**entry) for name, entry in content["files"].items()}
     if not all(_NAME.fullmatch(name) for name in (*files, content["directory"])):
         raise ValueError("a name that may lead out of the package")
     return Manifest(
         content["version"],
         content["directory"],
-        Fingerprint(**fingerprint, target=None if target is None else Target(**target)),
+        Fingerprint(**fingerprint, platform=None if platform is None else Platform(**platform)),
         files,
     )

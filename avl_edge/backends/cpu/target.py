@@ -8,12 +8,12 @@ from ...model import checkpoint
 from ...model.checkpoint import Progress
 from ...model.network import Llava
 from ...model.spec import ModelSpec
-from ..place import Loaded, Place
 from ..stored import StoredRows
+from ..target import Loaded, Target
 from .backend import TorchBackend
 
 
-class Cpu(Place):
+class Cpu(Target):
     """A checkpoint on the processor."""
 
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:

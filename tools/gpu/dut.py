@@ -20,7 +20,7 @@ class CheckFailed(Exception):
     """What was found to be wrong."""
 
 
-class Place(Protocol):
+class DeviceUnderTest(Protocol):
     """A device, and kernels for it by shape."""
 
     @property
@@ -30,7 +30,7 @@ class Place(Protocol):
 
 
 @dataclass
-class GpuPlace:
+class GpuUnderTest:
     """GPU number ``index``; raises :class:`~avl_edge.attention.cuda.NoCuda` where there is none."""
 
     accelerator: CudaDevice
@@ -53,15 +53,15 @@ class Eager:
         return step
 
 
-def row_store(place: Place, model: Llava, pages: int) -> RowStore:
-    """A pool on the place's device for a model's rows."""
+def row_store(dut: DeviceUnderTest, model: Llava, pages: int) -> RowStore:
+    """A pool on its device for a model's rows."""
     shape: KvShape = model.spec.text.kv_shape(model.dtype.itemsize)
-    return RowStore(pages, shape, model.dtype, str(place.accelerator.device))
+    return RowStore(pages, shape, model.dtype, str(dut.accelerator.device))
 
 
-def backend(place: Place, model: Llava, store: RowStore, *, eager: bool = False) -> CudaBackend:
-    """A backend over a pool on the place's device, where ``model`` lies."""
-    accelerator, kernels = place.accelerator, place.kernels(kernel_shape(model.spec.text, model.dtype))
+def backend(dut: DeviceUnderTest, model: Llava, store: RowStore, *, eager: bool = False) -> CudaBackend:
+    """A backend over a pool on its device, where ``model`` lies."""
+    accelerator, kernels = dut.accelerator, dut.kernels(kernel_shape(model.spec.text, model.dtype))
     return CudaBackend(model, store, kernels, Eager(accelerator) if eager else accelerator)
 
 

@@ -12,11 +12,11 @@ from ...kv.pool import RowStore
 from ...machine.device import probe
 from ...model.checkpoint import Progress
 from ...model.spec import ModelSpec
-from ...package.engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Target, decoder_formats, open_package
+from ...package.engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Platform, decoder_formats, open_package
 from ...package.export import decoder_bindings, vision_bindings
-from ..cuda.place import Cuda
-from ..place import Loaded, Place
+from ..cuda.target import Cuda
 from ..steps import CudaDevice
+from ..target import Loaded, Target
 from .backend import EngineBackend
 from .engines import Engines
 from .kernels import digest
@@ -25,7 +25,7 @@ from .runner import Engine
 _ELSEWHERE = "give the checkpoint, with --device cuda"
 
 
-class TensorRt(Place):
+class TensorRt(Target):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
     no_relief = Cuda.no_relief
@@ -35,7 +35,7 @@ class TensorRt(Place):
         version, and :class:`~avl_edge.attention.cuda.NoCuda` without a GPU."""
         self._package = directory
         with open_package(directory, files=MODEL_FILES) as package:
-            self._job = Job.of_package(package, Target.of(probe(), digest()))
+            self._job = Job.of_package(package, Platform.of(probe(), digest()))
             self._built = package.manifest
         super().__init__(self._job.directory)
         self.most_rows = self._job.recipe.pool_rows

@@ -9,13 +9,13 @@ from ...kv.pool import RowStore
 from ...model import checkpoint
 from ...model.checkpoint import Progress
 from ...model.spec import ModelSpec
-from ..place import Loaded, Place
 from ..steps import CudaDevice
 from ..stored import StoredRows
+from ..target import Loaded, Target
 from . import CudaBackend, kernel_shape, load_model
 
 
-class Cuda(Place):
+class Cuda(Target):
     """A checkpoint on the first GPU; :class:`~avl_edge.attention.cuda.NoCuda` where there is none."""
 
     no_relief = (

@@ -189,7 +189,7 @@ class TestOpen:
 
     def test_of_other_kernels(self, package: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
         out = package()
-        monkeypatch.setattr("avl_edge.backends.tensorrt.place.digest", lambda: "f" * 64)
+        monkeypatch.setattr("avl_edge.backends.tensorrt.target.digest", lambda: "f" * 64)
         with pytest.raises(Mismatch, match="was built for another attention kernel"):
             Runtime.open(out)
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from ..config import require
 from ..errors import BadInput
 from ..package.engine import is_package
-from .cpu.place import Cpu
-from .cuda.place import Cuda
-from .place import Loaded, Place
-from .tensorrt.place import TensorRt
+from .cpu.target import Cpu
+from .cuda.target import Cuda
+from .target import Loaded, Target
+from .tensorrt.target import TensorRt
 
-PLACES: dict[str, type[Place]] = {"cpu": Cpu, "cuda": Cuda, "tensorrt": TensorRt}
+TARGETS: dict[str, type[Target]] = {"cpu": Cpu, "cuda": Cuda, "tensorrt": TensorRt}
 """By the name that people give as the device."""
 
-__all__ = ["PLACES", "Loaded", "Place", "open_place"]
+__all__ = ["TARGETS", "Loaded", "Target", "open_target"]
 
 
-def open_place(directory: Path, device: str | None) -> Place:
+def open_target(directory: Path, device: str | None) -> Target:
     """Where the model in ``directory`` runs: on ``device``, or on that which it is made for.
 
     Raises :class:`BadInput` for a device that is not known or that does not run such a model, and what opening it
@@ -26,8 +26,8 @@ def open_place(directory: Path, device: str | None) -> Place:
     """
     built = is_package(directory)
     name = ("tensorrt" if built else "cpu") if device is None else device
-    if name not in PLACES:
-        raise BadInput(f"there is no device {name!r}: choose one of {', '.join(PLACES)}")
+    if name not in TARGETS:
+        raise BadInput(f"there is no device {name!r}: choose one of {', '.join(TARGETS)}")
     require(
         not built or name == "tensorrt",
         f"{directory} is a package, whose engines run with --device tensorrt: for {name} give the checkpoint",
@@ -36,4 +36,4 @@ def open_place(directory: Path, device: str | None) -> Place:
         built or name != "tensorrt",
         f"{directory} is no package: build one with avl-edge build {directory} --out PACKAGE, and give that",
     )
-    return PLACES[name](directory)
+    return TARGETS[name](directory)

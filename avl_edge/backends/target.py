@@ -1,4 +1,4 @@
-"""What the runtime asks of a place."""
+"""A target: a device, and the model that is meant to run there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Loaded:
     rows: StoredRows
 
 
-class Place(ABC):
+class Target(ABC):
     """A device, and the model in ``directory`` that is meant to run there.
 
     Opening one reads small files only. What it cannot do is refused, as :class:`BadInput`, before anything is loaded.
