@@ -16,7 +16,7 @@ from ..kv.layout import PAGE_ROWS, can_hold, page_bytes
 from ..kv.methods import Choice, Full, Method
 from ..kv.quality import Preset
 from ..model.spec import ModelSpec
-from .follow import Standing
+from .device_watcher import DeviceState
 
 DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
@@ -52,9 +52,9 @@ class Planning:
         return pages
 
     def plan(
-        self, pool_pages: int, options: Options, prompt: PromptShape, steps: int, standing: Standing | None = None
+        self, pool_pages: int, options: Options, prompt: PromptShape, steps: int, state: DeviceState | None = None
     ) -> KvPlan[Method]:
-        """The first settings that keep the budget and, where a device's profile stands by, its target, best answers
+        """The first settings that keep the budget and, where there is a device's profile, its target, best answers
         first. ``steps`` follow the prompt; a profile gives no more than the pool has.
 
         Raises :class:`BadInput` for options that contradict themselves or that the target does not serve, and
@@ -65,8 +65,8 @@ class Planning:
         self.target.check_prompt(prompt, self.spec)
         if preset:
             plan = self._of_preset(preset, settings, options.kv_budget_bytes, prompt, steps)
-        elif standing:
-            plan = self._in_time(standing, pool_pages, options, settings, prompt, steps)
+        elif state:
+            plan = self._in_time(state, pool_pages, options, settings, prompt, steps)
         else:
             plan = fit(settings, self.shape, prompt, steps, options.kv_budget_bytes)
         self.target.check(Choice(plan.method, plan.formats), prompt, self.spec)
@@ -112,7 +112,7 @@ class Planning:
 
     def _in_time(
         self,
-        standing: Standing,
+        state: DeviceState,
         pool_pages: int,
         options: Options,
         settings: Iterator[Choice],
@@ -121,7 +121,7 @@ class Planning:
     ) -> KvPlan[Method]:
         """By the profile of the device: a method's own defaults where they fit, then what fits."""
         budget = options.kv_budget_bytes
-        if budget is None and standing.kv_budget is not None:
-            budget = min(standing.kv_budget, pool_pages * page_bytes(self.shape))
+        if budget is None and state.kv_budget is not None:
+            budget = min(state.kv_budget, pool_pages * page_bytes(self.shape))
             settings = itertools.chain(settings, self._settings(replace(options, kv_budget=budget), prompt))
-        return fit(standing.in_time(settings, prompt, steps), self.shape, prompt, steps, budget)
+        return fit(state.in_time(settings, prompt, steps), self.shape, prompt, steps, budget)

@@ -28,7 +28,7 @@ from ..model.prompt import ImageSource, Processor, check_sources
 from ..model.sampler import Sampler
 from ..model.sizes import shape_of_checkpoint
 from ..model.spec import ModelSpec, read_spec
-from ..planning.follow import Follower, Wishes
+from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.planning import DEFAULT_STREAMS, Planning
 from ..request import Prompt, Result, TokenEvent
 from .generation import Generation
@@ -69,7 +69,7 @@ class Runtime:
         self._rows: StoredRows | None = None
         self._features: FeatureCache | None = None
         self._monitor: Monitor | None = None
-        self._follower: Follower | None = None
+        self._watcher: DeviceWatcher | None = None
 
     @classmethod
     def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
@@ -158,8 +158,8 @@ class Runtime:
         request: ``profiles`` (of this machine) before those that are shipped. Without it, the first of ``profiles``.
         """
         model = shape_of_checkpoint(self._target.directory, self.name)
-        wishes = Wishes(streams, target_ms_per_token)
-        self._follower = Follower(model, wishes, profiles, follows=follow_device, root=os.fspath(root))
+        objectives = PlanObjectives(streams, target_ms_per_token)
+        self._watcher = DeviceWatcher(model, objectives, profiles, follows=follow_device, root=os.fspath(root))
 
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
@@ -170,10 +170,10 @@ class Runtime:
         check_sources(images)
         token_ids, spans = self._processor.lay_out(len(images), prompt)
         max_new_tokens = self.new_tokens(len(token_ids), options)
-        standing = self._follower.look() if self._follower else None
+        state = self._watcher.state() if self._watcher else None
         pages = self._pool.pages or self.planning.pool_pages(None)
-        plan = self.planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, standing)
-        device = standing.stats if standing else None
+        plan = self.planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
+        device = state.stats if state else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
     def new_tokens(self, length: int, options: Options) -> int:

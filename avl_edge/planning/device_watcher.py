@@ -23,7 +23,7 @@ _log = logging.getLogger("avl_edge")
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanObjectives:
     """What requests are planned for: ``streams`` of them at a time, none of whose decode steps, all streams together,
     takes longer than ``target_ms_per_token`` on average (None: as it comes)."""
 
@@ -37,12 +37,12 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Standing:
+class DeviceState:
     """What holds for a request that is planned now. ``of_device`` None: no profile is for the machine as it is now."""
 
     model: ModelShape
     of_device: DeviceProfile | None
-    wishes: Wishes
+    objectives: PlanObjectives
     stats: DeviceStats
 
     @property
@@ -50,7 +50,7 @@ class Standing:
         """Bytes for the rows of one request: its share of what the profile leaves for all."""
         if self.of_device is None:
             return None
-        share = planner.kv_pool_bytes(self.model, self.of_device) // self.wishes.streams
+        share = planner.kv_pool_bytes(self.model, self.of_device) // self.objectives.streams
         if share < 1:
             raise DoesNotFit(
                 f"the profile {self.of_device.name} leaves no memory for the rows of {self.model.name}: give the "
@@ -60,7 +60,7 @@ class Standing:
 
     def in_time(self, choices: Iterable[Choice], prompt: PromptShape, steps: int) -> Iterator[Choice]:
         """Those of ``choices`` that keep the target; :class:`DoesNotFit` at their end when none did."""
-        target, fastest = self.wishes.target_ms_per_token, 0.0
+        target, fastest = self.objectives.target_ms_per_token, 0.0
         if self.of_device is None or target is None:
             yield from choices
             return
@@ -85,13 +85,13 @@ class Standing:
             prompt_tokens=prompt.prefix + prompt.suffix,
             system_tokens=prompt.prefix,
             max_new_tokens=steps + 1,
-            streams=self.wishes.streams,
+            streams=self.objectives.streams,
         )
         return planner.Plan(self.model, of_device, request, method, formats).ms_per_token
 
 
-class Follower:
-    """Looks at the machine under ``root`` and matches its profile, at most every ``every_ms``.
+class DeviceWatcher:
+    """Reads the machine under ``root`` and matches its profile, at most every ``every_ms``.
 
     ``profiles``: those that were measured on this machine, tried before those that are shipped. With ``follows`` False
     the first of them holds, whatever the machine is.
@@ -100,7 +100,7 @@ class Follower:
     def __init__(
         self,
         model: ModelShape,
-        wishes: Wishes,
+        objectives: PlanObjectives,
         profiles: Sequence[DeviceProfile] = (),
         *,
         follows: bool = True,
@@ -109,28 +109,28 @@ class Follower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         require(follows or len(profiles) > 0, "give a profile, or follow the device")
-        self._model, self._wishes, self._profiles = model, wishes, tuple(profiles)
+        self._model, self._objectives, self._profiles = model, objectives, tuple(profiles)
         self._follows, self._root, self._every, self._clock = follows, root, every_ms / 1000, clock
-        self._looked: float | None = None
-        self._standing: Standing | None = None
+        self._read_at: float | None = None
+        self._state: DeviceState | None = None
 
-    def look(self) -> Standing:
+    def state(self) -> DeviceState:
         """What holds now, and in its ``stats`` what has changed since it was last told."""
         now = self._clock()
-        if self._standing is None or (self._follows and now - (self._looked or 0.0) >= self._every):
-            before = self._standing.stats if self._standing else None
-            self._looked = now
-            self._standing = self._look(before)
-            return self._standing
-        stats = self._standing.stats
+        if self._state is None or (self._follows and now - (self._read_at or 0.0) >= self._every):
+            before = self._state.stats if self._state else None
+            self._read_at = now
+            self._state = self._read(before)
+            return self._state
+        stats = self._state.stats
         unchanged = DeviceStats(stats.profile, stats.power_mode, stats.throttling)
-        return Standing(self._model, self._standing.of_device, self._wishes, unchanged)
+        return DeviceState(self._model, self._state.of_device, self._objectives, unchanged)
 
-    def _look(self, before: DeviceStats | None) -> Standing:
+    def _read(self, before: DeviceStats | None) -> DeviceState:
         if not self._follows:
             given = self._profiles[0]
             its_mode = given.power_mode.name if given.power_mode else None
-            return Standing(self._model, given, self._wishes, DeviceStats(given.name, its_mode))
+            return DeviceState(self._model, given, self._objectives, DeviceStats(given.name, its_mode))
         facts = read_machine(self._root)
         found, mode = _match(facts, self._profiles), profile.mode_of(facts)
         now = DeviceStats(found.name if found else None, mode.name if mode else None, facts.thermal.throttling)
@@ -138,7 +138,7 @@ class Follower:
         if changed:
             _log.warning("avl-edge: the device has changed: %s; requests are planned anew", changed)
         stats = DeviceStats(now.profile, now.power_mode, now.throttling, changed or None)
-        return Standing(self._model, found, self._wishes, stats)
+        return DeviceState(self._model, found, self._objectives, stats)
 
 
 def _match(facts: DeviceFacts, profiles: Sequence[DeviceProfile]) -> DeviceProfile | None:

@@ -14,7 +14,7 @@ from avl_edge.machine import profile
 from avl_edge.machine.profile import DeviceProfile, Figure
 from avl_edge.model.sizes import known_shape, shape_of_checkpoint
 from avl_edge.planning import planner
-from avl_edge.planning.follow import Follower, Wishes
+from avl_edge.planning.device_watcher import DeviceWatcher, PlanObjectives
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.machines import copy_of_orin
@@ -43,71 +43,71 @@ def _alert(tree: Path, state: int) -> str:
     raise AssertionError("the tree has no alert")
 
 
-def _follower(tree: Path, streams: int = 1, **options: object) -> Follower:
-    return Follower(LLAVA, Wishes(streams), root=tree, every_ms=0, **options)  # type: ignore[arg-type]
+def _watcher(tree: Path, streams: int = 1, **options: object) -> DeviceWatcher:
+    return DeviceWatcher(LLAVA, PlanObjectives(streams), root=tree, every_ms=0, **options)  # type: ignore[arg-type]
 
 
 def test_the_profile_is_that_of_the_present_mode(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
-    follower = _follower(tree)
+    watcher = _watcher(tree)
     with caplog.at_level(logging.WARNING, "avl_edge"):
-        first = follower.look()
+        first = watcher.state()
         assert (first.stats.profile, first.stats.power_mode) == ("agx-orin-64-maxn", "MAXN")
         assert first.stats.changed is None
-        assert follower.look().stats == first.stats
+        assert watcher.state().stats == first.stats
         _set_mode(tree, 2)
-        second = follower.look()
+        second = watcher.state()
         assert (second.stats.profile, second.stats.power_mode) == ("agx-orin-64-30w", "MODE_30W")
         expected = "power mode MAXN -> MODE_30W, profile agx-orin-64-maxn -> agx-orin-64-30w"
         assert second.stats.changed == expected
-        assert follower.look().stats.changed is None
+        assert watcher.state().stats.changed is None
     assert [record.message for record in caplog.records] == [
         f"avl-edge: the device has changed: {expected}; requests are planned anew"
     ]
 
 
 def test_an_alert_is_told_when_it_begins_and_when_it_ends(tree: Path) -> None:
-    follower = _follower(tree)
+    watcher = _watcher(tree)
     name = _alert(tree, 0)
-    before = follower.look().stats.throttling
+    before = watcher.state().stats.throttling
     _alert(tree, 1)
-    during = follower.look().stats
+    during = watcher.state().stats
     assert (during.throttling, during.changed) == ((*before, name), f"slowed down by {name}")
     _alert(tree, 0)
-    assert follower.look().stats.changed == f"no longer slowed down by {name}"
+    assert watcher.state().stats.changed == f"no longer slowed down by {name}"
 
 
 def test_a_mode_without_a_profile_leaves_requests_as_they_are(tree: Path) -> None:
-    follower = _follower(tree)
-    assert follower.look().kv_budget
+    watcher = _watcher(tree)
+    assert watcher.state().kv_budget
     module = tree / "proc/device-tree/compatible"
     module.write_bytes(module.read_bytes().replace(b"p3701-0005", b"p3767-0003"))
-    standing = follower.look()
-    assert standing.kv_budget is None
-    assert standing.stats.profile is None
-    assert standing.stats.changed == "profile agx-orin-64-maxn -> none"
+    state = watcher.state()
+    assert state.kv_budget is None
+    assert state.stats.profile is None
+    assert state.stats.changed == "profile agx-orin-64-maxn -> none"
 
 
 def test_it_looks_now_and_then(tree: Path) -> None:
     now = 10.0
-    follower = Follower(LLAVA, Wishes(), root=tree, every_ms=250, clock=lambda: now)
-    follower.look()
+    watcher = DeviceWatcher(LLAVA, PlanObjectives(), root=tree, every_ms=250, clock=lambda: now)
+    watcher.state()
     _set_mode(tree, 2)
     now += 0.2
-    assert follower.look().stats.power_mode == "MAXN"
+    assert watcher.state().stats.power_mode == "MAXN"
     now += 0.1
-    changed = follower.look().stats
+    changed = watcher.state().stats
     assert (changed.power_mode, changed.changed is None) == ("MODE_30W", False)
-    assert follower.look().stats.changed is None, "it was told already"
+    assert watcher.state().stats.changed is None, "it was told already"
 
 
 def test_own_profiles_come_first_and_a_given_one_holds_anywhere(tree: Path) -> None:
     own = replace(profile.shipped()["agx-orin-64-maxn"], name="mine")
-    assert _follower(tree, profiles=(own,)).look().stats.profile == "mine"
+    assert _watcher(tree, profiles=(own,)).state().stats.profile == "mine"
     _set_mode(tree, 2)
-    assert _follower(tree, profiles=(own,)).look().stats.profile == "agx-orin-64-30w"
-    assert _follower(tree, profiles=(own,), follows=False).look().stats.profile == "mine"
+    assert _watcher(tree, profiles=(own,)).state().stats.profile == "agx-orin-64-30w"
+    assert _watcher(tree, profiles=(own,), follows=False).state().stats.profile == "mine"
     with pytest.raises(BadInput, match="give a profile, or follow the device"):
-        _follower(tree, follows=False)
+        _watcher(tree, follows=False)
 
 
 def test_the_budget_is_a_share_of_what_the_profile_leaves(tree: Path) -> None:
@@ -116,16 +116,16 @@ def test_the_budget_is_a_share_of_what_the_profile_leaves(tree: Path) -> None:
     parts = planner.divide(LLAVA, of_device.memory, of_device.record(LLAVA.name).peaks)
     rest = parts.weights_bytes + parts.overhead_bytes + max(parts.vision_bytes, parts.activations_bytes)
     assert pool == parts.kv_pool_bytes == of_device.memory.budget_bytes - rest
-    assert _follower(tree, streams=3).look().kv_budget == pool // 3
-    standing = _follower(tree, profiles=(_with_pool(of_device, 0),)).look()
+    assert _watcher(tree, streams=3).state().kv_budget == pool // 3
+    state = _watcher(tree, profiles=(_with_pool(of_device, 0),)).state()
     with pytest.raises(DoesNotFit, match=r"leaves no memory for the rows of llava-1\.5-7b"):
-        _ = standing.kv_budget
+        _ = state.kv_budget
 
 
 @pytest.mark.parametrize("wrong", [{"streams": 0}, {"target_ms_per_token": 0}, {"target_ms_per_token": float("nan")}])
-def test_wishes_are_checked(wrong: dict[str, float]) -> None:
+def test_objectives_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(BadInput, match=next(iter(wrong))):
-        Wishes(**wrong)  # type: ignore[arg-type]
+        PlanObjectives(**wrong)  # type: ignore[arg-type]
 
 
 def _with_pool(of_device: DeviceProfile, nbytes: int, directory: Path | None = None) -> DeviceProfile:
@@ -152,7 +152,7 @@ def test_the_next_request_gets_the_budget_of_the_new_mode(checkpoint: Checkpoint
     full = Runtime.load(directory).prepare([IMAGE], PROMPT).plan
     profiles = _modes(directory, 4 * full.peak_bytes, 2 * full.peak_bytes)
     runtime = Runtime.load(directory, profile=profiles, follow_device=True, device_root=tree)
-    runtime._follower._every = 0.0  # type: ignore[union-attr]
+    runtime._watcher._every = 0.0  # type: ignore[union-attr]
     first = runtime.generate([IMAGE], PROMPT)
     next(first)
     _set_mode(tree, 2)
@@ -198,7 +198,7 @@ def test_a_target_in_time_follows_the_mode(checkpoint: Checkpoints, tree: Path) 
     slow = _ms(directory, modes[1], plain)
     options = {"profile": modes, "follow_device": True, "device_root": tree}
     runtime = Runtime.load(directory, target_ms_per_token=0.7 * slow, **options)  # type: ignore[arg-type]
-    runtime._follower._every = 0.0  # type: ignore[union-attr]
+    runtime._watcher._every = 0.0  # type: ignore[union-attr]
     assert runtime.prepare([IMAGE], PROMPT).plan.method == plain.plan.method
     _set_mode(tree, 2)
     slower = runtime.prepare([IMAGE], PROMPT)
