@@ -37,7 +37,7 @@ TORCH_FREE = [
     *(f"{wing}.{module}" for wing, modules in MODULES.items() for module, torch in modules.items() if not torch),
     "kv.pool.rows",
     "kv.pool.sequence",
-    "kv.pool.smaller",
+    "kv.pool.compaction",
 ]
 
 

@@ -269,7 +269,7 @@ class Comparison:
                 try:
                     answer, prompt_bytes = self._ask(index, setting, full, prepare)
                 except DoesNotFit as error:
-                    asked.give_up(setting, f"{error} ({question.where})")
+                    asked.drop_setting(setting, f"{error} ({question.where})")
                 else:
                     asked.answers[setting][index] = answer
                     held[setting] += prompt_bytes

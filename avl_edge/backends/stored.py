@@ -16,7 +16,7 @@ from ..config import Formats
 from ..kv.cache import Selected, SequenceCache, is_low_rank
 from ..kv.layout import Format
 from ..kv.pool import Moved, RowStore
-from ..kv.pool.smaller import Demotion, crowd
+from ..kv.pool.compaction import Demotion, compact
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
 _AT_ONCE = 2**24
@@ -117,12 +117,12 @@ class StoredRows:
             self._write(cache, layer, each.new_format, each.after, each.positions, keys, values)
 
     def demote(self, cache: SequenceCache, formats: Formats) -> bool:
-        """Store image rows anew in the smaller ``formats`` (see :func:`avl_edge.kv.pool.smaller.smaller_formats`).
+        """Store image rows anew in the smaller ``formats`` (see :func:`avl_edge.kv.pool.compaction.smaller_formats`).
 
         As few layers as possible are in between at a time. False, and nothing changed, where the lease does not even
         have the room for that.
         """
-        self.crowd(cache)
+        self.compact(cache)
         change = Demotion(cache.rows, formats)
         batches = change.batches()
         for batch in batches or ():
@@ -130,18 +130,18 @@ class StoredRows:
             rows = [self._dense(cache, layer, each) for layer, each in moved]
             for layer in batch:
                 change.leave(layer)
-            self._carry(change.crowd())
+            self._carry(change.compact())
             for (layer, each), (keys, values) in zip(moved, rows, strict=True):
                 self._write(cache, layer, change.new, change.enter(layer), each.positions, keys, values)
         if batches is not None:
             change.finish()
             cache.formats = formats
-            self.crowd(cache)
+            self.compact(cache)
         return batches is not None
 
-    def crowd(self, cache: SequenceCache) -> None:
+    def compact(self, cache: SequenceCache) -> None:
         """Move a cache's rows into as few pages of the pool as hold them."""
-        self._carry(crowd(cache.rows))
+        self._carry(compact(cache.rows))
 
     def _carry(self, moves: Iterable[tuple[str, npt.NDArray[np.int32], npt.NDArray[np.int32]]]) -> None:
         for name, before, after in moves:

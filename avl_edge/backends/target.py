@@ -34,7 +34,7 @@ class Target(ABC):
 
     most_rows: int | None = None
     """Of a pool; None where its memory is the only bound."""
-    no_relief: str | None = None
+    cannot_give_back: str | None = None
     """Why rows cannot give memory back while requests run; None where they can."""
 
     def __init__(self, directory: Path) -> None:

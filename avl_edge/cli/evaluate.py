@@ -25,7 +25,7 @@ from ..measure.evaluate import (
     AnswerLog,
     Asked,
     Divergence,
-    Interview,
+    EvaluationRun,
     Questions,
     Setting,
     describe,
@@ -108,8 +108,8 @@ def evaluate(
         log = AnswerLog(out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, max_new_tokens, kl))
         with progress("loading") as loading:
             runtime.load_weights(progress=loading)
-        interview = Interview(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
-        asked = _ask(interview, asked_of, settings, log.path)
+        run = EvaluationRun(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
+        asked = _ask(run, asked_of, settings, log.path)
         seen = _watch(runtime, asked_of, attention, max_new_tokens) if attention else None
     document = {"command": shlex.join(["avl-edge", *sys.argv[1:]]), **report(runtime, asked_of, asked, metric)}
     document |= {"attention": seen} if seen else {}
@@ -136,10 +136,10 @@ def _fractions(text: str) -> list[float]:
         raise BadInput(f"cannot read --kv-fraction {text!r}: give numbers with commas, like 0.5,0.25") from None
 
 
-def _ask(interview: Interview, questions: Questions, settings: list[Setting], kept: Path | None) -> Asked:
+def _ask(run: EvaluationRun, questions: Questions, settings: list[Setting], kept: Path | None) -> Asked:
     try:
         with progress("asking") as asking:
-            return interview.ask_all(questions, settings, asking)
+            return run.ask_all(questions, settings, asking)
     except KeyboardInterrupt:
         if kept:
             _say(f"stopped; the answers are in {kept}, and the same command goes on from there")

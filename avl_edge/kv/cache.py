@@ -130,7 +130,7 @@ class SequenceCache:
         self.rows_full = 0
         self.bytes_read = 0
         self.has_one_tier = plan.method.peak_tiers(shape, 0, layers).secondary == 0
-        self._spared = [0] * layers
+        self._evicted = [0] * layers
         nothing: tuple[object, ...] = (None,) * 4
         self._last_images: list[tuple[tuple[object, ...], list[Selected]]] = [(nothing, [])] * layers
         self._shape = pool.shape
@@ -328,19 +328,19 @@ class SequenceCache:
         return [] if core is None else self.rows.set_core(layer, core)
 
     @property
-    def can_spare(self) -> bool:
-        """Whether :meth:`give_up` would free a row."""
-        return any(self.policy.spare(layer, rows.core) for layer, rows in enumerate(self.rows))
+    def can_evict(self) -> bool:
+        """Whether :meth:`evict` would free a row."""
+        return any(self.policy.evictable(layer, rows.core) for layer, rows in enumerate(self.rows))
 
-    def give_up(self) -> int:
+    def evict(self) -> int:
         """Between two steps, evict a quarter of each layer's secondary rows as they were at first; how many rows."""
         freed = 0
         for layer, rows in enumerate(self.rows):
-            spare = self.policy.spare(layer, rows.core)
-            count = min(spare, -(-(spare + self._spared[layer]) // 4))
+            evictable = self.policy.evictable(layer, rows.core)
+            count = min(evictable, -(-(evictable + self._evicted[layer]) // 4))
             if count:
-                self.rows.keep_image(layer, self.policy.give_up(layer, rows.core, count))
-                self._spared[layer] += count
+                self.rows.keep_image(layer, self.policy.evict(layer, rows.core, count))
+                self._evicted[layer] += count
                 freed += count
         return freed
 

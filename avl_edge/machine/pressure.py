@@ -1,6 +1,6 @@
 """Is memory short, and what follows: other processes come and go, and what they need was promised to them too.
 
-:func:`read` looks, :func:`decide` says what to do about it, :class:`Monitor` asks both now and then.
+:func:`read` reads, :func:`decide` says what to do about it, :class:`Monitor` asks both now and then.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Limits:
 
 
 class Action(Enum):
-    """What to do until the next look. All but ``FREE`` leave admission as it is, or stop it (``HOLD``)."""
+    """What to do until the next poll. All but ``FREE`` leave admission as it is, or stop it (``HOLD``)."""
 
     FREE = "free"
     STAY = "stay"
@@ -72,8 +72,8 @@ class Action(Enum):
 class State:
     """What a decision depends on beside the pressure.
 
-    ``short``: memory was short when it was last looked at, and has not been plentiful since; ``stalled_us`` as it was
-    then (None: never looked). ``can_demote``, ``can_evict``: whether running requests still have rows to give.
+    ``short``: memory was short when it was last polled, and has not been plentiful since; ``stalled_us`` as it was
+    then (None: never polled). ``can_demote``, ``can_evict``: whether running requests still have rows to give.
     """
 
     limits: Limits
@@ -104,7 +104,8 @@ def is_plentiful(limits: Limits, pressure: Pressure) -> bool:
 
 
 def decide(state: State, pressure: Pressure) -> Action:
-    """One notch, in order: smaller formats, fewer rows, no new requests. Between short and plentiful all stays."""
+    """One escalation level at a time, in order: smaller formats, fewer rows, no new requests. Between short and
+    plentiful all stays."""
     if is_short(state, pressure):
         return Action.DEMOTE if state.can_demote else Action.EVICT if state.can_evict else Action.HOLD
     if state.short and not is_plentiful(state.limits, pressure):
@@ -113,12 +114,12 @@ def decide(state: State, pressure: Pressure) -> Action:
 
 
 def after(state: State, pressure: Pressure, action: Action) -> State:
-    """The state for the next look."""
+    """The state for the next poll."""
     return replace(state, short=action is not Action.FREE, stalled_us=pressure.stalled_us)
 
 
 class Monitor:
-    """Looks at most every ``every_ms``; ``clock`` gives seconds.
+    """Polls at most every ``every_ms``; ``clock`` gives seconds.
 
     Raises :class:`~avl_edge.errors.BadInput` for a reserve that this machine cannot keep.
     """
@@ -132,7 +133,7 @@ class Monitor:
     ) -> None:
         self._state = State(limits)
         self._root, self._every, self._clock = root, every_ms / 1000, clock
-        self._looked: float | None = None
+        self._polled: float | None = None
         self.pressure = read(root)
         memory = read_shortage(root)
         sizes = [memory.total_bytes, memory.cgroup.limit_bytes if memory.cgroup else None]
@@ -144,12 +145,12 @@ class Monitor:
 
     @property
     def is_due(self) -> bool:
-        """Whether :meth:`look` would look."""
-        return self._looked is None or self._clock() - self._looked >= self._every
+        """Whether :meth:`poll` would read the machine."""
+        return self._polled is None or self._clock() - self._polled >= self._every
 
-    def look(self, gives: Callable[[], tuple[bool, bool]]) -> Action:
+    def poll(self, gives: Callable[[], tuple[bool, bool]]) -> Action:
         """Read and decide. ``gives`` is asked when memory is short: can running requests demote rows, evict rows?"""
-        self._looked = self._clock()
+        self._polled = self._clock()
         self.pressure = read(self._root)
         state = self._state
         if is_short(state, self.pressure):
@@ -160,7 +161,7 @@ class Monitor:
         return action
 
     def describe(self) -> str:
-        """The last look in words, like ``1.2 GB available, 2.0 GB reserved for others, others wait 3 %``."""
+        """The last reading in words, like ``1.2 GB available, 2.0 GB reserved for others, others wait 3 %``."""
         available, stall = self.pressure.available_bytes, self.pressure.stall_percent
         parts = [] if available is None else [f"{format_size(available)} available"]
         parts.append(f"{format_size(self._state.limits.reserve_bytes)} reserved for others")

@@ -11,7 +11,7 @@ from ..request import Prompt, Result, TokenEvent
 from .scheduler import Running
 
 
-class Driven(Protocol):
+class StepLoop(Protocol):
     """The loop that a generation drives."""
 
     def step(self) -> bool: ...
@@ -22,7 +22,7 @@ class Driven(Protocol):
 class Generation(Iterator[TokenEvent]):
     """One request's events, in order. Iterating drives the runtime; closing, or dropping it, frees its rows."""
 
-    def __init__(self, runtime: Driven, sequence: Running) -> None:
+    def __init__(self, runtime: StepLoop, sequence: Running) -> None:
         self._runtime = runtime
         self._sequence = sequence
 

@@ -33,8 +33,8 @@ from ..planning.planning import DEFAULT_STREAMS, Planning
 from ..request import Prompt, Result, TokenEvent
 from .generation import Generation
 from .image_session import ImageSession
+from .memory_pressure import MemoryPressureHandler
 from .outcome import result_of
-from .relief import Relief
 from .scheduler import Request, Running, Scheduler, Work
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -134,12 +134,12 @@ class Runtime:
     @property
     def can_keep_free(self) -> bool:
         """Whether :meth:`keep_free` is served where the model runs."""
-        return self._target.no_relief is None
+        return self._target.cannot_give_back is None
 
     def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
         smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
-        require(self.can_keep_free, self._target.no_relief or "")
+        require(self.can_keep_free, self._target.cannot_give_back or "")
         self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
 
     def follow(
@@ -276,8 +276,8 @@ class Runtime:
             return
         self._stepping = True
         try:
-            relief = Relief(self._monitor, self._pool, self._rows, self._scheduler, self._features)
-            relief.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
+            handler = MemoryPressureHandler(self._monitor, self._pool, self._rows, self._scheduler, self._features)
+            handler.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
             self._stepping = False  # before any call, at which an interrupt may fall
             self._end_step()

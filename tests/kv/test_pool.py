@@ -17,7 +17,7 @@ from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.layout import PAGE_ROWS, page_bytes
 from avl_edge.kv.methods import H2O, Avl, Full, Method, Streaming
 from avl_edge.kv.pool import RowPool, RowStore
-from avl_edge.kv.pool.smaller import crowd
+from avl_edge.kv.pool.compaction import compact
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
@@ -87,7 +87,7 @@ def test_rows_are_read_where_they_were_crowded_to() -> None:
     (old,) = cache.rows_to_read(1)
     for layer in (0, 2):
         cache.rows.keep_image(layer, np.zeros(39, dtype=np.bool_))
-    ((_, before, after),) = crowd(cache.rows)
+    ((_, before, after),) = compact(cache.rows)
     carried = dict(zip(before.tolist(), after.tolist(), strict=True))
     assert set(carried) & set(old.ids[:39].tolist()), "image rows of the layer that lost none"
     _, slots = cache.begin_step()

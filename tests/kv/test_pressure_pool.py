@@ -1,4 +1,4 @@
-"""What there is to give: smaller formats, the least important rows, crowded pages, and the memory itself."""
+"""What there is to give: smaller formats, the least important rows, compacted pages, and the memory itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Avl
 from avl_edge.kv.methods.base import PromptLayer, StepLayer
 from avl_edge.kv.pool import RowPool, RowStore, SequenceRows
-from avl_edge.kv.pool.smaller import smaller_formats
+from avl_edge.kv.pool.compaction import smaller_formats
 from avl_edge.machine.allocator import advise_free
 from tests import ROOT
+from tests.equipment.pressure_desk import SHAPE, SIZE
 from tests.equipment.random_methods import LAYERS, NAMES
-from tests.equipment.relief_desk import SHAPE, SIZE
 
 
 def test_avl_gives_the_rows_that_its_last_refresh_scored_lowest() -> None:
@@ -32,13 +32,13 @@ def test_avl_gives_the_rows_that_its_last_refresh_scored_lowest() -> None:
     assert np.flatnonzero(kept.stored & is_image).tolist() == [1, 2, 3, 4, 8]
     core = kept.core[kept.stored & is_image]
     assert core.tolist() == [False, False, True, True, False]
-    assert policy.spare(0, core) == 3
-    assert policy.give_up(0, core, 1).tolist() == [True, False, True, True, True]
+    assert policy.evictable(0, core) == 3
+    assert policy.evict(0, core, 1).tolist() == [True, False, True, True, True]
     texts = np.array([1, 1, 1], dtype=np.float32), np.array([False, True, True])
     refreshed = policy.settle(StepLayer(0, 2, np.array([3, 9, 1, 8], dtype=np.float32), *texts)).core
     assert refreshed is not None
     assert refreshed.tolist() == [False, True, False, True]
-    assert policy.give_up(0, refreshed, 1).tolist() == [True, True, False, True]
+    assert policy.evict(0, refreshed, 1).tolist() == [True, True, False, True]
 
 
 @given(text=st.sampled_from(NAMES), core=st.sampled_from(NAMES), secondary=st.sampled_from(NAMES), one=st.booleans())
@@ -79,7 +79,7 @@ def test_crowded_rows_need_the_fewest_pages(
     for layer, (text, images) in enumerate(counts):
         rows.keep_text(layer, random.random(text) < share)
         rows.keep_image(layer, random.random(images) < share)
-    before, after = pool.crowd(rows.lease, format_)
+    before, after = pool.compact(rows.lease, format_)
     assert not set(before.tolist()) & set(after.tolist())
     count = sum(len(each.text_ids) + len(each.image_ids) for each in rows)
     assert rows.lease.held == -(-count // pool.packing(format_).rows)
@@ -89,13 +89,13 @@ def test_pages_are_given_back_once_and_only_free_ones() -> None:
     pool = RowPool(10, SHAPE)
     lease = pool.lease(6)
     first, second = pool.allocate(3 * PAGE_ROWS, lease), pool.allocate(2 * PAGE_ROWS, lease)
-    assert pool.take_worn().tolist() == []
+    assert pool.take_dirty_pages().tolist() == []
     pool.release(first, lease)
-    assert pool.take_worn().tolist() == [0, 1, 2]
-    assert pool.take_worn().tolist() == []
+    assert pool.take_dirty_pages().tolist() == [0, 1, 2]
+    assert pool.take_dirty_pages().tolist() == []
     pool.release(pool.allocate(1, lease), lease)
     pool.release(second, lease)
-    assert pool.take_worn().tolist() == [0, 3, 4]
+    assert pool.take_dirty_pages().tolist() == [0, 3, 4]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux takes the advice as an order")
@@ -143,7 +143,7 @@ ids = pool.allocate(pool.pages * 16, lease)
 store.keys[:], store.values[:] = 1, 1
 full = resident()
 pool.release(ids[len(ids) // 4:], lease)
-back = store.give_back(pool.take_worn()) // 2**20
+back = store.give_back(pool.take_dirty_pages()) // 2**20
 print(full - before, full - resident(), back, float(store.keys[:len(ids) // 4].mean()))
 """
 

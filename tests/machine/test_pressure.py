@@ -41,10 +41,10 @@ def test_a_control_group_leaves_less_than_the_machine_has() -> None:
 def test_without_the_kernels_files_there_is_no_pressure(tmp_path: Path) -> None:
     assert read(tmp_path) == Pressure()
     monitor = Monitor(LIMITS, tmp_path)
-    assert [monitor.look(lambda: (True, True)) for _ in range(3)] == [Action.FREE] * 3
+    assert [monitor.poll(lambda: (True, True)) for _ in range(3)] == [Action.FREE] * 3
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("\x00 rubbish")
-    assert monitor.look(lambda: (True, True)) is Action.FREE
+    assert monitor.poll(lambda: (True, True)) is Action.FREE
 
 
 @pytest.mark.parametrize("reserve", [-1, 1.5, "2GB", True, None])
@@ -77,7 +77,7 @@ def test_formats_first_then_rows_then_requests(can_demote: bool, can_evict: bool
 
 
 def test_an_average_counts_only_while_somebody_still_waits() -> None:
-    """It falls over many seconds: a notch for each of its echoes would take all that there is."""
+    """It falls over many seconds: an escalation for each of its echoes would take all that there is."""
     state = State(LIMITS, can_demote=True)
     first = Pressure(5 * GB, 40.0, 1000)
     assert decide(state, first) is Action.DEMOTE
@@ -131,7 +131,7 @@ def test_the_monitor_looks_now_and_then_with_hysteresis(tmp_path: Path) -> None:
     for available in (3 * GB, GB, 2 * GB + 10**6, 3 * GB, 2 * GB + 10**6):
         write(tmp_path, available)
         assert monitor.is_due
-        seen.append(monitor.look(lambda: (False, False)))
+        seen.append(monitor.poll(lambda: (False, False)))
         assert not monitor.is_due
         now += 0.05
         assert not monitor.is_due
@@ -139,7 +139,7 @@ def test_the_monitor_looks_now_and_then_with_hysteresis(tmp_path: Path) -> None:
     assert seen == [Action.FREE, Action.HOLD, Action.STAY, Action.FREE, Action.FREE]
     assert monitor.describe() == "2.0 GB available, 2.0 GB reserved for others"
     write(tmp_path, GB, 14.0, 5)
-    monitor.look(lambda: (False, False))
+    monitor.poll(lambda: (False, False))
     assert monitor.describe() == "1000.0 MB available, 2.0 GB reserved for others, others wait 14 % of the time"
 
 
@@ -147,6 +147,6 @@ def test_a_machine_that_goes_away_ends_the_pressure(tmp_path: Path) -> None:
     """A file that can no longer be read says nothing, and nothing is done for it."""
     write(tmp_path, GB)
     monitor = Monitor(LIMITS, tmp_path)
-    assert monitor.look(lambda: (False, False)) is Action.HOLD
+    assert monitor.poll(lambda: (False, False)) is Action.HOLD
     shutil.rmtree(tmp_path / "proc")
-    assert monitor.look(lambda: (False, False)) is Action.FREE
+    assert monitor.poll(lambda: (False, False)) is Action.FREE

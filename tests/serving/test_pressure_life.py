@@ -12,18 +12,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from avl_edge.config import Formats, PromptShape
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.kv.pool.smaller import Demotion
+from avl_edge.kv.pool.compaction import Demotion
 from avl_edge.machine.pressure import Action
-from avl_edge.serving.relief import Relief
+from avl_edge.serving.memory_pressure import MemoryPressureHandler
 from avl_edge.serving.scheduler import Running
+from tests.equipment.pressure_desk import SHAPE, Desk, cache_of, fail, request_for
 from tests.equipment.random_methods import LAYERS, NAMES, choices
-from tests.equipment.relief_desk import SHAPE, Desk, cache_of, fail, request_for
 
 STARTS = ("exact", *NAMES)  # exact rows have the longest way down
 
 
 class PressureLife(RuleBasedStateMachine):
-    """Admissions, steps, notches, recoveries and ends over one small pool. Every row reads as it must, always."""
+    """Admissions, steps, escalations, recoveries and ends over one small pool. Every row reads as it must, always."""
 
     @initialize(pages=st.integers(6, 60))
     def open(self, pages: int) -> None:
@@ -49,12 +49,12 @@ class PressureLife(RuleBasedStateMachine):
 
     @rule()
     def memory_is_short(self) -> None:
-        action = self.desk.notch()
+        action = self.desk.escalate()
         assert action is not Action.HOLD or self.desk.scheduler.is_held
 
     @rule()
     def there_is_memory_again(self) -> None:
-        self.desk.notch(short=False)
+        self.desk.escalate(short=False)
         assert not self.desk.scheduler.is_held
 
     @precondition(lambda self: bool(self.desk.scheduler.running))
@@ -105,12 +105,12 @@ def test_under_pressure_to_the_end_a_request_gives_all_it_can_and_still_ends(
         desk.step(sequence)
     actions = []
     while not actions or actions[-1] is not Action.HOLD:
-        smaller = desk.relief._smaller(sequence)
-        actions.append(desk.notch())
+        smaller = desk.handler._smaller(sequence)
+        actions.append(desk.escalate())
         assert (actions[-1] is Action.DEMOTE) == (smaller is not None)
         desk.check()
-    assert desk.notch() is Action.HOLD
-    assert not cache_of(sequence).can_spare
+    assert desk.escalate() is Action.HOLD
+    assert not cache_of(sequence).can_evict
     assert sequence.pressure.demotions == actions.count(Action.DEMOTE) <= 2
     assert (sequence.pressure.rows_evicted > 0) == (Action.EVICT in actions)
     while desk.left[sequence]:
@@ -125,11 +125,11 @@ def test_a_lease_shrinks_to_what_may_still_come_and_others_get_the_rest() -> Non
     first = desk.admit(request)
     assert first is not None
     assert desk.admit(request) is None
-    assert [desk.notch(), desk.notch(), desk.notch()] == [Action.DEMOTE, Action.DEMOTE, Action.HOLD]
+    assert [desk.escalate(), desk.escalate(), desk.escalate()] == [Action.DEMOTE, Action.DEMOTE, Action.HOLD]
     assert cache_of(first).formats == Formats("exact", "int4", "int4")
     packed = kv_plan(Full(), Formats("exact", "int4", "int4"), SHAPE, PromptShape(4, 60, 4), 8)
     assert cache_of(first).rows.lease.limit == packed.pages < request.plan.pages / 2
-    desk.notch(short=False)
+    desk.escalate(short=False)
     second = desk.admit(request)
     assert second is not None
     assert second.pressure.demotions == 0
@@ -147,7 +147,7 @@ def test_a_full_lease_has_room_for_the_change() -> None:
     assert (lease.held, lease.limit) == (3, 3)
     change = Demotion(cache_of(sequence).rows, Formats("exact", "int8", "int8"))
     assert change.batches() == [[0, 1], [2]]
-    assert desk.notch() is Action.DEMOTE
+    assert desk.escalate() is Action.DEMOTE
     desk.check()
     assert (lease.held, lease.limit) == (2, 2)
 
@@ -156,7 +156,7 @@ def test_a_quarter_at_a_time_until_the_core_is_left() -> None:
     desk = Desk(200)
     sequence = desk.admit(request_for(Avl(100, 80, 20), Formats("exact", "exact", "int4"), 2, 50, 2, 4))
     assert sequence is not None
-    assert [desk.notch() for _ in range(5)] == [Action.EVICT] * 4 + [Action.HOLD]
+    assert [desk.escalate() for _ in range(5)] == [Action.EVICT] * 4 + [Action.HOLD]
     assert [rows.counts()["secondary"] for rows in cache_of(sequence).rows] == [0] * LAYERS
     assert [rows.counts()["core"] for rows in cache_of(sequence).rows] == [10] * LAYERS
     assert sequence.pressure.rows_evicted == LAYERS * 30
@@ -167,9 +167,9 @@ def test_what_cannot_be_moved_is_not_touched() -> None:
     desk = Desk(100)
     sequence = desk.admit(request_for(Full(), Formats(), 2, 40, 2, 4))
     assert sequence is not None
-    relief = Relief(desk.monitor, desk.pool, None, desk.scheduler)  # type: ignore[arg-type]
+    handler = MemoryPressureHandler(desk.monitor, desk.pool, None, desk.scheduler)  # type: ignore[arg-type]
     desk.monitor.short = True
-    relief.check(fail)
+    handler.check(fail)
     assert desk.scheduler.is_held
     assert (sequence.pressure.demotions, sequence.pressure.rows_evicted) == (0, 0)
 
@@ -190,7 +190,7 @@ def test_an_error_in_the_middle_ends_that_request_alone(monkeypatch: pytest.Monk
     desk.monitor.short = True
     with monkeypatch.context() as patch:
         patch.setattr(desk.store, "write_records", _raises)
-        desk.relief.check(drop)
+        desk.handler.check(drop)
     assert broken == both
     desk.pool.check_integrity([])
     assert desk.admit(request_for(Full(), Formats(), 2, 40, 2, 4)) is not None

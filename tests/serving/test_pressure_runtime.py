@@ -44,7 +44,7 @@ def test_memory_that_comes_and_goes_above_the_reserve_changes_nothing(runtime: R
 
 
 def test_formats_then_rows_then_requests(runtime: Runtime, tree: Path) -> None:
-    """A-VL under pressure from its fourth token on: one notch a step, in order, and the core stays as it is."""
+    """A-VL under pressure from its fourth token on: one level a step, in order, and the core stays as it is."""
     generation = ask(runtime, AVL)
     for _ in range(3):
         next(generation)

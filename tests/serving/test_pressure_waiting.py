@@ -93,7 +93,7 @@ def test_a_waiting_thread_lets_others_in(runtime: Runtime, tree: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_what_breaks_off_a_notch_ends_that_request_and_no_other(
+def test_what_breaks_off_an_escalation_ends_that_request_and_no_other(
     runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     expected = ask(runtime, Options(max_new_tokens=30, formats=Formats("exact", "int8", "int8"))).result().token_ids

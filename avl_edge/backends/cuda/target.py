@@ -18,7 +18,7 @@ from . import CudaBackend, kernel_shape, load_model
 class Cuda(Target):
     """A checkpoint on the first GPU; :class:`~avl_edge.attention.cuda.NoCuda` where there is none."""
 
-    no_relief = (
+    cannot_give_back = (
         "no part of a GPU's rows can be handed back to the system, so that smaller ones would leave no more to others: "
         "give a KV budget instead of a reserve, or use the device cpu"
     )

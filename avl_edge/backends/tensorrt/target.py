@@ -28,7 +28,7 @@ _ELSEWHERE = "give the checkpoint, with --device cuda"
 class TensorRt(Target):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
-    no_relief = Cuda.no_relief
+    cannot_give_back = Cuda.cannot_give_back
 
     def __init__(self, directory: Path) -> None:
         """Raises :class:`~avl_edge.package.engine.BadPackage` where ``directory`` holds no package for this machine and

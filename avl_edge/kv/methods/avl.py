@@ -189,10 +189,10 @@ class AvlPolicy(KeepsCore):
             self._watch(view, core)
         return Settlement(core, self._settle_text(view) if self._settings.text_keep < 100 else None)
 
-    def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
+    def evictable(self, layer: int, core: Mask) -> int:  # noqa: ARG002
         return int((~core).sum())
 
-    def give_up(self, layer: int, core: Mask, count: int) -> Mask:
+    def evict(self, layer: int, core: Mask, count: int) -> Mask:
         keep = without_lowest(self._scores[layer], core, count)
         self._scores[layer] = self._scores[layer][keep]
         return keep

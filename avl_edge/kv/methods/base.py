@@ -150,12 +150,12 @@ class Policy(Protocol):
         """What one layer changes after a step; asked once per layer and step."""
         ...
 
-    def spare(self, layer: int, core: Mask) -> int:
+    def evictable(self, layer: int, core: Mask) -> int:
         """How many secondary rows ``layer`` could give up between two steps; ``core`` is a mask over its image rows."""
         ...
 
-    def give_up(self, layer: int, core: Mask, count: int) -> Mask:
-        """Give up ``count`` rows, at most :meth:`spare`, those with the lowest scores that were last known.
+    def evict(self, layer: int, core: Mask, count: int) -> Mask:
+        """Evict ``count`` rows, at most :meth:`evictable`, those with the lowest scores that were last known.
 
         Returns the rows that stay, a mask over the stored image rows; no later score or mask counts the others.
         """
@@ -266,11 +266,11 @@ class KeepsRows(Unpruned):
     def wants_distances(self) -> bool:
         return False
 
-    def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
+    def evictable(self, layer: int, core: Mask) -> int:  # noqa: ARG002
         return 0
 
-    def give_up(self, layer: int, core: Mask, count: int) -> Mask:  # noqa: ARG002
-        raise AssertionError("this policy has no rows to spare")
+    def evict(self, layer: int, core: Mask, count: int) -> Mask:  # noqa: ARG002
+        raise AssertionError("this policy has no rows to evict")
 
 
 class KeepsCore(KeepsRows):

@@ -147,11 +147,11 @@ class CoarsePolicy(Unpruned):
     def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
         return Settlement()
 
-    def spare(self, layer: int, core: Mask) -> int:  # noqa: ARG002
+    def evictable(self, layer: int, core: Mask) -> int:  # noqa: ARG002
         """Down to C: so many rows a step may attend."""
         return max(0, min(int((~core).sum()), len(core) - self._core))
 
-    def give_up(self, layer: int, core: Mask, count: int) -> Mask:
+    def evict(self, layer: int, core: Mask, count: int) -> Mask:
         keep = without_lowest(self._distances[layer], core, count)
         self._distances[layer] = self._distances[layer][keep]
         return keep

@@ -68,7 +68,7 @@ class RowPool:
         self._taken = np.zeros((pages, PAGE_ROWS), dtype=np.bool_)  # by page and slot; as wide as was needed yet
         self._owners: dict[int, tuple[Lease, Packing]] = {}  # of the pages in use: who took it, and what for
         self._leases: set[Lease] = set()
-        self._worn = np.zeros(pages, dtype=np.bool_)  # pages that were in use since `take_worn` gave them last
+        self._dirty = np.zeros(pages, dtype=np.bool_)  # pages that were in use since `take_dirty_pages` gave them last
 
     @property
     def page_bytes(self) -> int:
@@ -126,7 +126,7 @@ class RowPool:
         pages = self._free[start : self._free_count].astype(np.int64)
         self._free_count = start
         self._widen(pack.rows)
-        self._worn[pages] = True
+        self._dirty[pages] = True
         self._owners.update(dict.fromkeys(pages.tolist(), (lease, pack)))
         rows = pages[:, None] * pack.page_step + np.arange(pack.rows - 1, -1, -1) * pack.row_step
         free[:0] = rows.flatten().tolist()  # under those that were free before, the lowest on top
@@ -180,7 +180,7 @@ class RowPool:
             found.setdefault(self._owners[page][1].format.name, []).append(page)
         return found
 
-    def crowd(self, lease: Lease, format_: str) -> tuple[Ids, Ids]:
+    def compact(self, lease: Lease, format_: str) -> tuple[Ids, Ids]:
         """Move a lease's rows of a format into as few pages as hold them: the ids of those that move, before and after.
 
         The fullest pages stay, and the other pages' rows go to what is free there. Their bytes have to follow before
@@ -202,17 +202,17 @@ class RowPool:
             self.release(before, lease, format_)
         return before, after
 
-    def narrow(self, lease: Lease, limit: int) -> None:
+    def shrink_lease(self, lease: Lease, limit: int) -> None:
         """Promise a lease no more than ``limit`` pages from now on; what it no longer needs others may be promised."""
         assert lease.held <= limit <= lease.limit, "a lease can neither grow nor hold more than it is promised"
         lease.limit = limit
 
-    def take_worn(self) -> Index:
+    def take_dirty_pages(self) -> Index:
         """Free pages, ascending, that were in use since this gave them last: their memory may go back to the system."""
         free = np.sort(self._free[: self._free_count]).astype(np.int64)
-        worn = free[self._worn[free]]
-        self._worn[worn] = False
-        return worn
+        dirty = free[self._dirty[free]]
+        self._dirty[dirty] = False
+        return dirty
 
     def _widen(self, slots: int) -> None:
         missing = slots - self._taken.shape[1]

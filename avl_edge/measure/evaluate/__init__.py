@@ -1,7 +1,6 @@
 """Quality against memory: the same questions asked in many settings, their answers scored and counted."""
 
 from .answers import Answer, AnswerLog, describe
-from .asking import Asked, Interview
 from .attention import watch
 from .attention_plot import draw_attention, require_plot
 from .data import read_questions
@@ -10,6 +9,7 @@ from .metrics import METRICS, require_packages
 from .plots import draw_plots, require_plots
 from .questions import Question, Questions
 from .report import report
+from .run import Asked, EvaluationRun
 from .settings import REFERENCE, Setting, settings_of
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "AnswerLog",
     "Asked",
     "Divergence",
-    "Interview",
+    "EvaluationRun",
     "Question",
     "Questions",
     "Setting",

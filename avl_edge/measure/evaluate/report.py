@@ -16,9 +16,9 @@ from ...errors import BadInput, DoesNotFit
 from ...machine import device
 from ...serving.runtime import Runtime
 from .answers import Answer
-from .asking import Asked
 from .metrics import CAPTION_METRIC, METRICS, character_error_rate, scores
 from .questions import Question, Questions
+from .run import Asked
 from .settings import REFERENCE, Setting
 
 # Three others have to agree with a person's answer before it counts as wholly right.

@@ -27,13 +27,13 @@ class Asked:
     problems: list[Problem] = field(default_factory=list)
     unreachable: dict[Setting, str] = field(default_factory=dict)
 
-    def give_up(self, setting: Setting, reason: str) -> None:
+    def drop_setting(self, setting: Setting, reason: str) -> None:
         """Drop a setting as a whole: a mean over other questions than the others' could not be compared."""
         del self.answers[setting]
         self.unreachable[setting] = reason
 
 
-class Interview:
+class EvaluationRun:
     """Asks ``runtime`` and keeps the answers in ``log``; an answer is at most ``max_new_tokens`` long.
 
     With ``divergence`` it tells each answer's KL too; full attention must then be among the settings.
@@ -87,7 +87,7 @@ class Interview:
                 options = setting.options(shape, self._runtime.kv_shape, self._max_new_tokens)
                 requests[setting] = self._runtime.prepare([picture], prompt, options)
             except DoesNotFit as error:
-                asked.give_up(setting, f"{error} ({question.where})")
+                asked.drop_setting(setting, f"{error} ({question.where})")
         return full, requests
 
     def _answer(self, index: int, full: Request | None, requests: dict[Setting, Request]) -> None:

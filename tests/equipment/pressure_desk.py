@@ -18,7 +18,7 @@ from avl_edge.kv.methods import Method
 from avl_edge.kv.pool import RowPool, RowStore
 from avl_edge.machine.pressure import Action
 from avl_edge.request import ImageSpan, Prompt
-from avl_edge.serving.relief import Relief
+from avl_edge.serving.memory_pressure import MemoryPressureHandler
 from avl_edge.serving.scheduler import Request, Running, Scheduler
 from tests.equipment.random_methods import LAYERS
 
@@ -40,8 +40,8 @@ class Says:
 
     def prefill_prefix(self, gives: Callable[[], tuple[bool, bool]]) -> Action:
         can_demote, can_evict = gives()
-        notch = Action.DEMOTE if can_demote else Action.EVICT if can_evict else Action.HOLD
-        self.last = notch if self.short else Action.FREE
+        level = Action.DEMOTE if can_demote else Action.EVICT if can_evict else Action.HOLD
+        self.last = level if self.short else Action.FREE
         return self.last
 
     def describe(self) -> str:
@@ -67,7 +67,7 @@ class Desk:
         self.rows = StoredRows(self.store, lambda positions: (positions, positions))
         self.scheduler = Scheduler(self.pool, LAYERS)
         self.monitor = Says()
-        self.relief = Relief(self.monitor, self.pool, self.rows, self.scheduler)  # type: ignore[arg-type]
+        self.handler = MemoryPressureHandler(self.monitor, self.pool, self.rows, self.scheduler)  # type: ignore[arg-type]
         self.known: dict[Running, list[dict[int, Rows]]] = {}
         self.left: dict[Running, int] = {}
         self.random = np.random.default_rng(0)
@@ -158,11 +158,11 @@ class Desk:
                 for name, tier in ((formats.core, rows.core), (formats.secondary, ~rows.core)):
                     self._check(sequence, layer, name, rows.image_ids[tier], rows.image_positions[tier])
 
-    def notch(self, short: bool = True) -> Action:
+    def escalate(self, short: bool = True) -> Action:
         """A check while memory is short, or no longer; what changed must be what was said."""
         self.monitor.short = short
         before = {each: _Before(cache_of(each)) for each in self.scheduler.running}
-        self.relief.check(fail)
+        self.handler.check(fail)
         for sequence, was in before.items():
             cache = cache_of(sequence)
             for tier, old in was.formats.by_tier().items():
@@ -181,18 +181,18 @@ class Desk:
 
 
 class _Before:
-    """What a request held before a notch."""
+    """What a request held before an escalation."""
 
     def __init__(self, cache: SequenceCache) -> None:
         self.formats, self.limit, self.pages = cache.formats, cache.rows.lease.limit, cache.rows.lease.held
         self.rows = [rows.counts() for rows in cache.rows]
-        self.spare = cache.can_spare
+        self.can_evict = cache.can_evict
 
     def check(self, cache: SequenceCache, action: Action) -> None:
         lease, rows = cache.rows.lease, [each.counts() for each in cache.rows]
         assert lease.held <= lease.limit <= self.limit, "a promise grew"
         assert lease.held <= self.pages
-        if action is Action.EVICT and self.spare:
+        if action is Action.EVICT and self.can_evict:
             assert sum(each["secondary"] for each in rows) < sum(each["secondary"] for each in self.rows)
             assert [each["core"] for each in rows] == [each["core"] for each in self.rows]
         else:

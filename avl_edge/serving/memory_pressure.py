@@ -15,7 +15,7 @@ from ..config import Formats, format_size
 from ..kv.budget import Held, pages_from_now
 from ..kv.cache import SequenceCache, prompt_shape
 from ..kv.pool import RowPool
-from ..kv.pool.smaller import smaller_formats
+from ..kv.pool.compaction import smaller_formats
 from ..machine.pressure import Action, Monitor
 from ..model.features import FeatureCache
 from .scheduler import Running, Scheduler
@@ -25,7 +25,7 @@ _log = logging.getLogger("avl_edge")
 Broken = Callable[[Running, BaseException], None]
 
 
-class Relief:
+class MemoryPressureHandler:
     """What ``monitor`` asks for, carried out on the requests that run in ``scheduler``.
 
     ``rows``: where the rows lie; None: they can be neither moved nor given back, only admission stops. ``features`` of
@@ -44,22 +44,22 @@ class Relief:
         self._features = features
 
     def check(self, broken: Broken) -> None:
-        """Between two steps: look, where it is time, and take one notch.
+        """Between two steps: poll the monitor, where it is time, and escalate by one level.
 
         ``broken`` gets a request that an error, or an interrupt, caught in the middle of it.
         """
         if not self._monitor.is_due:
             return
         smaller: list[tuple[Running, Formats]] = []
-        spare: list[Running] = []
+        evictable: list[Running] = []
 
         def gives() -> tuple[bool, bool]:
             running = [each for each in self._scheduler.running if self._rows and not _cache(each).rows.borrows]
             smaller.extend((each, formats) for each in running if (formats := self._smaller(each)))
-            spare.extend(each for each in running if _cache(each).can_spare)
-            return bool(smaller), bool(spare)
+            evictable.extend(each for each in running if _cache(each).can_evict)
+            return bool(smaller), bool(evictable)
 
-        action = self._monitor.look(gives)
+        action = self._monitor.poll(gives)
         self._admit(action)
         if action in (Action.FREE, Action.STAY):
             return
@@ -70,7 +70,7 @@ class Relief:
             for sequence, formats in smaller:
                 self._take(sequence, broken, partial(self._demote, formats=formats))
         elif action is Action.EVICT:
-            for sequence in spare:
+            for sequence in evictable:
                 self._take(sequence, broken, self._evict)
 
     def _admit(self, action: Action) -> None:
@@ -81,10 +81,10 @@ class Relief:
             self._scheduler.resume()
             _log.warning("avl-edge: there is memory again (%s): requests are admitted", self._monitor.describe())
 
-    def _take(self, sequence: Running, broken: Broken, notch: Callable[[Running], None]) -> None:
+    def _take(self, sequence: Running, broken: Broken, respond: Callable[[Running], None]) -> None:
         held = _cache(sequence).rows.lease.held
         try:
-            notch(sequence)
+            respond(sequence)
             back = self._give_back()
         except BaseException as error:
             broken(sequence, error)
@@ -106,16 +106,16 @@ class Relief:
         assert self._rows is not None
         done = self._rows.demote(_cache(sequence), formats)
         assert done, "what the rows need in the end is less than the lease, so there is room on the way"
-        self._narrow(sequence)
+        self._shrink_lease(sequence)
         stats = sequence.pressure
         sequence.pressure = replace(stats, demotions=stats.demotions + 1)
 
     def _evict(self, sequence: Running) -> None:
         assert self._rows is not None
         cache = _cache(sequence)
-        freed = cache.give_up()
-        self._rows.crowd(cache)
-        self._narrow(sequence)
+        freed = cache.evict()
+        self._rows.compact(cache)
+        self._shrink_lease(sequence)
         stats = sequence.pressure
         sequence.pressure = replace(stats, rows_evicted=stats.rows_evicted + freed)
 
@@ -128,10 +128,10 @@ class Relief:
             return None
         return formats if self._pages(sequence, formats) < cache.rows.lease.limit else None
 
-    def _narrow(self, sequence: Running) -> None:
+    def _shrink_lease(self, sequence: Running) -> None:
         cache = _cache(sequence)
         lease = cache.rows.lease
-        self._pool.narrow(lease, min(lease.limit, self._pages(sequence, cache.formats)))
+        self._pool.shrink_lease(lease, min(lease.limit, self._pages(sequence, cache.formats)))
 
     def _pages(self, sequence: Running, formats: Formats) -> int:
         """The most pages that the request may still hold, in ``formats``."""
@@ -145,7 +145,7 @@ class Relief:
 
     def _give_back(self) -> int:
         """Pages that nobody holds go back to the operating system."""
-        pages = self._pool.take_worn()
+        pages = self._pool.take_dirty_pages()
         back = self._rows.give_back(pages) if self._rows else 0
         if back:
             _log.debug("avl-edge: %s went back to the system", format_size(back))

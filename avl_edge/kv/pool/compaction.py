@@ -37,7 +37,7 @@ def smaller_formats(formats: Formats, one_tier: bool, shape: KvShape) -> Formats
     return None
 
 
-def crowd(rows: SequenceRows, names: list[Names] | None = None) -> Iterator[tuple[str, Ids, Ids]]:
+def compact(rows: SequenceRows, names: list[Names] | None = None) -> Iterator[tuple[str, Ids, Ids]]:
     """Move rows into as few pages as hold them, format by format: the format, and the ids before and after.
 
     The bytes have to follow before the next format is asked for. ``names``: each layer's formats, where they are not
@@ -45,7 +45,7 @@ def crowd(rows: SequenceRows, names: list[Names] | None = None) -> Iterator[tupl
     """
     names = names or [dict(rows.formats.by_tier())] * len(rows.layers)
     for format_ in rows.pool.pages_of(rows.lease):
-        before, after = rows.pool.crowd(rows.lease, format_)
+        before, after = rows.pool.compact(rows.lease, format_)
         if len(before):
             for layer, of_layer in zip(rows.layers, names, strict=True):
                 _renumber(layer, of_layer, format_, before, after)
@@ -71,7 +71,7 @@ def _replaced(ids: Ids, before: Ids, after: Ids) -> Ids:
 class Demotion:
     """The image rows of a sequence on their way into a smaller format, some layers at a time.
 
-    For each of :meth:`batches`, read the rows of all its layers (:meth:`rows_of`), :meth:`leave` them, :meth:`crowd`
+    For each of :meth:`batches`, read the rows of all its layers (:meth:`rows_of`), :meth:`leave` them, :meth:`compact`
     the others, then :meth:`enter` layer by layer and write what was read. In between no lease limit is exceeded, since
     pages that were left are empty before new ones are taken. At the end :meth:`finish`.
     """
@@ -120,9 +120,9 @@ class Demotion:
         self._rows.pool.release(self.rows_of(layer).before, self._rows.lease, self.old)
         self._rename(layer, None)
 
-    def crowd(self) -> Iterator[tuple[str, Ids, Ids]]:
-        """:func:`crowd` in the middle of the change."""
-        return crowd(self._rows, self._names)
+    def compact(self) -> Iterator[tuple[str, Ids, Ids]]:
+        """:func:`compact` in the middle of the change."""
+        return compact(self._rows, self._names)
 
     def enter(self, layer: int) -> Ids:
         """New places for a layer's rows, in the new format."""
