@@ -15,8 +15,8 @@ from ..errors import BadInput
 from ..kv.methods import METHODS
 from ..machine import profile
 from ..model.sizes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
-from ..planning import planner
-from ..planning.planner import PlanRequest
+from ..planning import estimate
+from ..planning.estimate import PlanRequest
 from ..serving.runtime import DEMO
 from .profile import open_profile
 from .terminal import (
@@ -118,13 +118,13 @@ def plan(
         target_ms_per_token=target_ms_per_token,
     )
     try:
-        found = planner.plan(shape, of_device, request, profile.shipped().values())
-    except planner.Refused as refusal:
+        found = estimate.plan(shape, of_device, request, profile.shipped().values())
+    except estimate.Refused as refusal:
         if as_json:
-            ways = [asdict(way) for way in refusal.ways]
-            _print(json.dumps({"fits": False, "reason": refusal.reason, "ways": ways}))
+            alternatives = [asdict(alternative) for alternative in refusal.alternatives]
+            _print(json.dumps({"fits": False, "reason": refusal.reason, "alternatives": alternatives}))
         raise
-    _print(json.dumps(found.to_dict()) if as_json else planner.report(found).rstrip("\n"))
+    _print(json.dumps(found.to_dict()) if as_json else estimate.report(found).rstrip("\n"))
 
 
 def _system_tokens(given: int | None, prompt_tokens: int) -> int:

@@ -214,7 +214,7 @@ def _say_plan(request: Request) -> None:
 def _explain(runtime: Runtime, request: Request, *, asked: bool) -> None:
     plan, preset = request.plan, request.options.preset
     if preset:
-        why = runtime.planning.preset(preset, prompt_shape(len(request.prompt), request.prompt.spans)).why
+        why = runtime.planner.preset(preset, prompt_shape(len(request.prompt), request.prompt.spans)).why
     else:
         why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
     settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]

@@ -67,7 +67,7 @@ def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str]
 def _formats(runtime: Runtime, options: Options) -> Iterator[Formats | None]:
     yield options.formats
     if options.kv_budget is not None and options.formats is None:
-        yield from runtime.planning.packed
+        yield from runtime.planner.packed
 
 
 def say_plan(several: Several, budget: int) -> None:

@@ -16,8 +16,8 @@ from ..machine.device import DeviceFacts, read_machine
 from ..machine.profile import BadProfile, DeviceProfile
 from ..model.sizes import ModelShape
 from ..request import DeviceStats
-from . import planner
-from .planner import PlanRequest
+from . import estimate
+from .estimate import PlanRequest
 
 _log = logging.getLogger("avl_edge")
 
@@ -50,7 +50,7 @@ class DeviceState:
         """Bytes for the rows of one request: its share of what the profile leaves for all."""
         if self.of_device is None:
             return None
-        share = planner.kv_pool_bytes(self.model, self.of_device) // self.objectives.streams
+        share = estimate.kv_pool_bytes(self.model, self.of_device) // self.objectives.streams
         if share < 1:
             raise DoesNotFit(
                 f"the profile {self.of_device.name} leaves no memory for the rows of {self.model.name}: give the "
@@ -87,7 +87,7 @@ class DeviceState:
             max_new_tokens=steps + 1,
             streams=self.objectives.streams,
         )
-        return planner.Plan(self.model, of_device, request, method, formats).ms_per_token
+        return estimate.Estimate(self.model, of_device, request, method, formats).ms_per_token
 
 
 class DeviceWatcher:

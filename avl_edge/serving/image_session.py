@@ -15,7 +15,7 @@ from ..kv.cache import prompt_shape
 from ..kv.layout import Format
 from ..kv.methods import Avl, Choice, Coarse, Distinct, Full, Method, candidates
 from ..model.prompt import ImageSource, Processor, check_sources
-from ..planning.planning import Planning
+from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats, Prompt
 from .generation import Generation
 from .scheduler import Request, SharedPrefix
@@ -45,10 +45,15 @@ class ImageSession:
     """
 
     def __init__(
-        self, runtime: SessionRuntime, processor: Processor, planning: Planning, prefix: SharedPrefix, options: Options
+        self,
+        runtime: SessionRuntime,
+        processor: Processor,
+        planner: RequestPlanner,
+        prefix: SharedPrefix,
+        options: Options,
     ) -> None:
         """:meth:`of` plans the ``prefix``."""
-        self._runtime, self._processor, self._planning = runtime, processor, planning
+        self._runtime, self._processor, self._planner = runtime, processor, planner
         self._prefix = prefix
         self._options = options
 
@@ -57,7 +62,7 @@ class ImageSession:
         cls,
         runtime: SessionRuntime,
         processor: Processor,
-        planning: Planning,
+        planner: RequestPlanner,
         images: Sequence[ImageSource],
         options: Options,
     ) -> ImageSession:
@@ -67,9 +72,9 @@ class ImageSession:
         require(len(images) > 0, "an image session needs a picture: give one or more images")
         token_ids, spans = processor.lay_out_images(len(images))
         runtime.new_tokens(len(token_ids), options)
-        plan = _plan_session(options, prompt_shape(len(token_ids), spans), planning)
+        plan = _plan_session(options, prompt_shape(len(token_ids), spans), planner)
         prefix = SharedPrefix(processor.read(images, token_ids, spans), plan, runtime)
-        return cls(runtime, processor, planning, prefix, options)
+        return cls(runtime, processor, planner, prefix, options)
 
     def load(self) -> ImageSessionStats:
         """Encode and run the pictures now, while a person still types, say, instead of with the first question.
@@ -95,7 +100,7 @@ class ImageSession:
         Raises :class:`BadInput` for what cannot be answered from the session's rows, or once it is closed, and
         :class:`DoesNotFit` for what exceeds its budget.
         """
-        prefix, planning, shape = self._prefix, self._planning, self._planning.shape
+        prefix, planner, shape = self._prefix, self._planner, self._planner.shape
         require(not prefix.is_closed, "the session is closed: open the pictures again to ask about them")
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
         token_ids, spans = self._processor.lay_out(len(prefix.prompt.spans), prompt)
@@ -105,9 +110,9 @@ class ImageSession:
         )
         max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
         whole, shared = prompt_shape(len(token_ids), spans), len(prefix.prompt)
-        planning.target.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planning.spec, "question")
-        (method, formats), share = _choice(options, _head(prefix), planning, prefix.plan.formats)
-        planning.target.check(Choice(method, formats), whole, planning.spec)
+        planner.target.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planner.spec, "question")
+        (method, formats), share = _choice(options, _head(prefix), planner, prefix.plan.formats)
+        planner.target.check(Choice(method, formats), whole, planner.spec)
         require(
             share >= prefix.share,
             f"the session stores {prefix.share:g} % of the picture's rows, and questions may read any of them: give "
@@ -167,24 +172,26 @@ def _head(prefix: SharedPrefix) -> PromptShape:
     return prompt_shape(len(prefix.prompt), prefix.prompt.spans)
 
 
-def _plan_session(options: Options, prompt: PromptShape, planning: Planning) -> KvPlan[Method]:
+def _plan_session(options: Options, prompt: PromptShape, planner: RequestPlanner) -> KvPlan[Method]:
     """What the session stores, in the first formats that its budget holds."""
     budget = options.kv_budget_bytes
-    choice, share = _choice(options, prompt, planning, None)
-    planning.target.check_prompt(prompt, planning.spec, "picture")
-    planning.target.check(choice, prompt, planning.spec)
-    every = [choice.formats, *(planning.packed if budget and not options.formats else ())]
+    choice, share = _choice(options, prompt, planner, None)
+    planner.target.check_prompt(prompt, planner.spec, "picture")
+    planner.target.check(choice, prompt, planner.spec)
+    every = [choice.formats, *(planner.packed if budget and not options.formats else ())]
     method: Method = Full() if share == 100 else Distinct(share)
-    plans = (kv_plan(method, each, planning.shape, prompt, 0, budget) for each in every)
+    plans = (kv_plan(method, each, planner.shape, prompt, 0, budget) for each in every)
     what = f"the {prompt.length} tokens of the session"
     return first_within(budget, plans, what, "raise --kv-budget or give fewer images")
 
 
-def _choice(options: Options, prompt: PromptShape, planning: Planning, formats: Formats | None) -> tuple[Choice, float]:
+def _choice(
+    options: Options, prompt: PromptShape, planner: RequestPlanner, formats: Formats | None
+) -> tuple[Choice, float]:
     """The method and formats that ``options`` ask for (``formats`` where they leave these out), if they share rows; and
     the percentage of image rows that they store."""
     if options.preset:
-        choice, name = _preset(options.preset, prompt, planning), f"the preset {options.preset}"
+        choice, name = _preset(options.preset, prompt, planner), f"the preset {options.preset}"
     else:
         asked = options.formats or formats
         choice = next(candidates(options.method or Full.name, options.parameters, False, asked))
@@ -194,12 +201,12 @@ def _choice(options: Options, prompt: PromptShape, planning: Planning, formats: 
     return choice, stored
 
 
-def _preset(name: str, prompt: PromptShape, planning: Planning) -> Choice:
-    chosen = planning.preset(name, prompt)
+def _preset(name: str, prompt: PromptShape, planner: RequestPlanner) -> Choice:
+    chosen = planner.preset(name, prompt)
     if chosen.share is None:
         return next(chosen.choices())
     settings, what = list(chosen.choices()), f"the preset {name}"
-    plan = quality.at_share(settings, chosen.share, prompt, planning.shape, what)
+    plan = quality.at_share(settings, chosen.share, prompt, planner.shape, what)
     return Choice(plan.method, plan.formats)
 
 

@@ -29,7 +29,7 @@ from ..model.sampler import Sampler
 from ..model.sizes import shape_of_checkpoint
 from ..model.spec import ModelSpec, read_spec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
-from ..planning.planning import DEFAULT_STREAMS, Planning
+from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
 from ..request import Prompt, Result, TokenEvent
 from .generation import Generation
 from .image_session import ImageSession
@@ -58,7 +58,7 @@ class Runtime:
         self.kv_shape = spec.text.kv_shape(target.dtype.itemsize)
         self.load_ms = 0.0
         self._target = target
-        self.planning = Planning(target, spec, self.kv_shape)
+        self.planner = RequestPlanner(target, spec, self.kv_shape)
         self._processor = processor
         self._lock = threading.RLock()
         self._stepping = False
@@ -122,7 +122,7 @@ class Runtime:
                 raise BadInput("the weights are loaded already: open another Runtime for another pool")
             allocator.bound()
             start = time.perf_counter()
-            pages = self.planning.pool_pages(pool_bytes)
+            pages = self.planner.pool_pages(pool_bytes)
             loaded = self._target.load(self.spec, self.kv_shape, pages, progress)
             backend, self._rows = loaded.backend, loaded.rows
             self._pool = RowPool(pages, self.kv_shape)
@@ -171,8 +171,8 @@ class Runtime:
         token_ids, spans = self._processor.lay_out(len(images), prompt)
         max_new_tokens = self.new_tokens(len(token_ids), options)
         state = self._watcher.state() if self._watcher else None
-        pages = self._pool.pages or self.planning.pool_pages(None)
-        plan = self.planning.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
+        pages = self._pool.pages or self.planner.pool_pages(None)
+        plan = self.planner.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
         device = state.stats if state else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
@@ -224,7 +224,7 @@ class Runtime:
 
         Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        return ImageSession.of(self, self._processor, self.planning, images, checked_options(options))
+        return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
 
     def free_image_sessions(self) -> None:
         """Free the rows of closed image sessions about which no question is on its way. In the middle of a step, at its

@@ -62,7 +62,7 @@ def test_a_refusal_has_its_exit_code_and_its_ways(capsys: pytest.CaptureFixture[
     assert "--weights int8" in err
     code, out, _ = _run(capsys, *options, "--json")
     document = json.loads(out)
-    assert (code, document["fits"], len(document["ways"])) == (3, False, 3)
+    assert (code, document["fits"], len(document["alternatives"])) == (3, False, 3)
 
 
 @pytest.mark.parametrize(

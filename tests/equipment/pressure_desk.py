@@ -38,7 +38,7 @@ class Says:
         self.short = False
         self.last = Action.FREE
 
-    def prefill_prefix(self, gives: Callable[[], tuple[bool, bool]]) -> Action:
+    def poll(self, gives: Callable[[], tuple[bool, bool]]) -> Action:
         can_demote, can_evict = gives()
         level = Action.DEMOTE if can_demote else Action.EVICT if can_evict else Action.HOLD
         self.last = level if self.short else Action.FREE

@@ -13,7 +13,7 @@ from avl_edge.kv.layout import page_bytes
 from avl_edge.machine import profile
 from avl_edge.machine.profile import DeviceProfile, Figure
 from avl_edge.model.sizes import known_shape, shape_of_checkpoint
-from avl_edge.planning import planner
+from avl_edge.planning import estimate
 from avl_edge.planning.device_watcher import DeviceWatcher, PlanObjectives
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
@@ -112,8 +112,8 @@ def test_own_profiles_come_first_and_a_given_one_holds_anywhere(tree: Path) -> N
 
 def test_the_budget_is_a_share_of_what_the_profile_leaves(tree: Path) -> None:
     of_device = profile.shipped()["agx-orin-64-maxn"]
-    pool = planner.kv_pool_bytes(LLAVA, of_device)
-    parts = planner.divide(LLAVA, of_device.memory, of_device.record(LLAVA.name).peaks)
+    pool = estimate.kv_pool_bytes(LLAVA, of_device)
+    parts = estimate.divide(LLAVA, of_device.memory, of_device.record(LLAVA.name).peaks)
     rest = parts.weights_bytes + parts.overhead_bytes + max(parts.vision_bytes, parts.activations_bytes)
     assert pool == parts.kv_pool_bytes == of_device.memory.budget_bytes - rest
     assert _watcher(tree, streams=3).state().kv_budget == pool // 3
@@ -131,7 +131,7 @@ def test_objectives_are_checked(wrong: dict[str, float]) -> None:
 def _with_pool(of_device: DeviceProfile, nbytes: int, directory: Path | None = None) -> DeviceProfile:
     """The profile with so little memory that ``nbytes`` are left for the rows of a model."""
     model = shape_of_checkpoint(directory, directory.name) if directory else LLAVA
-    parts = planner.divide(model, of_device.memory, of_device.record(model.name).peaks)
+    parts = estimate.divide(model, of_device.memory, of_device.record(model.name).peaks)
     reserve = of_device.memory.reserve_bytes.value + parts.kv_pool_bytes - nbytes
     figure = Figure(reserve, "derived", "a test's")
     return replace(of_device, memory=replace(of_device.memory, reserve_bytes=figure))
@@ -215,14 +215,14 @@ def _ms(directory: Path, of_device: DeviceProfile, request: object) -> float:
     prompt, plan = request.prompt, request.plan  # type: ignore[attr-defined]
     images = sum(span.length for span in prompt.spans)
     text = len(prompt) - images
-    asked = planner.PlanRequest(
+    asked = estimate.PlanRequest(
         image_tokens=images,
         prompt_tokens=text,
         system_tokens=prompt.spans[0].start,
         max_new_tokens=request.max_new_tokens,  # type: ignore[attr-defined]
         streams=4,
     )
-    return planner.Plan(model, of_device, asked, plan.method, plan.formats).ms_per_token
+    return estimate.Estimate(model, of_device, asked, plan.method, plan.formats).ms_per_token
 
 
 def test_without_a_profile_nothing_is_followed(checkpoint: Checkpoints) -> None:

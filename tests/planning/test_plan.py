@@ -17,7 +17,7 @@ from avl_edge.kv.methods import H2O, METHODS, Avl, Coarse, Distinct, FastV, Full
 from avl_edge.kv.pool import RowPool
 from avl_edge.machine import profile
 from avl_edge.model.sizes import Precision, known_shape
-from avl_edge.planning.planner import Answer, PlanRequest, plan, prompt_work, tiers, tokens_in
+from avl_edge.planning.estimate import Answer, PlanRequest, plan, prompt_work, tiers, tokens_in
 from avl_edge.request import ImageSpan
 
 ORIN = profile.named("agx-orin-64", "MAXN")

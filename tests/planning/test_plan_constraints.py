@@ -16,7 +16,7 @@ from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.methods import Avl, Full
 from avl_edge.machine import profile
 from avl_edge.model.sizes import KNOWN, ModelShape, Precision, known_shape
-from avl_edge.planning.planner import Plan, PlanRequest, Refused, Way, first_fit, plan, plans, report
+from avl_edge.planning.estimate import Alternative, Estimate, PlanRequest, Refused, estimates, first_fit, plan, report
 
 ORIN = profile.named("agx-orin-64", "MAXN")
 SHIPPED = list(profile.shipped().values())
@@ -42,25 +42,25 @@ def test_a_plan_keeps_both_constraints_and_a_refusal_proposes_what_does(
     if isinstance(found, BadInput):
         assert "context" in str(found)
     elif isinstance(found, Refused):
-        prices = [way.price for way in found.ways]
+        prices = [alternative.price for alternative in found.alternatives]
         assert len(prices) <= 3
         assert [0.0, *prices] == sorted([0.0, *prices])
-        for way in found.ways:
-            assert _applied(way, model.name, of, request) is not None, way
+        for alternative in found.alternatives:
+            assert _applied(alternative, model.name, of, request) is not None, alternative
     else:
         _keeps(found, request)
-        better = itertools.takewhile(lambda each: each != found, plans(model, of, request))
+        better = itertools.takewhile(lambda each: each != found, estimates(model, of, request))
         assert not any(each.fits for each in better)
 
 
-def _outcome(model: ModelShape, of: profile.DeviceProfile, request: PlanRequest) -> Plan | Refused | BadInput:
+def _outcome(model: ModelShape, of: profile.DeviceProfile, request: PlanRequest) -> Estimate | Refused | BadInput:
     try:
         return plan(model, of, request, SHIPPED)
     except (Refused, BadInput) as refusal:
         return refusal
 
 
-def _keeps(found: Plan, request: PlanRequest) -> None:
+def _keeps(found: Estimate, request: PlanRequest) -> None:
     assert found.memory.peak_bytes <= min(request.max_memory or 2**60, found.profile.memory.budget_bytes)
     assert found.time.ms_per_token <= (request.target_ms_per_token or 1e9)
     assert found.kv.bytes_stored <= found.kv.bytes_peak
@@ -70,9 +70,9 @@ def _keeps(found: Plan, request: PlanRequest) -> None:
     assert found.memory.kv_bytes == found.request.streams * found.kv.bytes_peak
 
 
-def _applied(way: Way, model: str, of: profile.DeviceProfile, request: PlanRequest) -> Plan | None:
-    """The plan once the options of ``way`` are given, read from its text as a person would."""
-    words = way.option.replace("--method distinct without its parameters", "--method distinct").split()
+def _applied(alternative: Alternative, model: str, of: profile.DeviceProfile, request: PlanRequest) -> Estimate | None:
+    """The plan once the options of ``alternative`` are given, read from its text as a person would."""
+    words = alternative.option.replace("--method distinct without its parameters", "--method distinct").split()
     options = dict(zip(words[::2], words[1::2], strict=True))
     device = options.pop("--device", of.device.name)
     power = options.pop("--power", of.power_mode.name if of.power_mode else None)
@@ -96,13 +96,17 @@ def test_the_smallest_memory_fits_and_a_byte_less_does_not() -> None:
     model, request = known_shape("llava-1.5-7b"), PlanRequest(streams=4, images=3, max_memory=15 * 10**9)
     with pytest.raises(Refused, match="--max-memory") as refusal:
         plan(model, ORIN, request)
-    smallest = next(int(way.option.split()[1][:-1]) for way in refusal.value.ways if "max-memory" in way.option)
+    smallest = next(
+        int(alternative.option.split()[1][:-1])
+        for alternative in refusal.value.alternatives
+        if "max-memory" in alternative.option
+    )
     assert plan(model, ORIN, replace(request, max_memory=smallest)).memory.peak_bytes == smallest
     with pytest.raises(Refused):
         plan(model, ORIN, replace(request, max_memory=smallest - 1))
 
 
-def test_a_refusal_names_three_ways() -> None:
+def test_a_refusal_names_three_alternatives() -> None:
     request = PlanRequest(images=3, streams=4, max_memory=20 * 10**9, target_ms_per_token=100)
     with pytest.raises(Refused, match=r"\(1\).*\(2\).*\(3\)"):
         plan(known_shape("llava-1.5-13b"), profile.named("agx-orin-32", "15W"), request, SHIPPED)
@@ -121,7 +125,7 @@ def test_tighter_memory_costs_quality_not_more() -> None:
         assert isinstance(found.method, Avl)
         assert found.formats == (formats or Formats())
         more = next(each for each in Avl.ladder({}) if each.secondary == found.method.secondary + 1)
-        assert spared + Plan(model, ORIN, found.request, more, found.formats).kv.bytes_peak > limit
+        assert spared + Estimate(model, ORIN, found.request, more, found.formats).kv.bytes_peak > limit
 
 
 def test_without_a_method_full_attention_gives_way_only_where_it_must() -> None:
@@ -163,9 +167,9 @@ def test_absurd_requests_are_named(changes: dict[str, object], message: str) -> 
 def test_every_model_is_planned_on_every_device(model: ModelShape, of: profile.DeviceProfile) -> None:
     found = _outcome(model, of, PlanRequest())
     if isinstance(found, Refused):
-        assert found.ways
+        assert found.alternatives
         return
-    assert isinstance(found, Plan)
+    assert isinstance(found, Estimate)
     text = report(found)
     assert "[derived, not measured]" in text
     assert not re.search(r"(?<!not )measure", text)

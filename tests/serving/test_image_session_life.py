@@ -30,7 +30,7 @@ from avl_edge import BadInput, DoesNotFit, Formats, Generation, ImageSession, Op
 from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.pool import BorrowingRows, SequenceRows
 from avl_edge.machine.pressure import Limits, Monitor
-from avl_edge.planning.planning import PACKED
+from avl_edge.planning.request_planner import PACKED
 from tests.conftest import Checkpoints
 from tests.equipment.image_sessions import AVL, FIRST, FULL, IMAGES, SECOND, WHOLE, check, is_empty
 from tests.equipment.machines import GB, write
@@ -72,7 +72,7 @@ def test_a_closed_session_waits_for_its_first_question(runtime: Runtime, monkeyp
     question = session.ask(FIRST)
     session.close()
     assert runtime.kv_bytes_in_use > 0
-    monkeypatch.setattr(runtime._backend, "look", None)
+    monkeypatch.setattr(runtime._backend, "prefill_prefix", None)
     assert question.result().token_ids == runtime.generate(IMAGES[:1], FIRST, FULL).result().token_ids
     assert is_empty(runtime)
 
@@ -140,7 +140,7 @@ def test_a_session_dropped_in_the_middle_of_a_step_is_freed_after_it(
     assert not runtime._scheduler._prefixes
 
 
-@pytest.mark.parametrize("stage", ["look", "prefill", "decode"])
+@pytest.mark.parametrize("stage", ["prefill_prefix", "prefill", "decode"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_what_breaks_in_a_step_leaves_other_sessions(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stage: str, kind: type[BaseException]
@@ -148,7 +148,7 @@ def test_what_breaks_in_a_step_leaves_other_sessions(
     """An image session that was being run is run anew for the next question; one that was there stays."""
     other, session = runtime.open_images(IMAGES[1:], FULL), runtime.open_images(IMAGES[:1], FULL)
     expected = other.ask(FIRST).result().token_ids
-    if stage != "look":
+    if stage != "prefill_prefix":
         session.load()
     question = session.ask(SECOND)
 
@@ -162,7 +162,7 @@ def test_what_breaks_in_a_step_leaves_other_sessions(
     assert question._sequence.result is not None
     assert question._sequence.result.finish_reason == ("error" if kind is RuntimeError else "cancelled")
     check(runtime)
-    assert (session.stats.bytes_stored > 0) == (stage != "look")
+    assert (session.stats.bytes_stored > 0) == (stage != "prefill_prefix")
     assert other.ask(FIRST).result().token_ids == expected
     plain = runtime.generate(IMAGES[:1], SECOND, FULL).result()
     assert session.ask(SECOND).result().token_ids == plain.token_ids
@@ -396,7 +396,7 @@ class SessionLife(RuleBasedStateMachine):
     def cancel(self, choice: int) -> None:
         self.asked.pop(choice % len(self.asked))[0].close()
 
-    @rule(stage=st.sampled_from(["look", "prefill", "decode"]), kind=st.sampled_from([ValueError, KeyboardInterrupt]))
+    @rule(stage=st.sampled_from(["prefill_prefix", "prefill", "decode"]), kind=st.sampled_from([ValueError, KeyboardInterrupt]))
     def break_a_step(self, stage: str, kind: type[BaseException]) -> None:
         def fail(*_: object) -> None:
             raise kind

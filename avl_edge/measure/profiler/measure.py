@@ -28,7 +28,7 @@ from ...machine.profile import (
     Sample,
 )
 from ...model.sizes import ModelShape
-from ...planning.planner import Answer, divide, prompt_work, step_work, vision_work
+from ...planning.estimate import Answer, divide, prompt_work, step_work, vision_work
 from . import machine
 from .bench import Bench, Measured, Trial, threads, trials, warm_up
 from .fit import Prices, fit_prices, predicted, quality

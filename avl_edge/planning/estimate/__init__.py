@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from .alternatives import Alternative, Refused, plan
 from .division import Division, divide, kv_pool_bytes
-from .plan import KvPlan, MemoryPlan, Plan, TimePlan, first_fit, plans
+from .estimate import Estimate, KvEstimate, MemoryEstimate, TimeEstimate, estimates, first_fit
 from .report import report
 from .request import PlanRequest
 from .tiers import Tiers, tiers, tokens_in
-from .ways import Refused, Way, plan
 from .work import Amounts, Answer, Step, prompt_work, step_work, vision_work
 
 __all__ = [
+    "Alternative",
     "Amounts",
     "Answer",
     "Division",
-    "KvPlan",
-    "MemoryPlan",
-    "Plan",
+    "Estimate",
+    "KvEstimate",
+    "MemoryEstimate",
     "PlanRequest",
     "Refused",
     "Step",
     "Tiers",
-    "TimePlan",
-    "Way",
+    "TimeEstimate",
     "divide",
+    "estimates",
     "first_fit",
     "kv_pool_bytes",
     "plan",
-    "plans",
     "prompt_work",
     "report",
     "step_work",

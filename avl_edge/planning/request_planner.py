@@ -25,7 +25,7 @@ PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
 
 
 @dataclass(frozen=True)
-class Planning:
+class RequestPlanner:
     """Plans for one model in one target."""
 
     target: Target

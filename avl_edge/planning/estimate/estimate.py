@@ -25,7 +25,7 @@ from .work import Amounts, Answer, mean_step, prompt_work, step_work, vision_wor
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryEstimate:
     """Bytes of the whole process. Vision encoder and prefill do not run at once: of their workspaces the larger counts.
 
     ``kv_bytes`` is all streams' worst case; ``limit_bytes`` what may be used.
@@ -46,7 +46,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class KvPlan:
+class KvEstimate:
     """One request's rows in bytes, as in a result's ``kv``: full attention's and the method's at the answer's end, the
     most at any time, and the tiers of each layer at the end."""
 
@@ -57,7 +57,7 @@ class KvPlan:
 
 
 @dataclass(frozen=True)
-class TimePlan:
+class TimeEstimate:
     """Predicted milliseconds. ``ttft_ms``: one request alone, from the picture to its first token, so
     ``encode_ms`` and ``prefill_ms``. ``ms_per_token``: the average step of all streams together. A basis is
     ``measured`` where all costs were measured on the device and the weights are as stored; ``basis`` is that of all
@@ -80,7 +80,7 @@ class TimePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a request costs on a device with one method's settings. Times and tiers are computed when asked for."""
 
     model: ModelShape
@@ -103,10 +103,10 @@ class Plan:
         return self.request.steps(self.model)
 
     @cached_property
-    def kv(self) -> KvPlan:
+    def kv(self) -> KvEstimate:
         shape = self.model.kv_shape()
         held = tuple(Answer(self.method, self.prompt, shape, self.steps).layers(self.steps))
-        return KvPlan(
+        return KvEstimate(
             bytes_full=shape.layers * (self.prompt.length + self.steps) * shape.row_bytes,
             bytes_stored=sum(self._stored_bytes(layer) for layer in held),
             bytes_peak=self._peak_bytes,
@@ -125,13 +125,13 @@ class Plan:
         return kv_plan(self.method, self.formats, self.model.kv_shape(), self.prompt, self.steps).peak_bytes
 
     @cached_property
-    def memory(self) -> MemoryPlan:
+    def memory(self) -> MemoryEstimate:
         model, peaks = self.model, self.profile.record(self.model.name).peaks
         percent, limit = peaks.workspace_percent.value, self.profile.memory.budget_bytes
         vision = model.vision.peak_bytes(self.request.pictures(model), model.itemsize)
         activations = model.activation_bytes(self.prompt.length, self.prompt.images)
         measured = peaks.overhead_bytes.basis == peaks.workspace_percent.basis == "measured"
-        return MemoryPlan(
+        return MemoryEstimate(
             weights_bytes=model.weight_bytes(self.weights),
             vision_bytes=math.ceil(vision * percent / 100),
             activations_bytes=math.ceil(activations * percent / 100),
@@ -153,11 +153,11 @@ class Plan:
         return self.profile.record(self.model.name).costs.milliseconds(self._step_work)
 
     @cached_property
-    def time(self) -> TimePlan:
+    def time(self) -> TimeEstimate:
         costs = self.profile.record(self.model.name).costs
         vision = vision_work(self.model, self.request.pictures(self.model))
         prefill = prompt_work(self.model, self.method, self.prompt, self.weights)
-        return TimePlan(
+        return TimeEstimate(
             encode_ms=costs.milliseconds(vision),
             prefill_ms=costs.milliseconds(prefill),
             ms_per_token=self.ms_per_token,
@@ -200,7 +200,7 @@ class Plan:
         }
 
 
-def plans(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Iterator[Plan]:
+def estimates(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Iterator[Estimate]:
     """Every plan that the request leaves open, best answers first.
 
     Without constraints a method's parameters take their defaults where that fits, as in :meth:`Runtime.prepare`;
@@ -209,11 +209,11 @@ def plans(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> It
     name, parameters, formats = request.method, request.parameters, request.formats
     if request.max_memory is None and request.target_ms_per_token is None:
         usual = choices(name, parameters, False, formats, model.kv_shape())
-        yield from (Plan(model, profile, request, *each) for each in usual)
+        yield from (Estimate(model, profile, request, *each) for each in usual)
     for each in choices(name, parameters, True, formats, model.kv_shape()):
-        yield Plan(model, profile, request, *each)
+        yield Estimate(model, profile, request, *each)
 
 
-def first_fit(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Plan | None:
+def first_fit(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Estimate | None:
     """The best plan that keeps the constraints; None if there is none."""
-    return next((plan for plan in plans(model, profile, request) if plan.fits), None)
+    return next((plan for plan in estimates(model, profile, request) if plan.fits), None)
