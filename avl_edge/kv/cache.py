@@ -255,14 +255,14 @@ class SequenceCache:
         """Whether :meth:`pick_core` comes before :meth:`rows_to_read` in every layer of this step."""
         return self.policy.picks_core(self.step)
 
-    def rows_to_look_at(self, layer: int) -> list[Selected]:
+    def rows_to_scan(self, layer: int) -> list[Selected]:
         """Those among which :meth:`pick_core` chooses: the stored image rows."""
         rows, name = self.rows.layers[layer], self.formats.core
         self.bytes_read += len(rows.image_ids) * Format(name).coarse_bytes(self._shape)
         return [Selected(name, np.arange(len(rows.image_ids)), rows.image_ids, rows.image_positions)]
 
     def pick_core(self, layer: int, weights: Scores) -> None:
-        """Choose the core of this step by the coarse ``weights`` of the rows that were looked at."""
+        """Choose the core of this step by the coarse ``weights`` of the rows that were scanned."""
         self.set_core(layer, self.policy.pick_core(weights))
 
     @property
@@ -272,7 +272,7 @@ class SequenceCache:
         return self.policy.nucleus()
 
     def set_core(self, layer: int, core: Mask) -> None:
-        """The core of this step as it was chosen: a mask over the rows that were looked at."""
+        """The core of this step as it was chosen: a mask over the rows that were scanned."""
         self.rows.set_core(layer, core)
 
     def text_rows(self, layer: int) -> Selected:

@@ -73,7 +73,7 @@ class Format:
         return padded(2 + count if self.packs_coefficients else shape.itemsize * count)
 
     def coarse_bytes(self, shape: KvShape) -> int:
-        """Bytes of one row that a coarse look at its key reads: half of an int8 key and its scales, else the key."""
+        """Bytes of one row that a coarse scan of its key reads: half of an int8 key and its scales, else the key."""
         heads, dim = shape.kv_heads, shape.head_dim
         if self.is_exact:
             return shape.row_bytes // 2

@@ -186,7 +186,7 @@ INLINE inline void attend(const Step& step, const Item& item, const Weights& wei
         const int64_t cell = step.cell(item.split, begin + head);
         exponentiate(weights.of(head), split.count, step.peak[cell], step.mass[cell]);
     }
-    if constexpr (!std::is_same_v<Format, Coarse>)  // values are never looked at coarsely
+    if constexpr (!std::is_same_v<Format, Coarse>)  // values are never scanned
         if (step.sums) sum_values<Row, Block>(step, split, item, weights);
 }
 }  // namespace

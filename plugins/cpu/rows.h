@@ -80,7 +80,7 @@ template <class Element, int Dim, bool OneRegister = false> struct Row {
 // multiple of kUnit bytes, and ids count in units of it. In a plane a head has dim / 2 bytes, of which byte j holds
 // dimension j in its low half and dimension j + dim / 2 in its high half. A value is (nibbles * step + bias) * scale,
 // with one scale for a head, or for a group of its dimensions. int8 has the upper nibbles in the first plane and the
-// lower ones in the second; a coarse look at it takes the middle of the 16 numbers that an upper nibble stands for.
+// lower ones in the second; a coarse scan of it takes the middle of the 16 numbers that an upper nibble stands for.
 //
 // Each head size has a way to make vectors of a plane's bytes, and with it an order of the dimensions, into which the
 // query is brought once. All products are exact: the values are those of any other decoder.

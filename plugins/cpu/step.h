@@ -18,7 +18,7 @@ struct Call {
 };
 
 // Rows of one format that the batch attends: of sequence b, those that rows[offsets[b]] ... rows[offsets[b + 1] - 1]
-// name. `format` is a query's, or 3 for int8, 4 for int4 and 5 for a coarse look at int8. Exact rows have strides, in
+// name. `format` is a query's, or 3 for int8, 4 for int4 and 5 for a coarse scan of int8. Exact rows have strides, in
 // elements; of packed ones an id is where a record begins, in units of 16 bytes. There are `listed` ids, each below
 // `id_limit`.
 struct Part {

@@ -20,9 +20,9 @@
 //
 //   avl_append             (rows, 2)                  writes new rows into their slots; per format
 //
-//   avl_look               (H_kv, any, B)             logits by a coarse look at keys alone; per format
+//   avl_scan               (H_kv, any, B)             logits by a coarse scan of keys alone; per format
 //   avl_log_sums           (ceil(H / WARPS), B, P)    of those, and then avl_scores
-//   avl_nucleus            (B, P)                     of the rows looked at, those to attend: ids and where they end
+//   avl_nucleus            (B, P)                     of the rows scanned, those to attend: ids and where they end
 //
 //   avl_attend             (H_kv, S, B)               partial results of each split; the logits when asked; per format
 //   avl_merge              (ceil(H / WARPS), B)       out, by log-sum-exp over the splits of all parts
@@ -63,7 +63,7 @@ namespace {
 using Whole = Reading<FORMAT>::Whole;
 using Coarse = Reading<FORMAT>::Coarse;
 
-constexpr int kLookBlocks = 2;  // as kMergeBlocks
+constexpr int kScanBlocks = 2;  // as kMergeBlocks
 
 static_assert(sizeof(Scratch<Whole>) * WARPS <= 48 * 1024, "static shared memory ends at 48 KB");
 
@@ -190,10 +190,10 @@ avl_attend(const Row* __restrict__ query,       // [B, H, d]
     }
 }
 
-// Logits of keys that are only looked at: of int8 keys the upper nibbles, of others all. The warps of blocks (h, ..., b)
+// Logits of keys that are only scanned: of int8 keys the upper nibbles, of others all. The warps of blocks (h, ..., b)
 // share the listed rows of sequence b, a tile at a time, from one key/value head.
-extern "C" __global__ void __launch_bounds__(kThreads, kLookBlocks)
-avl_look(const Row* __restrict__ query,   // [B, H, d]
+extern "C" __global__ void __launch_bounds__(kThreads, kScanBlocks)
+avl_scan(const Row* __restrict__ query,   // [B, H, d]
          const void* __restrict__ keys,   // as avl_append has them
          const int* __restrict__ rows,    // [capacity], ids
          const int* __restrict__ begins,  // [B], of this part

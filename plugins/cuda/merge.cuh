@@ -110,7 +110,7 @@ avl_merge(const float* __restrict__ sums,     // [B, P * S, H, d], as the parts'
 // One warp: one query head of one sequence, whose rows of part p are given by begins[p * B + b] and ends[p * B + b]. A
 // sequence has rows in one part at most; what it has none in writes nothing.
 extern "C" __global__ void __launch_bounds__(kThreads)
-avl_log_sums(const float* __restrict__ logits,  // [H, capacity], as avl_look left it
+avl_log_sums(const float* __restrict__ logits,  // [H, capacity], as avl_scan left it
              const int* __restrict__ begins,    // [P, B]
              const int* __restrict__ ends,      // [P, B]
              int heads, int capacity,
@@ -124,7 +124,7 @@ avl_log_sums(const float* __restrict__ logits,  // [H, capacity], as avl_look le
 
 // Blocks (0, b, p) to (gridDim.x - 1, b, p) share the rows of sequence b in part p, 32 at a time.
 extern "C" __global__ void __launch_bounds__(kThreads)
-avl_scores(const float* __restrict__ logits,    // [H, capacity], as avl_attend or avl_look left it
+avl_scores(const float* __restrict__ logits,    // [H, capacity], as avl_attend or avl_scan left it
            const float* __restrict__ log_sums,  // [B, H], as avl_merge or avl_log_sums left it
            const int* __restrict__ begins,      // [P, B]
            const int* __restrict__ ends,        // [P, B]

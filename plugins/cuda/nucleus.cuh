@@ -1,4 +1,4 @@
-// Which rows to attend, by the weights of a look at their keys: a nucleus, in order of weight until it holds a share of
+// Which rows to attend, by the weights of a scan of their keys: a nucleus, in order of weight until it holds a share of
 // their sum, of a limited number of rows. The choice is made on the device, so that a step waits for no host.
 //
 // Nothing is sorted: weights are not negative, so their bits are in their order, and the least weight of a nucleus is
@@ -50,11 +50,11 @@ __device__ __forceinline__ int needed(unsigned long long missing, unsigned long 
 
 }  // namespace
 
-// One block: the rows of one sequence and part that were looked at. Their ids go to the end of those that the sequence
-// attends of that part anyway. A sequence that looked at none attends the latter alone.
+// One block: the rows of one sequence and part that were scanned. Their ids go to the end of those that the sequence
+// attends of that part anyway. A sequence that scanned none attends the latter alone.
 extern "C" __global__ void __launch_bounds__(kThreads)
-avl_nucleus(const float* __restrict__ weights,   // [looked], as avl_scores left them; at most about one
-            const int* __restrict__ candidates,  // [looked], ids
+avl_nucleus(const float* __restrict__ weights,   // [scanned], as avl_scores left them; at most about one
+            const int* __restrict__ candidates,  // [scanned], ids
             const int* __restrict__ begins,      // [P, B], of both
             const int* __restrict__ ends,        // [P, B]
             const int* __restrict__ limits,      // [B, 2]: the share to hold, in 2^-30 (all of it: as many as may be),
@@ -62,7 +62,7 @@ avl_nucleus(const float* __restrict__ weights,   // [looked], as avl_scores left
             const int* __restrict__ listed,      // [P, B]: where in `rows` the list ends that holds no picked row
             int* __restrict__ rows,              // [capacity]
             int* __restrict__ attended,          // [P, B]: where it ends with them
-            signed char* __restrict__ picked) {  // [looked]: 1 or 0
+            signed char* __restrict__ picked) {  // [scanned]: 1 or 0
     __shared__ Tally parts[WARPS];
     __shared__ int above[kThreads], equal[kThreads];
     const int segment = blockIdx.y * gridDim.x + blockIdx.x, begin = begins[segment], count = ends[segment] - begin;

@@ -21,7 +21,7 @@ from avl_edge.attention.cuda import FORMATS, LOW_RANK, KernelShape, NoCuda, dige
 
 ARCHITECTURES = ("sm_87", "sm_90")
 HEAD_SIZES, GROUPS, ROWS = (64, 80, 96, 128, 256), (1, 2, 4, 7, 8), ("Half", "Bfloat")
-BY_FORMAT = ("avl_append", "avl_attend", "avl_look", "avl_attend_low_rank")
+BY_FORMAT = ("avl_append", "avl_attend", "avl_scan", "avl_attend_low_rank")
 """The kernels that depend on the format of rows; the others are the same for all."""
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)'.*?"

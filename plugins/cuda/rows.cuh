@@ -157,7 +157,7 @@ template <class Code> struct Packed {
     }
 };
 
-// How a format is read as a whole, and by a coarse look at its keys.
+// How a format is read as a whole, and by a coarse scan of its keys.
 template <class Format> struct Reading { using Whole = Packed<Format>; using Coarse = Packed<Format>; };
 template <> struct Reading<Exact> { using Whole = Exact; using Coarse = Exact; };
 template <> struct Reading<Int8> { using Whole = Packed<Int8>; using Coarse = Packed<CoarseInt8>; };

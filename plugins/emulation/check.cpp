@@ -19,7 +19,7 @@ constexpr int whole_units(int bytes) { return (bytes + 15) / 16 * 16; }
 constexpr int kPlane = whole_units(kRow / 2), kRecord = whole_units(2 * kScales) + (kInt8 ? 2 : 1) * kPlane;
 constexpr int kRowBytes = kExact ? kRow * int(sizeof(Row)) : kRecord;  // of one pool row; its id is in units or rows
 
-// An element of a pool row; `coarse`: as a look sees it.
+// An element of a pool row; `coarse`: as a scan sees it.
 double element(const std::vector<unsigned char>& pool, int row, int head, int i, bool coarse = false) {
     const unsigned char* bytes = &pool[size_t(row) * kRowBytes];
     if (kExact) {
@@ -99,7 +99,7 @@ bool choice() {
     std::vector<float> logits = unwritten(kHeads * capacity), log_sums = unwritten(batch * kHeads);
     std::vector<float> weights = unwritten(capacity);
     const int *begins = own.offsets.data(), *ends = begins + 1;
-    run("avl_look", {kKvHeads, 2, unsigned(batch)}, own.query.data(), own.keys.data(), own.rows.data(), begins, ends,
+    run("avl_scan", {kKvHeads, 2, unsigned(batch)}, own.query.data(), own.keys.data(), own.rows.data(), begins, ends,
         kRow, HEAD_DIM, capacity, logits.data());
     run("avl_log_sums", {(kHeads + WARPS - 1) / WARPS, unsigned(batch), 1}, logits.data(), begins, ends, kHeads,
         capacity, log_sums.data());

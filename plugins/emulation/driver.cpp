@@ -12,7 +12,7 @@
 extern "C" int avl_launch(const char* kernel, unsigned x, unsigned y, unsigned z, int backwards, void** arguments) {
     KERNEL(avl_append);
     KERNEL(avl_attend);
-    KERNEL(avl_look);
+    KERNEL(avl_scan);
     KERNEL(avl_log_sums);
     KERNEL(avl_nucleus);
     KERNEL(avl_merge);

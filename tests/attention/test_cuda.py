@@ -22,10 +22,10 @@ from avl_edge.attention.cuda import (
     Kernels,
     KernelShape,
     Lists,
-    Look,
     NoCuda,
     Pool,
     PromptHeads,
+    Scan,
     Step,
     Workspace,
     cubin,
@@ -39,7 +39,7 @@ from tests import ROOT
 
 SHAPE = KernelShape(64, 1, "Half")
 ENTRIES = (
-    *("append", "attend", "merge", "scores", "look", "log_sums", "nucleus"),
+    *("append", "attend", "merge", "scores", "scan", "log_sums", "nucleus"),
     *("prompt_logits", "prompt_log_sums", "prompt_scores"),
 )
 
@@ -80,7 +80,7 @@ def test_an_installed_package_has_the_source_beside_the_module(tmp_path: Path) -
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     egg_base = ["egg_info", "--egg-base", str(tmp_path)]
     subprocess.run([*command[:3], *egg_base, *command[3:]], cwd=ROOT, check=True, timeout=120)
-    installed = tmp_path / "avl_edge" / "cuda"
+    installed = tmp_path / "avl_edge" / "attention" / "cuda"
     assert {path.name for path in installed.glob("*.cu*")} == {
         path.name for path in (ROOT / "plugins" / "cuda").glob("*.cu*")
     }
@@ -300,14 +300,14 @@ def test_a_step_over_formats_reads_each_with_its_own_kernel() -> None:
 
     kernels = Kernels(modules["exact"], KernelShape(128, 2, "Half"), packed=packed)
     formats, candidates = ("exact", "int8", "int4"), Lists.of(50, 60, 2, 300, ("exact", "int8", "int4"))
-    look = Look(candidates, ("int4",), limits=70, listed=80, picked=90)
-    workspace = Workspace.of(kernels.shape, 2, 8, 5, 1000, scores=True, parts=3, looked=300)
-    step = Step(1, 2, 3, 1000, Lists.of(5, 8, 2, 1000, formats), 7, 9, written=("int8",), look=look)
+    scan = Scan(candidates, ("int4",), limits=70, listed=80, picked=90)
+    workspace = Workspace.of(kernels.shape, 2, 8, 5, 1000, scores=True, parts=3, scanned=300)
+    step = Step(1, 2, 3, 1000, Lists.of(5, 8, 2, 1000, formats), 7, 9, written=("int8",), scan=scan)
     for _ in range(2):
         kernels.step(step, POOL, workspace, 4096, 99)
     assert asked == ["int8", "int4"]
     assert [launch[0] for launch in modules["int8"].launches] == 2 * ["avl_append", "avl_attend"]
-    assert [launch[0] for launch in modules["int4"].launches] == 2 * ["avl_look", "avl_attend"]
+    assert [launch[0] for launch in modules["int4"].launches] == 2 * ["avl_scan", "avl_attend"]
     chosen = ["avl_log_sums", "avl_scores", "avl_nucleus"]
     assert [each[0] for each in modules["exact"].launches] == 2 * [*chosen, "avl_attend", "avl_merge", "avl_scores"]
     append, attend = modules["int8"].launches[:2]
@@ -350,15 +350,15 @@ def test_low_rank_formats_share_a_kernel_and_bring_their_bases() -> None:
     capacity=st.integers(1, 70000),
     dim=st.sampled_from((64, 80, 96, 128, 256)),
     parts=st.integers(1, 3),
-    looked=st.sampled_from((0, 300, 80000)),
+    scanned=st.sampled_from((0, 300, 80000)),
 )
 def test_the_parts_of_a_workspace_do_not_touch(
-    batch: int, heads: int, splits: int, capacity: int, dim: int, parts: int, looked: int
+    batch: int, heads: int, splits: int, capacity: int, dim: int, parts: int, scanned: int
 ) -> None:
     shape = KernelShape(dim, 1, "Half")
-    space = Workspace.of(shape, batch, heads, splits, capacity, scores=True, parts=parts, looked=looked)
+    space = Workspace.of(shape, batch, heads, splits, capacity, scores=True, parts=parts, scanned=scanned)
     results = batch * parts * splits * heads
-    sizes = (4 * results * dim, 8 * results, 4 * batch * heads, 4 * looked, 4 * heads * max(capacity, looked))
+    sizes = (4 * results * dim, 8 * results, 4 * batch * heads, 4 * scanned, 4 * heads * max(capacity, scanned))
     places = (space.sums, space.states, space.log_sums, space.weights, space.logits, space.bytes)
     for place, size, following in zip(places, sizes, places[1:], strict=False):
         assert place % 16 == 0

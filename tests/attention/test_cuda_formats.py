@@ -158,11 +158,11 @@ def sections(name: str, shape: Shape, kv_heads: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_look_gives_the_coarse_weights(kernels: Callable[[Shape], Kernels], shape: Shape) -> None:
+def test_a_scan_gives_the_coarse_weights(kernels: Callable[[Shape], Kernels], shape: Shape) -> None:
     """Of each format; a sequence has rows in one part at most."""
     names = SHAPES[shape]
     last = len(names) - 1
-    owners = [0, *range(len(names)), last, last]  # of each sequence: the part that it looks at
+    owners = [0, *range(len(names)), last, last]  # of each sequence: the part that it scans
     sizes = [1, 5, 33, shape.tile * shape.warps * 2 + 1, 0, 9]
     parts = [
         make_part(
@@ -171,7 +171,7 @@ def test_a_look_gives_the_coarse_weights(kernels: Callable[[Shape], Kernels], sh
         for number, name in enumerate(names)
     ]
     query = make_query(shape, len(owners), 2, seed=8, sharpness=3)
-    for part, got in zip(parts, kernels(shape).look(query, parts, 2), strict=True):
+    for part, got in zip(parts, kernels(shape).scan(query, parts, 2), strict=True):
         expected = coarse_weights_reference(query.double(), wide(part), 2, shape.dim**-0.5)
         assert ((got - expected).abs() <= 1e-5).all()
         for begin, end in pairwise(part.offsets.tolist()):

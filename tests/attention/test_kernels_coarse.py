@@ -1,4 +1,4 @@
-"""A coarse look at packed keys, against numpy that unpacks records by itself and sums in float64."""
+"""A coarse scan of packed keys, against numpy that unpacks records by itself and sums in float64."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_coarse_weights_read_scales_and_high_nibbles_only(weigh: Callable[..., T
 
 
 @needs_native
-def test_a_coarse_look_is_within_its_step() -> None:
+def test_a_coarse_scan_is_within_its_step() -> None:
     """16 values share a high nibble and stand for their middle: at most 8 fine steps away, and half of one more."""
     stored, query = store("int8", [200], 4, 128), 0.05 * torch.randn(1, 8, 128)
     weights = coarse_weights(query, stored.part, 4, 128**-0.5)

@@ -287,13 +287,13 @@ def test_buckets_hold_what_they_are_for_and_not_twice_as_much(sequences: int, ro
     assert sequences <= bucket.batch < 2 * sequences or sequences == bucket.batch == 1
     assert rows <= bucket.capacity
     assert bucket.capacity == 256 or bucket.capacity < 1.5 * rows + 1
-    assert (bucket.formats, bucket.written, bucket.looked) == (("exact",), ("exact",), 0)
+    assert (bucket.formats, bucket.written, bucket.scanned) == (("exact",), ("exact",), 0)
 
 
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -> None:
-    """Lists of three formats, one after the other, with room behind them for what a look chooses; the positions and
+    """Lists of three formats, one after the other, with room behind them for what a scan chooses; the positions and
     bases of low-rank rows."""
     layers, most = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     names = data.draw(st.lists(st.sampled_from(("exact", "int4")), min_size=most, max_size=most))
@@ -309,7 +309,7 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
             seen = [_selected(np.arange(n, dtype=np.int32) + 500, "int4") for n in data.draw(lengths)]
             plain = _reads(own, names[number])
             if data.draw(st.booleans()):
-                reads.append(replace(plain, looked=seen, share=0.5, most=7))
+                reads.append(replace(plain, scanned=seen, share=0.5, most=7))
                 continue
             low = [_selected(np.arange(n, dtype=np.int32) + 3000 * number, formats[2]) for n in data.draw(lengths)]
             basis = [np.arange(9, dtype=np.int32) + 10 * layer + number for layer in range(layers)]
@@ -318,13 +318,13 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
         tables.fill(list(range(count)), list(range(100, 100 + count)), slots, reads)
         tables.upload()
         for layer in range(layers):
-            offsets, looked = tables.device_offsets[layer].tolist(), tables.device_of_looked[layer].tolist()
+            offsets, scanned = tables.device_offsets[layer].tolist(), tables.device_of_scanned[layer].tolist()
             for part, name in enumerate(bucket.formats):
                 for place in range(bucket.batch):
                     at = part * bucket.batch + place
                     each = reads[place] if place < count else Reads([()] * layers, "")
                     ids = next((list(own.ids) for own in each.rows[layer] if own.format == name), [])
-                    seen_ids = each.looked[layer].ids.tolist() if each.looked and name == "int4" else []
+                    seen_ids = each.scanned[layer].ids.tolist() if each.scanned and name == "int4" else []
                     listed = slice(offsets[at], offsets[at] + len(ids))
                     assert tables.device_rows[layer, listed].tolist() == ids
                     assert tables.device_row_positions[layer, listed].tolist() == [row + 1 for row in ids]
@@ -332,13 +332,13 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
                     assert tables.device_bases[layer].view(-1, 5)[place, : len(basis)].tolist() == basis
                     assert offsets[at + 1] == offsets[at] + len(ids) + min(7, len(seen_ids))
                     assert tables.device_listed[layer, at] == offsets[at] + len(ids)
-                    assert tables.device_looked[layer, looked[at] : looked[at + 1]].tolist() == seen_ids
+                    assert tables.device_scanned[layer, scanned[at] : scanned[at + 1]].tolist() == seen_ids
                     slot = tables.device_slots[layer, at]
                     assert slot == (slots[layer, place] if each.text == name else -1)
         assert tables.device_tokens[:count].tolist() == list(range(count))
         assert tables.device_positions[:count].tolist() == list(range(100, 100 + count))
         for number, each in enumerate(reads):
-            assert not each.looked or tables.device_limits[2 * number : 2 * number + 2].tolist() == [2**29, 7]
+            assert not each.scanned or tables.device_limits[2 * number : 2 * number + 2].tolist() == [2**29, 7]
 
 
 def test_without_a_gpu_it_is_one_clear_line() -> None:

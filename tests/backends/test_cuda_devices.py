@@ -150,7 +150,7 @@ STEP_KINDS = {
     ),
     "coarse": (
         Bucket(2, 256, False, ("exact", "int8"), ("exact",), 256, ("int8",)),
-        ["avl_append", "int8 avl_look", *CHOICE, "avl_attend", "int8 avl_attend", "avl_merge"],
+        ["avl_append", "int8 avl_scan", *CHOICE, "avl_attend", "int8 avl_attend", "avl_merge"],
     ),
     "low-rank": (
         Bucket(2, 256, True, ("exact", "lowrank:8", "lowrank:8@2")),

@@ -211,7 +211,7 @@ class TestOpen:
             Runtime.open(out)
 
     def test_damaged(self, package: Packages) -> None:
-        """Small files are looked at when it is opened, engines when they are loaded."""
+        """Small files are verified when it is opened, engines when they are loaded."""
         out = package()
         (built,) = out.glob("build-*")
         runtime = Runtime.open(out)

@@ -182,7 +182,7 @@ class ReferenceModule:
             if logits.value:
                 at(logits, torch.float32, heads, room)[:, begin:end] = products.float()
 
-    def avl_look(self, grid: Grid, *a: Argument) -> None:
+    def avl_scan(self, grid: Grid, *a: Argument) -> None:
         query, keys, rows, begins, ends, *strides, capacity, logits = a
         (kv_heads, _, batch), room = grid, int(capacity.value or 0)
         for b, (begin, end) in enumerate(_bounds(begins, ends, batch)):

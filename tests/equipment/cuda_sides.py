@@ -98,7 +98,7 @@ class PrefixSide(Side):
 def prefixes(
     sides: Sequence[Side], images: int, method: Method, formats: Formats
 ) -> tuple[list[PrefixSide], list[Prompt]]:
-    """The same pictures looked at on each side, and the prompts of three questions about them."""
+    """The same pictures prefilled on each side, and the prompts of three questions about them."""
     prompt, _ = random_prompt(sides[0].spec, 5, images=images)
     end = prompt.spans[-1].start + prompt.spans[-1].length
     head = Prompt(prompt.token_ids[:end], prompt.spans, prompt.pixel_values)

@@ -205,8 +205,8 @@ class Kernels:
         self.launch("avl_scores", grid, logits, log_sums, begins, ends, heads, capacity, weights, backwards=backwards)
         return weights
 
-    def prefill_prefix(self, query: Tensor, parts: Sequence[Part], kv_heads: int) -> list[Tensor]:
-        """The weights of each part's rows by a look at their keys; a sequence has rows in one part at most."""
+    def scan(self, query: Tensor, parts: Sequence[Part], kv_heads: int) -> list[Tensor]:
+        """The weights of each part's rows by a scan of their keys; a sequence has rows in one part at most."""
         batch, heads, _ = query.shape
         rows, begins, ends = lists_of(parts)
         capacity = rows.numel() + 3
@@ -215,7 +215,7 @@ class Kernels:
             own = slice(number * batch, (number + 1) * batch)
             strides = strides_of(part)[:2]
             self.launch(
-                "avl_look",
+                "avl_scan",
                 (kv_heads, 2, batch),
                 *(query, part.keys, rows, begins[own], ends[own], *strides, capacity, logits),
                 format_=part.format,

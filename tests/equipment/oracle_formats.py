@@ -8,7 +8,7 @@ The prompt's own attention is over rows as they were computed. The quantisation 
 * int8: q from -127 to 127, one scale per row and head; int4: q from -7 to 7, one scale per row and group of
   neighbouring dimensions (32 of them, or the largest power of two up to that which divides the head);
 * the scale is the largest magnitude over 127 or 7, rounded to float16; q is the value over that, rounded half to even;
-* a coarse look at an int8 key sees, of q + 128, the high four bits, and takes the middle of the sixteen values.
+* a coarse scan of an int8 key sees, of q + 128, the high four bits, and takes the middle of the sixteen values.
 
 Values are taken in float32, the widest in which rows are packed. Who is core, stored and text is decided as in
 `tests/equipment/oracle.py`.
@@ -59,7 +59,7 @@ def packed(rows: Tensor, name: str) -> Tensor:
 
 
 def coarse(rows: Tensor, name: str) -> Tensor:
-    """What a coarse look sees of keys ``[..., d]`` that are stored in a format: half of int8, of others all."""
+    """What a coarse scan sees of keys ``[..., d]`` that are stored in a format: half of int8, of others all."""
     if name != "int8":
         return packed(rows, name)
     q, scales = _quantised(rows, name)
@@ -73,7 +73,7 @@ class Layer:
 
     keys: Tensor = field(default_factory=lambda: torch.empty(0))
     values: Tensor = field(default_factory=lambda: torch.empty(0))
-    looks: Tensor = field(default_factory=lambda: torch.empty(0))  # the keys, as a coarse look sees them
+    coarse_keys: Tensor = field(default_factory=lambda: torch.empty(0))  # the keys, as a coarse scan sees them
     visible: Tensor = field(default_factory=lambda: torch.empty(0))  # of the prompt: (queries, keys)
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # of the last call: head means (queries, keys)
     stored: list[int] = field(default_factory=list)
@@ -89,10 +89,10 @@ class Layer:
         """Take rows as they are now into a format."""
         if not positions:
             return
-        looks = coarse(self.keys[positions], name)
+        coarse_keys = coarse(self.keys[positions], name)
         for rows in (self.keys, self.values):
             rows[positions] = packed(rows[positions], name)
-        self.looks[positions] = looks
+        self.coarse_keys[positions] = coarse_keys
 
 
 def _attention(
@@ -102,11 +102,11 @@ def _attention(
     queries, keys, values = query[0], key[0].transpose(0, 1), value[0].transpose(0, 1)
     group = queries.shape[0] // keys.shape[1]
     if len(layer.visible):
-        layer.keys, layer.values, layer.looks = keys.clone(), values.clone(), keys.clone()
+        layer.keys, layer.values, layer.coarse_keys = keys.clone(), values.clone(), keys.clone()
         visible = layer.visible
     else:
         layer.keys, layer.values = torch.cat([layer.keys, keys[-1:]]), torch.cat([layer.values, values[-1:]])
-        layer.looks = torch.cat([layer.looks, keys[-1:]])
+        layer.coarse_keys = torch.cat([layer.coarse_keys, keys[-1:]])
         layer.store([len(layer.keys) - 1], layer.text_format)
         assert layer.attended
         visible = torch.zeros(1, len(layer.keys), dtype=torch.bool)
@@ -241,7 +241,7 @@ class Oracle:
 
     @torch.no_grad()
     def coarse(self, secondary: int, core: int, mass: int, steps: int) -> list[OracleStep]:
-        """Every step picks its image rows by a coarse look at all stored ones, layer by layer."""
+        """Every step picks its image rows by a coarse scan of all stored ones, layer by layer."""
         length, depth = len(self.prompt), len(self.modules)
         total = len(self.images)
         logits, cache = self._prefill([torch.ones(length, length, dtype=torch.bool).tril()] * depth)
@@ -259,7 +259,7 @@ class Oracle:
 
     def _nucleus(self, layer: Layer, most: int, mass: float) -> Callable[[Tensor, float], list[int]]:
         def choose(query: Tensor, scale: float) -> list[int]:
-            keys = layer.looks[layer.stored].transpose(0, 1)
+            keys = layer.coarse_keys[layer.stored].transpose(0, 1)
             keys = keys.repeat_interleave(len(query) // len(keys), 0)
             weights = (torch.einsum("hd,hrd->hr", query, keys) * scale).softmax(-1).mean(0).tolist()
             ranked = sorted(range(len(weights)), key=lambda place: (-weights[place], place))

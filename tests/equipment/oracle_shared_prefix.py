@@ -30,9 +30,9 @@ def _attention(
     queries, count = query[0], query.shape[2]
     keys, values = (each[0, :, -count:].transpose(0, 1) for each in (key, value))
     first = not len(layer.keys)
-    layer.keys, layer.values, layer.looks = (
+    layer.keys, layer.values, layer.coarse_keys = (
         new.clone() if first else torch.cat([old, new])
-        for old, new in ((layer.keys, keys), (layer.values, values), (layer.looks, keys))
+        for old, new in ((layer.keys, keys), (layer.values, values), (layer.coarse_keys, keys))
     )
     length = len(layer.keys)
     group = len(queries) // keys.shape[1]

@@ -120,8 +120,8 @@ class Desk:
             self.rows.append([cache], [int(ids[layer])], *rows)
             self._know(sequence, layer, cache.formats.text, np.array([position], dtype=np.int32), rows)
             if cache.picks_core:
-                (looked_at,) = cache.rows_to_look_at(layer)
-                cache.pick_core(layer, self.random.random(len(looked_at.ids)))
+                (scanned,) = cache.rows_to_scan(layer)
+                cache.pick_core(layer, self.random.random(len(scanned.ids)))
             read = cache.rows_to_read(layer)
             for each in read:
                 self._check(sequence, layer, each.format, each.ids, each.positions)

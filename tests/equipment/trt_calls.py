@@ -277,7 +277,7 @@ class Placed:
         return [tensor.data_ptr() for tensor in self.inputs], [tensor.data_ptr() for tensor in self.outputs]
 
     def results(self) -> Call:
-        """The outputs by name, and the pool, after the buffers' ends were looked at."""
+        """The outputs by name, and the pool, after the buffers' ends were checked."""
         self.memory.check()
         pools = {name: tensor for name, tensor in zip(INPUTS, self.inputs, strict=False) if name.startswith("pool")}
         return {**dict(zip(OUTPUTS, self.outputs, strict=True)), **pools}

@@ -73,8 +73,8 @@ def test_what_comes_back_is_what_the_description_says(name: str, shape: KvShape,
         decode(Format(name), records, shape.kv_heads, shape.head_dim).double(), packed(rows.double(), name)
     )
     if name == "int8":
-        looks = decode_coarse(records, shape.kv_heads, shape.head_dim)
-        assert torch.equal(looks.double(), oracle_formats.coarse(rows.double(), name))
+        coarse_keys = decode_coarse(records, shape.kv_heads, shape.head_dim)
+        assert torch.equal(coarse_keys.double(), oracle_formats.coarse(rows.double(), name))
 
 
 @given(_packed_names, _shapes, st.integers(0, 2**31))

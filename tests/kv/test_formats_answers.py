@@ -139,7 +139,7 @@ def test_avl_with_packed_tiers_equals_the_oracle(
 def test_coarse_keys_equal_the_oracle(
     checkpoint: Checkpoints, name: str, images: int, tiers: TierFormats, parameters: tuple[int, int, int]
 ) -> None:
-    """The rows of each step and layer are those that a coarse look at the stored keys picks, and the attention is over
+    """The rows of each step and layer are those that a coarse scan of the stored keys picks, and the attention is over
     their packed selves."""
     secondary, core, mass = parameters
     ask = Ask(checkpoint, name, images, tiers)

@@ -37,8 +37,8 @@ def _run(cache: SequenceCache, steps: int, seed: int) -> None:
         cache.begin_step()
         for layer in range(len(cache.rows.layers)):
             if cache.picks_core:
-                (looked_at,) = cache.rows_to_look_at(layer)
-                cache.pick_core(layer, random.random(len(looked_at.ids)))
+                (scanned,) = cache.rows_to_scan(layer)
+                cache.pick_core(layer, random.random(len(scanned.ids)))
             count = sum(len(each.ids) for each in cache.rows_to_read(layer))
             cache.settle(layer, random.random(count) if cache.wants_scores else None)
 

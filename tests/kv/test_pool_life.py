@@ -193,9 +193,9 @@ class PoolLife(RuleBasedStateMachine):
             own = self.memory.stamps(cache, layer, np.array([position], dtype=np.int32))
             self.memory.write(ids[layer : layer + 1], cache.rows.formats.text, own)
             if cache.picks_core:
-                (looked_at,) = cache.rows_to_look_at(layer)
-                assert np.array_equal(looked_at.ids, cache.rows.layers[layer].image_ids)
-                cache.pick_core(layer, self.random.random(len(looked_at.ids)))
+                (scanned,) = cache.rows_to_scan(layer)
+                assert np.array_equal(scanned.ids, cache.rows.layers[layer].image_ids)
+                cache.pick_core(layer, self.random.random(len(scanned.ids)))
             read = cache.rows_to_read(layer)
             self._check_read(life, layer, read, int(ids[layer]))
             count = sum(len(each.ids) for each in read)

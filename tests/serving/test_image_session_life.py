@@ -396,7 +396,10 @@ class SessionLife(RuleBasedStateMachine):
     def cancel(self, choice: int) -> None:
         self.asked.pop(choice % len(self.asked))[0].close()
 
-    @rule(stage=st.sampled_from(["prefill_prefix", "prefill", "decode"]), kind=st.sampled_from([ValueError, KeyboardInterrupt]))
+    @rule(
+        stage=st.sampled_from(["prefill_prefix", "prefill", "decode"]),
+        kind=st.sampled_from([ValueError, KeyboardInterrupt]),
+    )
     def break_a_step(self, stage: str, kind: type[BaseException]) -> None:
         def fail(*_: object) -> None:
             raise kind

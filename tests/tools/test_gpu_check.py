@@ -113,8 +113,8 @@ class Wrong(ReferenceModule):
             size = self._records(arguments[9], ids[ids >= 0], int(arguments[3].value or 0)).shape[1]
             at(arguments[9], torch.uint8, size + 1)[size] = 0
 
-    def a_look_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_look" and self._format.name == "int8":
+    def a_scan_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_scan" and self._format.name == "int8":
             begin = int(at(arguments[3], torch.int32, grid[2])[1])
             at(arguments[8], torch.float32, begin + 1)[begin] += 1
 
@@ -138,7 +138,7 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
     assert found.keys() == {"out_relative", "out_max", "scores_max", "prompt_scores_max"}
     assert all(value == value for value in found.values())
     found = packed.check_shape(HostUnderTest(), shape)
-    assert found.keys() == {"mixed_out_max", "mixed_scores_max", "look_max"}
+    assert found.keys() == {"mixed_out_max", "mixed_scores_max", "scan_max"}
     assert all(value <= 1e-2 for value in found.values())
     found = low_rank.check_shape(HostUnderTest(), shape)
     assert found.keys() == {"low_rank_out_max", "low_rank_scores_max"}
@@ -160,7 +160,7 @@ def test_numerics_pass_on_kernels_that_are_right(shape: KernelShape) -> None:
         ("a scale is off", packed.check_packing),
         ("a record runs over", packed.check_packing),
         ("nothing is appended", packed.check_packing),
-        ("a look is off", packed.check_choice),
+        ("a scan is off", packed.check_choice),
         ("one row too many is chosen", packed.check_choice),
         ("a low rank part is left out", low_rank.check_shape),
         ("positions are one off", low_rank.check_shape),

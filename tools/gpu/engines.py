@@ -43,7 +43,11 @@ def check_engines(precision: str = "stored") -> dict[str, float]:
         asked = [_options(name) for name in METHODS] + [_options("full", formats=each) for each in rows]
         of_sessions = [_options(*each) for each in OF_SESSIONS] + [_options("full", formats=each) for each in rows]
         pairs = [pair for each in asked for pair in zip(_ask(ours, each), _ask(oracle, each), strict=True)]
-        pairs += [pair for each in of_sessions for pair in zip(_look(ours, each), _look(oracle, each), strict=True)]
+        pairs += [
+            pair
+            for each in of_sessions
+            for pair in zip(_ask_together(ours, each), _ask_together(oracle, each), strict=True)
+        ]
     first = sum(each.token_ids[0] != other.token_ids[0] for each, other in pairs)
     require(first == 0, f"{first} of {len(pairs)} answers begin otherwise than on the CPU")
     same = sum(each.token_ids == other.token_ids for each, other in pairs)
@@ -62,7 +66,7 @@ def _ask(runtime: Runtime, options: Options) -> list[Result]:
     return [generation.result() for generation in running]
 
 
-def _look(runtime: Runtime, options: Options) -> list[Result]:
+def _ask_together(runtime: Runtime, options: Options) -> list[Result]:
     """The same about one image session."""
     with runtime.open_images([PICTURE], options) as session:
         running = [session.ask(question) for question in QUESTIONS]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avl_edge.attention.cuda import FORMATS, KernelShape, Lists, Look, Pool, Step, Workspace
+from avl_edge.attention.cuda import FORMATS, KernelShape, Lists, Pool, Scan, Step, Workspace
 from avl_edge.attention.kernels import Part, attend_parts_reference, coarse_weights_reference
 from avl_edge.config import KvShape, PromptShape
 from avl_edge.kv.layout import UNIT, Format
@@ -143,36 +143,36 @@ def check_packing(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
 
 
 def check_choice(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
-    """The weights of a look at keys of every format against float64, and the rows that are chosen by them against the
-    policy's own choice; each sequence looks at one format."""
+    """The weights of a scan of keys of every format against float64, and the rows that are chosen by them against the
+    policy's own choice; each sequence scans one format."""
     sizes = [1, 40, 333, 0, 2, 97]
     counts = [[n if b % 3 == part else 0 for b, n in enumerate(sizes)] for part in range(len(FORMATS))]
     memory, batch, heads = make_memory(dut, shape, counts, seed=4), len(sizes), KV_HEADS * shape.group
-    device, looked, room = dut.accelerator.device, memory.rows.numel(), 20
+    device, scanned, room = dut.accelerator.device, memory.rows.numel(), 20
     query = 2 * torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(5))
     query = query.to(row_type(shape))
     segments, own = len(FORMATS) * batch, query.to(device)
     listed = torch.arange(segments, dtype=torch.int32, device=device) * room
     ends, rows = torch.full_like(listed, -1), torch.full((segments * room,), -1, dtype=torch.int32, device=device)
     limits = torch.tensor([[_WHOLE * 9 // 10, room], [_WHOLE, 7]] * (batch // 2), dtype=torch.int32, device=device)
-    picked = torch.full((looked,), -1, dtype=torch.int8, device=device)
-    logits, weights = (torch.full(size, torch.nan, device=device) for size in ((heads, looked), (looked,)))
+    picked = torch.full((scanned,), -1, dtype=torch.int8, device=device)
+    logits, weights = (torch.full(size, torch.nan, device=device) for size in ((heads, scanned), (scanned,)))
     log_sums = torch.full((batch, heads), torch.nan, device=device)
-    candidates = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, looked, tuple(FORMATS))
+    candidates = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, scanned, tuple(FORMATS))
     attended = Lists(rows.data_ptr(), listed.data_ptr(), ends.data_ptr(), batch, len(rows), tuple(FORMATS))
-    look = Look(candidates, tuple(FORMATS), limits.data_ptr(), listed.data_ptr(), picked.data_ptr())
+    scan = Scan(candidates, tuple(FORMATS), limits.data_ptr(), listed.data_ptr(), picked.data_ptr())
     kernels, stream = dut.kernels(shape), dut.accelerator.stream()
     for part in range(len(FORMATS)):
-        kernels.look(own.data_ptr(), memory.pool, candidates, part, logits.data_ptr(), stream)
+        kernels.scan(own.data_ptr(), memory.pool, candidates, part, logits.data_ptr(), stream)
     kernels.log_sums(logits.data_ptr(), candidates, heads, log_sums.data_ptr(), stream)
     kernels.scores(logits.data_ptr(), log_sums.data_ptr(), candidates, heads, weights.data_ptr(), stream)
-    kernels.nucleus(weights.data_ptr(), look, attended, stream)
+    kernels.nucleus(weights.data_ptr(), scan, attended, stream)
     dut.accelerator.synchronize()
-    looks = [
+    scans = [
         coarse_weights_reference(query.double(), wide(part), KV_HEADS, shape.head_dim**-0.5) for part in memory.parts
     ]
-    worst = float((weights.cpu().double() - torch.cat(looks)).abs().max())
-    require(worst <= SCORES, f"{shape}: the weight of a look is {worst:.2e} from float64")
+    worst = float((weights.cpu().double() - torch.cat(scans)).abs().max())
+    require(worst <= SCORES, f"{shape}: the weight of a scan is {worst:.2e} from float64")
     for segment, (begin, end) in enumerate(pairwise(memory.offsets.tolist())):
         share, most = limits[segment % batch].tolist()
         expected = _nucleus(weights[begin:end].cpu(), share / _WHOLE, most)
@@ -183,7 +183,7 @@ def check_choice(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
             rows[first:last], memory.rows[begin:end][torch.tensor(chosen, dtype=torch.long, device=device)]
         )
         require(same, f"{shape}: the list of chosen rows is not of those")
-    return {"look_max": worst}
+    return {"scan_max": worst}
 
 
 def _nucleus(weights: Tensor, share: float, most: int) -> list[int]:

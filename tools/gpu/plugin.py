@@ -52,7 +52,7 @@ def check_plugin(dut: DeviceUnderTest) -> dict[str, float]:
 @dataclass(frozen=True)
 class Call:
     """A call of ``counts`` new tokens a sequence over rows of some formats: the node's inputs and outputs in its order,
-    and the call as it is looked at after. ``slots`` int32 ``[P, t]``."""
+    and the call as it is checked after. ``slots`` int32 ``[P, t]``."""
 
     memory: Memory
     counts: Sequence[int]

@@ -9,7 +9,7 @@ from .compile import DTYPES, FORMATS, LOW_RANK, KernelShape, compiled, cubin, in
 from .driver import Gpu, Module
 from .errors import CompileFailed, CudaError, NoCuda
 from .launch import Kernels
-from .pointers import Bases, Lists, Look, Pool, PromptHeads, Step, Workspace
+from .pointers import Bases, Lists, Pool, PromptHeads, Scan, Step, Workspace
 from .source import digest
 
 __all__ = [
@@ -23,11 +23,11 @@ __all__ = [
     "KernelShape",
     "Kernels",
     "Lists",
-    "Look",
     "Module",
     "NoCuda",
     "Pool",
     "PromptHeads",
+    "Scan",
     "Step",
     "Workspace",
     "compiled",

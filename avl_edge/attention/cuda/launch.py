@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from ...kv.layout import Format
 from .compile import LOW_RANK, KernelShape, cubin, reader
 from .driver import Argument, Gpu, Module
-from .pointers import Bases, Lists, Look, Pool, PromptHeads, Step, Workspace, aligned
+from .pointers import Bases, Lists, Pool, PromptHeads, Scan, Step, Workspace, aligned
 
 _BLOCKS_ON_A_MULTIPROCESSOR = 3  # of avl_attend with 4 warps: 48 KB of shared memory each, of Orin's 164
 _WAVES = 3  # times the blocks that the GPU holds at once, so that its multiprocessors end together
@@ -76,16 +76,16 @@ class Kernels:
     # One layer of a decode step
 
     def step(self, step: Step, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
-        """Write the new rows into their slots, choose rows where ``step.look`` says so, attend, and score where
+        """Write the new rows into their slots, choose rows where ``step.scan`` says so, attend, and score where
         ``step.scores`` is given.
 
         ``address``: ``workspace.bytes`` of device memory. Exact rows take three launches, four with scores; another
-        format one more, low-rank ones too, and one where new rows are written in it; a look three, and one for each
+        format one more, low-rank ones too, and one where new rows are written in it; a scan three, and one for each
         format.
         """
         self.append_parts(step, pool, stream)
-        if step.look is not None:
-            self._choose(step, step.look, pool, workspace, address, stream)
+        if step.scan is not None:
+            self._choose(step, step.scan, pool, workspace, address, stream)
         self.attend_parts(step, pool, workspace, address, stream)
         if step.scores:
             self.score_parts(step, workspace, address, stream)
@@ -118,17 +118,17 @@ class Kernels:
         logits, log_sums = address + workspace.logits, address + workspace.log_sums
         self.scores(logits, log_sums, step.lists, workspace.heads, step.scores, stream)
 
-    def _choose(self, step: Step, look: Look, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
-        heads, candidates = workspace.heads, look.lists
+    def _choose(self, step: Step, scan: Scan, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
+        heads, candidates = workspace.heads, scan.lists
         logits, log_sums, weights = (
             address + offset for offset in (workspace.logits, workspace.log_sums, workspace.weights)
         )
         for part, format_ in enumerate(candidates.formats):
-            if format_ in look.formats:
-                self.look(step.query, pool, candidates, part, logits, stream)
+            if format_ in scan.formats:
+                self.scan(step.query, pool, candidates, part, logits, stream)
         self.log_sums(logits, candidates, heads, log_sums, stream)
         self.scores(logits, log_sums, candidates, heads, weights, stream)
-        self.nucleus(weights, look, step.lists, stream)
+        self.nucleus(weights, scan, step.lists, stream)
 
     def append(
         self, new_keys: int, new_values: int, slots: int, rows: int, pool: Pool, stream: int, format_: str = "exact"
@@ -205,26 +205,26 @@ class Kernels:
 
     # The choice of rows within a step
 
-    def look(self, query: int, pool: Pool, lists: Lists, part: int, logits: int, stream: int) -> None:
-        """avl_look: float32 ``logits`` ``[H, capacity]`` of one part by a coarse look at its keys."""
+    def scan(self, query: int, pool: Pool, lists: Lists, part: int, logits: int, stream: int) -> None:
+        """avl_scan: float32 ``logits`` ``[H, capacity]`` of one part by a coarse scan of its keys."""
         tiles = -(-lists.capacity // (self.shape.tile * self.shape.warps))
         grid = (pool.kv_heads, min(tiles, -(-8 * self._multiprocessors // pool.kv_heads)), lists.batch)
         inputs = _p(query, pool.keys, lists.rows, *lists.part(part))
         numbers = _i(pool.key_row_stride, pool.key_head_stride, lists.capacity)
-        self._launch("avl_look", grid, stream, inputs, numbers, _p(logits), format_=lists.formats[part])
+        self._launch("avl_scan", grid, stream, inputs, numbers, _p(logits), format_=lists.formats[part])
 
     def log_sums(self, logits: int, lists: Lists, heads: int, log_sums: int, stream: int) -> None:
-        """avl_log_sums: float32 ``log_sums`` ``[B, H]`` of what avl_look left."""
+        """avl_log_sums: float32 ``log_sums`` ``[B, H]`` of what avl_scan left."""
         grid = (self._warps_to_blocks(heads), lists.batch, len(lists.formats))
         inputs, numbers = _p(logits, lists.begins, lists.ends), _i(heads, lists.capacity)
         self._launch("avl_log_sums", grid, stream, inputs, numbers, _p(log_sums))
 
-    def nucleus(self, weights: int, look: Look, attended: Lists, stream: int) -> None:
-        """avl_nucleus: put the ids that ``look`` chooses by float32 ``weights`` into the lists ``attended``."""
-        candidates = look.lists
+    def nucleus(self, weights: int, scan: Scan, attended: Lists, stream: int) -> None:
+        """avl_nucleus: put the ids that ``scan`` chooses by float32 ``weights`` into the lists ``attended``."""
+        candidates = scan.lists
         grid = (candidates.batch, len(candidates.formats), 1)
-        inputs = _p(weights, candidates.rows, candidates.begins, candidates.ends, look.limits, look.listed)
-        self._launch("avl_nucleus", grid, stream, inputs, _p(attended.rows, attended.ends, look.picked))
+        inputs = _p(weights, candidates.rows, candidates.begins, candidates.ends, scan.limits, scan.listed)
+        self._launch("avl_nucleus", grid, stream, inputs, _p(attended.rows, attended.ends, scan.picked))
 
     # The scores of a prompt
 

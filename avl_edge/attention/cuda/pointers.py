@@ -88,14 +88,14 @@ class Workspace:
         *,
         scores: bool,
         parts: int = 1,
-        looked: int = 0,
+        scanned: int = 0,
         low_rank: bool = False,
     ) -> Workspace:
-        """Float32 sums ``[B, P * S, H, d]``, states ``[B, P * S, H, 2]``, log_sums ``[B, H]``, weights ``[looked]``;
-        with ``scores`` or ``low_rank`` parts also logits ``[H, capacity]``, and ``[H, looked]`` in any case."""
+        """Float32 sums ``[B, P * S, H, d]``, states ``[B, P * S, H, 2]``, log_sums ``[B, H]``, weights ``[scanned]``;
+        with ``scores`` or ``low_rank`` parts also logits ``[H, capacity]``, and ``[H, scanned]`` in any case."""
         results = batch * parts * splits * heads
-        logits = max(capacity if scores or low_rank else 0, looked)
-        sizes = (4 * results * shape.head_dim, 8 * results, 4 * batch * heads, 4 * looked, 4 * heads * logits)
+        logits = max(capacity if scores or low_rank else 0, scanned)
+        sizes = (4 * results * shape.head_dim, 8 * results, 4 * batch * heads, 4 * scanned, 4 * heads * logits)
         offsets = [0]
         for size in sizes:
             offsets.append(aligned(offsets[-1] + size))
@@ -103,8 +103,8 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a step chooses among rows by a coarse look at their keys, before it attends.
+class Scan:
+    """How a step chooses among rows by a coarse scan of their keys, before it attends.
 
     ``lists``: the candidates, in parts as those of the step, a sequence's in one part at most; ``formats``: the parts
     that have any; ``limits`` int32 ``[B, 2]``: the share of the weight to hold, in 2^-30 (2^30: as many rows as may
@@ -141,7 +141,7 @@ class Step:
     ``query`` row ``[B, H, d]``; ``new_keys``, ``new_values`` row ``[B, H_kv, d]``; ``slots`` int32 ``[P, B]``, the id
     of each new token's row in the part of its format, negative: none; ``lists``: what each sequence reads, its new
     token's row among them; ``out`` row ``[B, H, d]``, zeros for a sequence that reads nothing; ``scores`` float32
-    ``[capacity]``, or 0 where nobody asks; ``written``: the formats in which there are new rows; ``look``: where rows
+    ``[capacity]``, or 0 where nobody asks; ``written``: the formats in which there are new rows; ``scan``: where rows
     are chosen within the step; ``bases``: where parts are low-rank.
     """
 
@@ -153,7 +153,7 @@ class Step:
     out: int
     scores: int = 0
     written: tuple[str, ...] = ("exact",)
-    look: Look | None = None
+    scan: Scan | None = None
     bases: Bases | None = None
 
 

@@ -75,7 +75,7 @@ def attend_parts(
 
 
 def coarse_weights(query: Tensor, part: Part, kv_heads: int, scale: float) -> Tensor:
-    """The softmax weights that a look at the keys alone would give to rows: for choosing which of them to attend.
+    """The softmax weights that a scan of the keys alone would give to rows: for choosing which of them to attend.
 
     Args:
         query: [B, H, d], float32, bfloat16, float16 or float64.

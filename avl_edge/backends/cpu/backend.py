@@ -61,9 +61,9 @@ class TorchBackend:
             rows.append(caches, [each[index] for each in ids], key, value)
             for number, cache in enumerate(caches):
                 if cache.picks_core:
-                    looked_at = rows.parts([cache.rows_to_look_at(index)])[0]
+                    scanned = rows.parts([cache.rows_to_scan(index)])[0]
                     own = query[number : number + 1]
-                    coarse = coarse_weights(own, looked_at, self._kv_heads, self._scale)
+                    coarse = coarse_weights(own, scanned, self._kv_heads, self._scale)
                     cache.pick_core(index, coarse.numpy())
             attended, scores = self._attend_step(query, index, caches)
             hidden = layer.finish(hidden, attended)

@@ -165,17 +165,17 @@ class CudaBackend:
 
 def _settle(step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> list[Moved]:
     """What a sequence that waited for the step's results does with them in one layer; the rows that move."""
-    if reads.looked:
-        cache.set_core(layer, step.picked(layer, number, reads.looked[layer].format))
+    if reads.scanned:
+        cache.set_core(layer, step.picked(layer, number, reads.scanned[layer].format))
         cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
     return cache.settle(layer, step.scores(layer, number, reads.rows[layer]) if cache.wants_scores else None)
 
 
 def _reads(cache: SequenceCache, layers: range) -> Reads:
     """What a sequence reads in the step that has begun."""
-    looked = [cache.rows_to_look_at(layer)[0] for layer in layers] if cache.picks_core else []
-    if not any(len(each.ids) for each in looked):  # of a text alone there is nothing to choose
+    scanned = [cache.rows_to_scan(layer)[0] for layer in layers] if cache.picks_core else []
+    if not any(len(each.ids) for each in scanned):  # of a text alone there is nothing to choose
         rows = [cache.rows_to_read(layer) for layer in layers]
         return Reads(rows, cache.formats.text, basis=[cache.rows.layers[layer].basis for layer in layers])
     share, most = cache.nucleus
-    return Reads([[cache.text_rows(layer)] for layer in layers], cache.formats.text, looked, share, most)
+    return Reads([[cache.text_rows(layer)] for layer in layers], cache.formats.text, scanned, share, most)

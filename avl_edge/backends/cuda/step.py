@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...attention.cuda import Bases, Kernels, Lists, Look, Pool, Step, Workspace
+from ...attention.cuda import Bases, Kernels, Lists, Pool, Scan, Step, Workspace
 from ...model.network import Llava
 from ..steps import Accelerator, Bucket, RecordedStep, StepTables
 
@@ -38,7 +38,7 @@ class DecodeStep(RecordedStep):
             bucket.capacity,
             scores=bucket.scores,
             parts=len(bucket.formats),
-            looked=bucket.looked,
+            scanned=bucket.scanned,
             low_rank=bucket.rank > 0,
         )
         self._scratch = torch.empty(self._workspace.bytes, dtype=torch.uint8, device=device)
@@ -50,8 +50,8 @@ class DecodeStep(RecordedStep):
         if bucket.scores:
             size = (text.layers, bucket.capacity)
             outputs["scores"] = torch.empty(size, dtype=torch.float32, device=device)
-        if bucket.looked:
-            size = (text.layers, bucket.looked)
+        if bucket.scanned:
+            size = (text.layers, bucket.scanned)
             outputs["picked"] = torch.zeros(size, dtype=torch.int8, device=device)
             self._ends = torch.zeros(len(bucket.formats) * batch, dtype=torch.int32, device=device)
         super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs)
@@ -72,28 +72,28 @@ class DecodeStep(RecordedStep):
         tables, scores, bucket = self.tables, self._outputs.get("scores"), self.tables.bucket
         rows, offsets = address(tables.device_rows[layer]), address(tables.device_offsets[layer])
         lists = Lists.of(rows, offsets, bucket.batch, bucket.capacity, bucket.formats)
-        look = self._look(layer) if bucket.looked else None
+        scan = self._scan(layer) if bucket.scanned else None
         step = Step(
             query=address(query),
             new_keys=address(key),
             new_values=address(value),
             slots=address(tables.device_slots[layer]),
-            lists=lists if look is None else replace(lists, ends=address(self._ends)),
+            lists=lists if scan is None else replace(lists, ends=address(self._ends)),
             out=address(self._attended),
             scores=0 if scores is None else address(scores[layer]),
             written=bucket.written,
-            look=look,
+            scan=scan,
             bases=self._bases(layer),
         )
         stream = self._accelerator.stream()
         self._kernels.step(step, self._pool, self._workspace, address(self._scratch), stream)
 
-    def _look(self, layer: int) -> Look:
+    def _scan(self, layer: int) -> Scan:
         tables, bucket = self.tables, self.tables.bucket
-        rows, offsets = address(tables.device_looked[layer]), address(tables.device_of_looked[layer])
-        return Look(
-            lists=Lists.of(rows, offsets, bucket.batch, bucket.looked, bucket.formats),
-            formats=bucket.looks,
+        rows, offsets = address(tables.device_scanned[layer]), address(tables.device_of_scanned[layer])
+        return Scan(
+            lists=Lists.of(rows, offsets, bucket.batch, bucket.scanned, bucket.formats),
+            formats=bucket.scanned_formats,
             limits=address(tables.device_limits),
             listed=address(tables.device_listed[layer]),
             picked=address(self._outputs["picked"][layer]),

@@ -27,7 +27,7 @@ class RecordedStep(ABC):
 
     def __init__(self, accelerator: Accelerator, tables: StepTables, outputs: Mapping[str, Tensor]) -> None:
         """``outputs`` on the device, which :meth:`run` writes: "tokens" int64 ``[B]``, "logits" ``[B, vocabulary]``
-        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, looked]``."""
+        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``."""
         self.tables, self._accelerator, self._outputs = tables, accelerator, outputs
         self._results = {
             name: accelerator.host_memory(tuple(output.shape), output.dtype) for name, output in outputs.items()
@@ -71,9 +71,9 @@ class RecordedStep(ABC):
         return self._results["scores"][layer, begin:end]
 
     def picked(self, layer: int, sequence: int, format_: str) -> npt.NDArray[np.bool_]:
-        """Which of the rows that one sequence looked at in a layer it attended, in the order of that list."""
+        """Which of the rows that one sequence scanned in a layer it attended, in the order of that list."""
         number = self.tables.list_of(sequence, format_)
-        begin, end = self.tables.of_looked[layer, number : number + 2]
+        begin, end = self.tables.of_scanned[layer, number : number + 2]
         picked: npt.NDArray[np.bool_] = self._results["picked"][layer, begin:end].numpy().astype(np.bool_)
         return picked
 

@@ -1,7 +1,7 @@
 """What a decode step has to know from the host: one block of int32, copied once per step.
 
     tokens [B] | positions [B] | limits [B * 2] | slots [L, P * B] | offsets [L, P * B + 1] | rows [L, capacity]
-    and where rows are looked at:  listed [L, P * B] | of_looked [L, P * B + 1] | looked [L, looked]
+    and where rows are scanned:  listed [L, P * B] | of_scanned [L, P * B + 1] | scanned [L, scanned]
     and where rows are low-rank:   row_positions [L, capacity] | bases [L, B * rank]
 
 B sequences of a bucket, some of which may be missing, L layers, P row formats; rows of a table begin at multiples of 16
@@ -37,35 +37,35 @@ _NO_ROWS = Selected("", _EMPTY.astype(np.int64), _EMPTY, _EMPTY)
 
 @dataclass(frozen=True)
 class Reads:
-    """What one sequence reads in a step: ``rows[layer]``, and of ``looked[layer]``, which are of one format, at most
+    """What one sequence reads in a step: ``rows[layer]``, and of ``scanned[layer]``, which are of one format, at most
     ``most`` rows that hold ``share`` of their coarse weight (1: always as many as that). ``text`` is the format of its
     new row; ``basis[layer]`` what it has for low-rank rows."""
 
     rows: Sequence[Sequence[Selected]]
     text: str = "exact"
-    looked: Sequence[Selected] = ()
+    scanned: Sequence[Selected] = ()
     share: float = 1
     most: int = 0
     basis: Sequence[Ints] = ()
 
     def room(self, layer: int) -> int:
         """Rows that may be chosen."""
-        return min(self.most, len(self.looked[layer].ids)) if self.looked else 0
+        return min(self.most, len(self.scanned[layer].ids)) if self.scanned else 0
 
 
 @dataclass(frozen=True)
 class Bucket:
     """What a recorded step is made for: ``batch`` sequences, ``capacity`` listed rows in a layer, with ``scores`` or
-    without; the ``formats`` of its rows, those of new ones (``written``), and of those that are looked at (``looks``),
-    for which there is room for ``looked``."""
+    without; the ``formats`` of its rows, those of new ones (``written``), and of those that are scanned
+    (``scanned_formats``), for which there is room for ``scanned``."""
 
     batch: int
     capacity: int
     scores: bool
     formats: tuple[str, ...] = ("exact",)
     written: tuple[str, ...] = ("exact",)
-    looked: int = 0
-    looks: tuple[str, ...] = ()
+    scanned: int = 0
+    scanned_formats: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -77,20 +77,23 @@ class Bucket:
         """The smallest one that holds a step of these sequences: a power of two of them, and of rows a power of two, or
         one and a half of it."""
         layers = range(len(reads[0].rows))
-        looking = [each for each in reads if each.looked]
+        scanning = [each for each in reads if each.scanned]
         rows = max(sum([len(part) for each in reads for part in each.rows[layer]]) for layer in layers)
-        rows += max(sum(each.room(layer) for each in looking) for layer in layers) if looking else 0
-        looked = max(sum(len(each.looked[layer].ids) for each in looking) for layer in layers) if looking else 0
+        rows += max(sum(each.room(layer) for each in scanning) for layer in layers) if scanning else 0
+        scanned = max(sum(len(each.scanned[layer].ids) for each in scanning) for layer in layers) if scanning else 0
         read = {part.format for each in reads for of_layer in each.rows for part in of_layer}
-        looks, written = {part.format for each in looking for part in each.looked}, {each.text for each in reads}
+        scanned_formats, written = (
+            {part.format for each in scanning for part in each.scanned},
+            {each.text for each in reads},
+        )
         return cls(
             1 << (len(reads) - 1).bit_length(),
             room_for(rows),
             scores,
-            in_order(read | looks | written),
+            in_order(read | scanned_formats | written),
             in_order(written),
-            room_for(looked) if looked else 0,
-            in_order(looks) if looked else (),
+            room_for(scanned) if scanned else 0,
+            in_order(scanned_formats) if scanned else (),
         )
 
 
@@ -115,7 +118,7 @@ class StepTables:
         batch, lists = bucket.batch, len(bucket.formats) * bucket.batch
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
         widths += [(layers, bucket.capacity)]
-        widths += [(layers, lists), (layers, lists + 1), (layers, bucket.looked)] if bucket.looked else []
+        widths += [(layers, lists), (layers, lists + 1), (layers, bucket.scanned)] if bucket.scanned else []
         widths += [(layers, bucket.capacity), (layers, batch * bucket.rank)] if bucket.rank else []
         strides = [width if dense else _aligned(width, 4) for _, width in widths]
         sizes = [_aligned(count * stride, 64) for (count, _), stride in zip(widths, strides, strict=True)]
@@ -136,9 +139,9 @@ class StepTables:
             self._device
         )
         self.device_tokens, self.device_positions, self.device_limits = tokens[0], positions[0], limits[0]
-        if bucket.looked:
-            self._listed, self.of_looked, self._looked = host[6:9]
-            self.device_listed, self.device_of_looked, self.device_looked = rest[:3]
+        if bucket.scanned:
+            self._listed, self.of_scanned, self._scanned = host[6:9]
+            self.device_listed, self.device_of_scanned, self.device_scanned = rest[:3]
         if bucket.rank:
             self._row_positions, self._bases = host[-2:]
             self.device_row_positions, self.device_bases = rest[-2:]
@@ -162,7 +165,7 @@ class StepTables:
         for number, each in enumerate(reads):
             self._slots[:, formats.index(each.text) * batch + number] = slots[:, number]
         lists = [self._lists([each.rows[layer] for each in reads]) for layer in self._range]
-        if self.bucket.looked:
+        if self.bucket.scanned:
             self._fill_with_room(lists, reads)
         else:
             np.cumsum(self._lengths(lists), axis=1, dtype=np.int32, out=self.offsets[:, 1:])
@@ -187,17 +190,19 @@ class StepTables:
     def _fill_with_room(self, lists: Sequence[Sequence[Selected]], reads: Sequence[Reads]) -> None:
         """The rows that are listed, room behind them for those that are chosen, and what those are chosen from."""
         lengths, rooms = self._lengths(lists), np.zeros_like(self._listed)
-        looked = [self._lists([[each.looked[layer]] if each.looked else [] for each in reads]) for layer in self._range]
+        scanned = [
+            self._lists([[each.scanned[layer]] if each.scanned else [] for each in reads]) for layer in self._range
+        ]
         for number, each in enumerate(reads):
             self._limits[0, 2 * number : 2 * number + 2] = round(each.share * _WHOLE), each.most
-            for layer in self._range if each.looked else ():
-                rooms[layer, self.list_of(number, each.looked[layer].format)] = each.room(layer)
+            for layer in self._range if each.scanned else ():
+                rooms[layer, self.list_of(number, each.scanned[layer].format)] = each.room(layer)
         np.cumsum(lengths + rooms, axis=1, dtype=np.int32, out=self.offsets[:, 1:])
         self._listed[:] = self.offsets[:, :-1] + lengths
-        np.cumsum(self._lengths(looked), axis=1, dtype=np.int32, out=self.of_looked[:, 1:])
+        np.cumsum(self._lengths(scanned), axis=1, dtype=np.int32, out=self.of_scanned[:, 1:])
         for layer in self._range:
-            candidates = [own.ids for own in looked[layer]]
-            np.concatenate(candidates, out=self._looked[layer, : self.of_looked[layer, -1]])
+            candidates = [own.ids for own in scanned[layer]]
+            np.concatenate(candidates, out=self._scanned[layer, : self.of_scanned[layer, -1]])
             for own, number in zip(lists[layer], self._numbers(len(reads)), strict=True):
                 self._rows[layer, self.offsets[layer, number] : self._listed[layer, number]] = own.ids
 

@@ -100,7 +100,7 @@ def _check_coarse(formats: Formats) -> None:
         raise BadInput("coarse picks its core anew at every step: give core and secondary rows the same format")
     if formats.core.startswith("lowrank"):
         raise BadInput(
-            "coarse looks at the keys of stored rows, which low-rank ones have to be rebuilt for: choose int8 or int4"
+            "coarse scans the keys of stored rows, which low-rank ones have to be rebuilt for: choose int8 or int4"
         )
 
 

@@ -125,7 +125,7 @@ class Policy(Protocol):
         ...
 
     def picks_core(self, step: int) -> bool:
-        """Whether decode step ``step`` (from 1) picks its core by a look at all stored keys, before it attends."""
+        """Whether decode step ``step`` (from 1) picks its core by a scan of all stored keys, before it attends."""
         ...
 
     def pick_core(self, weights: Scores) -> Mask:

@@ -1,8 +1,8 @@
-"""Coarse keys: every step looks at a coarse form of all stored keys and attends the best rows exactly.
+"""Coarse keys: every step scans a coarse form of all stored keys and attends the best rows exactly.
 
 Ours; the neighbours are Quest (arXiv 2406.10774: bounds per page) and ShadowKV (arXiv 2410.21465: low-rank keys). The
 attention over a dense picture moves at every step, so a core that was picked some steps ago misses what the next word
-needs. Packed keys make looking cheap: of an int8 key the high nibbles alone, of an int4 key all of it. The core is
+needs. Packed keys make a scan cheap: of an int8 key the high nibbles alone, of an int4 key all of it. The core is
 picked anew at every step and layer, as a *nucleus*: rows in order of their coarse weight until they hold a share of it,
 so that a diffuse layer reads many rows and a peaked one few, under a cap that keeps the promise of a time.
 

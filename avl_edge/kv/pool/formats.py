@@ -6,7 +6,7 @@ error is at most half a step, or 127 (7) times 2^-25 where the scale is too smal
 largest scale become the largest there are; a NaN makes NaNs of all values that share its scale. Nibbles are stored
 without sign, q + 128 and q + 8. In each head's d/2 bytes, byte j holds dimension j in its low half and dimension j +
 d/2 in its high half. Of an int8 row all high nibbles come first: they alone are the row at 16 levels, which is what a
-coarse look at the keys reads.
+coarse scan of the keys reads.
 """
 
 from __future__ import annotations

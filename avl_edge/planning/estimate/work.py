@@ -55,11 +55,11 @@ def _queries(policy: Policy, prompt: PromptShape, layer: int, tokens: int) -> in
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step of one sequence, over all layers: rows attended, rows of which a coarse form of the key was looked
-    at before, bytes read for both, and rows whose scores are looked at."""
+    """A decode step of one sequence, over all layers: rows attended, rows whose keys were scanned in a coarse form
+    before, bytes read for both, and rows whose scores are read."""
 
     rows: float
-    looked_rows: float
+    scanned_rows: float
     nbytes: float
     scored_rows: float
     scored_layers: float
@@ -70,7 +70,7 @@ def step_work(model: ModelShape, steps: Sequence[Step], weights: Precision) -> A
     decoder = model.decoder
     rows = sum(step.rows for step in steps)
     read = decoder.layers * decoder.layer_parameters + decoder.vocabulary_parameters
-    attention = (4.0 * rows + 2.0 * sum(step.looked_rows for step in steps)) * decoder.query_size
+    attention = (4.0 * rows + 2.0 * sum(step.scanned_rows for step in steps)) * decoder.query_size
     return {
         "decode_us_per_layer": decoder.layers,
         "decode_us_per_layer_and_sequence": decoder.layers * len(steps),
@@ -94,7 +94,7 @@ class Answer:
         forms = {tier: Format(name) for tier, name in (formats or Formats()).by_tier().items()}
         self._row_bytes = {tier: form.read_bytes(shape) for tier, form in forms.items()}
         self._basis_bytes = {tier: form.basis_rows_read * shape.row_bytes for tier, form in forms.items()}
-        self._look_bytes = forms["core"].coarse_bytes(shape)
+        self._scan_bytes = forms["core"].coarse_bytes(shape)
         # Layers that begin alike stay alike, and there are few kinds: one of each is counted.
         self._kinds = [(tiers(method, prompt, 0, layer), tokens_in(method, prompt, layer)) for layer in range(layers)]
         self._examples = {kind: layer for layer, kind in enumerate(self._kinds)}
@@ -110,24 +110,24 @@ class Answer:
         return self._step(self._reads(number), *self._kind(number))
 
     def mean(self) -> Step:
-        """The average step. Of a long answer every kind of step is counted, and rows are looked at here and there."""
+        """The average step. Of a long answer every kind of step is counted, and steps are sampled here and there."""
         numbers = range(1, self._steps + 1)
         if self._steps <= _EXACT_STEPS:
             parts = [(self.step(number), 1) for number in numbers]
         else:
-            looked_at = [numbers[(2 * part + 1) * self._steps // (2 * _EXACT_STEPS)] for part in range(_EXACT_STEPS)]
-            reads = [sum(of) / len(looked_at) for of in zip(*map(self._reads, looked_at), strict=True)]
+            scanned = [numbers[(2 * part + 1) * self._steps // (2 * _EXACT_STEPS)] for part in range(_EXACT_STEPS)]
+            reads = [sum(of) / len(scanned) for of in zip(*map(self._reads, scanned), strict=True)]
             kinds = Counter(map(self._kind, numbers))
             parts = [(self._step(reads, *kind), count) for kind, count in kinds.items()]
         return Step(
             *(sum(count * getattr(step, field.name) for step, count in parts) / self._steps for field in fields(Step))
         )
 
-    def _step(self, reads: Sequence[float], refresh: bool, scored: bool, looks: bool) -> Step:
+    def _step(self, reads: Sequence[float], refresh: bool, scored: bool, scans: bool) -> Step:
         core, core_bytes, stored, stored_bytes, images = reads
         rows, nbytes = (stored, stored_bytes) if refresh else (core, core_bytes)
-        looked = images * looks
-        return Step(rows, looked, nbytes + looked * self._look_bytes, rows * scored, len(self._kinds) * scored)
+        scanned = images * scans
+        return Step(rows, scanned, nbytes + scanned * self._scan_bytes, rows * scored, len(self._kinds) * scored)
 
     def _kind(self, number: int) -> tuple[bool, bool, bool]:
         policy = self._policy
