@@ -1,4 +1,4 @@
-"""Shapes, options and sizes: frozen data that every other room reads."""
+"""Shapes, options and sizes: frozen data that every wing reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA room without a GPU: the source found and compiled, the cache of what was compiled, arguments of launches."""
+"""`attention.cuda` without a GPU: the source found and compiled, the cache of what was compiled, arguments of launches."""
 
 from __future__ import annotations
 

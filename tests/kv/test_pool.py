@@ -80,7 +80,7 @@ def _full(steps: int) -> SequenceCache:
     return cache
 
 
-def test_rows_are_read_where_they_were_crowded_to() -> None:
+def test_rows_are_read_where_they_were_compacted_to() -> None:
     """Only their ids change, neither their tier nor their format."""
     cache = _full(steps=2)
     cache.begin_step()

@@ -68,7 +68,7 @@ def test_a_format_that_does_not_suit_or_would_be_no_smaller_is_passed_over() -> 
     share=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_crowded_rows_need_the_fewest_pages(
+def test_compacted_rows_need_the_fewest_pages(
     counts: list[tuple[int, int]], format_: str, share: float, seed: int
 ) -> None:
     pool, random = RowPool(60, SHAPE), np.random.default_rng(seed)
