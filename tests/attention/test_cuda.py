@@ -1,4 +1,4 @@
-"""`attention.cuda` without a GPU: the source found and compiled, the cache of what was compiled, arguments of launches."""
+"""`attention.cuda` without a GPU: its source found and compiled, the cache of what was compiled, launch arguments."""
 
 from __future__ import annotations
 
