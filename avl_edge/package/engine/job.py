@@ -21,7 +21,7 @@ from ..export import (
     PLUGIN_DECODER,
     PRECISIONS,
     VISION,
-    Plan,
+    ExportPlan,
     Settings,
     decoder_bindings,
     export_model,
@@ -49,7 +49,7 @@ class Job:
     spec: ModelSpec
     recipe: Recipe
     settings: Settings
-    plan: Plan
+    plan: ExportPlan
 
     @classmethod
     def of(cls, directory: Path, recipe: Recipe) -> Job:

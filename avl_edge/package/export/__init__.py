@@ -71,7 +71,7 @@ reads packed rows, P above 1, in decoders of 16 bits.
 """
 
 from .bindings import Binding, Bindings, decoder_bindings, row_formats, vision_bindings
-from .files import DECODER, PLUGIN_DECODER, PRECISIONS, VISION, Plan, Settings, export_model, plan_export
+from .files import DECODER, PLUGIN_DECODER, PRECISIONS, VISION, ExportPlan, Settings, export_model, plan_export
 from .onnx_package import MissingPackage
 
 __all__ = [
@@ -81,8 +81,8 @@ __all__ = [
     "VISION",
     "Binding",
     "Bindings",
+    "ExportPlan",
     "MissingPackage",
-    "Plan",
     "Settings",
     "decoder_bindings",
     "export_model",

@@ -50,7 +50,7 @@ class _Shapes(Weights):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """What an export would write. ``weights`` in bytes by the graph's file name, ``tensors`` the number of all of them,
     ``largest`` the bytes of the largest; ``digest`` tells graphs apart by everything but their weights."""
 
@@ -65,7 +65,7 @@ class Plan:
         return sum(self.weights.values())
 
 
-def plan_export(spec: ModelSpec, settings: Settings) -> Plan:
+def plan_export(spec: ModelSpec, settings: Settings) -> ExportPlan:
     """Build the graphs without their weights: takes milliseconds, and reads no checkpoint."""
     counts, digest = {}, hashlib.sha256()
     for name, (build, bindings, functions) in _graphs(spec, settings).items():
@@ -73,7 +73,7 @@ def plan_export(spec: ModelSpec, settings: Settings) -> Plan:
         graph = Graph(_Shapes(), settings.precision, counts[name])
         build(graph)
         digest.update(_bytes(graph.model(name, bindings, functions)))
-    return Plan(
+    return ExportPlan(
         weights={name: count.bytes for name, count in counts.items()},
         tensors=sum(count.tensors for count in counts.values()),
         largest=max(count.largest for count in counts.values()),
