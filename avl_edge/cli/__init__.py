@@ -1,6 +1,5 @@
-"""The command line: parse, translate, print. One file a command; what they share is in `terminal` and `options`.
-
-A command's file is imported when the command is called: torch takes seconds to import, and only some of them compute.
+"""The command line: parse, translate, print. One file a command, imported when it is called (`commands`); what they
+share is in `terminal`, `options`, `profiles` and `progress`.
 
 stdout holds the answer and nothing else. Exit codes: 0 done, 1 our fault (or a check of the doctor's that failed),
 2 bad input, 3 does not fit the budget, 130 Ctrl-C, 141 the reader of stdout left.

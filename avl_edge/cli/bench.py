@@ -15,7 +15,7 @@ from ..config import format_size, require
 from ..machine import device
 from ..measure import bench
 from ..measure.evaluate import draw_attention, require_plot
-from .commands import Group
+from .help import Group
 from .progress import progress
 from .terminal import AsJson, Debug, readers_may_leave
 

@@ -1,17 +1,15 @@
-"""The commands by name, and how they are listed, found and helped with."""
+"""The commands by name, imported when they are called: torch takes seconds to import, and only some of them compute."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-USAGE = 2
-"""The exit code of a command line that cannot be run as given."""
+from .help import Command, Group
 
 
 @dataclass(frozen=True)
@@ -33,32 +31,6 @@ COMMANDS = {
     "profile": Lazy("profile:app", "Measure what this machine can do, for plan."),
     "bench": Lazy("bench:app", "Time the parts that decide the speed."),
 }
-
-
-class Command(TyperCommand):
-    """Its help lists options under the headings that they name as ``rich_help_panel``, in plain text."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                heading = getattr(parameter, "rich_help_panel", None) or usual
-                sections.setdefault(heading, []).append(record)
-        for heading, records in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
-
-
-class Group(TyperGroup):
-    """Called without a command it prints its help, on stderr and with the exit code of bad input."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args and not self.invoke_without_command and not ctx.resilient_parsing:
-            print(ctx.get_help(), file=sys.stderr)
-            raise typer.Exit(USAGE)
-        return super().parse_args(ctx, args)
 
 
 class LazyGroup(Group):

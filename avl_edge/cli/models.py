@@ -40,8 +40,8 @@ def _facts(shape: ModelShape) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> str:
     width, height = PICTURE
     widest = max(len(row["name"]) for row in rows)
-    lines = [f"{'model':<{widest}}  parameters   weights  KV per token  image tokens ({width}x{height})"]
+    lines = [f"{'model':<{widest}}  parameters  weights  KV per token  tokens of {width}x{height}"]
     for row in rows:
-        sizes = f"{format_size(row['weight_bytes']):>8}  {format_size(row['kv_bytes_per_token']):>12}"
-        lines.append(f"{row['name']:<{widest}}  {row['parameters'] / 1e9:8.2f} B  {sizes}  {row['image_tokens']:>12}")
+        sizes = f"{format_size(row['weight_bytes']):>7}  {format_size(row['kv_bytes_per_token']):>12}"
+        lines.append(f"{row['name']:<{widest}}  {row['parameters'] / 1e9:8.2f} B  {sizes}  {row['image_tokens']:>9}")
     return "\n".join(lines)

@@ -282,8 +282,29 @@ def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytes
     assert (
         outcome.err == "avl-edge: internal error: RuntimeError: disk on fire (run again with --debug for the trace)\n"
     )
-    with pytest.raises(RuntimeError, match="on fire"):
-        run("--debug")
+    _traced(run("--debug"), 1, "RuntimeError: disk on fire")
+
+
+def _traced(outcome: Outcome, code: int, last: str) -> None:
+    """The exit code as without --debug; on stderr a trace that ends with the error, on stdout nothing."""
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.startswith("Traceback (most recent call last):\n")
+    assert last in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "last"),
+    [
+        (["--kv-budget", "lots"], 2, "BadInput: cannot read 'lots' as a size"),
+        (["--image", "nowhere.png"], 2, "BadImage: "),
+        (["--model", "nowhere"], 2, "BadModel: there is no model 'nowhere'"),
+        (["--frobnicate"], 2, "No such option: --frobnicate"),
+        (["--kv-budget", "10kB"], 3, "DoesNotFit: "),
+    ],
+)
+def test_debug_shows_the_trace_and_keeps_the_exit_code(run, options: list[str], code: int, last: str) -> None:  # type: ignore[no-untyped-def]
+    assert run(*options).code == code
+    _traced(run(*options, "--debug"), code, last)
 
 
 def test_doctor_reads_a_recorded_tree(capsys: pytest.CaptureFixture[str]) -> None:
