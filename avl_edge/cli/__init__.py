@@ -18,10 +18,16 @@ import typer
 
 from ..errors import AvlEdgeError
 from .commands import LazyGroup
+from .terminal import Debug
 
 INTERRUPTED = 128 + signal.SIGINT
 
-app = typer.Typer(cls=LazyGroup, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 def main() -> NoReturn:
@@ -68,6 +74,7 @@ def root(
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
+    debug: Debug = False,
 ) -> None:
     """Ask questions about images, inside a memory budget.
 

@@ -247,7 +247,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--secondary-format", "lowrank:33"], "the secondary format lowrank:33 asks for more"),
         (["--core-format", "lowrank:16", "--secondary-format", "lowrank:8"], "give both one rank"),
         (["--method", "coarse", "--core-format", "int8"], "give core and secondary rows the same format"),
-        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse looks at the keys of stored rows"),
+        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse scans the keys of stored rows"),
         (["--method", "coarse", "--core", "200", "--kv-budget", "1MB"], "core must be above 0"),
         (["--method", "streaming", "--set", "window=0", "--kv-budget", "1MB"], "window must be"),
         (["--max-new-tokens", "0"], "at least 1"),
@@ -305,6 +305,12 @@ def _traced(outcome: Outcome, code: int, last: str) -> None:
 def test_debug_shows_the_trace_and_keeps_the_exit_code(run, options: list[str], code: int, last: str) -> None:  # type: ignore[no-untyped-def]
     assert run(*options).code == code
     _traced(run(*options, "--debug"), code, last)
+
+
+def test_debug_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["--debug", "plan", "--model", "nope"]) == 2
+    captured = capsys.readouterr()
+    _traced(Outcome(2, captured.out, captured.err), 2, "BadModel: there is no model 'nope'")
 
 
 def test_doctor_reads_a_recorded_tree(capsys: pytest.CaptureFixture[str]) -> None:

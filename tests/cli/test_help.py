@@ -45,6 +45,13 @@ def test_every_command_has_one_line_in_the_list(capsys: pytest.CaptureFixture[st
     assert len(listed.splitlines()) == len(COMMANDS)
 
 
+@pytest.mark.parametrize("command", [[], ["run"], ["profile", "show"]])
+def test_the_short_form_of_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    expected = _help(capsys, *command)
+    assert run_app([*command, "-h"]) == 0
+    assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize("command", [[], ["bench"]])
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     expected = _help(capsys, *command)
@@ -61,7 +68,7 @@ def test_a_command_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) 
 def test_options_of_run_stand_under_headings(capsys: pytest.CaptureFixture[str]) -> None:
     parts = re.split(r"^(\S.*):\n", _help(capsys, "run"), flags=re.MULTILINE)
     options = {
-        heading: re.findall(r"^  --([\w-]+)", text, re.MULTILINE)
+        heading: re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.MULTILINE)
         for heading, text in zip(parts[1::2], parts[2::2], strict=True)
     }
     assert list(options) == ["Options", "Method options", "Memory options", "Output options"]
