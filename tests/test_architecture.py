@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from avl_edge.cli.commands import COMMANDS
 from tests import ROOT
 
 PACKAGE = ROOT / "avl_edge"
@@ -73,12 +74,17 @@ def _own_imports(path: Path) -> Iterator[tuple[str, ...]]:
             yield next(name[1:end] for end in range(len(name), 0, -1) if name[1:end] in modules or end == 1)
 
 
+def _lazy_commands() -> set[tuple[str, ...]]:
+    """The modules that the command line imports when their command is called."""
+    return {("cli", lazy.target.partition(":")[0]) for lazy in COMMANDS.values()}
+
+
 FILES = pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def test_every_file_is_in_a_wing_and_every_row_is_there() -> None:
     assert {_name(path)[0] for path in _files()} == set(WINGS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", *WINGS}
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", "__main__", *WINGS}
     for wing, modules in MODULES.items():
         assert {_name(path)[1] for path in _files() if _name(path)[0] == wing and len(_name(path)) > 1} == set(modules)
 
@@ -101,8 +107,16 @@ def test_imports_stand_at_the_top(path: Path) -> None:
         assert at_top or name[0] in OPTIONAL, f"deferred import of {'.'.join(name)}"
 
 
+def test_only_three_files_import_by_a_name_that_they_compute() -> None:
+    """The package's face and the commands, which are imported when they are asked for, and packages of the extras."""
+    files = {path for path in PACKAGE.rglob("*.py") if re.search(r"\b(import_module|__import__)\(", path.read_text())}
+    assert files == {PACKAGE / "__init__.py", PACKAGE / "cli" / "commands.py", PACKAGE / "optional.py"}
+    assert _lazy_commands() <= {_name(path) for path in _files()}, "commands lie in the command line's wing"
+
+
 def test_no_files_import_each_other_in_a_circle() -> None:
     graph = {_name(path): {other for other in _own_imports(path) if other != _name(path)} for path in _files()}
+    graph["cli", "commands"] |= _lazy_commands()
     TopologicalSorter(graph).prepare()
 
 

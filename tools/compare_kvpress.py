@@ -68,8 +68,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from avl_edge import Options, Runtime
-from avl_edge.cli.terminal import progress
-from avl_edge.config import require
+from avl_edge.cli.progress import progress
+from avl_edge.config import Progress, require
 from avl_edge.errors import AvlEdgeError, BadInput, DoesNotFit
 from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods.notation import Notation, parse
@@ -84,10 +84,10 @@ from avl_edge.measure.evaluate import (
     require_packages,
     settings_of,
 )
-from avl_edge.model.checkpoint import Progress, stored_dtype
+from avl_edge.model.checkpoint import stored_dtype
+from avl_edge.model.demo import DEMO
 from avl_edge.model.prompt import open_image
 from avl_edge.request import Prompt
-from avl_edge.serving.runtime import DEMO
 from avl_edge.serving.scheduler import Request
 from tools.record import machine
 

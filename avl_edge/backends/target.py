@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import KvShape, PromptShape
+from ..config import KvShape, Progress, PromptShape
 from ..errors import BadInput
 from ..kv.methods import Choice
 from ..model import checkpoint
-from ..model.checkpoint import Progress
 from ..model.spec import ModelSpec
 from .base import Backend
 from .stored import StoredRows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import require
 from ..errors import BadInput
-from ..package.engine import is_package
+from ..package.directory import is_package
 from .cpu.target import Cpu
 from .cuda.target import Cuda
 from .target import Loaded, Target

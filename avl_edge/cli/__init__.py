@@ -1,4 +1,5 @@
-"""The command line: parse, translate, print. One file a command; what they share is in `terminal`.
+"""The command line: parse, translate, print. One file a command, imported when it is called (`commands`); what they
+share is in `terminal`, `options`, `profiles` and `progress`.
 
 stdout holds the answer and nothing else. Exit codes: 0 done, 1 our fault (or a check of the doctor's that failed),
 2 bad input, 3 does not fit the budget, 130 Ctrl-C, 141 the reader of stdout left.
@@ -9,30 +10,24 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import traceback
 from importlib.metadata import version
 from typing import Annotated, NoReturn
 
 import typer
 
 from ..errors import AvlEdgeError
-from .bench import app as bench_app
-from .build import build
-from .doctor import doctor
-from .evaluate import evaluate
-from .plan import plan
-from .profile import app as profile_app
-from .run import run
+from .commands import LazyGroup
+from .terminal import Debug
 
 INTERRUPTED = 128 + signal.SIGINT
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(run)
-app.command()(doctor)
-app.command()(plan)
-app.add_typer(profile_app, name="profile")
-app.command("eval")(evaluate)
-app.command()(build)
-app.add_typer(bench_app, name="bench")
+app = typer.Typer(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 def main() -> NoReturn:
@@ -44,7 +39,6 @@ def main() -> NoReturn:
 
 def run_app(arguments: list[str]) -> int:
     """Run a command line and give its exit code."""
-    debug = "--debug" in arguments
     try:
         return app(arguments, standalone_mode=False, prog_name="avl-edge") or 0
     except typer.Exit as end:
@@ -52,21 +46,21 @@ def run_app(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if debug:
-            raise
-        return _explain(error)
+        message, code = _explained(error)
+        if "--debug" in arguments:
+            traceback.print_exception(error)
+        else:
+            print(f"avl-edge: {message}", file=sys.stderr)
+        return code
 
 
-def _explain(error: Exception) -> int:
-    """One line on stderr for ``error``, and its exit code."""
+def _explained(error: Exception) -> tuple[str, int]:
+    """One line for the person who meets ``error``, and its exit code."""
     if isinstance(error, AvlEdgeError):
-        message, code = str(error), error.exit_code
-    elif hasattr(error, "format_message"):  # Typer's own usage errors
-        message, code = f"{error.format_message()} (see --help)", 2
-    else:
-        message, code = f"internal error: {type(error).__name__}: {error} (run again with --debug for the trace)", 1
-    print(f"avl-edge: {message}", file=sys.stderr)
-    return code
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # Typer's own usage errors
+        return f"{error.format_message()} (see --help)", 2
+    return f"internal error: {type(error).__name__}: {error} (run again with --debug for the trace)", 1
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,5 +74,9 @@ def root(
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
+    debug: Debug = False,
 ) -> None:
-    """Ask questions about images, inside a memory budget."""
+    """Ask questions about images, inside a memory budget.
+
+    COMMAND --help says more. Completion of commands and options by the shell: --install-completion.
+    """

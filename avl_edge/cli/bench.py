@@ -15,9 +15,11 @@ from ..config import format_size, require
 from ..machine import device
 from ..measure import bench
 from ..measure.evaluate import draw_attention, require_plot
-from .terminal import AsJson, Debug, progress, readers_may_leave
+from .help import Group
+from .progress import progress
+from .terminal import AsJson, Debug, readers_may_leave
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Time the parts that decide the speed.")
+app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -25,7 +27,7 @@ def _root() -> None:
     """Time the parts that decide the speed."""
 
 
-@app.command()
+@app.command(short_help="Decode attention of one layer, beside torch's ways.")
 def attention(
     batch: Annotated[list[int], typer.Option(min=1, help="Sequences; may be repeated.")] = [1, 4, 16],  # noqa: B006
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,

@@ -15,7 +15,9 @@ from ..backends import tensorrt as trt
 from ..config import format_size
 from ..package import engine
 from ..package.export import PRECISIONS
-from .terminal import AsJson, Debug, checkpoint_of, progress, readers_may_leave
+from .options import checkpoint_of
+from .progress import progress
+from .terminal import AsJson, Debug, readers_may_leave
 
 
 def build(

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
@@ -37,56 +37,96 @@ from ..measure.evaluate import (
     settings_of,
     watch,
 )
-from ..serving.runtime import DEMO, Runtime
-from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave, stderr
+from ..model.demo import DEMO
+from ..serving.runtime import Runtime
+from .options import FORMATS, MEMORY, METHOD, OUTPUT, Json, Model, Threads, checkpoint_of
+from .progress import progress, stderr
+from .terminal import Debug, readers_may_leave
 
 _MOST_PROBLEMS = 10
 
 
+Data: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="'demo', a JSONL file of image, question and answers, or the folder of DocVQA, TextVQA, OCRBench, "
+        "VQAv2, Nocaps or Flickr30k."
+    ),
+]
+Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Chooses the questions.")]
+HowMany: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="How many questions.", show_default="200 of the demo's, all others")
+]
+Metric: TypeAlias = Annotated[
+    str | None, typer.Option(help=f"The score, of {', '.join(METRICS)}.", show_default="the data set's own")
+]
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+Methods: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help=f"Of {', '.join(METHODS)}, with commas between them. Parameters and formats may follow with colons, as in "
+        f"avl:refresh=1 or distinct:format=int4. A format is {FORMATS}; format is that of every tier, text_format, "
+        "core_format and secondary_format of one.",
+        rich_help_panel=METHOD,
+    ),
+]
+KvFraction: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="Shares of full attention's memory at the end of the prompt, like 0.5,0.25.", rich_help_panel=MEMORY
+    ),
+]
+Kl: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--kl",
+        help="Also compare the predictions token by token with full's: twice the time.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Attention: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Also watch full attention on so many of the questions: how concentrated it is.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Out: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write the JSON here too. Answers are kept beside it: the same command goes on where it was.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Plots: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Draw plots into this folder, as SVG and PNG.", rich_help_panel=OUTPUT)
+]
+
+
 def evaluate(
-    data: Annotated[
-        str,
-        typer.Option(
-            help="'demo', a JSONL file of image, question and answers, or the folder of DocVQA, TextVQA, OCRBench, "
-            "VQAv2, Nocaps or Flickr30k."
-        ),
-    ] = "demo",
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the questions.")] = 1,
-    questions: Annotated[
-        int | None, typer.Option(min=1, help="How many questions. Default: 200 of the demo's, all others.")
-    ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help=f"Of {', '.join(METHODS)}, with commas between them; a parameter may be fixed, as in avl:refresh=1."
-        ),
-    ] = "full,avl",
-    kv_fraction: Annotated[
-        str, typer.Option(help="Shares of full attention's memory at the end of the prompt, like 0.5,0.25.")
-    ] = "0.5",
-    metric: Annotated[
-        str | None, typer.Option(help=f"The score, of {', '.join(METRICS)}. Default: the data set's own.")
-    ] = None,
+    data: Data = "demo",
+    questions: HowMany = None,
+    seed: Seed = 1,
+    metric: Metric = None,
     model: Model = "demo",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 160,
-    threads: Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads.")] = None,
-    kl: Annotated[
-        bool, typer.Option("--kl", help="Also compare the predictions token by token with full's: twice the time.")
-    ] = False,
-    attention: Annotated[
-        int, typer.Option(min=0, help="Also watch full attention on so many of the questions: how concentrated it is.")
-    ] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the JSON here too. Answers are kept beside it: the same command goes on where it was."
-        ),
-    ] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder, as SVG and PNG.")] = None,
-    as_json: AsJson = False,
+    max_new_tokens: MaxNewTokens = 160,
+    threads: Threads = None,
+    methods: Methods = "full,avl",
+    kv_fraction: KvFraction = "0.5",
+    kl: Kl = False,
+    attention: Attention = 0,
+    out: Out = None,
+    plots: Plots = None,
+    as_json: Json = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Ask the same questions with several methods: quality against memory."""
+    """Ask the same questions with several methods: quality against memory.
+
+    \b
+    Example:
+      avl-edge eval --methods full,distinct:format=int4 --kv-fraction 0.5,0.25
+    """
     settings = settings_of(_names(methods), _fractions(kv_fraction))
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
@@ -113,6 +153,11 @@ def evaluate(
         seen = _watch(runtime, asked_of, attention, max_new_tokens) if attention else None
     document = {"command": shlex.join(["avl-edge", *sys.argv[1:]]), **report(runtime, asked_of, asked, metric)}
     document |= {"attention": seen} if seen else {}
+    _publish(document, out, plots, as_json)
+
+
+def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_json: bool) -> None:
+    """The evaluation's results: into files first, then to stdout."""
     _say_left_out(document)
     if out:
         _write(out, json.dumps(document, ensure_ascii=False, indent=1) + "\n")

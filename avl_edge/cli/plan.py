@@ -6,25 +6,25 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
 from ..config import Options, format_names, parse_size
 from ..errors import BadInput
-from ..kv.methods import METHODS
 from ..machine import profile
+from ..machine.profile import DeviceProfile
+from ..model.demo import DEMO
 from ..model.sizes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
 from ..planning import estimate
 from ..planning.estimate import PlanRequest
-from ..serving.runtime import DEMO
-from .profile import open_profile
-from .terminal import (
-    AsJson,
+from .options import (
+    MEMORY,
     Core,
     CoreFormat,
-    Debug,
+    Json,
     KvFormat,
+    Method,
     Parameters,
     PrefillKeep,
     Refresh,
@@ -34,73 +34,101 @@ from .terminal import (
     TextKeep,
     checkpoint_of,
     given_parameters,
-    readers_may_leave,
 )
+from .profiles import open_profile
+from .terminal import Debug, readers_may_leave
 
 _SIZE = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
 
 
+AnyModel: TypeAlias = Annotated[
+    str,
+    typer.Option(help="'demo', the directory of a checkpoint, or the name of a published model: see avl-edge models."),
+]
+DeviceName: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--device", help="Like agx-orin-64, or the file of a profile.", show_default="this machine"),
+]
+Power: TypeAlias = Annotated[
+    str | None, typer.Option(help="The power mode, like 30W.", show_default="the device's default")
+]
+Images: TypeAlias = Annotated[int, typer.Option(help="Pictures in the prompt.")]
+ImageSize: TypeAlias = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")]
+ImageTokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(help="All image tokens of the prompt.", show_default="what the pictures give"),
+]
+PromptTokens: TypeAlias = Annotated[int, typer.Option(help="Text tokens of the prompt.")]
+SystemTokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="How many of them stand before the image.", show_default=f"{PlanRequest.system_tokens}, at most half"
+    ),
+]
+MaxNewTokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="The longest answer, in tokens.",
+        show_default=f"{Options.max_new_tokens}; with --image-tokens 1: the prompt alone",
+    ),
+]
+Streams: TypeAlias = Annotated[int, typer.Option(help="Requests at a time.")]
+Weights: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Format of the decoder's matrices: {', '.join(PRECISIONS)}.",
+        show_default="as stored",
+        rich_help_panel=MEMORY,
+    ),
+]
+Head: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Format of the decoder's head, likewise.", show_default="as stored", rich_help_panel=MEMORY),
+]
+MaxMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="The most memory for the whole process, like 12GB.",
+        show_default="what the device has",
+        rich_help_panel=MEMORY,
+    ),
+]
+TargetMs: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--target-ms-per-token", help="The longest that a decode step of all streams may take, on average."),
+]
+
+
 def plan(
-    model: Annotated[
-        str, typer.Option(help="'demo', the directory of a checkpoint, or the name of a published model.")
-    ],
-    device_name: Annotated[
-        str | None,
-        typer.Option("--device", help="Like agx-orin-64, or the file of a profile. [default: this machine]"),
-    ] = None,
-    power: Annotated[str | None, typer.Option(help="The power mode, like 30W. [the device's default]")] = None,
-    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = PlanRequest.images,
-    image_size: Annotated[str, typer.Option(help="Their size in pixels, WIDTHxHEIGHT.")] = "1280x960",
-    image_tokens: Annotated[
-        int | None, typer.Option(help="All image tokens of the prompt, instead of what the pictures give.")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = PlanRequest.prompt_tokens,
-    system_tokens: Annotated[
-        int | None,
-        typer.Option(help=f"How many of them stand before the image. [{PlanRequest.system_tokens}, at most half]"),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help=f"The longest answer, in tokens. [{Options.max_new_tokens}; with --image-tokens 1: the prompt alone]"
-        ),
-    ] = None,
-    streams: Annotated[int, typer.Option(help="Requests at a time.")] = PlanRequest.streams,
-    method: Annotated[
-        str | None,
-        typer.Option(help=f"One of {', '.join(METHODS)}. [full; where it does not fit, what was measured best]"),
-    ] = None,
+    model: AnyModel,
+    device_name: DeviceName = None,
+    power: Power = None,
+    images: Images = PlanRequest.images,
+    image_size: ImageSize = "1280x960",
+    image_tokens: ImageTokens = None,
+    prompt_tokens: PromptTokens = PlanRequest.prompt_tokens,
+    system_tokens: SystemTokens = None,
+    max_new_tokens: MaxNewTokens = None,
+    streams: Streams = PlanRequest.streams,
+    target_ms_per_token: TargetMs = None,
+    method: Method = None,
     prefill_keep: PrefillKeep = None,
     secondary: Secondary = None,
     core: Core = None,
     refresh: Refresh = None,
     text_keep: TextKeep = None,
     parameters: Parameters = None,
+    max_memory: MaxMemory = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
     core_format: CoreFormat = None,
     secondary_format: SecondaryFormat = None,
-    weights: Annotated[
-        str | None, typer.Option(help=f"Format of the decoder's matrices: {', '.join(PRECISIONS)}. [as stored]")
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="Format of the decoder's head, likewise. [as stored]")] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="The most memory for the whole process, like 12GB. [what the device has]")
-    ] = None,
-    target_ms_per_token: Annotated[
-        float | None, typer.Option(help="The longest that a decode step of all streams may take, on average.")
-    ] = None,
-    as_json: AsJson = False,
+    weights: Weights = None,
+    head: Head = None,
+    as_json: Json = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Say what a request would cost on a device: memory, tiers and times, or how to make it fit. Loads nothing."""
-    symbols = {
-        "prefill_keep": prefill_keep,
-        "secondary": secondary,
-        "core": core,
-        "refresh": refresh,
-        "text_keep": text_keep,
-    }
     shape, of_device = _shape(model), open_profile(device_name, power)
     request = PlanRequest(
         images=images,
@@ -111,12 +139,24 @@ def plan(
         max_new_tokens=_max_new_tokens(max_new_tokens, image_tokens),
         streams=streams,
         method=method,
-        parameters=given_parameters(symbols, parameters),
+        parameters=given_parameters(
+            parameters,
+            prefill_keep=prefill_keep,
+            secondary=secondary,
+            core=core,
+            refresh=refresh,
+            text_keep=text_keep,
+        ),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         weights=Precision(weights or shape.stored.body, head or shape.stored.head) if weights or head else None,
         max_memory=None if max_memory is None else parse_size(max_memory),
         target_ms_per_token=target_ms_per_token,
     )
+    _print_plan(shape, of_device, request, as_json)
+
+
+def _print_plan(shape: ModelShape, of_device: DeviceProfile, request: PlanRequest, as_json: bool) -> None:
+    """The plan; where it does not fit, :class:`~avl_edge.planning.estimate.Refused`, printed too as JSON."""
     try:
         found = estimate.plan(shape, of_device, request, profile.shipped().values())
     except estimate.Refused as refusal:

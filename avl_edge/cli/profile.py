@@ -15,12 +15,12 @@ from ..machine import device, profile
 from ..machine.device import DeviceFacts
 from ..machine.profile import BadProfile, DeviceProfile
 from ..measure import profiler
-from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave
+from .options import Model, checkpoint_of
+from .profiles import OWN_PROFILES, open_profile
+from .progress import progress
+from .terminal import AsJson, Debug, readers_may_leave
 
-OWN_PROFILES = Path("profiles")
-"""Where profiles of this machine are written and looked for: a folder beside the work."""
-
-app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app = typer.Typer(invoke_without_command=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -28,7 +28,8 @@ def root(
     context: typer.Context,
     model: Model = "demo",
     out: Annotated[
-        Path | None, typer.Option(help="The profile's file. [profiles/MACHINE.yaml in the current folder]")
+        Path | None,
+        typer.Option(help="The profile's file.", show_default=f"{OWN_PROFILES}/MACHINE.yaml in the current folder"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 120.0,
     threads: Annotated[
@@ -71,10 +72,11 @@ def root(
         print(json.dumps({"profile": str(path)}) if as_json else f"{profile.report(merged)}\nwritten to {path}")
 
 
-@app.command()
+@app.command(short_help="Print a profile.")
 def show(
     file: Annotated[
-        str | None, typer.Argument(help="A profile's file or a device like agx-orin-64. [this machine's]")
+        str | None,
+        typer.Argument(help="A profile's file or a device like agx-orin-64.", show_default="this machine's"),
     ] = None,
     power: Annotated[str | None, typer.Option(help="The power mode of a named device, like 30W.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw it into this file too.")] = None,
@@ -90,28 +92,6 @@ def show(
             raise BadProfile(f"the plot {svg} cannot be written ({error.strerror})") from None
     with readers_may_leave():
         print(json.dumps(profile.to_plain(found)) if as_json else profile.report(found).rstrip("\n"))
-
-
-def open_profile(name: str | None, power: str | None) -> DeviceProfile:
-    """A named device's profile, a file's, or (None) this machine's own, with the memory that it has now."""
-    if name is None:
-        facts = device.probe()
-        found = profile.for_machine(facts, profile.own(OWN_PROFILES))
-        _require_mode(found, power)
-        return profile.with_memory(found, facts)
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
-        found = profile.read(name)
-        _require_mode(found, power)
-        return found
-    return profile.named(name, power)
-
-
-def _require_mode(found: DeviceProfile, power: str | None) -> None:
-    mode = found.power_mode
-    if power is not None and (mode is None or profile.short(mode.name) != profile.short(power)):
-        raise BadProfile(
-            f"the profile {found.name} is not of power mode {power}: name a device to plan for another mode"
-        )
 
 
 def _matching(path: Path, facts: DeviceFacts, replace: bool) -> DeviceProfile | None:

@@ -10,13 +10,16 @@ from ..config import parse_size
 from ..machine import device, profile
 from ..machine.profile import BadProfile
 from ..request import PressureStats
-from .profile import OWN_PROFILES
+from .options import MEMORY
+from .profiles import OWN_PROFILES
 
 Reserve: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help="Memory to leave to others, like 2GB, or off: when they need it, rows are packed, then dropped, then "
-        "requests wait. [the profile's reserve, where one is for this machine]"
+        "requests wait.",
+        show_default="the profile's reserve, where one is for this machine",
+        rich_help_panel=MEMORY,
     ),
 ]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import torch
 import typer
@@ -17,19 +16,21 @@ from ..config import Options, format_names, format_size
 from ..errors import BadInput
 from ..kv import quality
 from ..kv.cache import prompt_shape
-from ..kv.methods import METHODS, Choice
+from ..kv.methods import Choice
 from ..model.prompt import ImageSource
 from ..request import Result
 from ..serving.runtime import Runtime
 from ..serving.scheduler import Request
 from . import several
-from .reserve import Reserve, reserve_bytes, spoken
-from .terminal import (
-    AsJson,
+from .options import (
+    MEMORY,
+    METHOD,
+    OUTPUT,
     Core,
     CoreFormat,
-    Debug,
+    Json,
     KvFormat,
+    Method,
     Parameters,
     PrefillKeep,
     Refresh,
@@ -37,80 +38,100 @@ from .terminal import (
     SecondaryFormat,
     TextFormat,
     TextKeep,
+    Threads,
     given_parameters,
-    progress,
-    readers_may_leave,
-    stderr,
 )
+from .progress import progress, stderr
+from .reserve import Reserve, reserve_bytes, spoken
+from .terminal import Debug, readers_may_leave
+
+Prompts: TypeAlias = Annotated[
+    list[str],
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="The question; given several times, the pictures are read once and all are asked together.",
+    ),
+]
+Images: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="FILE", help="A picture (JPEG, PNG, WebP, BMP), or - for stdin; may be given several times."
+    ),
+]
+AnyModel: TypeAlias = Annotated[
+    str, typer.Option(help="'demo', the directory of a LLaVA-1.5 checkpoint, or one that avl-edge build has made.")
+]
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Temperature: TypeAlias = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
+TopP: TypeAlias = Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help=f"Where to compute: {', '.join(TARGETS)}.", show_default="cpu; tensorrt for a built package"),
+]
+PresetName: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"A measured setting instead of method, formats and budget: {', '.join(quality.PRESETS)}.",
+        rich_help_panel=METHOD,
+    ),
+]
+KvBudget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.",
+        rich_help_panel=MEMORY,
+    ),
+]
+WithExplanation: TypeAlias = Annotated[
+    bool, typer.Option("--explain", help="Say on stderr why this setting was picked.", rich_help_panel=OUTPUT)
+]
+WithStats: TypeAlias = Annotated[
+    bool, typer.Option("--stats", help="Print a table of times and memory to stderr.", rich_help_panel=OUTPUT)
+]
 
 
 def run(
-    prompt: Annotated[
-        list[str],
-        typer.Option(help="The question; given several times, the pictures are read once and all are asked together."),
-    ],
-    image: Annotated[
-        list[str] | None,
-        typer.Option(help="A picture (JPEG, PNG, WebP, BMP), or - for stdin; may be given several times."),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="'demo', the directory of a LLaVA-1.5 checkpoint, or one that avl-edge build has made.")
-    ] = "demo",
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = Options.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = Options.temperature,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens that together reach this.")
-    ] = Options.top_p,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = Options.seed,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help=f"One of {', '.join(METHODS)}. Default: full; where --kv-budget does not hold it, what was "
-            f"measured to answer best."
-        ),
-    ] = None,
+    prompt: Prompts,
+    image: Images = None,
+    model: AnyModel = "demo",
+    max_new_tokens: MaxNewTokens = Options.max_new_tokens,
+    temperature: Temperature = Options.temperature,
+    top_p: TopP = Options.top_p,
+    seed: Seed = Options.seed,
+    device: Device = None,
+    threads: Threads = None,
+    preset: PresetName = None,
+    method: Method = None,
     prefill_keep: PrefillKeep = None,
     secondary: Secondary = None,
     core: Core = None,
     refresh: Refresh = None,
     text_keep: TextKeep = None,
     parameters: Parameters = None,
+    kv_budget: KvBudget = None,
+    reserve: Reserve = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
     core_format: CoreFormat = None,
     secondary_format: SecondaryFormat = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help=f"A measured setting instead of method, formats and budget: {', '.join(quality.PRESETS)}."),
-    ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say on stderr why this setting was picked.")] = False,
-    kv_budget: Annotated[
-        str | None, typer.Option(help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.")
-    ] = None,
-    reserve: Reserve = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help=f"Where to compute: {', '.join(TARGETS)}. [default: cpu; tensorrt for a built package]"),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
-    ] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print a table of times and memory to stderr.")] = False,
-    as_json: AsJson = False,
+    explain: WithExplanation = False,
+    stats: WithStats = False,
+    as_json: Json = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Answer questions about one or more images. The answer to a single one streams to stdout."""
-    named = {
-        "prefill_keep": prefill_keep,
-        "secondary": secondary,
-        "core": core,
-        "refresh": refresh,
-        "text_keep": text_keep,
-    }
     options = Options(
         method=method,
-        parameters=given_parameters(named, parameters),
+        parameters=given_parameters(
+            parameters,
+            prefill_keep=prefill_keep,
+            secondary=secondary,
+            core=core,
+            refresh=refresh,
+            text_keep=text_keep,
+        ),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         preset=preset,
         kv_budget=kv_budget,
@@ -121,16 +142,21 @@ def run(
     )
     if threads is not None:
         torch.set_num_threads(threads)
-    runtime = Runtime.open(model, device=device)
-    # Where rows cannot give memory back, a profile's reserve is no default.
-    left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
-    if left is not None:
-        runtime.keep_free(left)
+    runtime = _open(model, device, reserve)
     show = Show(as_json=as_json, stats=stats, explain=explain)
     if len(prompt) > 1:
         _ask_several(runtime, several.plan(runtime, _images(image or []), prompt, options), options, show)
     else:
         _ask_one(runtime, runtime.prepare(_images(image or []), prompt[0], options), show)
+
+
+def _open(model: str, device: str | None, reserve: str | None) -> Runtime:
+    runtime = Runtime.open(model, device=device)
+    # Where rows cannot give memory back, a profile's reserve is no default.
+    left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
+    if left is not None:
+        runtime.keep_free(left)
+    return runtime
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,15 @@ Canonical names: ``text.*`` (embed_tokens, layers.N.*, norm), ``head.weight``, `
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import read_json
+from ..config import Progress, read_json
 from ..errors import BadModel
-
-Progress = Callable[[int, int], None]
-"""Called with (tensors done, tensors in all) while weights are loaded."""
 
 # transformers wrote these prefixes at different times; the longer ones come first.
 _PREFIXES = (

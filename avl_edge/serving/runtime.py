@@ -15,14 +15,14 @@ from ..backends.base import Backend, GreedyBackend
 from ..backends.stored import StoredRows
 from ..backends.target import Target
 from ..backends.targets import open_target
-from ..config import Options, checked_options, format_size, require
+from ..config import Options, Progress, checked_options, format_size, require
 from ..errors import BadInput, BadModel, DoesNotFit
 from ..kv.cache import SequenceCache, prompt_shape
 from ..kv.pool import RowPool
 from ..machine import allocator
 from ..machine.pressure import Limits, Monitor
 from ..machine.profile import DeviceProfile
-from ..model.checkpoint import Progress
+from ..model.demo import DEMO
 from ..model.features import FeatureCache
 from ..model.prompt import ImageSource, Processor, check_sources
 from ..model.sampler import Sampler
@@ -37,7 +37,6 @@ from .memory_pressure import MemoryPressureHandler
 from .outcome import result_of
 from .scheduler import Request, Running, Scheduler, Work
 
-DEMO = Path(__file__).parents[1] / "demo"
 _WAIT_SECONDS = 0.02
 _NO_ROOM = (
     "open image sessions hold the rows that this needs, and nobody is running: close one, or load with a larger pool"

@@ -247,7 +247,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--secondary-format", "lowrank:33"], "the secondary format lowrank:33 asks for more"),
         (["--core-format", "lowrank:16", "--secondary-format", "lowrank:8"], "give both one rank"),
         (["--method", "coarse", "--core-format", "int8"], "give core and secondary rows the same format"),
-        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse looks at the keys of stored rows"),
+        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse scans the keys of stored rows"),
         (["--method", "coarse", "--core", "200", "--kv-budget", "1MB"], "core must be above 0"),
         (["--method", "streaming", "--set", "window=0", "--kv-budget", "1MB"], "window must be"),
         (["--max-new-tokens", "0"], "at least 1"),
@@ -282,8 +282,35 @@ def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytes
     assert (
         outcome.err == "avl-edge: internal error: RuntimeError: disk on fire (run again with --debug for the trace)\n"
     )
-    with pytest.raises(RuntimeError, match="on fire"):
-        run("--debug")
+    _traced(run("--debug"), 1, "RuntimeError: disk on fire")
+
+
+def _traced(outcome: Outcome, code: int, last: str) -> None:
+    """The exit code as without --debug; on stderr a trace that ends with the error, on stdout nothing."""
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.startswith("Traceback (most recent call last):\n")
+    assert last in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "last"),
+    [
+        (["--kv-budget", "lots"], 2, "BadInput: cannot read 'lots' as a size"),
+        (["--image", "nowhere.png"], 2, "BadImage: "),
+        (["--model", "nowhere"], 2, "BadModel: there is no model 'nowhere'"),
+        (["--frobnicate"], 2, "No such option: --frobnicate"),
+        (["--kv-budget", "10kB"], 3, "DoesNotFit: "),
+    ],
+)
+def test_debug_shows_the_trace_and_keeps_the_exit_code(run, options: list[str], code: int, last: str) -> None:  # type: ignore[no-untyped-def]
+    assert run(*options).code == code
+    _traced(run(*options, "--debug"), code, last)
+
+
+def test_debug_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["--debug", "plan", "--model", "nope"]) == 2
+    captured = capsys.readouterr()
+    _traced(Outcome(2, captured.out, captured.err), 2, "BadModel: there is no model 'nope'")
 
 
 def test_doctor_reads_a_recorded_tree(capsys: pytest.CaptureFixture[str]) -> None:

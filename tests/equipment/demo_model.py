@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from avl_edge.serving.runtime import DEMO
+from avl_edge.model.demo import DEMO
 from tools.demo_model.facts import Facts
 from tools.demo_model.tokenizer import load_tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from avl_edge import Options, Runtime
-from avl_edge.serving.runtime import DEMO
+from avl_edge.model.demo import DEMO
 from tests import ROOT
 from tools.demo_model.evaluate import MAX_NEW_TOKENS, held_out
 from tools.demo_model.scenes import render

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avl_edge.serving.runtime import DEMO
+from avl_edge.model.demo import DEMO
 from tests.equipment.demo_model import FACTS, TOKENIZER, quickly, seeds
 from tools.demo_model import panels, scenes
 from tools.demo_model.canvas import GRID

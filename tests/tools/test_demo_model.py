@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from avl_edge.serving.runtime import DEMO
+from avl_edge.model.demo import DEMO
 from tests.equipment.demo_model import TOKENIZER
 from tools.demo_model import scenes
 from tools.demo_model.canvas import PATCH

@@ -313,8 +313,9 @@ class TestUnits:
         service = _unit(DEPLOY / "avl-edge-profile@.service")["Service"]
         program, name, *arguments = shlex.split(service["ExecStart"][0].replace("%I", "demo"))
         assert program == "/opt/avl-edge/venv/bin/avl-edge"
-        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-        context = command.make_context(name, arguments)
+        group = typer.main.get_command(app)
+        _, command, rest = group.resolve_command(typer.Context(group), [name, *arguments])  # type: ignore[attr-defined]
+        context = command.make_context(name, rest)
         assert context.params["model"] == "demo"
         assert context.params["seconds"] == 120
 

@@ -24,8 +24,8 @@ import typer
 from avl_edge.attention.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
 from avl_edge.backends.steps import CudaDevice
 from avl_edge.model.checkpoint import load_weights
+from avl_edge.model.demo import DEMO
 from avl_edge.model.spec import read_spec
-from avl_edge.serving.runtime import DEMO
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
 from tools.gpu.dut import DeviceUnderTest, GpuUnderTest
 from tools.gpu.engines import check_engines

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 from avl_edge import Formats, Options, Result, Runtime
 from avl_edge.backends.tensorrt import decoder_plugin
+from avl_edge.model.demo import DEMO
 from avl_edge.package.engine import Job, Recipe, build, decoder_formats
-from avl_edge.serving.runtime import DEMO
 from tools.gpu.dut import require
 from tools.gpu.report import Skipped
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ...config import KvShape
+from ...config import KvShape, Progress
 from ...kv.pool import RowStore
 from ...model import checkpoint
-from ...model.checkpoint import Progress
 from ...model.network import Llava
 from ...model.spec import ModelSpec
 from ..stored import StoredRows

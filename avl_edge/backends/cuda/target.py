@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...config import KvShape
+from ...config import KvShape, Progress
 from ...kv.pool import RowStore
 from ...model import checkpoint
-from ...model.checkpoint import Progress
 from ...model.spec import ModelSpec
 from ..steps import CudaDevice
 from ..stored import StoredRows

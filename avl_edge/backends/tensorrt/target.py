@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ...config import KvShape, PromptShape, require
+from ...config import KvShape, Progress, PromptShape, require
 from ...kv.methods import Choice
 from ...kv.pool import RowStore
 from ...machine.device import probe
-from ...model.checkpoint import Progress
 from ...model.spec import ModelSpec
 from ...package.engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Platform, decoder_formats, open_package
 from ...package.export import decoder_bindings, vision_bindings

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...config import Formats, Options, PromptShape
+from ...config import Formats, Options, Progress, PromptShape
 from ...errors import BadInput
 from ...kv.budget import KvPlan, kv_plan
 from ...kv.cache import prompt_shape
 from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, StepLayer
 from ...kv.methods.base import Queries
 from ...kv.methods.full import FullPolicy
-from ...model.checkpoint import Progress
 from ...model.prompt import open_image
 from ...serving.runtime import Runtime
 from .questions import Questions

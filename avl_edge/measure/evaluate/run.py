@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ...config import Options
+from ...config import Options, Progress
 from ...errors import BadInput, DoesNotFit
 from ...kv.cache import prompt_shape
-from ...model.checkpoint import Progress
 from ...model.prompt import open_image
 from ...serving.runtime import Runtime
 from ...serving.scheduler import Request

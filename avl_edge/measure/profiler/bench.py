@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...backends.cpu.backend import TorchBackend
-from ...config import Formats, Options, PromptShape
+from ...config import Formats, Options, Progress, PromptShape
 from ...kv.budget import kv_plan
 from ...kv.cache import SequenceCache
 from ...kv.methods import H2O, Avl, FastV, Full, Method, Streaming
@@ -87,7 +87,7 @@ def _method(chance: random.Random, number: int) -> Method:
 class Bench:
     """A checkpoint, loaded and ready to be measured. ``name`` is the model's in profiles."""
 
-    def __init__(self, directory: Path, name: str, progress: checkpoint.Progress | None = None) -> None:
+    def __init__(self, directory: Path, name: str, progress: Progress | None = None) -> None:
         allocator.bound()
         self.spec = read_spec(directory)
         self._model = Llava(self.spec, checkpoint.load_weights(directory, progress))

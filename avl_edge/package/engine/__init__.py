@@ -8,7 +8,7 @@ from .fingerprint import MODEL_FILES, Fingerprint, Platform, checkpoint_digest, 
 from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
 from .manifest import File, Manifest
 from .recipe import Recipe, read_recipe
-from .store import Package, is_package, open_package, publish
+from .store import Package, open_package, publish
 from .tensorrt import Sizes, build_engine, find_tensorrt, make_logger, reason
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "decoder_profiles",
     "file_digest",
     "find_tensorrt",
-    "is_package",
     "make_logger",
     "open_package",
     "publish",

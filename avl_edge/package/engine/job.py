@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from ...config import format_size
+from ...config import Progress, format_size
 from ...errors import BadModel
 from ...machine.device import probe
-from ...model.checkpoint import Progress, stored_dtype
+from ...model.checkpoint import stored_dtype
 from ...model.spec import ModelSpec, read_spec
 from ..export import (
     DECODER,

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from ..directory import LOCK, MANIFEST
 from . import manifest as manifests
 from .errors import BadPackage, BuildFailed, BuildRunning, rebuild
 from .fingerprint import Fingerprint, require_match
 from .manifest import File, Manifest
 
-_LOCK, _STAGING, _BUILT = "lock", "staging-", "build-"
+_STAGING, _BUILT = "staging-", "build-"
 _NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}
 
 
@@ -60,12 +61,6 @@ class Package:
         os.close(self._descriptor)
 
 
-def is_package(directory: Path) -> bool:
-    """Whether a directory is a package's, also where its manifest is lost or not yet there: no checkpoint."""
-    named = any((directory / name).is_file() for name in (manifests.NAME, _LOCK))
-    return named and not (directory / "config.json").exists()
-
-
 def open_package(out: Path, wanted: Fingerprint | None = None, files: Collection[str] | None = None) -> Package:
     """The package in ``out``, every byte of it checked against its digest: seconds for several GB. Where only some
     ``files`` are needed, those of them that the package has are checked and can be had.
@@ -85,7 +80,7 @@ def open_package(out: Path, wanted: Fingerprint | None = None, files: Collection
 
 
 def _read_manifest(out: Path) -> Manifest:
-    path = out / manifests.NAME
+    path = out / MANIFEST
     try:
         _refuse_foreign(out)
         return manifests.loads(path.read_text(encoding="utf-8"), path)
@@ -166,7 +161,7 @@ def publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Man
 def _only_builder(out: Path) -> Iterator[None]:
     """Hold the lock; the kernel lets go of it when the process ends, however it ends."""
     _require_own(out)
-    descriptor = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,14 +178,14 @@ def _require_own(out: Path) -> None:
     Every package has a lock, while others have a manifest.json or a build-something too.
     """
     names = {path.name for path in out.iterdir()}
-    foreign = sorted(name for name in names if _LOCK not in names or not _is_own(name))
+    foreign = sorted(name for name in names if LOCK not in names or not _is_own(name))
     if foreign:
         raise BadPackage(f"{out} holds other files ({foreign[0]}): give --out a new or empty directory")
     out.chmod(0o700)
 
 
 def _is_own(name: str) -> bool:
-    return name in (_LOCK, manifests.NAME) or name.startswith((_STAGING, _BUILT))
+    return name in (LOCK, MANIFEST) or name.startswith((_STAGING, _BUILT))
 
 
 def _publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Manifest:
@@ -200,11 +195,11 @@ def _publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Ma
     manifest = Manifest(version, staging.name.replace(_STAGING, _BUILT, 1), fingerprint, files)
     for path in (*staging.iterdir(), staging):
         _flush(path)
-    text = out / f"{_STAGING}{manifests.NAME}"
+    text = out / f"{_STAGING}{MANIFEST}"
     text.write_text(manifest.dumps(), encoding="utf-8")
     _flush(text)
     staging.rename(out / manifest.directory)
-    text.replace(out / manifests.NAME)
+    text.replace(out / MANIFEST)
     _flush(out)
     return manifest
 

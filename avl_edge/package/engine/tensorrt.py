@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...model.checkpoint import Progress
+from ...config import Progress
 from ..export import Binding
 from .errors import BuildFailed
 

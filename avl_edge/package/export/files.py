@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...config import Progress
 from ...errors import BadInput
-from ...model.checkpoint import Progress, Weights, load_weights
+from ...model.checkpoint import Weights, load_weights
 from ...model.spec import ModelSpec
 from .bindings import Bindings, decoder_bindings, row_formats, vision_bindings
 from .core_attention import for_plugin, reference_function

@@ -1,0 +1,121 @@
+"""Options that several commands have, under the headings of their help, and what they mean together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from ..config import parse_parameter
+from ..errors import BadInput, BadModel
+from ..kv.methods import METHODS, Avl, Coarse, Distinct
+from ..model.demo import DEMO
+from ..package.directory import is_package
+from .terminal import AS_JSON
+
+METHOD = "Method options"
+MEMORY = "Memory options"
+OUTPUT = "Output options"
+FORMATS = "exact, int8, int4, lowrank:R or lowrank:R+int8"
+
+Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
+Threads: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
+]
+
+Method: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"One of {', '.join(METHODS)}.",
+        show_default="full; where that does not fit, what was measured to answer best",
+        rich_help_panel=METHOD,
+    ),
+]
+PrefillKeep: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="P: percent of image tokens beyond the early layers.",
+        show_default=f"avl {Avl.prefill_keep}",
+        rich_help_panel=METHOD,
+    ),
+]
+Secondary: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="S: percent of image rows stored per layer.",
+        show_default=f"avl {Avl.secondary}, distinct {Distinct.secondary}, coarse {Coarse.secondary}",
+        rich_help_panel=METHOD,
+    ),
+]
+Core: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="C: percent of image rows read on an ordinary step.",
+        show_default=f"avl {Avl.core}, coarse {Coarse.core}",
+        rich_help_panel=METHOD,
+    ),
+]
+Refresh: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="K: every K-th step reads all stored rows; 0: never.",
+        show_default=f"avl {Avl.refresh}",
+        rich_help_panel=METHOD,
+    ),
+]
+TextKeep: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="T: percent of text rows kept after the image.",
+        show_default=f"avl {Avl.text_keep}",
+        rich_help_panel=METHOD,
+    ),
+]
+Parameters: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Any parameter of the method; may be repeated.", rich_help_panel=METHOD
+    ),
+]
+
+KvFormat: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How rows are stored: {FORMATS}. Of every tier without a format of its own.",
+        show_default="exact",
+        rich_help_panel=MEMORY,
+    ),
+]
+TextFormat: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Of text rows: exact, int8 or int4.", show_default="as --kv-format", rich_help_panel=MEMORY),
+]
+CoreFormat: TypeAlias = Annotated[
+    str | None, typer.Option(help="Of core rows.", show_default="as --kv-format", rich_help_panel=MEMORY)
+]
+SecondaryFormat: TypeAlias = Annotated[
+    str | None, typer.Option(help="Of secondary rows.", show_default="as --kv-format", rich_help_panel=MEMORY)
+]
+
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help=AS_JSON, rich_help_panel=OUTPUT)]
+
+
+def checkpoint_of(model: str) -> Path:
+    """The directory that ``model`` names, for what reads weights; :class:`BadModel` for a package, which has none."""
+    directory = DEMO if model == "demo" else Path(model)
+    if is_package(directory):
+        raise BadModel(f"{directory} is a package of avl-edge build: give the checkpoint that it was built from")
+    return directory
+
+
+def given_parameters(texts: list[str] | None, **named: float | None) -> dict[str, float]:
+    """A method's parameters from ``--set`` and from options of their own; :class:`BadInput` for one given twice."""
+    given = {name: value for name, value in named.items() if value is not None}
+    for name, value in map(parse_parameter, texts or []):
+        if name in given:
+            raise BadInput(f"{name!r} is given twice: keep one of them")
+        given[name] = value
+    return given
