@@ -17,7 +17,7 @@ from ..machine.profile import BadProfile, DeviceProfile
 from ..measure import profiler
 from .terminal import AsJson, Debug, Model, checkpoint_of, progress, readers_may_leave
 
-OWN_PROFILES = Path("profiles")
+OWN_PROFILES = Path("profiles") / "measured"
 """Where profiles of this machine are written and looked for: a folder beside the work."""
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -28,7 +28,7 @@ def root(
     context: typer.Context,
     model: Model = "demo",
     out: Annotated[
-        Path | None, typer.Option(help="The profile's file. [profiles/MACHINE.yaml in the current folder]")
+        Path | None, typer.Option(help="The profile's file. [profiles/measured/MACHINE.yaml in the current folder]")
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 120.0,
     threads: Annotated[
