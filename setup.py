@@ -1,8 +1,9 @@
-"""The attention kernels; everything else about the package is in pyproject.toml.
+"""The attention kernels and the files that lie beside the package; all else about it is in pyproject.toml.
 
-The CPU's is a plain shared library with a C interface, built as an extension so that it lands in the package. It is
-optional: without a compiler the install succeeds, and `avl_edge.attention.native` says at its first use what is
-missing. The GPU's is compiled on the device by `avl_edge.attention.cuda`, so its sources are copied into the package.
+The CPU's kernel is a plain shared library with a C interface, built as an extension so that it lands in the package. It
+is optional: without a compiler the install succeeds, and `avl_edge.attention.native` says at its first use what is
+missing. The GPU's is compiled on the device by `avl_edge.attention.cuda`, so its sources are copied into the package,
+as device profiles and build recipes are.
 """
 
 from __future__ import annotations
@@ -12,23 +13,30 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-CUDA_SOURCES = Path("plugins/cuda")
+RESOURCES = ("engines/*.yaml", "plugins/cuda/*.cu", "plugins/cuda/*.cuh", "profiles/*.yaml")
+"""What `avl_edge.resources` finds: in the repository, or copied into the package."""
 
 
-class BuildWithCuda(build_py):
-    """Also puts the CUDA sources beside the module that compiles them; an editable install finds them in plugins/."""
+class BuildWithResources(build_py):
+    """Also puts the resources into the package, at the same paths; an editable install finds them in the repository."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            folder = Path(self.build_lib) / "avl_edge" / "attention" / "cuda"
-            self.mkpath(str(folder))
-            for source in (*CUDA_SOURCES.glob("*.cu"), *CUDA_SOURCES.glob("*.cuh")):
-                self.copy_file(str(source), str(folder / source.name))
+            for source in self._resources():
+                target = Path(self.build_lib) / "avl_edge" / source
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *map(str, self._resources())]
+
+    def _resources(self) -> list[Path]:
+        return [path for pattern in RESOURCES for path in sorted(Path().glob(pattern))]
 
 
 setup(
-    cmdclass={"build_py": BuildWithCuda},
+    cmdclass={"build_py": BuildWithResources},
     ext_modules=[
         Extension(
             "avl_edge.attention._core_attention",

@@ -1,6 +1,6 @@
 """The profiles that come with the package, derived: nobody measured a Jetson for them, and they say so.
 
-    python -m tools.derive_profiles [--out avl_edge/machine/profile/data]
+    python -m tools.derive_profiles [--out profiles]
 
 A roofline. A decode step waits for memory: its time is bytes over bandwidth. Prefill and vision wait for arithmetic:
 their time is operations over half of what the tensor cores could do, and the weights are read once. Launches, host
@@ -17,7 +17,6 @@ import typer
 
 from avl_edge.machine.profile import (
     ANY,
-    SHIPPED,
     VERSION,
     Costs,
     Device,
@@ -30,6 +29,7 @@ from avl_edge.machine.profile import (
     save,
 )
 
+SHIPPED = Path("profiles")
 DATE = "2026-11-21"
 GIB = 2**30
 REACHED_BANDWIDTH = 156 / 204.8  # one developer's probe of the 64 GB module at MAXN

@@ -23,7 +23,9 @@ from .terminal import AsJson, Debug, readers_may_leave
 def build(
     model: Annotated[str, typer.Argument(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")],
     out: Annotated[Path, typer.Option(help="The package's directory; one that is there is replaced when done.")],
-    recipe: Annotated[Path | None, typer.Option(help="A recipe, like engines/llava-1.5.yaml.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe that comes with the package, like llava-1.5, or a recipe's file.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help=f"stored, {', '.join(PRECISIONS)}; goes before the recipe's.")
     ] = None,
@@ -32,7 +34,7 @@ def build(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Build a package from a checkpoint: ONNX graphs of the vision tower and the decoder, engines on a device."""
-    chosen = engine.read_recipe(recipe) if recipe else engine.Recipe()
+    chosen = engine.Recipe() if recipe is None else engine.find_recipe(recipe)
     if precision is not None:
         chosen = replace(chosen, precision=precision)
     job = engine.Job.of(checkpoint_of(model), chosen)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..machine import device, profile
 from ..machine.profile import BadProfile, DeviceProfile
 
-OWN_PROFILES = Path("profiles")
+OWN_PROFILES = Path("profiles") / "measured"
 """Where profiles of this machine are written and looked for: a folder beside the work."""
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,27 +72,6 @@ def test_another_header_is_another_source(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(source, "read", lambda _, text=header + change: {**files, "device.cuh": text})
         assert (source.digest() != before[0]) == is_other
         assert source.identity() != before[1], "what was compiled from other bytes is not taken for this"
-
-
-def test_an_installed_package_has_the_source_beside_the_module(tmp_path: Path) -> None:
-    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
-    egg_base = ["egg_info", "--egg-base", str(tmp_path)]
-    subprocess.run([*command[:3], *egg_base, *command[3:]], cwd=ROOT, check=True, timeout=120)
-    installed = tmp_path / "avl_edge" / "attention" / "cuda"
-    assert {path.name for path in installed.glob("*.cu*")} == {
-        path.name for path in (ROOT / "plugins" / "cuda").glob("*.cu*")
-    }
-    program = "from avl_edge.attention.cuda import source; print(source.path(), *source.read())"
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120
-    )
-    assert run.stdout.split() == [str((installed / source.NAME).resolve()), *source.read()]
-
-
-def test_a_lost_source_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(source, "_PLACES", (tmp_path,))
-    with pytest.raises(NoCuda, match=r"rows\.cuh is not in .*: install avl-edge again"):
-        source.path("rows.cuh")
 
 
 @pytest.mark.usefixtures("compiler")

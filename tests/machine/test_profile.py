@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from avl_edge.cli import run_app
 from avl_edge.errors import BadInput
 from avl_edge.machine import device, profile
 from avl_edge.machine.profile import ANY, BadProfile, DeviceProfile, Figure, Fit, Record, Sample
+from tests import ROOT
 from tests.equipment.machines import TREES
 from tools.derive_profiles import profiles as derived_profiles
 
@@ -271,6 +273,19 @@ def test_own_profiles_come_before_shipped_ones(tmp_path: Path) -> None:
     assert profile.for_machine(facts, profile.own(tmp_path)) == mine
     stranger = replace(mine, device=replace(mine.device, cpu="another processor"))
     assert profile.for_machine(facts, [stranger]).name == "cpu-x86"
+
+
+def test_what_is_measured_in_the_repository_is_not_among_what_is_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There `profiles/` holds the shipped ones, which are newer here."""
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    facts = device.probe()
+    mine = replace(ORIN, name="mine", date="2020-01-01", device=profile.device_of(facts))
+    profile.save(replace(mine, power_mode=profile.mode_of(facts)), tmp_path / "profiles" / "measured" / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert run_app(["profile", "show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "mine"
 
 
 def test_names_and_power_modes() -> None:

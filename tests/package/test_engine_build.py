@@ -23,8 +23,10 @@ from avl_edge.package.engine import (
     Recipe,
     build,
     checkpoint_digest,
+    find_recipe,
     open_package,
     read_recipe,
+    shipped_recipes,
 )
 from avl_edge.package.export import DECODER, VISION
 from tests import ROOT
@@ -49,8 +51,27 @@ def model(checkpoint: Checkpoints) -> Path:
 
 class TestRecipe:
     def test_shipped_recipes_can_be_read(self) -> None:
-        recipes = {path.stem: read_recipe(path) for path in ENGINES.glob("*.yaml")}
+        assert sorted(shipped_recipes().values()) == sorted(ENGINES.iterdir())
+        recipes = {name: find_recipe(name) for name in shipped_recipes()}
         assert recipes["llava-1.5"] == Recipe(precision="float16")
+
+    def test_a_file_goes_before_a_name_and_a_folder_does_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mine.yml").write_text("images: 1")
+        assert find_recipe("mine.yml") == find_recipe(str(tmp_path / "mine.yml")) == Recipe(images=1)
+        (tmp_path / "llava-1.5").mkdir()
+        assert find_recipe("llava-1.5") == Recipe(precision="float16")
+        (tmp_path / "llava-1.5").rmdir()
+        (tmp_path / "llava-1.5").write_text("images: 2")
+        assert find_recipe("llava-1.5") == Recipe(images=2)
+
+    @pytest.mark.parametrize("name", ["llava", "none.yaml", "engines/llava-1.5", "", ".", "x" * 5000, "a\0b"])
+    def test_an_unknown_name_is_told_the_known_ones(self, name: str) -> None:
+        with pytest.raises(BadRecipe) as error:
+            find_recipe(name)
+        assert str(error.value) == f"there is no recipe {name!r}: give one of llava-1.5, or a recipe's file"
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -226,6 +247,15 @@ class TestCommand:
         assert "would build" in text
         assert "memory" in text
         assert not out.exists()
+
+    def test_recipe_by_name(self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        command = ["build", str(model), "--out", str(tmp_path / "out"), "--dry-run", "--recipe"]
+        assert run_app([*command, "llava-1.5"]) == 0
+        assert f"from {model}: float16, pruning after layer 2" in capsys.readouterr().out
+        assert run_app([*command, "llava-1.6"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err == "avl-edge: there is no recipe 'llava-1.6': give one of llava-1.5, or a recipe's file\n"
 
     def test_file_that_cannot_grow(self, model: Path, tmp_path: Path) -> None:
         done = subprocess.run(

@@ -76,16 +76,17 @@ class TestDockerfile:
             assert not _ignored(source), f"{source} is in .dockerignore"
         assert _ignored("tests")
         assert _ignored("runs/demo/model.safetensors")
+        assert _ignored("profiles/measured/mine.yaml")
         assert _ignored("avl_edge/attention/_core_attention.cpython-311-x86_64-linux-gnu.so")
 
     def test_what_the_build_needs_is_copied(self) -> None:
         """setup.py names sources, pyproject.toml a README and a licence: without them the image's build would fail."""
-        sources = re.findall(r'"(plugins/[\w/.]+)"', (ROOT / "setup.py").read_text())
+        sources = re.findall(r'"((?:engines|plugins|profiles)/[\w/.*]+)"', (ROOT / "setup.py").read_text())
         text = (ROOT / "pyproject.toml").read_text()
         named = re.findall(r'^readme = "(.*)"', text, re.MULTILINE) + re.findall(
             r'^license-files = \["(.*)"\]', text, re.M
         )
-        assert len(sources) >= 1
+        assert {source.split("/")[0] for source in sources} == {"engines", "plugins", "profiles"}
         assert len(named) == 2
         for path in [*sources, *named, "setup.py", "pyproject.toml", "tools/deploy/install_packages.sh"]:
             assert any(path == copied or path.startswith(f"{copied}/") for copied in _copied()), path

@@ -21,7 +21,7 @@ source=$(dirname "$(dirname "$here")")
 [ -n "$root" ] || [ "$(id -u)" -eq 0 ] || fail "it writes to /opt and /etc: run it with sudo"
 
 mkdir -p "$root/opt/avl-edge/source" "$root/usr/local/bin" "$root/etc/systemd/system" "$root/var/lib/avl-edge"
-for part in LICENSE README.md pyproject.toml setup.py avl_edge engines plugins tools/deploy; do
+for part in LICENSE README.md pyproject.toml setup.py avl_edge engines plugins profiles tools/deploy; do
     mkdir -p "$(dirname "$root/opt/avl-edge/source/$part")"
     rm -rf "$root/opt/avl-edge/source/$part"
     cp -R "$source/$part" "$root/opt/avl-edge/source/$part"

@@ -7,21 +7,15 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from .errors import NoCuda
+from ...resources import resource_files
 
 NAME, LOW_RANK = "core_attention.cu", "low_rank.cu"
-_HERE = Path(__file__).resolve().parent
-_PLACES = (_HERE, _HERE.parents[2] / "plugins" / "cuda")
-"""In an installed package (setup.py copies them), and in the repository."""
 _INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def path(name: str = NAME) -> Path:
-    """A file of the sources; :class:`NoCuda` where an installation lost it."""
-    for place in _PLACES:
-        if (place / name).is_file():
-            return place / name
-    raise NoCuda(f"{name} is not in {_PLACES[0]}: install avl-edge again")
+    """A file of the sources; :class:`~avl_edge.resources.BrokenInstallation` where it is not there."""
+    return resource_files(f"plugins/cuda/{name}")[0]
 
 
 @lru_cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .files import SHIPPED, dumps, loads, own, read, require_writable, save, shipped
+from .files import dumps, loads, own, read, require_writable, save, shipped
 from .match import (
     device_of,
     for_machine,
@@ -42,7 +42,6 @@ from .schema import (
 __all__ = [
     "ANY",
     "COSTS",
-    "SHIPPED",
     "VERSION",
     "BadProfile",
     "Basis",

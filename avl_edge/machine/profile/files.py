@@ -9,11 +9,9 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
+from ...resources import resource_files
 from .reader import build, parse, write
 from .schema import ANY, COSTS, VERSION, BadProfile, DeviceProfile
-
-SHIPPED = Path(__file__).resolve().parent / "data"
-"""The profiles that come with the package."""
 
 _END = "# end of profile\n"
 _MAX_BYTES = 8 * 2**20
@@ -106,7 +104,7 @@ def save(profile: DeviceProfile, path: str | Path) -> None:
 @cache
 def shipped() -> Mapping[str, DeviceProfile]:
     """All profiles that come with the package, by name."""
-    return MappingProxyType({profile.name: profile for profile in map(read, sorted(SHIPPED.glob("*.yaml")))})
+    return MappingProxyType({profile.name: profile for profile in map(read, resource_files("profiles/*.yaml"))})
 
 
 def own(folder: Path) -> list[DeviceProfile]:

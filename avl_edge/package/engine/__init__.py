@@ -7,7 +7,7 @@ from .errors import BadPackage, BadRecipe, BuildFailed, BuildRunning, Mismatch
 from .fingerprint import MODEL_FILES, Fingerprint, Platform, checkpoint_digest, file_digest, require_match
 from .job import DECODER_ENGINE, TIMINGS, VISION_ENGINE, Job, build
 from .manifest import File, Manifest
-from .recipe import Recipe, read_recipe
+from .recipe import Recipe, find_recipe, read_recipe, shipped_recipes
 from .store import Package, open_package, publish
 from .tensorrt import Sizes, build_engine, find_tensorrt, make_logger, reason
 
@@ -38,6 +38,7 @@ __all__ = [
     "decoder_formats",
     "decoder_profiles",
     "file_digest",
+    "find_recipe",
     "find_tensorrt",
     "make_logger",
     "open_package",
@@ -45,4 +46,5 @@ __all__ = [
     "read_recipe",
     "reason",
     "require_match",
+    "shipped_recipes",
 ]

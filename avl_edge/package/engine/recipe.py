@@ -1,7 +1,8 @@
-"""How to build: a YAML file of ``engines/``, or the defaults."""
+"""How to build: a recipe that comes with the package (``engines/``), one in a file, or the defaults."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from ...errors import BadInput
 from ...kv.layout import PAGE_ROWS
 from ...machine.profile import BadProfile
 from ...machine.profile.reader import parse
+from ...resources import resource_files
 from ..export import PRECISIONS
 from .errors import BadRecipe
 
@@ -62,6 +64,21 @@ class Recipe:
     def shapes(self) -> dict[str, int]:
         """The largest sizes, by name."""
         return {name: getattr(self, name) for name in ("images", "prompt_tokens", "sequences", "pool_rows")}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The files of the recipes that come with the package, by name."""
+    return {path.stem: path for path in resource_files("engines/*.yaml")}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe in the file ``name``, or the one of this name that comes with the package; else :class:`BadRecipe`."""
+    if os.path.exists(name) and not os.path.isdir(name):
+        return read_recipe(Path(name))
+    known = shipped_recipes()
+    if name not in known:
+        raise BadRecipe(f"there is no recipe {name!r}: give one of {', '.join(known)}, or a recipe's file")
+    return read_recipe(known[name])
 
 
 def read_recipe(path: Path) -> Recipe:
