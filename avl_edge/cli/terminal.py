@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import parse_parameter
 from ..errors import BadInput, BadModel
-from ..kv.methods import Avl, Coarse, Distinct
+from ..kv.methods import parameter_help
 from ..model.checkpoint import Progress as Report
 from ..package.engine import is_package
 from ..serving.runtime import DEMO
@@ -29,24 +29,11 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON 
 Debug: TypeAlias = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
 
-_SECONDARY = (
-    f"S: percent of image rows stored per layer. "
-    f"[avl {Avl.secondary}, distinct {Distinct.secondary}, coarse {Coarse.secondary}]"
-)
-PrefillKeep: TypeAlias = Annotated[
-    float | None, typer.Option(help=f"avl, P: percent of image tokens beyond the early layers. [{Avl.prefill_keep}]")
-]
-Secondary: TypeAlias = Annotated[float | None, typer.Option(help=_SECONDARY)]
-Core: TypeAlias = Annotated[
-    float | None,
-    typer.Option(help=f"C: percent of image rows read on an ordinary step. [avl {Avl.core}, coarse {Coarse.core}]"),
-]
-Refresh: TypeAlias = Annotated[
-    int | None, typer.Option(help=f"avl, K: every K-th step reads all stored rows; 0: never. [{Avl.refresh}]")
-]
-TextKeep: TypeAlias = Annotated[
-    float | None, typer.Option(help=f"avl, T: percent of text rows kept after the image. [{Avl.text_keep}]")
-]
+PrefillKeep: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("prefill_keep"))]
+Secondary: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("secondary"))]
+Core: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("core"))]
+Refresh: TypeAlias = Annotated[int | None, typer.Option(help=parameter_help("refresh"))]
+TextKeep: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("text_keep"))]
 _FORMAT_NAMES = "exact, int8, int4, lowrank:R or lowrank:R+int8"
 KvFormat: TypeAlias = Annotated[
     str | None, typer.Option(help=f"How rows are stored: {_FORMAT_NAMES}. Of every tier without a format of its own.")
