@@ -19,6 +19,7 @@ from .bench import app as bench_app
 from .build import build
 from .doctor import doctor
 from .evaluate import evaluate
+from .methods import methods
 from .plan import plan
 from .profile import app as profile_app
 from .run import run
@@ -29,6 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command()(run)
 app.command()(doctor)
 app.command()(plan)
+app.command()(methods)
 app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
 app.command()(build)
