@@ -17,7 +17,17 @@ from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.cli import run_app
 from avl_edge.config import PromptShape, require
 from avl_edge.kv.layout import PAGE_ROWS
-from avl_edge.kv.methods import METHODS, Kept, Method, PromptLayer, TierPeaks, Tiers, parameter, register
+from avl_edge.kv.methods import (
+    METHODS,
+    Kept,
+    Method,
+    PromptLayer,
+    TierPeaks,
+    Tiers,
+    parameter,
+    parameter_help,
+    register,
+)
 from avl_edge.kv.methods.arithmetic import share, spread
 from avl_edge.kv.methods.full import FullPolicy
 from avl_edge.machine import profile
@@ -190,6 +200,7 @@ def test_the_command_line_knows_it(checkpoint: Checkpoints, picture: str, capsys
     assert listed["name"] == "thinned"
     help_ = "percent of image rows stored, evenly spaced"
     assert listed["parameters"] == [{"name": "keep", "default": 50, "help": help_, "symbol": "N"}]
+    assert parameter_help("keep") == f"thinned, N: {help_}. [50]"
     directory = str(checkpoint("llama-mha"))
     asked = ["run", "--model", directory, "--image", picture, "--prompt", FIRST, "--max-new-tokens", "4", "--json"]
     code, out, err = call(*asked, "--method", "thinned", "--set", "keep=25", "--kv-budget", "1GB")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from ...config import Formats, PromptShape
 from .policy import Policy
@@ -128,5 +128,5 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def ladder(cls, fixed: Mapping[str, Any]) -> Iterator[Method]:
+    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Method]:
         """Settings to try for a budget, best answers first; ``fixed`` parameters stay as given."""
