@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import parse_parameter
 from ..errors import BadInput, BadModel
-from ..kv.methods import parameter_help
+from ..kv.methods import parameter_defaults, parameter_help
 from ..model.checkpoint import Progress as Report
 from ..package.engine import is_package
 from ..serving.runtime import DEMO
@@ -29,11 +29,17 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON 
 Debug: TypeAlias = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
 
-PrefillKeep: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("prefill_keep"))]
-Secondary: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("secondary"))]
-Core: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("core"))]
-Refresh: TypeAlias = Annotated[int | None, typer.Option(help=parameter_help("refresh"))]
-TextKeep: TypeAlias = Annotated[float | None, typer.Option(help=parameter_help("text_keep"))]
+
+def _parameter(name: str) -> str:
+    """The help of a method's parameter that has an option of its own."""
+    return f"{parameter_help(name)} [{parameter_defaults(name)}]"
+
+
+PrefillKeep: TypeAlias = Annotated[float | None, typer.Option(help=_parameter("prefill_keep"))]
+Secondary: TypeAlias = Annotated[float | None, typer.Option(help=_parameter("secondary"))]
+Core: TypeAlias = Annotated[float | None, typer.Option(help=_parameter("core"))]
+Refresh: TypeAlias = Annotated[int | None, typer.Option(help=_parameter("refresh"))]
+TextKeep: TypeAlias = Annotated[float | None, typer.Option(help=_parameter("text_keep"))]
 _FORMAT_NAMES = "exact, int8, int4, lowrank:R or lowrank:R+int8"
 KvFormat: TypeAlias = Annotated[
     str | None, typer.Option(help=f"How rows are stored: {_FORMAT_NAMES}. Of every tier without a format of its own.")

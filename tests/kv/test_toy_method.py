@@ -25,6 +25,7 @@ from avl_edge.kv.methods import (
     TierPeaks,
     Tiers,
     parameter,
+    parameter_defaults,
     parameter_help,
     register,
 )
@@ -200,7 +201,7 @@ def test_the_command_line_knows_it(checkpoint: Checkpoints, picture: str, capsys
     assert listed["name"] == "thinned"
     help_ = "percent of image rows stored, evenly spaced"
     assert listed["parameters"] == [{"name": "keep", "default": 50, "help": help_, "symbol": "N"}]
-    assert parameter_help("keep") == f"thinned, N: {help_}. [50]"
+    assert (parameter_help("keep"), parameter_defaults("keep")) == (f"N: {help_}.", "thinned 50")
     directory = str(checkpoint("llama-mha"))
     asked = ["run", "--model", directory, "--image", picture, "--prompt", FIRST, "--max-new-tokens", "4", "--json"]
     code, out, err = call(*asked, "--method", "thinned", "--set", "keep=25", "--kv-budget", "1GB")

@@ -133,8 +133,8 @@ def test_tiers_are_what_the_caches_hold(
         before = cache.bytes_read
         cache.begin_step()
         for layer in range(layers) if cache.picks_core else ():
-            (scanned,) = cache.rows_to_scan(layer)
-            cache.pick_core(layer, chance.random(len(scanned.ids)))
+            (seen,) = cache.rows_to_scan(layer)
+            cache.pick_core(layer, chance.random(len(seen.ids)))
         read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
         for layer in range(layers):
             cache.settle(layer, chance.random(read[layer]) if cache.wants_scores else None)

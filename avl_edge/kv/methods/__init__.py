@@ -1,5 +1,9 @@
-"""The methods, one file each: which row is in which tier. To add one, write its file and name its class in `registry`;
-or, from outside this package, :func:`register` it."""
+"""The methods, one file each: which row is in which tier.
+
+`base` is what a method says of itself, `policy` what decides for a request, `arithmetic` what they count and rank with,
+`registry` the methods by name. To add one, write its file and name its class in `registry`; or, from outside this
+package, :func:`register` it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from .registry import (
     Choice,
     candidates,
     method_parameters,
+    parameter_defaults,
     parameter_help,
     register,
     sharing_methods,
@@ -49,6 +54,7 @@ __all__ = [
     "candidates",
     "method_parameters",
     "parameter",
+    "parameter_defaults",
     "parameter_help",
     "pruned",
     "register",

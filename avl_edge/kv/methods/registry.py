@@ -104,16 +104,15 @@ def method_parameters(parameter: str) -> str:
 
 
 def parameter_help(parameter: str) -> str:
-    """What a parameter is, for an option of its own: in the words of the first method that takes it, with the default
-    of each. ``C: percent of image rows read on an ordinary step. [avl 30, coarse 40]``"""
-    owners = _owners(parameter)
-    (name, of), *others = owners.items()
-    if others:
-        head, defaults = [of.symbol], ", ".join(f"{name} {each.default:g}" for name, each in owners.items())
-    else:
-        head, defaults = [name, of.symbol], f"{of.default:g}"
-    said = ", ".join(filter(None, head))
-    return f"{said}: {of.help}. [{defaults}]" if said else f"{of.help}. [{defaults}]"
+    """What a parameter is, for an option of its own, in the words of the first method that takes it:
+    ``C: percent of image rows read on an ordinary step.``"""
+    of = next(iter(_owners(parameter).values()))
+    return f"{of.symbol}: {of.help}." if of.symbol else f"{of.help}."
+
+
+def parameter_defaults(parameter: str) -> str:
+    """Its default for each method that takes it: ``avl 30, coarse 40``."""
+    return ", ".join(f"{name} {of.default:g}" for name, of in _owners(parameter).items())
 
 
 def _owners(parameter: str) -> dict[str, Parameter]:
