@@ -25,6 +25,7 @@ COMMANDS = {
     "run": Lazy("run:run", "Answer questions about one or more images."),
     "doctor": Lazy("doctor:doctor", "Say what machine this is and what to mend on it."),
     "plan": Lazy("plan:plan", "Say what a request would cost on a device."),
+    "methods": Lazy("methods:methods", "List the methods with their parameters and sources."),
     "models": Lazy("models:models", "List the models that plan knows by name."),
     "eval": Lazy("evaluate:evaluate", "Ask the same questions with several methods."),
     "build": Lazy("build:build", "Build ONNX graphs and engines from a checkpoint."),

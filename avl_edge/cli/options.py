@@ -10,7 +10,7 @@ import typer
 
 from ..config import parse_parameter
 from ..errors import BadInput, BadModel
-from ..kv.methods import METHODS, Avl, Coarse, Distinct
+from ..kv.methods import METHODS, parameter_defaults, parameter_help
 from ..model.demo import DEMO
 from ..package.directory import is_package
 from .terminal import AS_JSON
@@ -37,40 +37,40 @@ Method: TypeAlias = Annotated[
 PrefillKeep: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="P: percent of image tokens beyond the early layers.",
-        show_default=f"avl {Avl.prefill_keep}",
+        help=parameter_help("prefill_keep"),
+        show_default=parameter_defaults("prefill_keep"),
         rich_help_panel=METHOD,
     ),
 ]
 Secondary: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="S: percent of image rows stored per layer.",
-        show_default=f"avl {Avl.secondary}, distinct {Distinct.secondary}, coarse {Coarse.secondary}",
+        help=parameter_help("secondary"),
+        show_default=parameter_defaults("secondary"),
         rich_help_panel=METHOD,
     ),
 ]
 Core: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="C: percent of image rows read on an ordinary step.",
-        show_default=f"avl {Avl.core}, coarse {Coarse.core}",
+        help=parameter_help("core"),
+        show_default=parameter_defaults("core"),
         rich_help_panel=METHOD,
     ),
 ]
 Refresh: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        help="K: every K-th step reads all stored rows; 0: never.",
-        show_default=f"avl {Avl.refresh}",
+        help=parameter_help("refresh"),
+        show_default=parameter_defaults("refresh"),
         rich_help_panel=METHOD,
     ),
 ]
 TextKeep: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="T: percent of text rows kept after the image.",
-        show_default=f"avl {Avl.text_keep}",
+        help=parameter_help("text_keep"),
+        show_default=parameter_defaults("text_keep"),
         rich_help_panel=METHOD,
     ),
 ]

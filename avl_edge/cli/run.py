@@ -225,10 +225,8 @@ def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
 def _say_plan(request: Request) -> None:
     plan = request.plan
     assert plan.budget is not None
-    symbols = {"prefill_keep": "P", "secondary": "S", "core": "C", "refresh": "K", "text_keep": "T"}
-    picked = " ".join(
-        f"{symbol} {getattr(plan.method, name):g}" for name, symbol in symbols.items() if hasattr(plan.method, name)
-    )
+    values = asdict(plan.method)
+    picked = " ".join(f"{each.symbol} {values[each.name]:g}" for each in plan.method.parameters() if each.symbol)
     print(
         f"avl-edge: {plan.method.name} {picked}".rstrip()
         + ("" if plan.formats.all_exact else f", {_spoken(plan.formats.by_tier())},")
@@ -243,7 +241,7 @@ def _explain(runtime: Runtime, request: Request, *, asked: bool) -> None:
         why = runtime.planner.preset(preset, prompt_shape(len(request.prompt), request.prompt.spans)).why
     else:
         why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
-    settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())  # type: ignore[call-overload]
+    settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())
     formats = _spoken(plan.formats.by_tier()) or "rows exact"
     print(f"avl-edge: {preset or plan.method.name} ({settings or plan.method.name}; {formats}): {why}", file=sys.stderr)
 

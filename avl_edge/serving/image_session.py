@@ -13,7 +13,7 @@ from ..kv import quality
 from ..kv.budget import KvPlan, first_within, kv_plan, plan_after
 from ..kv.cache import prompt_shape
 from ..kv.layout import Format
-from ..kv.methods import Avl, Choice, Coarse, Distinct, Full, Method, candidates
+from ..kv.methods import Choice, Distinct, Full, Method, candidates, sharing_methods
 from ..model.prompt import ImageSource, Processor, check_sources
 from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats, Prompt
@@ -213,20 +213,11 @@ def _preset(name: str, prompt: PromptShape, planner: RequestPlanner) -> Choice:
 def _stored(method: Method, name: str) -> float:
     """The percentage of image rows that a method stores, whatever is asked; :class:`BadInput` where that depends on the
     question, or rows go later."""
-    drops = f"{name} stores rows for one question alone"
-    match method:
-        case Full():
-            return 100
-        case Distinct():
-            return method.secondary
-        case Coarse():
-            require(not method.by_mass, f"{drops}: give coarse with by_mass=0")
-            return method.secondary
-        case Avl():
-            fixed = method.prefill_keep == 100 and (method.by_values or method.secondary == 100)
-            require(bool(fixed), f"{drops}: give avl with prefill_keep=100 and by_values=1, or secondary=100")
-            return method.secondary
-    raise BadInput(f"{drops}: choose one of {', '.join(each.name for each in (Full, Distinct, Coarse, Avl))}")
+    if method.shared_percent is None:
+        drops = f"{name} stores rows for one question alone"
+        require(not method.shared_with, f"{drops}: give {method.shared_with}")
+        raise BadInput(f"{drops}: choose one of {', '.join(sharing_methods())}")
+    return method.shared_percent
 
 
 def _require_one_format(formats: Formats) -> None:

@@ -24,7 +24,7 @@ def result_of(
         model=model,
         backend=backend,
         method=method.name,
-        settings=asdict(method),  # type: ignore[call-overload]
+        settings=asdict(method),
         formats=formats.by_tier(),
         usage=Usage(len(request.prompt), images, len(sequence.token_ids)),
         timings=_timings(sequence, load_ms),

@@ -39,7 +39,9 @@ class SharedPrefix:
     @property
     def share(self) -> float:
         """The percentage of image rows that are stored."""
-        return getattr(self.plan.method, "secondary", 100)
+        percent = self.plan.method.shared_percent
+        assert percent is not None, "a shared prefix is planned with a method whose rows may be shared"
+        return percent
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from avl_edge.config import Formats, PromptShape
 from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import H2O, METHODS, FastV, Streaming
-from avl_edge.kv.methods.base import share
+from avl_edge.kv.methods.arithmetic import share
 from tests.conftest import Checkpoints, Recorder
 from tests.equipment import oracle_baselines as oracles
 from tests.equipment.checkpoints import random_image

@@ -13,7 +13,7 @@ from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import Avl, Coarse, Distinct, Random, StepLayer
-from avl_edge.kv.methods.base import PromptLayer
+from avl_edge.kv.methods.policy import PromptLayer
 from avl_edge.kv.pool import RowPool
 from avl_edge.request import ImageSpan
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avl_edge.kv.methods.base import rounded_share, share, top
+from avl_edge.kv.methods.arithmetic import rounded_share, share, top
 
 SCORES = st.one_of(st.sampled_from([0.0, -0.0, 0.25, 0.5, math.inf, -math.inf, math.nan]), st.floats(width=32))
 

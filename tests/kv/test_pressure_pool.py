@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Avl
-from avl_edge.kv.methods.base import PromptLayer, StepLayer
+from avl_edge.kv.methods.policy import PromptLayer, StepLayer
 from avl_edge.kv.pool import RowPool, RowStore, SequenceRows
 from avl_edge.kv.pool.compaction import smaller_formats
 from avl_edge.machine.allocator import advise_free

@@ -17,7 +17,7 @@ from avl_edge.kv.methods import H2O, METHODS, Avl, Coarse, Distinct, FastV, Full
 from avl_edge.kv.pool import RowPool
 from avl_edge.machine import profile
 from avl_edge.model.sizes import Precision, known_shape
-from avl_edge.planning.estimate import Answer, PlanRequest, plan, prompt_work, tiers, tokens_in
+from avl_edge.planning.estimate import Answer, PlanRequest, plan, prompt_work
 from avl_edge.request import ImageSpan
 
 ORIN = profile.named("agx-orin-64", "MAXN")
@@ -123,7 +123,7 @@ def test_tiers_are_what_the_caches_hold(
     cache = SequenceCache(RowPool(promise.pages, shape), promise, prompt.length, spans, layers)
     tokens = prompt.length
     for layer in range(layers):
-        assert tokens == tokens_in(method, prompt, layer)
+        assert tokens == method.tokens_in(prompt, layer)
         scores = chance.random(tokens)
         cache.store_prompt(layer, scores, scores, scores)
         survivors = cache.prune_prompt(layer, scores, scores, scores)
@@ -133,7 +133,7 @@ def test_tiers_are_what_the_caches_hold(
         before = cache.bytes_read
         cache.begin_step()
         for layer in range(layers) if cache.picks_core else ():
-            (seen,) = cache.rows_to_look_at(layer)
+            (seen,) = cache.rows_to_scan(layer)
             cache.pick_core(layer, chance.random(len(seen.ids)))
         read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
         for layer in range(layers):
@@ -141,10 +141,10 @@ def test_tiers_are_what_the_caches_hold(
         assert answer.step(step).rows == sum(read)
         if not isinstance(method, H2O) or formats.text == formats.core:
             assert answer.step(step).nbytes == cache.bytes_read - before
-        assert answer.step(step).looked_rows == sum(len(each.image_ids) for each in cache.rows) * cache.picks_core
+        assert answer.step(step).scanned_rows == sum(len(each.image_ids) for each in cache.rows) * cache.picks_core
         assert answer.step(step).scored_layers == layers * cache.policy.wants_scores(step)
     for layer in range(layers):
-        counted, held = tiers(method, prompt, steps, layer), cache.rows.layers[layer].counts()
+        counted, held = method.tiers(prompt, steps, layer), cache.rows.layers[layer].counts()
         assert (counted.stored, counted.freed) == (sum(held.values()) - held["freed"], held["freed"])
         # Of coarse's rows the core is picked when a step begins: after the prompt all that is stored is core.
         if not isinstance(method, H2O) and (steps or not isinstance(method, Coarse)):
@@ -170,11 +170,11 @@ def test_bytes_of_a_step_by_hand() -> None:
     avl = Answer(Avl(100, 50, 25, 3, 100), prompt, shape, 6, Formats("exact", "int8", "int4"))
     assert avl.step(1).nbytes == 32 * (11 * exact + 25 * int8)
     assert avl.step(3).nbytes == 32 * (13 * exact + 25 * int8 + 25 * int4)
-    assert avl.step(3).looked_rows == 0
+    assert avl.step(3).scanned_rows == 0
     coarse = Answer(Coarse(secondary=50, core=25), prompt, shape, 6, Formats("exact", "int8", "int8"))
     # Of an int8 key the scales and the high half of every value.
     assert coarse.step(1).nbytes == 32 * (11 * exact + 25 * int8 + 50 * (64 + 2048))
-    assert (coarse.step(1).rows, coarse.step(1).looked_rows) == (32 * 36, 32 * 50)
+    assert (coarse.step(1).rows, coarse.step(1).scanned_rows) == (32 * 36, 32 * 50)
     assert Answer(Full(), prompt, shape, 6).step(1).nbytes == 32 * 111 * exact
 
 

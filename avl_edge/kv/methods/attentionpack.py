@@ -17,31 +17,35 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import Formats, PromptShape, require
-from .base import KeepsCore, Kept, PromptLayer, Queries, Scores, Settlement, StepLayer, TierPeaks, share, top
+from .arithmetic import Scores, share, top
+from .base import Method, TierPeaks, Tiers, parameter
+from .policy import KeepsCore, Kept, PromptLayer, Queries, Settlement, StepLayer
 
 
 @dataclass(frozen=True)
-class AttentionPack:
-    """``core`` r1: percent of image rows read at full rank; ``decay``: percent of a row's importance that a step keeps,
-    the rest is the attention that it receives on the step."""
+class AttentionPack(Method):
+    """``decay`` is of the moving average: the rest is the attention that a row receives on the step."""
 
-    core: float = 25
-    decay: float = 90
+    core: float = parameter(25, "percent of image rows read at full rank", "r1")
+    decay: float = parameter(90, "percent of a row's importance that a step keeps")
 
     name: ClassVar[str] = "attentionpack"
+    summary: ClassVar[str] = "all image rows in low rank, the important ones read at full rank"
+    source: ClassVar[str] = "AttentionPack, arXiv 2603.23914, CVPR 2026"
     formats: ClassVar[Formats] = Formats("exact", "lowrank:64", "lowrank:64@16")
 
     def __post_init__(self) -> None:
         require(0 <= self.core <= 100, f"core (r1) must be from 0 to 100 percent, not {self.core:g}")
         require(0 <= self.decay < 100, f"decay must be at least 0 and below 100 percent, not {self.decay:g}")
 
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        return layers * (prompt.length + steps)
-
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         core = share(prompt.images, self.core)
         text = prompt.prefix + prompt.suffix + steps
         return TierPeaks(layers * text, layers * core, layers * (prompt.images - core))
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        text = prompt.prefix + prompt.suffix + steps
+        return Tiers.of(prompt, steps, text, prompt.images, share(prompt.images, self.core))
 
     def policy(self, prompt: PromptShape, layers: int) -> AttentionPackPolicy:
         return AttentionPackPolicy(self, prompt, layers)

@@ -16,36 +16,17 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ...config import PromptShape, require
-from .base import (
-    KeepsCore,
-    Kept,
-    Mask,
-    PromptLayer,
-    Prune,
-    Queries,
-    Scores,
-    Settlement,
-    StepLayer,
-    TierPeaks,
-    pruned,
-    rounded_share,
-    share,
-    spread,
-    top,
-    whole,
-    without_lowest,
-)
+from .arithmetic import Mask, Scores, rounded_share, share, spread, top, whole, without_lowest
+from .base import Method, TierPeaks, Tiers, parameter
+from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, StepLayer, pruned
 
 
 @dataclass(frozen=True)
-class Avl:
+class Avl(Method):
     """A-VL's symbols; percentages are of the image tokens of the prompt, of text rows for ``text_keep``.
 
-    ``prefill_keep`` P: image tokens that go beyond layer ``prune_layer`` (0-based) of prefill;
-    ``secondary`` S: image rows stored per layer, core included; ``core`` C: image rows attended on an ordinary
-    step; ``refresh`` K: every K-th step attends all stored rows and picks the core anew (0: never);
-    ``text_keep`` T: text rows kept after the image, at least ``text_floor`` of them, ``heavy`` percent of
-    which are heavy hitters and the others the most recent.
+    A refresh (``refresh``) picks the core anew. At least ``text_floor`` text rows are kept after the image, ``heavy``
+    percent of which are heavy hitters and the others the most recent.
 
     ``prompt_mean`` 1 is ours, not the paper's: prefill ranks image tokens by their mean attention from all text after
     the image, instead of from the last token alone, which looks where the first word of the answer is and evicts what
@@ -53,22 +34,25 @@ class Avl:
     tokens whose values stand out, whatever attention they get (see :mod:`avl_edge.kv.methods.distinct`); of those,
     attention picks the core. And so is ``drift``: beside every K-th step, the one after a step on which the core has
     lost so many percent of its attention (against the text's, since the last refresh, mean of the layers) refreshes as
-    well; 0: never.
+    well.
     """
 
-    prefill_keep: float = 90
-    secondary: float = 45
-    core: float = 30
-    refresh: int = 3
-    text_keep: float = 70
-    heavy: float = 70
-    text_floor: int = 20
-    prune_layer: int = 2
-    prompt_mean: int = 0
-    by_values: int = 0
-    drift: float = 0
+    prefill_keep: float = parameter(90, "percent of image tokens beyond the early layers", "P")
+    secondary: float = parameter(45, "percent of image rows stored per layer", "S")
+    core: float = parameter(30, "percent of image rows read on an ordinary step", "C")
+    refresh: int = parameter(3, "every K-th step reads all stored rows; 0: never", "K")
+    text_keep: float = parameter(70, "percent of text rows kept after the image", "T")
+    heavy: float = parameter(70, "percent of kept text that is heavy hitters, the rest recent")
+    text_floor: int = parameter(20, "the fewest text rows kept after the image")
+    prune_layer: int = parameter(2, "the last layer (0-based) that all image tokens reach")
+    prompt_mean: int = parameter(0, "1: rank by all text after the image; 0: by the last token")
+    by_values: int = parameter(0, "1: store rows whose values stand out; 0: by attention")
+    drift: float = parameter(0, "percent of core attention lost that refreshes too; 0: never")
 
     name: ClassVar[str] = "avl"
+    summary: ClassVar[str] = "image rows in tiers by the attention they get, text held to a budget"
+    source: ClassVar[str] = "A-VL, arXiv 2409.14846, AAAI 2025"
+    shared_with: ClassVar[str] = "avl with prefill_keep=100 and by_values=1, or secondary=100"
 
     def __post_init__(self) -> None:
         p, s, c = self.prefill_keep, self.secondary, self.core
@@ -95,9 +79,6 @@ class Avl:
         """Text rows kept of the ``seen`` ones after the image (halves round to even)."""
         return min(seen, max(rounded_share(seen, self.text_keep), self.text_floor))
 
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        return sum(self.peak_tiers(prompt, steps, layers))
-
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         # Rows grow with every step, and a step's new row is there before the eviction that it causes.
         text = self.text_budget(prompt.suffix)
@@ -105,6 +86,19 @@ class Avl:
             text = max(text, self.text_budget(prompt.suffix + steps - 1) + 1)
         core, stored = share(prompt.images, self.core), share(prompt.images, self.secondary)
         return TierPeaks(layers * (prompt.prefix + text), layers * core, layers * (stored - core))
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        text = prompt.prefix + self.text_budget(prompt.suffix + steps)
+        return Tiers.of(prompt, steps, text, share(prompt.images, self.secondary), share(prompt.images, self.core))
+
+    def tokens_in(self, prompt: PromptShape, layer: int) -> int:
+        pruned = prompt.images - share(prompt.images, self.prefill_keep)
+        return prompt.length - (pruned if layer > self.prune_layer else 0)
+
+    @property
+    def shared_percent(self) -> float | None:
+        is_fixed = self.prefill_keep == 100 and (self.by_values or self.secondary == 100)
+        return self.secondary if is_fixed else None
 
     def policy(self, prompt: PromptShape, layers: int) -> AvlPolicy:
         return AvlPolicy(self, prompt, layers)

@@ -1,99 +1,35 @@
-"""What a method is: settings that are checked and counted, and a policy that says which row is in which tier.
+"""What a method is: settings that are checked and counted, and all that the rest of the runtime has to know about them.
 
-A method is one file with one frozen dataclass (its settings, named by the paper's symbols in the docstring)
-and the policy that the dataclass makes, one per request. A policy sees scores and answers with masks over
-positions; it never sees a row id and moves nothing.
+A method is one file with one frozen dataclass (its settings) and the policy that the dataclass makes, one per request
+(:mod:`.policy`). Methods share the names of their parameters: ``secondary`` is the percentage of image rows stored per
+layer and ``core`` the percentage read on an ordinary step, whoever takes them.
 """
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
-from functools import lru_cache
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+from ...config import Formats, PromptShape
+from .policy import Policy
 
-from ...config import PromptShape
-
-Scores = npt.NDArray[Any]
-"""float32 or float64 attention weights: post-softmax, averaged over the query heads."""
-Mask = npt.NDArray[np.bool_]
-Positions = npt.NDArray[np.int32]
-Queries = Literal["none", "last", "suffix", "all"]
-"""The prompt's queries whose attention a policy looks at: of none, of the last one, or of the last one and the sums
-over the suffix's queries or over all."""
+Number = TypeVar("Number", int, float)
 
 
-@dataclass(frozen=True)
-class PromptLayer:
-    """One layer of prefill: the ``m`` tokens that are still in it, in order of position.
+class Parameter(NamedTuple):
+    """A parameter of a method as people see it. ``symbol``: the published one, or empty."""
 
-    ``positions`` int32 ``[m]``; ``is_image`` and ``is_suffix`` (text after the first image began) bool ``[m]``;
-    ``last`` ``[m]`` is the last token's attention; ``total`` ``[m]`` the summed attention of the queries that
-    :meth:`Policy.prompt_queries` named for this layer. What it did not ask for is zero. ``distances`` ``[m]``: squared,
-    of the tokens' values from the mean value of the images' tokens; empty unless :attr:`Policy.wants_distances`.
-    """
-
-    layer: int
-    positions: Positions
-    is_image: Mask
-    is_suffix: Mask
-    last: Scores
-    total: Scores
-    distances: Scores = field(default_factory=lambda: np.empty(0))
+    name: str
+    default: float
+    help: str
+    symbol: str
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a layer stores of its prompt, as masks ``[m]``: ``stored`` rows, of whose images ``core`` are core.
-
-    ``earlier``: what layers before it keep from now on of their image rows, as masks over those that they stored.
-    """
-
-    stored: Mask
-    core: Mask
-    earlier: Mapping[int, Mask] = field(default_factory=dict)
-
-
-class Prune(NamedTuple):
-    """How many image tokens go on to the deeper layers, and by which of :class:`PromptLayer`'s fields they are ranked;
-    of equals the lower positions go on. All text does."""
-
-    images: int
-    by: Literal["last", "total", "distances"]
-
-
-@dataclass(frozen=True)
-class StepLayer:
-    """One layer of a decode step: scores of the rows that were attended, in order of position.
-
-    ``image`` covers the core (or all stored image rows when the step read them); ``text`` all text rows,
-    the new token's own last; both are empty unless :meth:`Policy.wants_scores`. ``is_suffix`` bool marks the text
-    rows that stand after the first image began.
-    """
-
-    layer: int
-    step: int
-    image: Scores
-    text: Scores
-    is_suffix: Mask
-
-
-@dataclass(frozen=True)
-class Settlement:
-    """What changes from the next step on; None: as is.
-
-    ``core`` is the new core and ``image`` the image rows kept, over the stored image rows as the step found them;
-    ``text`` the text rows kept. A core row that is not kept leaves the core too.
-    """
-
-    core: Mask | None = None
-    text: Mask | None = None
-    image: Mask | None = None
+def parameter(default: Number, help: str, symbol: str = "") -> Number:
+    """A field of a method's settings; ``help`` is one line, in lower case and without a full stop."""
+    return field(default=default, metadata={"default": default, "help": help, "symbol": symbol})
 
 
 class TierPeaks(NamedTuple):
@@ -104,218 +40,93 @@ class TierPeaks(NamedTuple):
     secondary: int
 
 
-class Policy(Protocol):
-    """One request's decisions."""
-
-    def prompt_queries(self, layer: int) -> Queries:
-        """Whose attention in prefill the decisions of ``layer`` depend on."""
-        ...
-
-    @property
-    def wants_distances(self) -> bool:
-        """Whether decisions in prefill depend on the tokens' values."""
-        ...
-
-    def keep_prompt(self, view: PromptLayer) -> Kept:
-        """Which rows this layer stores, asked once per layer in order."""
-        ...
-
-    def prunes(self, layer: int) -> Prune | None:
-        """Which image tokens end with ``layer`` of prefill, by its scores; None: none."""
-        ...
-
-    def picks_core(self, step: int) -> bool:
-        """Whether decode step ``step`` (from 1) picks its core by a scan of all stored keys, before it attends."""
-        ...
-
-    def pick_core(self, weights: Scores) -> Mask:
-        """The core of this step and layer: a mask over the stored image rows, from their coarse weights."""
-        ...
-
-    def nucleus(self) -> tuple[float, int]:
-        """What :meth:`pick_core` picks, for whoever picks in its stead: rows in order of their weight until they hold
-        this share of the sum, of equal weights the lower places first, and never more than so many rows. A share of 1
-        is never held: it is always as many."""
-        ...
-
-    def reads_secondary(self, step: int) -> bool:
-        """Whether decode step ``step`` (from 1) attends the secondary rows too."""
-        ...
-
-    def wants_scores(self, step: int) -> bool:
-        """Whether :meth:`settle` looks at this step's scores."""
-        ...
-
-    def settle(self, view: StepLayer) -> Settlement:
-        """What one layer changes after a step; asked once per layer and step."""
-        ...
-
-    def evictable(self, layer: int, core: Mask) -> int:
-        """How many secondary rows ``layer`` could give up between two steps; ``core`` is a mask over its image rows."""
-        ...
-
-    def evict(self, layer: int, core: Mask, count: int) -> Mask:
-        """Evict ``count`` rows, at most :meth:`evictable`, those with the lowest scores that were last known.
-
-        Returns the rows that stay, a mask over the stored image rows; no later score or mask counts the others.
-        """
-        ...
-
-
-class Method(Protocol):
-    """The settings of a method: a frozen dataclass whose fields are its parameters."""
-
-    name: ClassVar[str]
-
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        """The most rows, over all layers, that a request holds at any time within ``steps`` decode steps."""
-        ...
-
-    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
-        """The same, tier by tier: what each needs where their rows weigh differently."""
-        ...
-
-    def policy(self, prompt: PromptShape, layers: int) -> Policy:
-        """The policy of one request."""
-        ...
-
-    @classmethod
-    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Method]:
-        """Settings to try for a budget, best answers first; ``fixed`` parameters stay as given."""
-        ...
-
-
 def mixed_peaks(total: int, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
     """For methods that hold text and image rows to one budget of ``total`` rows: either may fill it."""
     text = layers * (prompt.prefix + prompt.suffix + steps)
     return TierPeaks(min(total, text), min(total, layers * prompt.images), 0)
 
 
-def whole(value: float) -> bool:
-    """Whether a parameter is a whole number."""
-    return math.isfinite(value) and value == int(value)
+@dataclass(frozen=True)
+class Tiers:
+    """Rows of one layer. ``core`` and ``secondary`` are image rows; ``freed`` are rows that are no longer held."""
 
+    text: int
+    core: int
+    secondary: int
+    freed: int
 
-@lru_cache(maxsize=256)
-def exact(percent: float) -> Fraction:
-    """The decimal number that was written, not the binary one nearest to it: 32.3 % of 1000 are 323."""
-    return Fraction(str(percent))
-
-
-@lru_cache(maxsize=4096)
-def share(count: int, percent: float) -> int:
-    """``percent`` of ``count``, rounded down: the paper's int(S*N)."""
-    return int(count * exact(percent) // 100)
-
-
-@lru_cache(maxsize=4096)
-def rounded_share(count: int, percent: float) -> int:
-    """``percent`` of ``count``, halves to even."""
-    return round(count * exact(percent) / 100)
-
-
-def top(scores: Scores, count: int) -> Mask:
-    """The ``count`` highest scores as a mask; ties go to the lower position."""
-    if not 0 < count < len(scores):
-        return np.full(len(scores), count > 0)
-    # Partly sorted, as a refresh ranks hundreds of rows in every layer; NaN comes last.
-    falling = -scores
-    lowest = np.partition(falling, count - 1)[count - 1]
-    mask: Mask = falling < lowest
-    equal = falling == lowest
-    if np.isnan(lowest):
-        mask, equal = ~np.isnan(falling), np.isnan(falling)
-    mask[np.flatnonzero(equal)[: count - np.count_nonzero(mask)]] = True
-    return mask
-
-
-def without_lowest(scores: Scores, core: Mask, count: int) -> Mask:
-    """All rows but the ``count`` lowest-scored ones that are not core; of equals the higher positions go."""
-    return core | spread(top(scores[~core], int((~core).sum()) - count), ~core)
-
-
-def pruned(view: PromptLayer, prune: Prune) -> Mask:
-    """The tokens that go on, a mask ``[m]``."""
-    return ~view.is_image | spread(top(getattr(view, prune.by)[view.is_image], prune.images), view.is_image)
-
-
-def spread(selected: Mask, within: Mask) -> Mask:
-    """A mask over the true entries of ``within`` as a mask over all its entries."""
-    mask = np.zeros(len(within), dtype=np.bool_)
-    mask[np.flatnonzero(within)[selected]] = True
-    return mask
-
-
-def recent(count: int, budget: int) -> Mask:
-    """The last ``budget`` of ``count`` rows as a mask; all of them when there are no more."""
-    return np.arange(count) >= count - budget
-
-
-class Unpruned:
-    """For policies under which all tokens of the prompt go through all layers."""
-
-    def prunes(self, layer: int) -> Prune | None:  # noqa: ARG002
-        return None
-
-
-class KeepsRows(Unpruned):
-    """For policies that give up no row but when a step settles: they have no secondary rows, or need all of them.
-    Their decisions in prefill depend on attention, if on anything."""
+    @classmethod
+    def of(cls, prompt: PromptShape, steps: int, text: int, images: int, core: int | None = None) -> Tiers:
+        """``text`` and ``images`` rows stored of a prompt and ``steps`` tokens; of the images' ``core``, None: all."""
+        core = images if core is None else core
+        return cls(text, core, images - core, prompt.length + steps - text - images)
 
     @property
-    def wants_distances(self) -> bool:
-        return False
-
-    def evictable(self, layer: int, core: Mask) -> int:  # noqa: ARG002
-        return 0
-
-    def evict(self, layer: int, core: Mask, count: int) -> Mask:  # noqa: ARG002
-        raise AssertionError("this policy has no rows to evict")
+    def stored(self) -> int:
+        return self.text + self.core + self.secondary
 
 
-class KeepsCore(KeepsRows):
-    """For policies whose core changes only when a step settles."""
-
-    def picks_core(self, step: int) -> bool:  # noqa: ARG002
-        return False
-
-    def pick_core(self, weights: Scores) -> Mask:  # noqa: ARG002
-        raise AssertionError("this policy does not pick its core before a step")
-
-    def nucleus(self) -> tuple[float, int]:
-        raise AssertionError("this policy picks no core within a step")
+def images_among(prompt: PromptShape, begin: int, end: int) -> int:
+    """Image tokens among the positions ``begin .. end - 1``, images being one run of tokens after the prefix."""
+    return max(0, min(end, prompt.prefix + prompt.images) - max(begin, prompt.prefix))
 
 
-class RowOrder:
-    """The rows that each layer holds, image and text together in order of position.
+@dataclass(frozen=True)
+class Method(ABC):
+    """The settings of a method: a frozen dataclass whose fields are made by :func:`parameter`, and checked by
+    ``__post_init__``.
 
-    For policies that treat all rows alike: they decide over one list, the pool keeps two (image and text).
+    ``name`` is what people call it by, ``summary`` one line, ``source`` where it is published; ``formats`` are those
+    of its tiers where none are given. ``shared_with`` says with which parameters several questions may share its rows
+    ("avl with prefill_keep=100 ..."); empty where none are needed, or none would do.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._is_image: list[Mask] = [np.empty(0, dtype=np.bool_)] * layers
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    formats: ClassVar[Formats] = Formats()
+    shared_with: ClassVar[str] = ""
 
-    def store(self, view: PromptLayer, stored: Mask) -> Kept:
-        """Begin with the ``stored`` rows of the prompt (a mask ``[m]``), every image row of them core."""
-        self._is_image[view.layer] = view.is_image[stored]
-        return Kept(stored, stored & view.is_image)
+    @classmethod
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """What may be set, in the order of the fields."""
+        made = (each for each in fields(cls) if "help" in each.metadata)
+        return tuple(Parameter(each.name, **each.metadata) for each in made)
 
-    def append(self, layer: int) -> int:
-        """The new token's row, of which every step has one, comes last; the number of rows now."""
-        self._is_image[layer] = np.append(self._is_image[layer], False)
-        return len(self._is_image[layer])
+    @classmethod  # noqa: B027
+    def check_formats(cls, formats: Formats) -> None:
+        """Raise :class:`~avl_edge.errors.BadInput` for formats in which the method cannot hold its rows."""
 
-    def scores(self, view: StepLayer) -> Scores:
-        """The step's scores in one list."""
-        is_image = self._is_image[view.layer]
-        scores = np.empty(len(is_image), dtype=view.text.dtype)
-        scores[is_image], scores[~is_image] = view.image, view.text
-        return scores
+    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
+        """The most rows, over all layers, that a request holds at any time within ``steps`` decode steps. Exact: it is
+        what a request is promised. Here: what the tiers hold at most, for methods whose tiers peak together."""
+        return sum(self.peak_tiers(prompt, steps, layers))
 
-    def keep(self, layer: int, keep: Mask) -> Settlement:
-        """Keep the rows in ``keep``, a mask over all rows of ``layer``."""
-        is_image = self._is_image[layer]
-        if keep.all():
-            return Settlement()
-        self._is_image[layer] = is_image[keep]
-        return Settlement(text=keep[~is_image], image=keep[is_image])
+    @abstractmethod
+    def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
+        """The same, tier by tier: what each needs where their rows weigh differently."""
+
+    @abstractmethod
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:
+        """The rows that ``layer`` holds after the prompt and ``steps`` decode steps, settled: the count on the way, for
+        predictions of time and for people. Images are taken as one run of tokens between ``prefix`` and ``suffix``."""
+
+    def tokens_in(self, prompt: PromptShape, layer: int) -> int:  # noqa: ARG002
+        """The prompt's tokens that go through ``layer`` in prefill: all, unless the method prunes."""
+        return prompt.length
+
+    @property
+    def shared_percent(self) -> float | None:
+        """The percentage of image rows that each layer stores whatever is asked, so that several questions may share
+        them: all, or those whose values stand out (as :class:`.distinct.Distinct`, whose ``secondary`` this is). None
+        where the rows depend on the question, or go later."""
+        return None
+
+    @abstractmethod
+    def policy(self, prompt: PromptShape, layers: int) -> Policy:
+        """The policy of one request."""
+
+    @classmethod
+    @abstractmethod
+    def ladder(cls, fixed: Mapping[str, float]) -> Iterator[Method]:
+        """Settings to try for a budget, best answers first; ``fixed`` parameters stay as given."""

@@ -18,41 +18,30 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...config import PromptShape, require
-from .base import (
-    Kept,
-    Mask,
-    PromptLayer,
-    Queries,
-    Scores,
-    Settlement,
-    StepLayer,
-    TierPeaks,
-    Unpruned,
-    share,
-    spread,
-    top,
-    without_lowest,
-)
+from ...config import Formats, PromptShape, require
+from .arithmetic import Mask, Scores, share, spread, top, without_lowest
+from .base import Method, TierPeaks, Tiers, parameter
+from .policy import Kept, PromptLayer, Queries, Settlement, StepLayer, Unpruned
 
 
 @dataclass(frozen=True)
-class Coarse:
-    """``secondary`` S: percent of image rows stored per layer, core included; ``core`` C: at most so many percent of
-    the image's rows are attended on a step; ``mass`` p: fewer, when these hold that percentage of the image's coarse
-    attention (100: always C).
+class Coarse(Method):
+    """A step attends at most ``core`` percent of the image's rows; fewer, when these hold ``mass`` percent of the
+    image's coarse attention (100: always C).
 
-    ``by_mass`` 1: layers share what they store, S of all their image rows, by one threshold: each keeps its best rows
-    up to the same share of its rows' squared distances, so that a layer in which few rows stand out stores few. 0: S of
-    each layer.
+    With ``by_mass`` layers share what they store, S of all their image rows, by one threshold: each keeps its best rows
+    up to the same share of its rows' squared distances, so that a layer in which few rows stand out stores few.
     """
 
-    secondary: float = 100
-    core: float = 40
-    mass: float = 95
-    by_mass: int = 0
+    secondary: float = parameter(100, "percent of image rows stored per layer", "S")
+    core: float = parameter(40, "percent of image rows read on a step, at most", "C")
+    mass: float = parameter(95, "percent of coarse attention that is enough, up to C")
+    by_mass: int = parameter(0, "1: layers share the stored rows by one threshold; 0: S of each layer")
 
     name: ClassVar[str] = "coarse"
+    summary: ClassVar[str] = "every step scans a coarse form of all stored keys and reads the best rows exactly"
+    source: ClassVar[str] = "avl-edge's own; near to Quest (arXiv 2406.10774) and ShadowKV (arXiv 2410.21465)"
+    shared_with: ClassVar[str] = "coarse with by_mass=0"
 
     def __post_init__(self) -> None:
         for name in ("secondary", "core", "mass"):
@@ -60,13 +49,31 @@ class Coarse:
             require(0 < value <= 100, f"{name} must be above 0 and at most 100 percent, not {value:g}")
         require(self.by_mass in (0, 1), f"by_mass must be 0 or 1, not {self.by_mass:g}")
 
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        return sum(self.peak_tiers(prompt, steps, layers))
+    @classmethod
+    def check_formats(cls, formats: Formats) -> None:
+        require(
+            formats.core == formats.secondary,
+            "coarse picks its core anew at every step: give core and secondary rows the same format",
+        )
+        require(
+            not formats.core.startswith("lowrank"),
+            "coarse scans the keys of stored rows, which low-rank ones have to be rebuilt for: choose int8 or int4",
+        )
 
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         # Which of the stored rows are core changes with every step: all of them count as such.
         text = prompt.prefix + prompt.suffix + steps
         return TierPeaks(layers * text, layers * share(prompt.images, self.secondary), 0)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        """At most C of the image rows are read on a step; a nucleus may be smaller, as only scores can tell."""
+        text = prompt.prefix + prompt.suffix + steps
+        stored = share(prompt.images, self.secondary)
+        return Tiers.of(prompt, steps, text, stored, min(stored, share(prompt.images, self.core)))
+
+    @property
+    def shared_percent(self) -> float | None:
+        return None if self.by_mass else self.secondary
 
     def policy(self, prompt: PromptShape, layers: int) -> CoarsePolicy:
         return CoarsePolicy(self, prompt, layers)

@@ -15,27 +15,36 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...config import PromptShape, require
-from .base import Kept, PromptLayer, TierPeaks, share, spread, top
+from .arithmetic import share, spread, top
+from .base import Method, TierPeaks, Tiers, parameter
 from .full import FullPolicy
+from .policy import Kept, PromptLayer
 
 
 @dataclass(frozen=True)
-class Distinct:
-    """``secondary`` S: percent of image rows stored per layer, all of them core."""
+class Distinct(Method):
+    """All stored rows are core."""
 
-    secondary: float = 25
+    secondary: float = parameter(25, "percent of image rows stored per layer", "S")
 
     name: ClassVar[str] = "distinct"
+    summary: ClassVar[str] = "the image rows whose values stand out, all of them read on every step"
+    source: ClassVar[str] = "avl-edge's own; near to KeyDiff (arXiv 2504.15364), which ranks by keys"
 
     def __post_init__(self) -> None:
         require(0 < self.secondary <= 100, f"secondary (S) must be above 0 and at most 100, not {self.secondary:g}")
 
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        return sum(self.peak_tiers(prompt, steps, layers))
-
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         text = prompt.prefix + prompt.suffix + steps
         return TierPeaks(layers * text, layers * share(prompt.images, self.secondary), 0)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        text = prompt.prefix + prompt.suffix + steps
+        return Tiers.of(prompt, steps, text, share(prompt.images, self.secondary))
+
+    @property
+    def shared_percent(self) -> float:
+        return self.secondary
 
     def policy(self, prompt: PromptShape, layers: int) -> DistinctPolicy:  # noqa: ARG002
         return DistinctPolicy(share(prompt.images, self.secondary))

@@ -17,18 +17,21 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import PromptShape, require
-from .base import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, StepLayer, TierPeaks, exact
+from .arithmetic import exact
+from .base import Method, TierPeaks, Tiers, parameter
+from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, StepLayer
 
 
 @dataclass(frozen=True)
-class FastV:
-    """``layer`` K: the first layer (0-based) that the dropped image tokens do not reach, at least 1; ``drop`` R:
-    percent of the image tokens that are dropped. Published: K 2, R 50."""
+class FastV(Method):
+    """The defaults are the published ones."""
 
-    layer: int = 2
-    drop: float = 50
+    layer: int = parameter(2, "the first layer (0-based, at least 1) without the dropped tokens", "K")
+    drop: float = parameter(50, "percent of the image tokens that are dropped", "R")
 
     name: ClassVar[str] = "fastv"
+    summary: ClassVar[str] = "image tokens with little attention leave the model after an early layer, for good"
+    source: ClassVar[str] = "FastV, arXiv 2403.06764, ECCV 2024"
 
     def __post_init__(self) -> None:
         require(
@@ -48,6 +51,13 @@ class FastV:
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         text = layers * (prompt.prefix + prompt.suffix + steps)
         return TierPeaks(text, self.peak_rows(prompt, steps, layers) - text, 0)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:
+        text = prompt.prefix + prompt.suffix
+        return Tiers.of(prompt, steps, text + steps, self.tokens_in(prompt, layer) - text)
+
+    def tokens_in(self, prompt: PromptShape, layer: int) -> int:
+        return prompt.length - (prompt.images - self.kept(prompt.images) if layer >= self.layer else 0)
 
     def policy(self, prompt: PromptShape, layers: int) -> FastVPolicy:
         return FastVPolicy(self, prompt, layers)

@@ -9,20 +9,27 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import PromptShape
-from .base import KeepsCore, Kept, PromptLayer, Queries, Settlement, StepLayer, TierPeaks
+from .base import Method, TierPeaks, Tiers
+from .policy import KeepsCore, Kept, PromptLayer, Queries, Settlement, StepLayer
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Method):
     """No parameters."""
 
     name: ClassVar[str] = "full"
-
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        return layers * (prompt.length + steps)
+    summary: ClassVar[str] = "every row, every step: what the others are measured against"
+    source: ClassVar[str] = "the model's own attention"
 
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         return TierPeaks(layers * (prompt.prefix + prompt.suffix + steps), layers * prompt.images, 0)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        return Tiers.of(prompt, steps, prompt.prefix + prompt.suffix + steps, prompt.images)
+
+    @property
+    def shared_percent(self) -> float:
+        return 100
 
     def policy(self, prompt: PromptShape, layers: int) -> FullPolicy:  # noqa: ARG002
         return FullPolicy()

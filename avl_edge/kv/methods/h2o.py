@@ -21,35 +21,22 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import PromptShape, require
-from .base import (
-    KeepsCore,
-    Kept,
-    Mask,
-    PromptLayer,
-    Queries,
-    RowOrder,
-    Scores,
-    Settlement,
-    StepLayer,
-    TierPeaks,
-    mixed_peaks,
-    recent,
-    share,
-    top,
-)
+from .arithmetic import Mask, Scores, recent, share, top
+from .base import Method, TierPeaks, Tiers, images_among, mixed_peaks, parameter
+from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, StepLayer
 
 
 @dataclass(frozen=True)
-class H2O:
-    """``budget``: rows held per layer, in percent of the prompt's (at least one row); ``heavy``: percent of them that
-    are heavy hitters, the others being the most recent; ``grow`` 1: the budget is a percentage of all rows seen so
-    far, generated ones included, and grows with the answer (0: it stays)."""
+class H2O(Method):
+    """A layer holds at least one row. With ``grow`` the budget grows with the answer."""
 
-    budget: float = 50
-    heavy: float = 50
-    grow: int = 0
+    budget: float = parameter(50, "rows held per layer, in percent of the prompt's")
+    heavy: float = parameter(50, "percent of them that are heavy hitters, the rest recent")
+    grow: int = parameter(0, "1: the budget is of all rows so far; 0: of the prompt's")
 
     name: ClassVar[str] = "h2o"
+    summary: ClassVar[str] = "the rows with most attention so far and the most recent ones, within a budget"
+    source: ClassVar[str] = "H2O, arXiv 2306.14048, NeurIPS 2023"
 
     def __post_init__(self) -> None:
         require(0 < self.budget <= 100, f"budget must be above 0 and at most 100 percent, not {self.budget:g}")
@@ -67,6 +54,15 @@ class H2O:
 
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         return mixed_peaks(self.peak_rows(prompt, steps, layers), prompt, steps, layers)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        """The sum is exact; which of the heavy hitters are image rows, only scores can tell: in proportion, here."""
+        seen = prompt.length + steps
+        held = min(self.rows(prompt.length, steps), seen)
+        heavy = share(held, self.heavy) if held < seen else 0
+        older = seen - (held - heavy)
+        images = images_among(prompt, older, seen) + heavy * images_among(prompt, 0, older) // max(older, 1)
+        return Tiers.of(prompt, steps, held - images, images)
 
     def policy(self, prompt: PromptShape, layers: int) -> H2OPolicy:
         return H2OPolicy(self, prompt, layers)

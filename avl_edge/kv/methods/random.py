@@ -9,29 +9,34 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import PromptShape, require
-from .base import Kept, PromptLayer, TierPeaks, share, spread, whole
+from .arithmetic import share, spread, whole
+from .base import Method, TierPeaks, Tiers, parameter
 from .full import FullPolicy
+from .policy import Kept, PromptLayer
 
 
 @dataclass(frozen=True)
-class Random:
-    """``secondary`` S: percent of image rows stored per layer, all of them core; ``draw``: a number per drawing."""
+class Random(Method):
+    """All stored rows are core."""
 
-    secondary: float = 50
-    draw: int = 0
+    secondary: float = parameter(50, "percent of image rows stored per layer", "S")
+    draw: int = parameter(0, "a number for each drawing")
 
     name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "image rows by chance: what every method has to beat"
+    source: ClassVar[str] = "a baseline"
 
     def __post_init__(self) -> None:
         require(0 < self.secondary <= 100, f"secondary (S) must be above 0 and at most 100, not {self.secondary:g}")
         require(whole(self.draw) and self.draw >= 0, f"draw must be a whole number from 0, not {self.draw:g}")
 
-    def peak_rows(self, prompt: PromptShape, steps: int, layers: int) -> int:
-        return sum(self.peak_tiers(prompt, steps, layers))
-
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         text = prompt.prefix + prompt.suffix + steps
         return TierPeaks(layers * text, layers * share(prompt.images, self.secondary), 0)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        text = prompt.prefix + prompt.suffix + steps
+        return Tiers.of(prompt, steps, text, share(prompt.images, self.secondary))
 
     def policy(self, prompt: PromptShape, layers: int) -> RandomPolicy:  # noqa: ARG002
         return RandomPolicy(self, prompt)

@@ -17,32 +17,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...config import PromptShape, require
-from .base import (
-    KeepsCore,
-    Kept,
-    Mask,
-    PromptLayer,
-    Queries,
-    RowOrder,
-    Settlement,
-    StepLayer,
-    TierPeaks,
-    mixed_peaks,
-    recent,
-)
+from .arithmetic import Mask, recent
+from .base import Method, TierPeaks, Tiers, images_among, mixed_peaks, parameter
+from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, StepLayer
 
 _WIDEST = 2**20
 _FINEST = 128
 
 
 @dataclass(frozen=True)
-class Streaming:
-    """``sinks``: rows at the start of the sequence that always stay; ``window``: most recent rows held beside them."""
+class Streaming(Method):
+    """The defaults are those of the paper's first table."""
 
-    sinks: int = 4
-    window: int = 1020
+    sinks: int = parameter(4, "rows at the start of the sequence that always stay")
+    window: int = parameter(1020, "most recent rows held beside them")
 
     name: ClassVar[str] = "streaming"
+    summary: ClassVar[str] = "the first rows of the sequence and a window of the most recent ones"
+    source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453, ICLR 2024"
 
     def __post_init__(self) -> None:
         for name, value, least in (("sinks", self.sinks, 0), ("window", self.window, 1)):
@@ -58,6 +50,13 @@ class Streaming:
 
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         return mixed_peaks(self.peak_rows(prompt, steps, layers), prompt, steps, layers)
+
+    def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
+        seen = prompt.length + steps
+        sinks = min(int(self.sinks), seen)
+        begin = max(sinks, seen - int(self.window))
+        images = images_among(prompt, 0, sinks) + images_among(prompt, begin, seen)
+        return Tiers.of(prompt, steps, sinks + seen - begin - images, images)
 
     def policy(self, prompt: PromptShape, layers: int) -> StreamingPolicy:  # noqa: ARG002
         return StreamingPolicy(self, layers)

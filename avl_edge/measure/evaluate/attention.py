@@ -19,8 +19,8 @@ from ...errors import BadInput
 from ...kv.budget import KvPlan, kv_plan
 from ...kv.cache import prompt_shape
 from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, StepLayer
-from ...kv.methods.base import Queries
 from ...kv.methods.full import FullPolicy
+from ...kv.methods.policy import Queries
 from ...model.prompt import open_image
 from ...serving.runtime import Runtime
 from .questions import Questions

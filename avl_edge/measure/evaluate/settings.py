@@ -44,7 +44,7 @@ class Setting:
         Raises :class:`DoesNotFit` when the method cannot hold so little.
         """
         plan = at_share(self._ladder(), self.kv_fraction, prompt, shape, self.method)
-        parameters = asdict(plan.method)  # type: ignore[call-overload]
+        parameters = asdict(plan.method)
         return Options(self.name, parameters, plan.formats, max_new_tokens=max_new_tokens)
 
     def check(self, shape: KvShape) -> None:

@@ -7,7 +7,6 @@ from .division import Division, divide, kv_pool_bytes
 from .estimate import Estimate, KvEstimate, MemoryEstimate, TimeEstimate, estimates, first_fit
 from .report import report
 from .request import PlanRequest
-from .tiers import Tiers, tiers, tokens_in
 from .work import Amounts, Answer, Step, prompt_work, step_work, vision_work
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "PlanRequest",
     "Refused",
     "Step",
-    "Tiers",
     "TimeEstimate",
     "divide",
     "estimates",
@@ -31,7 +29,5 @@ __all__ = [
     "prompt_work",
     "report",
     "step_work",
-    "tiers",
-    "tokens_in",
     "vision_work",
 ]

@@ -15,12 +15,11 @@ from typing import Any
 from ...config import Formats, PromptShape
 from ...kv.budget import kv_plan
 from ...kv.layout import Format, packing
-from ...kv.methods import Method
+from ...kv.methods import Method, Tiers
 from ...kv.quality import choices
 from ...machine.profile import Basis, DeviceProfile
 from ...model.sizes import ModelShape, Precision
 from .request import PlanRequest
-from .tiers import Tiers
 from .work import Amounts, Answer, mean_step, prompt_work, step_work, vision_work
 
 
@@ -143,8 +142,7 @@ class Estimate:
 
     @cached_property
     def _step_work(self) -> Amounts:
-        # Methods are frozen dataclasses, which their protocol cannot say.
-        step = mean_step(self.method, self.prompt, self.model.kv_shape(), self.steps, self.formats)  # type: ignore[arg-type]
+        step = mean_step(self.method, self.prompt, self.model.kv_shape(), self.steps, self.formats)
         return step_work(self.model, [step] * self.request.streams, self.weights)
 
     @cached_property
@@ -189,7 +187,7 @@ class Estimate:
             "profile": self.profile.name,
             "weights": asdict(self.weights),
             "method": self.method.name,
-            "settings": asdict(self.method),  # type: ignore[call-overload]
+            "settings": asdict(self.method),
             "formats": self.formats.by_tier(),
             "streams": self.request.streams,
             "prompt": {**asdict(self.prompt), "length": self.prompt.length},

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 
 from ...config import format_size
+from ...kv.methods import Tiers
 from ...machine.profile import Basis, short
 from .estimate import Estimate
-from .tiers import Tiers
 
 
 def report(estimate: Estimate) -> str:

@@ -9,9 +9,8 @@ from functools import lru_cache
 
 from ...config import Formats, KvShape, PromptShape
 from ...kv.layout import Format
-from ...kv.methods import Method, Policy
+from ...kv.methods import Method, Policy, Tiers
 from ...model.sizes import ModelShape, Picture, Precision
-from .tiers import Tiers, tiers, tokens_in
 
 Amounts = dict[str, float]
 """How much of what each cost is the price of, under the cost's name."""
@@ -34,7 +33,7 @@ def prompt_work(model: ModelShape, method: Method, prompt: PromptShape, weights:
     linear, attention, scores = 2.0 * decoder.vocabulary_parameters, 0.0, 0.0
     projections = decoder.hidden_size * (decoder.query_size + 2 * decoder.key_size)
     for layer in range(decoder.layers):
-        tokens = tokens_in(method, prompt, layer)
+        tokens = method.tokens_in(prompt, layer)
         finished = 1 if layer == last else tokens
         linear += 2.0 * (tokens * projections + finished * (decoder.layer_parameters - projections))
         attention += 2.0 * tokens**2 * decoder.query_size  # causal: half of queries times keys, twice
@@ -96,13 +95,13 @@ class Answer:
         self._basis_bytes = {tier: form.basis_rows_read * shape.row_bytes for tier, form in forms.items()}
         self._scan_bytes = forms["core"].coarse_bytes(shape)
         # Layers that begin alike stay alike, and there are few kinds: one of each is counted.
-        self._kinds = [(tiers(method, prompt, 0, layer), tokens_in(method, prompt, layer)) for layer in range(layers)]
+        self._kinds = [(method.tiers(prompt, 0, layer), method.tokens_in(prompt, layer)) for layer in range(layers)]
         self._examples = {kind: layer for layer, kind in enumerate(self._kinds)}
         self._counts = Counter(self._kinds)
 
     def layers(self, steps: int) -> list[Tiers]:
         """The tiers of every layer after so many steps."""
-        held = {kind: tiers(self._method, self._prompt, steps, layer) for kind, layer in self._examples.items()}
+        held = {kind: self._method.tiers(self._prompt, steps, layer) for kind, layer in self._examples.items()}
         return [held[kind] for kind in self._kinds]
 
     def step(self, number: int) -> Step:
@@ -138,7 +137,7 @@ class Answer:
         rows that are stored."""
         sums = [0] * 5
         for kind, layer in self._examples.items():
-            held = tiers(self._method, self._prompt, number - 1, layer)
+            held = self._method.tiers(self._prompt, number - 1, layer)
             core = {"text": 1 + held.text, "core": held.core}
             stored = {**core, "secondary": held.secondary}
             reads = (*self._read(core), *self._read(stored), held.core + held.secondary)

@@ -1,0 +1,70 @@
+"""What methods count and rank with: exact percents, and masks of the highest scores."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = npt.NDArray[Any]
+"""float32 or float64 attention weights: post-softmax, averaged over the query heads."""
+Mask = npt.NDArray[np.bool_]
+
+
+def whole(value: float) -> bool:
+    """Whether a parameter is a whole number."""
+    return math.isfinite(value) and value == int(value)
+
+
+@lru_cache(maxsize=256)
+def exact(percent: float) -> Fraction:
+    """The decimal number that was written, not the binary one nearest to it: 32.3 % of 1000 are 323."""
+    return Fraction(str(percent))
+
+
+@lru_cache(maxsize=4096)
+def share(count: int, percent: float) -> int:
+    """``percent`` of ``count``, rounded down: the paper's int(S*N)."""
+    return int(count * exact(percent) // 100)
+
+
+@lru_cache(maxsize=4096)
+def rounded_share(count: int, percent: float) -> int:
+    """``percent`` of ``count``, halves to even."""
+    return round(count * exact(percent) / 100)
+
+
+def top(scores: Scores, count: int) -> Mask:
+    """The ``count`` highest scores as a mask; ties go to the lower position."""
+    if not 0 < count < len(scores):
+        return np.full(len(scores), count > 0)
+    # Partly sorted, as a refresh ranks hundreds of rows in every layer; NaN comes last.
+    falling = -scores
+    lowest = np.partition(falling, count - 1)[count - 1]
+    mask: Mask = falling < lowest
+    equal = falling == lowest
+    if np.isnan(lowest):
+        mask, equal = ~np.isnan(falling), np.isnan(falling)
+    mask[np.flatnonzero(equal)[: count - np.count_nonzero(mask)]] = True
+    return mask
+
+
+def without_lowest(scores: Scores, core: Mask, count: int) -> Mask:
+    """All rows but the ``count`` lowest-scored ones that are not core; of equals the higher positions go."""
+    return core | spread(top(scores[~core], int((~core).sum()) - count), ~core)
+
+
+def spread(selected: Mask, within: Mask) -> Mask:
+    """A mask over the true entries of ``within`` as a mask over all its entries."""
+    mask = np.zeros(len(within), dtype=np.bool_)
+    mask[np.flatnonzero(within)[selected]] = True
+    return mask
+
+
+def recent(count: int, budget: int) -> Mask:
+    """The last ``budget`` of ``count`` rows as a mask; all of them when there are no more."""
+    return np.arange(count) >= count - budget
