@@ -28,7 +28,8 @@ from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec

@@ -13,10 +13,12 @@ from ..attention import lowrank
 from ..attention.kernels import Part, value_distances
 from ..attention.lowrank import LowRankRows
 from ..config import Formats
-from ..kv.cache import Selected, SequenceCache, is_low_rank
+from ..kv.cache import SequenceCache
 from ..kv.layout import Format
-from ..kv.pool import Moved, RowStore
+from ..kv.pool import Moved
 from ..kv.pool.compaction import Demotion, compact
+from ..kv.selection import Selected, is_low_rank
+from ..kv.store import RowStore
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
 _AT_ONCE = 2**24

@@ -17,8 +17,8 @@ from avl_edge.attention.cuda import FORMATS
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.cli import run_app
 from avl_edge.kv.methods import Avl, Distinct, Full, Method
-from avl_edge.kv.pool import RowStore
 from avl_edge.kv.shared_prefix import QuestionCache
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import read_spec

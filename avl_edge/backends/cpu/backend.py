@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ...attention import native
 from ...attention.kernels import attend_parts, coarse_weights, prompt_scores
-from ...kv.cache import Index, SequenceCache, is_low_rank
-from ...kv.pool import RowStore
+from ...kv.cache import SequenceCache
+from ...kv.pool.rows import Index
+from ...kv.selection import is_low_rank
 from ...kv.shared_prefix import SharedPrefixCache
+from ...kv.store import RowStore
 from ...model.network import Llava
 from ...request import Prompt
 from ..prefill import Attention, Prefill

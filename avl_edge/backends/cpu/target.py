@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...config import KvShape
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...model import checkpoint
 from ...model.checkpoint import Progress
 from ...model.network import Llava

@@ -38,9 +38,11 @@ import torch
 from torch import Tensor
 
 from ...attention.cuda import Kernels, KernelShape, Pool, PromptHeads
-from ...kv.cache import Index, SequenceCache
-from ...kv.pool import Moved, RowStore
+from ...kv.cache import SequenceCache
+from ...kv.pool import Moved
+from ...kv.pool.rows import Index
 from ...kv.shared_prefix import SharedPrefixCache
+from ...kv.store import RowStore
 from ...model.network import Llava
 from ...model.spec import TextSpec
 from ...request import Prompt

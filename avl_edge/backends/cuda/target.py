@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import KvShape
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...model import checkpoint
 from ...model.checkpoint import Progress
 from ...model.spec import ModelSpec

@@ -8,7 +8,7 @@ import torch
 
 from ...config import KvShape, PromptShape, require
 from ...kv.methods import Choice
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...machine.device import probe
 from ...model.checkpoint import Progress
 from ...model.spec import ModelSpec

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from ...backends.cpu.backend import TorchBackend
 from ...kv.cache import SequenceCache
-from ...kv.pool import RowPool, RowStore
+from ...kv.pool import RowPool
+from ...kv.store import RowStore
 from ...model.checkpoint import load_weights
 from ...model.network import Llava
 from ...serving.runtime import Runtime

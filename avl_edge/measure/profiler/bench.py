@@ -18,7 +18,8 @@ from ...config import Formats, Options, PromptShape
 from ...kv.budget import kv_plan
 from ...kv.cache import SequenceCache
 from ...kv.methods import H2O, Avl, FastV, Full, Method, Streaming
-from ...kv.pool import RowPool, RowStore
+from ...kv.pool import RowPool
+from ...kv.store import RowStore
 from ...machine import allocator
 from ...model import checkpoint
 from ...model.network import Llava

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...config import KvShape
-from ...machine.allocator import advise_free
-from ..layout import PAGE_ROWS, UNIT, Format
+from ..config import KvShape
+from ..machine.allocator import advise_free
 from .formats import decode, encode
+from .layout import PAGE_ROWS, UNIT, Format
 
 
 class RowStore:
