@@ -11,13 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..backends.base import Backend, GreedyBackend
-from ..backends.stored import StoredRows
+from ..backends.base import Backend
 from ..backends.target import Target
 from ..backends.targets import open_target
 from ..config import Options, checked_options, format_size, require
 from ..errors import BadInput, BadModel, DoesNotFit
-from ..kv.cache import SequenceCache, prompt_shape
+from ..kv.cache import prompt_shape
 from ..kv.pool import RowPool
 from ..machine import allocator
 from ..machine.pressure import Limits, Monitor
@@ -66,7 +65,6 @@ class Runtime:
         self._pool = RowPool(0, self.kv_shape)
         self._backend: Backend | None = None
         self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
-        self._rows: StoredRows | None = None
         self._features: FeatureCache | None = None
         self._monitor: Monitor | None = None
         self._watcher: DeviceWatcher | None = None
@@ -123,8 +121,7 @@ class Runtime:
             allocator.bound()
             start = time.perf_counter()
             pages = self.planner.pool_pages(pool_bytes)
-            loaded = self._target.load(self.spec, self.kv_shape, pages, progress)
-            backend, self._rows = loaded.backend, loaded.rows
+            backend = self._target.load(self.spec, self.kv_shape, pages, progress)
             self._pool = RowPool(pages, self.kv_shape)
             self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
             self._backend = backend
@@ -276,7 +273,8 @@ class Runtime:
             return
         self._stepping = True
         try:
-            handler = MemoryPressureHandler(self._monitor, self._pool, self._rows, self._scheduler, self._features)
+            rows = self._backend.rows if self._backend else None
+            handler = MemoryPressureHandler(self._monitor, self._pool, rows, self._scheduler, self._features)
             handler.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
             self._stepping = False  # before any call, at which an interrupt may fall
@@ -310,8 +308,8 @@ class Runtime:
             (sequence,) = work.sequences
             return iter([sequence.sampler(self._prefill(self._backend, sequence))])
         tokens = [sequence.token_ids[-1] for sequence in work.sequences]
-        caches = [_cache(sequence) for sequence in work.sequences]
-        if isinstance(self._backend, GreedyBackend) and all(sequence.sampler.greedy for sequence in work.sequences):
+        caches = [sequence.admitted_cache for sequence in work.sequences]
+        if all(sequence.sampler.greedy for sequence in work.sequences):
             return iter(self._backend.decode_greedy(tokens, caches))
         logits = self._backend.decode(tokens, caches)
         return (sequence.sampler(own) for sequence, own in zip(work.sequences, logits, strict=True))
@@ -398,8 +396,3 @@ class Runtime:
             load_ms=self.load_ms,
             waited_ms=self._scheduler.waited_ms(sequence),
         )
-
-
-def _cache(sequence: Running) -> SequenceCache:
-    assert sequence.cache is not None, "a sequence runs only once it was admitted"
-    return sequence.cache

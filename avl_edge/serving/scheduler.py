@@ -90,6 +90,12 @@ class Running:
     pressure: PressureStats = field(default_factory=PressureStats)
     held: tuple[float, float | None] = (0.0, None)
 
+    @property
+    def admitted_cache(self) -> SequenceCache:
+        """``cache`` of a request that was admitted."""
+        assert self.cache is not None, "a request runs only once it was admitted"
+        return self.cache
+
 
 @dataclass(frozen=True)
 class Work:
