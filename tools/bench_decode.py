@@ -24,12 +24,11 @@ from torch import Tensor
 
 from avl_edge.attention.kernels import attend_parts
 from avl_edge.backends.cpu.backend import TorchBackend
+from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.kv.pool import RowPool
-from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
@@ -97,20 +96,18 @@ def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[
     methods: tuple[Method, ...] = (Full(), Avl())
     counted = prompt_shape(length, prompt.spans)
     plans = [kv_plan(method, Formats(), shape, counted, steps) for method in methods]
-    pool = RowPool(sum(plan.pages for plan in plans), shape)
     watch = Stopwatch(attend_parts)
-    backend = TorchBackend(model, RowStore(pool.pages, shape, model.dtype), attend=watch)
+    loop = DecodeLoop(TorchBackend.with_pages(model, sum(plan.pages for plan in plans), watch))
     generator = torch.Generator().manual_seed(1)
     features = torch.empty(1, image_rows, spec.text.hidden_size, dtype=model.dtype).normal_(generator=generator)
     cases = []
     for plan in plans:
-        cache = SequenceCache(pool, plan, length, prompt.spans, shape.layers)
-        backend.prefill(prompt, features, cache)
-        cases.append(Case(plan.method, cache))
+        loop.prefill(prompt, features, plan)
+        cases.append(Case(plan.method, loop.caches[-1]))
     for _ in range(steps):
         for case in cases:
             before, start = watch.seconds, time.perf_counter()
-            backend.decode([1], [case.cache])
+            loop.backend.decode([1], [case.cache])
             case.steps.append(1000 * (time.perf_counter() - start))
             case.attention.append(1000 * (watch.seconds - before))
     return [_row(case, image_rows, steps, shape.row_bytes) for case in cases]

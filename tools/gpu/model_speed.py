@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl_edge.backends.cuda import CudaBackend
+from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
-from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import AttentionPack, Avl, Coarse, Full, Method
-from avl_edge.kv.pool import RowPool
 from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
@@ -96,17 +95,16 @@ def measure(
     dut: DeviceUnderTest, model: Model, sizes: Sizes, method: Method, formats: Formats, batch: int
 ) -> dict[str, Any]:
     """Prompts one after the other, then ``steps`` tokens for all of them together."""
-    text, prompt = sizes.spec.text, sizes.prompt
-    shape = text.kv_shape(model.model.dtype.itemsize)
+    prompt = sizes.prompt
+    shape = sizes.spec.text.kv_shape(model.model.dtype.itemsize)
     planned = kv_plan(method, formats, shape, prompt_shape(len(prompt), prompt.spans), sizes.steps)
-    pool = RowPool(batch * planned.pages, shape)
-    ours = backend(dut, model.model, row_store(dut, model.model, pool.pages))
-    caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
+    loop = DecodeLoop(backend(dut, model.model, row_store(dut, model.model, batch * planned.pages)))
+    caches = [loop.add(prompt, planned) for _ in range(batch)]
     start = time.perf_counter()
     for cache in caches:
-        ours.prefill(prompt, model.features, cache)
+        loop.backend.prefill(prompt, model.features, cache)
     prefilled = time.perf_counter()
-    times = _decode(ours, caches, sizes.steps)
+    times = _decode(loop, sizes.steps)
     step = _typical(times)
     kv_bytes = sum(cache.bytes_read for cache in caches) / sizes.steps
     return {
@@ -119,7 +117,7 @@ def measure(
         "kv_bytes_per_step": round(kv_bytes),
         "weights_bytes": model.bytes,
         "gb_per_s": round((model.bytes + kv_bytes) / 1e9 / step, 1),
-        "kv_peak_bytes": sum(cache.rows.lease.peak for cache in caches) * pool.page_bytes,
+        "kv_peak_bytes": sum(cache.rows.lease.peak for cache in caches) * loop.pool.page_bytes,
         "end_to_end_s": round(prefilled - start + sum(times), 3),
     }
 
@@ -129,12 +127,12 @@ def _named(formats: Formats) -> str:
     return "/".join(dict.fromkeys(formats.by_tier().values()))
 
 
-def _decode(ours: CudaBackend, caches: list[SequenceCache], steps: int) -> list[float]:
+def _decode(loop: DecodeLoop, steps: int) -> list[float]:
     """Seconds of each step, on the host's clock: what a caller waits."""
-    tokens, times = [1] * len(caches), []
+    tokens, times = [1] * len(loop.caches), []
     for _ in range(steps):
         start = time.perf_counter()
-        tokens = ours.decode_greedy(tokens, caches)
+        tokens = loop.decode_greedy(tokens)
         times.append(time.perf_counter() - start)
     return times
 

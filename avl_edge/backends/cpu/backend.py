@@ -38,6 +38,12 @@ class TorchBackend:
         self._kv_heads = model.spec.text.kv_heads
         self._scale = model.spec.text.head_dim**-0.5
 
+    @classmethod
+    def with_pages(cls, model: Llava, pages: int, attend: Attend = attend_parts) -> TorchBackend:
+        """Over a new store of so many pages."""
+        shape = model.spec.text.kv_shape(model.dtype.itemsize)
+        return cls(model, RowStore(pages, shape, model.dtype), attend)
+
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         return self._model.encode_images(pixels)
