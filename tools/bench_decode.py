@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
 from avl_edge.attention.kernels import attend_parts
 from avl_edge.backends.cpu.backend import TorchBackend
@@ -29,10 +28,10 @@ from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
-from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
+from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
+from tools.random_model import RandomWeights, random_spec
 from tools.record import machine
 
 PREFIX, SUFFIX = 35, 36
@@ -47,30 +46,6 @@ class Case:
     cache: SequenceCache
     steps: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
-
-
-def layer_shape(layers: int) -> ModelSpec:
-    """LLaVA-1.5-7B's decoder cut to ``layers``; a token-sized vision tower, since prompts here are random."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    text = TextSpec(4096, 11008, layers, 32, 32, 128, "silu", 1e-5, VOCABULARY, 4096, False, False, False, False, rope)
-    return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
-
-
-class RandomWeights(Weights):
-    """Draws each tensor when it is asked for, at a scale that keeps activations finite."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._generator = torch.Generator().manual_seed(0)
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self.dtype)
-        drawn = torch.empty(shape, dtype=self.dtype).normal_(generator=self._generator)
-        return drawn.mul_(shape[-1] ** -0.5)
-
-    def deny(self, name: str) -> None:
-        """Nothing is stored, so nothing is there too many."""
 
 
 class Stopwatch:
@@ -139,7 +114,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
 ) -> None:
     """Time decode steps and print one JSON document."""
-    spec = layer_shape(layers)
+    spec = random_spec(layers, 4096, 11008, 32, VOCABULARY)  # LLaVA-1.5-7B's layers
     model = Llava(spec, RandomWeights(getattr(torch, dtype)))
     cases = [row for image_rows in (576, 2340) for row in measure(spec, model, image_rows, steps)]
     ratios = {

@@ -9,18 +9,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import AttentionPack, Avl, Coarse, Full, Method
-from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
-from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
+from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
 from tools.gpu.dut import DeviceUnderTest, backend, row_store
+from tools.random_model import RandomWeights, random_spec
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36
 INT8 = Formats("int8", "int8", "int8")
@@ -32,24 +31,6 @@ REQUESTS: tuple[tuple[Method, Formats], ...] = (
     (Coarse(), INT8),
     (AttentionPack(), AttentionPack.formats),
 )
-
-
-class RandomWeights(Weights):
-    """Draws each tensor on the device when it is asked for, at a scale that keeps activations finite."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self._device = device
-        self.bytes = 0
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The vision tower's bytes are not counted: a decode step does not read them."""
-        drawn = torch.empty(shape, dtype=self.dtype, device=self._device)
-        self.bytes += drawn.nbytes if name.startswith(("text.", "head.")) else 0
-        return drawn.fill_(1) if name.endswith("norm.weight") else drawn.normal_().mul_(shape[-1] ** -0.5)
-
-    def deny(self, name: str) -> None:
-        """Nothing is stored, so nothing is there too many."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +47,7 @@ class Sizes:
 
     @property
     def spec(self) -> ModelSpec:
-        """With a vision tower of a few numbers: prompts come with random features."""
-        rope = {"rope_type": "default", "rope_theta": 10000.0}
-        dim = self.hidden // self.heads
-        sizes = (self.hidden, self.inner, self.layers, self.heads, self.heads, dim)
-        text = TextSpec(*sizes, "silu", 1e-5, self.vocabulary, 4096, False, False, False, False, rope)
-        return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
+        return random_spec(self.layers, self.hidden, self.inner, self.heads, self.vocabulary)
 
     @property
     def prompt(self) -> Prompt:
