@@ -40,7 +40,7 @@ _FORMAT = re.compile(r"exact|int8|int4|lowrank:[1-9][0-9]{0,4}(@[1-9][0-9]{0,4})
 
 @dataclass(frozen=True)
 class Formats:
-    """In which format the rows of each tier are stored (see :mod:`avl_edge.kv.pool.formats`).
+    """In which format the rows of each tier are stored (see :mod:`avl_edge.kv.formats`).
 
     ``exact`` is the model's own dtype, ``int8`` about half of it and ``int4`` about 28 %; ``lowrank:R`` keeps R
     coefficients of K and V each (AttentionPack), ``lowrank:R+int8`` keeps them in int8, and ``lowrank:R@r`` reads only

@@ -82,6 +82,7 @@ class Recorder:
         assert runtime._backend is not None
         self._inner = runtime._backend
         self.name = self._inner.name
+        self.rows = self._inner.rows
         self.encode_images = self._inner.encode_images
         self.logits: list[Tensor] = []
         runtime._backend = self
@@ -95,3 +96,7 @@ class Recorder:
         logits = self._inner.decode(*arguments)  # type: ignore[arg-type]
         self.logits.append(logits[0])
         return logits
+
+    def decode_greedy(self, *arguments: object) -> list[int]:
+        tokens: list[int] = self.decode(*arguments).argmax(-1).tolist()
+        return tokens

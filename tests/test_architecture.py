@@ -36,9 +36,6 @@ MODULES = {
 TORCH_FREE = [
     *(wing for wing in WINGS if (PACKAGE / f"{wing}.py").is_file()),
     *(f"{wing}.{module}" for wing, modules in MODULES.items() for module, torch in modules.items() if not torch),
-    "kv.pool.rows",
-    "kv.pool.sequence",
-    "kv.pool.compaction",
 ]
 
 
@@ -130,13 +127,11 @@ def test_no_tools_and_no_torch_where_the_table_says_no(path: Path) -> None:
 
 
 def test_modules_without_torch_import_without_it() -> None:
-    """In a process where torch cannot be imported. `pool` is mixed: its arithmetic is torch-free."""
+    """In a process where torch cannot be imported."""
     program = f"""
 import importlib, sys, types
 sys.modules["torch"] = None
 package = types.ModuleType("avl_edge"); package.__path__ = [{str(PACKAGE)!r}]; sys.modules["avl_edge"] = package
-pool = types.ModuleType("avl_edge.kv.pool"); pool.__path__ = [{str(PACKAGE / "kv" / "pool")!r}]
-sys.modules["avl_edge.kv.pool"] = pool
 for module in {TORCH_FREE!r}: importlib.import_module("avl_edge." + module)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

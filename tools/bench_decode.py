@@ -20,19 +20,18 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
 from avl_edge.attention.kernels import attend_parts
 from avl_edge.backends.cpu.backend import TorchBackend
+from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.kv.pool import RowPool, RowStore
-from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
-from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
+from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
+from tools.random_model import RandomWeights, random_spec
 from tools.record import machine
 
 PREFIX, SUFFIX = 35, 36
@@ -47,30 +46,6 @@ class Case:
     cache: SequenceCache
     steps: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
-
-
-def layer_shape(layers: int) -> ModelSpec:
-    """LLaVA-1.5-7B's decoder cut to ``layers``; a token-sized vision tower, since prompts here are random."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    text = TextSpec(4096, 11008, layers, 32, 32, 128, "silu", 1e-5, VOCABULARY, 4096, False, False, False, False, rope)
-    return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
-
-
-class RandomWeights(Weights):
-    """Draws each tensor when it is asked for, at a scale that keeps activations finite."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._generator = torch.Generator().manual_seed(0)
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self.dtype)
-        drawn = torch.empty(shape, dtype=self.dtype).normal_(generator=self._generator)
-        return drawn.mul_(shape[-1] ** -0.5)
-
-    def deny(self, name: str) -> None:
-        """Nothing is stored, so nothing is there too many."""
 
 
 class Stopwatch:
@@ -96,20 +71,18 @@ def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[
     methods: tuple[Method, ...] = (Full(), Avl())
     counted = prompt_shape(length, prompt.spans)
     plans = [kv_plan(method, Formats(), shape, counted, steps) for method in methods]
-    pool = RowPool(sum(plan.pages for plan in plans), shape)
     watch = Stopwatch(attend_parts)
-    backend = TorchBackend(model, RowStore(pool.pages, shape, model.dtype), attend=watch)
+    loop = DecodeLoop(TorchBackend.with_pages(model, sum(plan.pages for plan in plans), watch))
     generator = torch.Generator().manual_seed(1)
     features = torch.empty(1, image_rows, spec.text.hidden_size, dtype=model.dtype).normal_(generator=generator)
     cases = []
     for plan in plans:
-        cache = SequenceCache(pool, plan, length, prompt.spans, shape.layers)
-        backend.prefill(prompt, features, cache)
-        cases.append(Case(plan.method, cache))
+        loop.prefill(prompt, features, plan)
+        cases.append(Case(plan.method, loop.caches[-1]))
     for _ in range(steps):
         for case in cases:
             before, start = watch.seconds, time.perf_counter()
-            backend.decode([1], [case.cache])
+            loop.backend.decode([1], [case.cache])
             case.steps.append(1000 * (time.perf_counter() - start))
             case.attention.append(1000 * (watch.seconds - before))
     return [_row(case, image_rows, steps, shape.row_bytes) for case in cases]
@@ -141,7 +114,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
 ) -> None:
     """Time decode steps and print one JSON document."""
-    spec = layer_shape(layers)
+    spec = random_spec(layers, 4096, 11008, 32, VOCABULARY)  # LLaVA-1.5-7B's layers
     model = Llava(spec, RandomWeights(getattr(torch, dtype)))
     cases = [row for image_rows in (576, 2340) for row in measure(spec, model, image_rows, steps)]
     ratios = {

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..config import KvShape
+from ..kv.formats import decode_coefficients, encode_coefficients
 from ..kv.layout import Format
-from ..kv.pool import RowStore
-from ..kv.pool.formats import decode_coefficients, encode_coefficients
+from ..kv.store import RowStore
 from ..model.network.rope import rotate
 
 _OVERSAMPLING, _ITERATIONS = 8, 2

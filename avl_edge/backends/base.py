@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,14 @@ from torch import Tensor
 from ..kv.cache import SequenceCache
 from ..kv.shared_prefix import SharedPrefixCache
 from ..request import Prompt
+from .stored import StoredRows
 
 
 class Backend(Protocol):
-    """What the runtime asks of a device."""
+    """What the runtime asks of a device. ``rows`` are those of all sequences, where the device keeps them."""
 
     name: str
+    rows: StoredRows
 
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         """float32 ``[images, 3, H, W]`` to features ``[images, tokens, hidden]``."""
@@ -38,11 +40,6 @@ class Backend(Protocol):
         """One step for every sequence: its newest token in, logits ``[sequences, vocabulary]`` out."""
         ...
 
-
-@runtime_checkable
-class GreedyBackend(Backend, Protocol):
-    """A device that can choose tokens by itself."""
-
     def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
-        """As :meth:`decode`, but the likeliest token of each sequence."""
+        """As :meth:`decode`, but the likeliest token of each sequence, chosen where the logits are."""
         ...

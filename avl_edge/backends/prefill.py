@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..attention.kernels import attend_prompt
-from ..kv.cache import Index, SequenceCache
+from ..kv.cache import SequenceCache
+from ..kv.pool.rows import Index
 from ..kv.shared_prefix import SharedPrefixCache
 from ..model.network import Llava
 from ..request import Prompt

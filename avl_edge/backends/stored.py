@@ -13,10 +13,12 @@ from ..attention import lowrank
 from ..attention.kernels import Part, value_distances
 from ..attention.lowrank import LowRankRows
 from ..config import Formats
-from ..kv.cache import Selected, SequenceCache, is_low_rank
+from ..kv.cache import SequenceCache
 from ..kv.layout import Format
-from ..kv.pool import Moved, RowStore
+from ..kv.pool import Moved, RowPool
 from ..kv.pool.compaction import Demotion, compact
+from ..kv.selection import Selected, is_low_rank
+from ..kv.store import RowStore
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
 _AT_ONCE = 2**24
@@ -30,6 +32,10 @@ class StoredRows:
     def __init__(self, store: RowStore, angles: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         self._store = store
         self._low_rank = LowRankRows(store, angles)
+
+    def new_pool(self) -> RowPool:
+        """A pool that owns all rows, none of them taken."""
+        return RowPool(self._store.pages, self._store.shape)
 
     def store_prompt(
         self, cache: SequenceCache, layer: int, stored: Sequence[Selected], keys: Tensor, values: Tensor

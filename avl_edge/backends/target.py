@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,15 +13,6 @@ from ..kv.methods import Choice
 from ..model import checkpoint
 from ..model.spec import ModelSpec
 from .base import Backend
-from .stored import StoredRows
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready, and the rows of its pool."""
-
-    backend: Backend
-    rows: StoredRows
 
 
 class Target(ABC):
@@ -64,5 +54,5 @@ class Target(ABC):
         return True
 
     @abstractmethod
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
-        """Read the weights and reserve a pool of ``pages``."""
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
+        """Read the weights and reserve the rows of a pool of ``pages``."""

@@ -9,13 +9,13 @@ from ..errors import BadInput
 from ..package.directory import is_package
 from .cpu.target import Cpu
 from .cuda.target import Cuda
-from .target import Loaded, Target
+from .target import Target
 from .tensorrt.target import TensorRt
 
 TARGETS: dict[str, type[Target]] = {"cpu": Cpu, "cuda": Cuda, "tensorrt": TensorRt}
 """By the name that people give as the device."""
 
-__all__ = ["TARGETS", "Loaded", "Target", "open_target"]
+__all__ = ["TARGETS", "Target", "open_target"]
 
 
 def open_target(directory: Path, device: str | None) -> Target:

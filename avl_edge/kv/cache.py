@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +14,10 @@ from .budget import KvPlan
 from .layout import Format
 from .methods import Method, PromptLayer, StepLayer, pruned
 from .pool import Moved, RowPool, SequenceRows
-from .pool.rows import Ids
+from .pool.rows import Ids, Index
 from .pool.sequence import LayerRows, Mask
+from .selection import Selected, by_format
 
-Index = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.floating]
 
 _NO_SCORES: Scores = np.empty(0)
@@ -29,66 +28,6 @@ def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
     images = sum(span.length for span in spans)
     prefix = spans[0].start if spans else length
     return PromptShape(prefix, images, length - images - prefix)
-
-
-@dataclass(frozen=True)
-class Selected:
-    """Rows of one format. ``order`` int64: where they stand among all that are meant (tokens, or rows to read);
-    ``ids`` int32: where they lie in the pool; ``positions`` int32: those of their tokens."""
-
-    format: str
-    order: Index
-    ids: Ids
-    positions: Ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def parts(self) -> Sequence[Selected]:
-        """Lists that are this one, one behind the other."""
-        return (self,)
-
-
-class Together(Selected):
-    """Several lists of one format as one. They are joined where that is asked for: every layer of every sequence has
-    such a list in every step, and most are only copied into a table."""
-
-    def __init__(self, parts: Sequence[Selected]) -> None:
-        self.__dict__.update(format=parts[0].format, _parts=parts)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    @property
-    def parts(self) -> Sequence[Selected]:
-        parts: Sequence[Selected] = self.__dict__["_parts"]
-        return parts
-
-    @cached_property
-    def order(self) -> Index:
-        return np.concatenate([each.order for each in self.parts])
-
-    @cached_property
-    def ids(self) -> Ids:
-        return np.concatenate([each.ids for each in self.parts])
-
-    @cached_property
-    def positions(self) -> Ids:
-        return np.concatenate([each.positions for each in self.parts])
-
-
-def is_low_rank(selected: Selected) -> bool:
-    """Whether the rows are read over their layer's basis."""
-    return Format(selected.format).rank is not None
-
-
-def _put_together(images: Sequence[Selected], text: Selected) -> list[Selected]:
-    """Rows by formats: of one format, image rows before text rows. None without rows."""
-    alike = [each for each in images if each.format == text.format]
-    others = (each for each in images if each.format != text.format)
-    joined = Together([*alike, text]) if alike else text
-    return [each for each in (joined, *others) if len(each)]
 
 
 @lru_cache(maxsize=256)
@@ -198,9 +137,9 @@ class SequenceCache:
 
     def _every_row(self, rows: LayerRows, order: Index) -> list[Selected]:
         """All rows of a layer, put together by their formats; ``order`` of the image rows, then of the text rows."""
-        images = [replace(each, order=order[each.order]) for each in self._image_rows(rows, secondary=True)]
+        images = [each.at(order[each.order]) for each in self._image_rows(rows, secondary=True)]
         text = Selected(self.formats.text, order[len(rows.image_ids) :], rows.text_ids, rows.text_positions)
-        return _put_together(images, text)
+        return by_format(images, text)
 
     def _image_rows(self, rows: LayerRows, *, secondary: bool) -> list[Selected]:
         """A layer's core, with its ``secondary`` rows or without, by formats; ``order`` are those among them."""
@@ -286,7 +225,7 @@ class SequenceCache:
         rows, images = self.rows.layers[layer], self._images_to_read(layer)
         count = sum(map(len, images))
         order = np.arange(count, count + len(rows.text_ids))
-        selected = _put_together(images, Selected(self.formats.text, order, rows.text_ids, rows.text_positions))
+        selected = by_format(images, Selected(self.formats.text, order, rows.text_ids, rows.text_positions))
         self.rows_read += count + len(rows.text_ids)
         self.rows_full += self.length + self.step
         weights = [_bytes_to_read(each.format, self._shape) for each in selected]

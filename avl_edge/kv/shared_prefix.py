@@ -15,11 +15,12 @@ import numpy as np
 
 from ..request import ImageSpan
 from .budget import KvPlan
-from .cache import Index, Scores, Selected, SequenceCache
+from .cache import Scores, SequenceCache
 from .methods import Method
 from .pool import BorrowingRows, RowPool
-from .pool.rows import Ids
+from .pool.rows import Ids, Index
 from .pool.sequence import LayerRows
+from .selection import Selected
 
 _NO_SCORES: Scores = np.empty(0)
 

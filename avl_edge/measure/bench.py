@@ -16,8 +16,8 @@ from torch.nn import functional
 from ..attention import native
 from ..attention.kernels import Part, attend, attend_parts
 from ..config import KvShape, require
+from ..kv.formats import encode
 from ..kv.layout import UNIT, Format
-from ..kv.pool.formats import encode
 
 _CACHES = 2**28
 """Bytes, beyond what any processor's caches hold."""

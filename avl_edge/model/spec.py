@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import KvShape, read_json
 from ..errors import BadModel
+from .pictures import Fixed
 
 # config.json leaves out what equals the family's default, so the defaults are part of the format
 # (transformers' configuration classes of the same names).
@@ -110,8 +111,13 @@ class ModelSpec:
     projector_bias: bool
 
     @property
+    def picture(self) -> Fixed:
+        """From a picture to patches and tokens."""
+        return Fixed.clip(self.vision.patches, drop_class_token=self.drop_class_token)
+
+    @property
     def tokens_per_image(self) -> int:
-        return self.vision.patches + (not self.drop_class_token)
+        return self.picture.tokens
 
 
 def read_spec(directory: Path) -> ModelSpec:

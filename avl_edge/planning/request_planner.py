@@ -51,6 +51,16 @@ class RequestPlanner:
             )
         return pages
 
+    def new_tokens(self, length: int, options: Options) -> int:
+        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one."""
+        room = self.spec.text.context - length
+        if room < 1:
+            raise BadInput(
+                f"the prompt takes {length} tokens, images included, but the model's context ends at "
+                f"{self.spec.text.context}: ask a shorter question or give fewer images"
+            )
+        return min(options.max_new_tokens, room)
+
     def plan(
         self, pool_pages: int, options: Options, prompt: PromptShape, steps: int, state: DeviceState | None = None
     ) -> KvPlan[Method]:

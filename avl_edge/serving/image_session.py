@@ -24,8 +24,6 @@ from .scheduler import Request, SharedPrefix
 class SessionRuntime(Protocol):
     """The runtime that an image session belongs to."""
 
-    def new_tokens(self, length: int, options: Options) -> int: ...
-
     def submit(self, request: Request) -> Generation: ...
 
     def free_image_sessions(self) -> None: ...
@@ -71,7 +69,7 @@ class ImageSession:
         check_sources(images)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
         token_ids, spans = processor.lay_out_images(len(images))
-        runtime.new_tokens(len(token_ids), options)
+        planner.new_tokens(len(token_ids), options)
         plan = _plan_session(options, prompt_shape(len(token_ids), spans), planner)
         prefix = SharedPrefix(processor.read(images, token_ids, spans), plan, runtime)
         return cls(runtime, processor, planner, prefix, options)
@@ -108,7 +106,7 @@ class ImageSession:
             self._processor.head(token_ids, spans)[0] == prefix.prompt.token_ids,
             "this model's chat template writes something else before the pictures now: open them again",
         )
-        max_new_tokens = self._runtime.new_tokens(len(token_ids), options)
+        max_new_tokens = planner.new_tokens(len(token_ids), options)
         whole, shared = prompt_shape(len(token_ids), spans), len(prefix.prompt)
         planner.target.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planner.spec, "question")
         (method, formats), share = _choice(options, _head(prefix), planner, prefix.plan.formats)

@@ -13,7 +13,7 @@ from functools import partial
 from ..backends.stored import StoredRows
 from ..config import Formats, format_size
 from ..kv.budget import Held, pages_from_now
-from ..kv.cache import SequenceCache, prompt_shape
+from ..kv.cache import prompt_shape
 from ..kv.pool import RowPool
 from ..kv.pool.compaction import smaller_formats
 from ..machine.pressure import Action, Monitor
@@ -54,9 +54,9 @@ class MemoryPressureHandler:
         evictable: list[Running] = []
 
         def gives() -> tuple[bool, bool]:
-            running = [each for each in self._scheduler.running if self._rows and not _cache(each).rows.borrows]
+            running = [each for each in self._scheduler.running if self._rows and not each.admitted_cache.rows.borrows]
             smaller.extend((each, formats) for each in running if (formats := self._smaller(each)))
-            evictable.extend(each for each in running if _cache(each).can_evict)
+            evictable.extend(each for each in running if each.admitted_cache.can_evict)
             return bool(smaller), bool(evictable)
 
         action = self._monitor.poll(gives)
@@ -82,7 +82,7 @@ class MemoryPressureHandler:
             _log.warning("avl-edge: there is memory again (%s): requests are admitted", self._monitor.describe())
 
     def _take(self, sequence: Running, broken: Broken, respond: Callable[[Running], None]) -> None:
-        held = _cache(sequence).rows.lease.held
+        held = sequence.admitted_cache.rows.lease.held
         try:
             respond(sequence)
             back = self._give_back()
@@ -93,7 +93,7 @@ class MemoryPressureHandler:
             return
         stats = sequence.pressure
         sequence.pressure = replace(stats, bytes_given_back=stats.bytes_given_back + back)
-        cache = _cache(sequence)
+        cache = sequence.admitted_cache
         _log.info(
             "avl-edge: memory is short (%s): a request holds %d pages instead of %d, its rows are %s",
             self._monitor.describe(),
@@ -104,7 +104,7 @@ class MemoryPressureHandler:
 
     def _demote(self, sequence: Running, formats: Formats) -> None:
         assert self._rows is not None
-        done = self._rows.demote(_cache(sequence), formats)
+        done = self._rows.demote(sequence.admitted_cache, formats)
         assert done, "what the rows need in the end is less than the lease, so there is room on the way"
         self._shrink_lease(sequence)
         stats = sequence.pressure
@@ -112,7 +112,7 @@ class MemoryPressureHandler:
 
     def _evict(self, sequence: Running) -> None:
         assert self._rows is not None
-        cache = _cache(sequence)
+        cache = sequence.admitted_cache
         freed = cache.evict()
         self._rows.compact(cache)
         self._shrink_lease(sequence)
@@ -121,7 +121,7 @@ class MemoryPressureHandler:
 
     def _smaller(self, sequence: Running) -> Formats | None:
         """The formats that the request's rows can go into, where that makes its promise smaller."""
-        cache = _cache(sequence)
+        cache = sequence.admitted_cache
         formats = smaller_formats(cache.formats, cache.has_one_tier, self._pool.shape)
         changes = [rows.core if formats and formats.core != cache.formats.core else ~rows.core for rows in cache.rows]
         if formats is None or not any(each.any() for each in changes):
@@ -129,13 +129,13 @@ class MemoryPressureHandler:
         return formats if self._pages(sequence, formats) < cache.rows.lease.limit else None
 
     def _shrink_lease(self, sequence: Running) -> None:
-        cache = _cache(sequence)
+        cache = sequence.admitted_cache
         lease = cache.rows.lease
         self._pool.shrink_lease(lease, min(lease.limit, self._pages(sequence, cache.formats)))
 
     def _pages(self, sequence: Running, formats: Formats) -> int:
         """The most pages that the request may still hold, in ``formats``."""
-        request, layers = sequence.request, _cache(sequence).rows.layers
+        request, layers = sequence.request, sequence.admitted_cache.rows.layers
         core = sum(int(rows.core.sum()) for rows in layers)
         secondary = sum(len(rows.core) for rows in layers) - core
         held = Held(core, secondary, sum(len(rows.basis) for rows in layers))
@@ -150,8 +150,3 @@ class MemoryPressureHandler:
         if back:
             _log.debug("avl-edge: %s went back to the system", format_size(back))
         return back
-
-
-def _cache(sequence: Running) -> SequenceCache:
-    assert sequence.cache is not None, "a request that runs was admitted"
-    return sequence.cache

@@ -6,18 +6,15 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from ..backends.base import Backend, GreedyBackend
-from ..backends.stored import StoredRows
+from ..backends.base import Backend
 from ..backends.target import Target
 from ..backends.targets import open_target
-from ..config import Options, Progress, checked_options, format_size, require
+from ..config import Options, Progress, checked_options, require
 from ..errors import BadInput, BadModel, DoesNotFit
-from ..kv.cache import SequenceCache, prompt_shape
+from ..kv.cache import prompt_shape
 from ..kv.pool import RowPool
 from ..machine import allocator
 from ..machine.pressure import Limits, Monitor
@@ -30,17 +27,15 @@ from ..model.sizes import shape_of_checkpoint
 from ..model.spec import ModelSpec, read_spec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
-from ..request import Prompt, Result, TokenEvent
+from ..request import Result
 from .generation import Generation
 from .image_session import ImageSession
 from .memory_pressure import MemoryPressureHandler
+from .model_runner import ModelRunner
 from .outcome import result_of
-from .scheduler import Request, Running, Scheduler, Work
+from .scheduler import NO_ROOM, Request, Running, Scheduler, Work
 
 _WAIT_SECONDS = 0.02
-_NO_ROOM = (
-    "open image sessions hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
-)
 
 
 class Runtime:
@@ -65,7 +60,6 @@ class Runtime:
         self._pool = RowPool(0, self.kv_shape)
         self._backend: Backend | None = None
         self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
-        self._rows: StoredRows | None = None
         self._features: FeatureCache | None = None
         self._monitor: Monitor | None = None
         self._watcher: DeviceWatcher | None = None
@@ -122,8 +116,7 @@ class Runtime:
             allocator.bound()
             start = time.perf_counter()
             pages = self.planner.pool_pages(pool_bytes)
-            loaded = self._target.load(self.spec, self.kv_shape, pages, progress)
-            backend, self._rows = loaded.backend, loaded.rows
+            backend = self._target.load(self.spec, self.kv_shape, pages, progress)
             self._pool = RowPool(pages, self.kv_shape)
             self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
             self._backend = backend
@@ -168,22 +161,12 @@ class Runtime:
         options = checked_options(options)
         check_sources(images)
         token_ids, spans = self._processor.lay_out(len(images), prompt)
-        max_new_tokens = self.new_tokens(len(token_ids), options)
+        max_new_tokens = self.planner.new_tokens(len(token_ids), options)
         state = self._watcher.state() if self._watcher else None
         pages = self._pool.pages or self.planner.pool_pages(None)
         plan = self.planner.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
         device = state.stats if state else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
-
-    def new_tokens(self, length: int, options: Options) -> int:
-        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one."""
-        room = self.spec.text.context - length
-        if room < 1:
-            raise BadInput(
-                f"the prompt takes {length} tokens, images included, but the model's context ends at "
-                f"{self.spec.text.context}: ask a shorter question or give fewer images"
-            )
-        return min(options.max_new_tokens, room)
 
     def submit(self, request: Request) -> Generation:
         """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
@@ -193,19 +176,9 @@ class Runtime:
         with self._lock:
             if self._backend is None:
                 self.load_weights()
-        if sum(plan.pages for plan in request.plans) > self._pool.pages:
-            peak = sum(plan.peak_bytes for plan in request.plans)
-            raise DoesNotFit(
-                f"the request may hold {format_size(peak)}, but the whole pool has "
-                f"{format_size(self._pool.pages * self._pool.page_bytes)}: load with a larger pool or give the request "
-                f"a KV budget"
-            )
+        self._scheduler.require_room(request)
         sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
         with self._lock:
-            if request.prefix:
-                require(
-                    not request.prefix.is_closed, "the session is closed: open the pictures again to ask about them"
-                )
             self._scheduler.add(sequence)
         return Generation(self, sequence)
 
@@ -258,7 +231,7 @@ class Runtime:
             if work:
                 self._run(work)
             elif stuck:
-                self._break_off(Work((stuck,), prefill=True), DoesNotFit(_NO_ROOM))
+                self._break_off(Work((stuck,), prefill=True), DoesNotFit(NO_ROOM))
         if not work and self.is_waiting:
             time.sleep(_WAIT_SECONDS)
             return True
@@ -275,7 +248,8 @@ class Runtime:
             return
         self._stepping = True
         try:
-            handler = MemoryPressureHandler(self._monitor, self._pool, self._rows, self._scheduler, self._features)
+            rows = self._backend.rows if self._backend else None
+            handler = MemoryPressureHandler(self._monitor, self._pool, rows, self._scheduler, self._features)
             handler.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
         finally:
             self._stepping = False  # before any call, at which an interrupt may fall
@@ -284,10 +258,17 @@ class Runtime:
     def _run(self, work: Work) -> None:
         self._stepping = True
         try:
-            if work.prefill and self._prefill_prefix(work.sequences[0]):
-                return self.finish(work.sequences[0], "stop")
-            for sequence, token in zip(work.sequences, self._forward(work), strict=True):
-                self._emit(sequence, token)
+            assert self._backend is not None, "nothing runs before the weights are loaded"
+            assert self._features is not None
+            model = ModelRunner(self._backend, self._features, self._scheduler)
+            first = work.sequences[0]
+            if work.prefill:
+                model.prefill_prefix(first.request.prefix)
+            if first.request.max_new_tokens == 0:
+                return self.finish(first, "stop")
+            for sequence, token in zip(work.sequences, model.next_tokens(work), strict=True):
+                if reason := sequence.push(token, self._processor.eos_token_ids):
+                    self.finish(sequence, reason)
         except BaseException as error:
             self._break_off(work, error)
             if not isinstance(error, Exception):
@@ -302,47 +283,6 @@ class Runtime:
             self._abandoned.popleft()
         self.free_image_sessions()
 
-    def _forward(self, work: Work) -> Iterator[int]:
-        """The next token of each sequence."""
-        assert self._backend is not None
-        if work.prefill:
-            (sequence,) = work.sequences
-            return iter([sequence.sampler(self._prefill(self._backend, sequence))])
-        tokens = [sequence.token_ids[-1] for sequence in work.sequences]
-        caches = [_cache(sequence) for sequence in work.sequences]
-        if isinstance(self._backend, GreedyBackend) and all(sequence.sampler.greedy for sequence in work.sequences):
-            return iter(self._backend.decode_greedy(tokens, caches))
-        logits = self._backend.decode(tokens, caches)
-        return (sequence.sampler(own) for sequence, own in zip(work.sequences, logits, strict=True))
-
-    def _prefill(self, backend: Backend, sequence: Running) -> Tensor:
-        prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
-        start = time.perf_counter()
-        features = None if sequence.request.prefix else self._encode(prompt)
-        encoded = time.perf_counter()
-        logits = backend.prefill(prompt, features, cache)
-        sequence.encode_seconds = encoded - start
-        sequence.prefill_seconds = time.perf_counter() - encoded
-        return logits
-
-    def _encode(self, prompt: Prompt) -> Tensor | None:
-        assert self._features is not None, "nothing runs before the weights are loaded"
-        return self._features(prompt)
-
-    def _prefill_prefix(self, sequence: Running) -> bool:
-        """Run the pictures of the session that a request is about, if it is the first; whether it asks for no more."""
-        prefix = sequence.request.prefix
-        if prefix and not prefix.is_ready:
-            assert self._backend is not None, "nothing runs before the weights are loaded"
-            cache = self._scheduler.admit_prefix(prefix)
-            start = time.perf_counter()
-            features = self._encode(prefix.prompt)
-            prefix.encode_seconds = time.perf_counter() - start
-            self._backend.prefill_prefix(prefix.prompt, features, cache)
-            prefix.prefill_seconds = time.perf_counter() - start - prefix.encode_seconds
-            prefix.is_ready = True
-        return sequence.request.max_new_tokens == 0
-
     def _break_off(self, work: Work, error: BaseException) -> None:
         try:
             for sequence in work.sequences:
@@ -351,24 +291,6 @@ class Runtime:
                     sequence.result = self._result(sequence, "error" if sequence.error else "cancelled")
         finally:
             self._scheduler.drop(work.sequences)
-
-    def _emit(self, sequence: Running, token: int) -> None:
-        sequence.latest_token = time.perf_counter()
-        if not sequence.token_ids:
-            sequence.first_token = sequence.latest_token
-        sequence.token_ids.append(token)
-        text = sequence.detokenizer.push(token)
-        reason = None
-        if token in self._processor.eos_token_ids:
-            reason = "stop"
-        elif len(sequence.token_ids) == sequence.request.max_new_tokens:
-            reason = "length"
-        if reason:
-            text += sequence.detokenizer.finish()
-        sequence.text += text
-        sequence.events.append(TokenEvent(token, text, reason))
-        if reason:
-            self.finish(sequence, reason)
 
     def finish(self, sequence: Running, reason: str) -> None:
         """End a request for ``reason``: its result is fixed, its rows are free. Safe to call twice.
@@ -397,8 +319,3 @@ class Runtime:
             load_ms=self.load_ms,
             waited_ms=self._scheduler.waited_ms(sequence),
         )
-
-
-def _cache(sequence: Running) -> SequenceCache:
-    assert sequence.cache is not None, "a sequence runs only once it was admitted"
-    return sequence.cache

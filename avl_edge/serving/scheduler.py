@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
-from ..config import Options
+from ..config import Options, format_size, require
+from ..errors import DoesNotFit
 from ..kv.budget import KvPlan
 from ..kv.cache import SequenceCache
 from ..kv.methods import Method
@@ -16,6 +17,11 @@ from ..kv.shared_prefix import QuestionCache, SharedPrefixCache
 from ..model.prompt import Detokenizer
 from ..model.sampler import Sampler
 from ..request import DeviceStats, PressureStats, Prompt, Result, TokenEvent
+
+NO_ROOM = (
+    "open image sessions hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
+)
+"""Why :attr:`Scheduler.stuck` is refused."""
 
 
 @dataclass(eq=False)
@@ -92,6 +98,31 @@ class Running:
     pressure: PressureStats = field(default_factory=PressureStats)
     held: tuple[float, float | None] = (0.0, None)
 
+    @property
+    def admitted_cache(self) -> SequenceCache:
+        """``cache`` of a request that was admitted."""
+        assert self.cache is not None, "a request runs only once it was admitted"
+        return self.cache
+
+    def push(self, token: int, ends: Container[int]) -> str | None:
+        """Its next token, and the event of it. Why the answer ends here: ``stop`` for one of ``ends``, ``length``; None
+        where it goes on."""
+        self.latest_token = time.perf_counter()
+        if not self.token_ids:
+            self.first_token = self.latest_token
+        self.token_ids.append(token)
+        text = self.detokenizer.push(token)
+        reason = None
+        if token in ends:
+            reason = "stop"
+        elif len(self.token_ids) == self.request.max_new_tokens:
+            reason = "length"
+        if reason:
+            text += self.detokenizer.finish()
+        self.text += text
+        self.events.append(TokenEvent(token, text, reason))
+        return reason
+
 
 @dataclass(frozen=True)
 class Work:
@@ -143,8 +174,20 @@ class Scheduler:
         begin, end = sequence.held
         return 1000 * ((self._held_clock() if end is None else end) - begin)
 
+    def require_room(self, request: Request) -> None:
+        """Raise :class:`DoesNotFit` for a request that even an empty pool could not hold."""
+        if sum(plan.pages for plan in request.plans) > self._pool.pages:
+            peak = sum(plan.peak_bytes for plan in request.plans)
+            raise DoesNotFit(
+                f"the request may hold {format_size(peak)}, but the whole pool has "
+                f"{format_size(self._pool.pages * self._pool.page_bytes)}: load with a larger pool or give the request "
+                f"a KV budget"
+            )
+
     def add(self, sequence: Running) -> None:
-        """Queue a request."""
+        """Queue a request; :class:`BadInput` for a question about an image session that was closed."""
+        prefix = sequence.request.prefix
+        require(not (prefix and prefix.is_closed), "the session is closed: open the pictures again to ask about them")
         sequence.held = (self._held_clock(), None)
         self._waiting.append(sequence)
 

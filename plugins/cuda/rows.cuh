@@ -10,7 +10,7 @@
 //   take(load)               what was copied
 //   widen(bits, floats)      its elements in float32
 //
-// Packed rows are records (avl_edge/kv/pool/formats.py): scales, which are halves, then one plane of nibbles, or two in
+// Packed rows are records (avl_edge/kv/formats.py): scales, which are halves, then one plane of nibbles, or two in
 // int8, the upper ones first; each section begins at a multiple of kUnit bytes, and ids count in units of it. A head
 // has d / 2 bytes of a plane, and its byte j holds dimension j in its low half and dimension j + d / 2 in its high
 // half. So four bytes of a plane are a piece: four dimensions of the first half, and the four that stand d / 2 further.

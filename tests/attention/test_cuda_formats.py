@@ -19,9 +19,9 @@ from torch import Tensor
 
 from avl_edge.attention.kernels import Part, coarse_weights_reference
 from avl_edge.config import PromptShape
+from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format, groups, padded
 from avl_edge.kv.methods import Coarse
-from avl_edge.kv.pool.formats import decode, encode
 from tests.equipment.emulated_kernels import Kernels, Shape
 from tests.equipment.emulated_parts import check, compiled, make_part, make_query, record_bytes, wide
 

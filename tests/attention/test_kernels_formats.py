@@ -16,8 +16,8 @@ from torch import Tensor
 
 from avl_edge.attention.kernels import Part, attend, attend_parts, attend_parts_reference, coarse_weights
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import decode, encode
 from tests.equipment.decode_attention import ABSOLUTE, RELATIVE, needs_native, offsets_of
 from tests.equipment.packed_parts import (
     COUNTS,

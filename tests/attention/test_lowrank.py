@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.attention.lowrank import Rows, attend, coefficients, fit
+from avl_edge.kv.formats import decode_coefficients, encode_coefficients
 from avl_edge.kv.layout import Format, packing
-from avl_edge.kv.pool.formats import decode_coefficients, encode_coefficients
 from tests.conftest import Checkpoints, Recorder
 from tests.equipment.checkpoints import random_image
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from avl_edge.attention.cuda import LOW_RANK, NoCuda
 from avl_edge.backends.steps import Bucket, CudaDevice, Reads, StepTables
 from avl_edge.config import Formats
-from avl_edge.kv.cache import Selected, SequenceCache
+from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import H2O, Avl, Coarse, Full, Method
+from avl_edge.kv.selection import Selected
 from avl_edge.model.spec import read_spec
 from tests import ROOT
 from tests.conftest import Checkpoints

@@ -25,7 +25,7 @@ from avl_edge.backends.steps import Bucket
 from avl_edge.backends.stored import StoredRows
 from avl_edge.config import Formats, KvShape
 from avl_edge.kv.methods import AttentionPack, Avl, FastV, Full, Method
-from avl_edge.kv.pool import RowStore
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network.rope import _KINDS, Rope
 from avl_edge.model.spec import read_spec

@@ -18,7 +18,8 @@ from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.layout import Format
 from avl_edge.kv.methods import Avl
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
+from avl_edge.kv.store import RowStore
 from avl_edge.request import ImageSpan
 
 SHAPE = KvShape(layers=6, kv_heads=2, head_dim=32, itemsize=4)

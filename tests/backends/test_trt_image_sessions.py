@@ -17,8 +17,8 @@ from avl_edge.attention.cuda import FORMATS
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.cli import run_app
 from avl_edge.kv.methods import Avl, Distinct, Full, Method
-from avl_edge.kv.pool import RowStore
 from avl_edge.kv.shared_prefix import QuestionCache
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import read_spec
@@ -148,7 +148,7 @@ def test_policies_are_given_what_the_oracle_gives_them(
     """Scores and distances of the prefix's rows, as they are read back, and of the question's tokens behind them. The
     rows are the oracle's on both sides, so that none was rounded otherwise."""
     oracle, ours, _, prompts = pairs("llama-gqa-full", 2, Distinct(60), ROWS[rows])
-    theirs, own = oracle.backend._rows._store, ours.backend._store
+    theirs, own = oracle.backend.rows._store, ours.backend._store
     own.key_bytes.copy_(theirs.key_bytes)
     own.value_bytes.copy_(theirs.value_bytes)
     given: list[tuple[Any, ...]] = []

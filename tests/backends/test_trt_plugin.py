@@ -32,8 +32,8 @@ from avl_edge.backends.tensorrt.attention import Attention, Sizes
 from avl_edge.backends.tensorrt.kernels import TokenKernels
 from avl_edge.backends.tensorrt.plugin import PluginMissing, register
 from avl_edge.errors import BadInput
+from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format, groups, padded
-from avl_edge.kv.pool.formats import encode
 from avl_edge.package.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, WORDS, reference_function
 from tests import ROOT
 from tests.equipment.trt_calls import COMPILER, SHAPES, Call, Shape, inputs_of, make_call, run_call

@@ -18,9 +18,9 @@ from avl_edge.attention.cuda import LOW_RANK, Kernels, KernelShape, Module
 from avl_edge.attention.cuda.driver import Argument, Grid
 from avl_edge.backends.cuda import CudaBackend, load_model
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import decode, decode_coarse, decode_coefficients, encode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool import RowStore
-from avl_edge.kv.pool.formats import decode, decode_coarse, decode_coefficients, encode
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.spec import read_spec
 

@@ -14,8 +14,9 @@ from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan, plan_after
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import H2O, AttentionPack, Avl, Distinct, FastV, Full, Method, Streaming
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, read_spec

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from avl_edge.attention.kernels import Part, attend_parts_reference
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import encode
 from tests.equipment.emulated_kernels import COMPILER, Kernels, Shape
 
 

@@ -21,8 +21,8 @@ import torch
 from avl_edge import Options, Result, Runtime
 from avl_edge.attention.cuda import FORMATS
 from avl_edge.backends.tensorrt.kernels import digest
+from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import Format
-from avl_edge.kv.pool.formats import encode
 from avl_edge.package.engine import DECODER_ENGINE, STEP, Job, Plugin, Recipe, build
 from avl_edge.package.export import DECODER, VISION, Binding, Bindings
 from tests.conftest import Checkpoints

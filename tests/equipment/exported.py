@@ -18,9 +18,11 @@ from avl_edge.attention.kernels import Part, attend_parts
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
-from avl_edge.kv.cache import Selected, SequenceCache, prompt_shape
+from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Method
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
+from avl_edge.kv.selection import Selected
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec, read_spec

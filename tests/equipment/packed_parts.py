@@ -14,8 +14,8 @@ from torch import Tensor
 
 from avl_edge.attention.kernels import Part
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format, packing, page_bytes
-from avl_edge.kv.pool.formats import encode
 from tests.equipment.decode_attention import offsets_of
 
 Array = npt.NDArray[Any]

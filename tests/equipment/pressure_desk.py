@@ -15,7 +15,8 @@ from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Method
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
+from avl_edge.kv.store import RowStore
 from avl_edge.machine.pressure import Action
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.serving.memory_pressure import MemoryPressureHandler

@@ -18,8 +18,8 @@ from avl_edge.attention.cuda.driver import Argument, Grid
 from avl_edge.backends.tensorrt.attention import Attention, Sizes
 from avl_edge.backends.tensorrt.kernels import PACKED, ROWS, TokenKernels, TokenShape
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import encode
 from avl_edge.package.export.core_attention import INPUTS, OUTPUTS, WORDS
 from tests import ROOT
 

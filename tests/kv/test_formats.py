@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import decode, decode_coarse, encode
 from avl_edge.kv.layout import PAGE_ROWS, UNIT, Format, groups, page_bytes
-from avl_edge.kv.pool import RowPool, RowStore
-from avl_edge.kv.pool.formats import decode, decode_coarse, encode
+from avl_edge.kv.pool import RowPool
+from avl_edge.kv.store import RowStore
 from tests.equipment import oracle_formats
 from tests.equipment.oracle_formats import packed
 

@@ -16,9 +16,10 @@ from avl_edge.kv.budget import fit, kv_plan, plan_after
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.layout import PAGE_ROWS, page_bytes
 from avl_edge.kv.methods import H2O, Avl, Full, Method, Streaming
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
 from avl_edge.kv.pool.compaction import compact
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
+from avl_edge.kv.store import RowStore
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
 

@@ -15,8 +15,9 @@ from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Avl
 from avl_edge.kv.methods.policy import PromptLayer, StepLayer
-from avl_edge.kv.pool import RowPool, RowStore, SequenceRows
+from avl_edge.kv.pool import RowPool, SequenceRows
 from avl_edge.kv.pool.compaction import smaller_formats
+from avl_edge.kv.store import RowStore
 from avl_edge.machine.allocator import advise_free
 from tests import ROOT
 from tests.equipment.pressure_desk import SHAPE, SIZE
@@ -128,7 +129,8 @@ import sys
 import numpy as np, torch
 from avl_edge.machine import allocator
 from avl_edge.config import KvShape
-from avl_edge.kv.pool import RowPool, RowStore
+from avl_edge.kv.pool import RowPool
+from avl_edge.kv.store import RowStore
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20

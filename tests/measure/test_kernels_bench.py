@@ -10,8 +10,8 @@ import torch
 
 from avl_edge.cli import run_app
 from avl_edge.errors import BadInput
+from avl_edge.kv.formats import decode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import decode
 from avl_edge.measure import bench
 from avl_edge.measure.bench import Case
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from avl_edge.attention.cuda import FORMATS
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import decode, encode
 from avl_edge.package.export.core_attention import OUTPUTS, WORDS, inputs, reference_function
 from avl_edge.package.export.graph import Nodes
 from avl_edge.package.export.packed_rows import PackedRows

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from avl_edge.attention.cuda import FORMATS
 from avl_edge.config import Formats
+from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.kv.pool.formats import decode, encode
 from tests.conftest import Checkpoints
 from tests.equipment.exported import PRUNE_AFTER, TOLERANCE, Array, Exported, Exports, Layer, prompt_of, start
 

@@ -156,8 +156,8 @@ def test_the_budget_holds_under_pressure(runtime: Runtime, tree: Path) -> None:
 def test_free_pages_go_back_to_the_system(runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All whole pages of a finished request, once; the next one finds them empty, and answers the same."""
     expected = ask(runtime).result()
-    rows, back = runtime._rows, list[int]()
-    assert rows is not None
+    assert runtime._backend is not None
+    rows, back = runtime._backend.rows, list[int]()
     give_back = rows.give_back
     monkeypatch.setattr(rows, "give_back", lambda pages: back.append(give_back(pages)) or back[-1])
     runtime.step()

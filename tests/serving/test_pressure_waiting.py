@@ -100,8 +100,8 @@ def test_what_breaks_off_an_escalation_ends_that_request_and_no_other(
     first, second = ask(runtime), ask(runtime)
     next(first), next(second)
     write(tree, GB)
-    rows = runtime._rows
-    assert rows is not None
+    assert runtime._backend is not None
+    rows = runtime._backend.rows
     demote, calls = rows.demote, 0
 
     def fails_once(*arguments: Any) -> bool:

@@ -21,7 +21,8 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle_baselines as oracles
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle import load_model, top
-from tools.compare_kvpress import PRESSES, Comparison, Peer, Press, load_kvpress, press_settings, ratio_of, rows_of
+from tools.compare_kvpress import Comparison, press_settings
+from tools.kvpress_peer import PRESSES, Peer, Press, load_kvpress, ratio_of, rows_of
 
 STEPS = 24
 PROMPT = "What is shown in the picture, and how many boats are there?"

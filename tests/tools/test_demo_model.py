@@ -13,11 +13,13 @@ from avl_edge.model.demo import DEMO
 from tests.equipment.demo_model import TOKENIZER
 from tools.demo_model import scenes
 from tools.demo_model.canvas import PATCH
+from tools.demo_model.config import ModelConfig
 from tools.demo_model.data import IGNORE, head_ids, pack
 from tools.demo_model.export import read_checkpoint, write
 from tools.demo_model.fast import attention, rms_norm
-from tools.demo_model.model import DemoModel, ModelConfig, Packing, patches, question_mask
+from tools.demo_model.model import DemoModel, Packing, question_mask
 from tools.demo_model.questions import Question
+from tools.demo_model.vision import patches
 
 
 class TestFast:

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import hear_interrupts
 from tests.equipment.demo_model import TOKENIZER
-from tools.demo_model.model import ModelConfig
+from tools.demo_model.config import ModelConfig
 from tools.demo_model.schedule import BadPlan, Stage, parse_plan
 from tools.demo_model.trainer import Options, Trainer
 

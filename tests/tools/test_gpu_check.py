@@ -231,7 +231,7 @@ def test_rows_that_are_read_at_other_places_are_noticed(model: decode.Model, mon
     def backend(*arguments: Any, **options: Any) -> CudaBackend:
         nonlocal ours
         made = decode_backend(*arguments, **options)
-        ours = made._rows
+        ours = made.rows
         return made
 
     ours: StoredRows | None = None

@@ -12,8 +12,9 @@ import torch
 import typer
 
 from tools.demo_model.canvas import PATCH, SIZE
+from tools.demo_model.config import ModelConfig
 from tools.demo_model.layout import load_weights, own_name
-from tools.demo_model.model import DemoModel, ModelConfig
+from tools.demo_model.model import DemoModel
 from tools.demo_model.tokenizer import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, SPECIAL_TOKENS
 
 # Any: transformers' annotations change from version to version.

@@ -57,6 +57,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, H * D]`` -> ``[B, H, N, D]``."""
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """``[B, H, N, D]`` -> ``[B, N, H * D]``."""
+    return x.transpose(1, 2).flatten(2)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from tools.demo_model.config import ModelConfig
 from tools.demo_model.data import TEXT_LENGTH, Batch, Scenes, head_ids, loader
 from tools.demo_model.losses import Loss, reading_loss, vision_loss
-from tools.demo_model.model import DemoModel, ModelConfig
+from tools.demo_model.model import DemoModel
 from tools.demo_model.optim import BatchedMuon
 from tools.demo_model.scenes import TRAINING_SEEDS, VALIDATION_SEEDS
 from tools.demo_model.schedule import Stage

@@ -12,12 +12,13 @@ from torch import Tensor
 from avl_edge.backends.base import Backend
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.backends.cuda import load_model
+from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
 from avl_edge.kv.budget import KvPlan, kv_plan, plan_after
-from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import H2O, AttentionPack, Avl, Coarse, Full, Method, Streaming
-from avl_edge.kv.pool import RowPool, RowStore
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
+from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec
@@ -75,27 +76,16 @@ def random_prompt(spec: ModelSpec, seed: int) -> Prompt:
     return Prompt(tuple(map(int, ids)), (ImageSpan(str(seed), before, image),), pixels)
 
 
-class Sequences:
-    """A few requests on one backend, decoded together."""
+class Sequences(DecodeLoop):
+    """A few requests on one backend, decoded together; ``first`` are the logits of their prompts."""
 
-    def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[Request]) -> None:
-        self.backend = of
-        shape = model.spec.text.kv_shape(itemsize)
-        pool = RowPool(pages, shape)
-        self.caches: list[SequenceCache] = []
+    def __init__(self, of: Backend, model: Model, requests: Sequence[Request]) -> None:
+        super().__init__(of)
         self.first: list[Tensor] = []
         for seed, (method, formats) in enumerate(requests):
             prompt = random_prompt(model.spec, seed)
-            assert prompt.pixel_values is not None
-            planned = kv_plan(method, formats, shape, prompt_shape(len(prompt), prompt.spans), STEPS)
-            cache = SequenceCache(pool, planned, len(prompt), prompt.spans, shape.layers)
-            features = of.encode_images(prompt.pixel_values)
-            self.first.append(of.prefill(prompt, features, cache))
-            self.caches.append(cache)
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Logits ``[sequences, vocabulary]``."""
-        return self.backend.decode(tokens, self.caches)
+            planned = kv_plan(method, formats, self.pool.shape, prompt_shape(len(prompt), prompt.spans), STEPS)
+            self.first.append(self.prefill(prompt, self.encode(prompt), planned))
 
     def membership(self) -> list[list[tuple[list[int], list[int]]]]:
         """Which tokens each layer of each sequence holds; the image's core."""
@@ -108,15 +98,14 @@ class Sequences:
 class Questions(Sequences):
     """Questions about one shared prefix, of which each request is one; the first's formats are the prefix's."""
 
-    def __init__(self, of: Backend, model: Model, itemsize: int, pages: int, requests: Sequence[Request]) -> None:
-        super().__init__(of, model, itemsize, pages, ())
-        shape, whole = model.spec.text.kv_shape(itemsize), random_prompt(model.spec, 0)
+    def __init__(self, of: Backend, model: Model, requests: Sequence[Request]) -> None:
+        super().__init__(of, model, ())
+        shape, whole = self.pool.shape, random_prompt(model.spec, 0)
         end = whole.spans[0].start + whole.spans[0].length
         head = Prompt(whole.token_ids[:end], whole.spans, whole.pixel_values)
         plan: KvPlan[Method] = kv_plan(Full(), requests[0][1], shape, prompt_shape(end, head.spans), 0)
-        shared = SharedPrefixCache(RowPool(pages, shape), plan, end, head.spans, shape.layers)
-        assert head.pixel_values is not None
-        of.prefill_prefix(head, of.encode_images(head.pixel_values), shared)
+        shared = SharedPrefixCache(self.pool, plan, end, head.spans, shape.layers)
+        of.prefill_prefix(head, self.encode(head), shared)
         for seed, (method, formats) in enumerate(requests):
             text = random_prompt(model.spec, seed).token_ids[5 * seed - 20 :]
             prompt = Prompt(head.token_ids + text, head.spans, None)
@@ -182,15 +171,15 @@ def _against_cpu(
     on_device = load_model(model.spec, model.weights, dut.accelerator.device)
     stores = RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype), row_store(dut, on_device, pages)
     backends = TorchBackend(Llava(model.spec, model.weights), stores[0]), backend(dut, on_device, stores[1])
-    expected, got = (kind(each, model, dtype.itemsize, pages, requests) for each in backends)
+    expected, got = (kind(each, model, requests) for each in backends)
     if of_cpu:
         stores[1].keys.copy_(stores[0].keys)
         stores[1].values.copy_(stores[0].values)
     worst = max(_distance(a, b) for a, b in zip(got.first, expected.first, strict=True))
     tokens = [int(logits.argmax()) for logits in expected.first]
     for _ in range(STEPS):
-        theirs = expected.step(tokens)
-        worst = max(worst, _distance(got.step(tokens), theirs))
+        theirs = expected.decode(tokens)
+        worst = max(worst, _distance(got.decode(tokens), theirs))
         tokens = theirs.argmax(-1).tolist()
     require(worst <= limit, f"logits are {worst:.2e} of their size from the CPU's, more than {limit:.2e}")
     return worst
@@ -208,18 +197,12 @@ def _graphs(dut: DeviceUnderTest, model: Model, requests: Sequence[Request]) -> 
     pages = pages_for(model, len(requests))
     on_device = load_model(model.spec, model.weights, dut.accelerator.device)
     recorded, launched = (
-        Sequences(
-            backend(dut, on_device, row_store(dut, on_device, pages), eager=eager),
-            model,
-            dtype.itemsize,
-            pages,
-            requests,
-        )
+        Sequences(backend(dut, on_device, row_store(dut, on_device, pages), eager=eager), model, requests)
         for eager in (False, True)
     )
     tokens, worst = [int(logits.argmax()) for logits in launched.first], 0.0
     for number in range(STEPS):
-        theirs, ours = launched.step(tokens), recorded.step(tokens)
+        theirs, ours = launched.decode(tokens), recorded.decode(tokens)
         worst = max(worst, _distance(ours, theirs))
         require(recorded.membership() == launched.membership(), f"the rows differ after step {number + 1}")
         tokens = theirs.argmax(-1).tolist()

@@ -12,7 +12,7 @@ from avl_edge.attention.cuda import Kernels, KernelShape
 from avl_edge.backends.cuda import CudaBackend, kernel_shape
 from avl_edge.backends.steps import Accelerator, CudaDevice
 from avl_edge.config import KvShape
-from avl_edge.kv.pool import RowStore
+from avl_edge.kv.store import RowStore
 from avl_edge.model.network import Llava
 
 

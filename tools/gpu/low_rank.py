@@ -16,8 +16,8 @@ from torch import Tensor
 from avl_edge.attention.cuda import Bases, KernelShape, Lists, Pool, Step, Workspace
 from avl_edge.attention.kernels import Part
 from avl_edge.config import KvShape
+from avl_edge.kv.formats import decode_coefficients, encode_coefficients
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import decode_coefficients, encode_coefficients
 from avl_edge.model.network.rope import Rope
 from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import border_counts

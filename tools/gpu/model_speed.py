@@ -9,19 +9,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from avl_edge.backends.cuda import CudaBackend
+from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
-from avl_edge.kv.cache import SequenceCache, prompt_shape
+from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import AttentionPack, Avl, Coarse, Full, Method
-from avl_edge.kv.pool import RowPool
-from avl_edge.model.checkpoint import Weights
 from avl_edge.model.network import Llava
-from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
+from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
 from tools.gpu.dut import DeviceUnderTest, backend, row_store
+from tools.random_model import RandomWeights, random_spec
 
 PREFIX, IMAGE, SUFFIX = 35, 2340, 36
 INT8 = Formats("int8", "int8", "int8")
@@ -33,24 +31,6 @@ REQUESTS: tuple[tuple[Method, Formats], ...] = (
     (Coarse(), INT8),
     (AttentionPack(), AttentionPack.formats),
 )
-
-
-class RandomWeights(Weights):
-    """Draws each tensor on the device when it is asked for, at a scale that keeps activations finite."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self._device = device
-        self.bytes = 0
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The vision tower's bytes are not counted: a decode step does not read them."""
-        drawn = torch.empty(shape, dtype=self.dtype, device=self._device)
-        self.bytes += drawn.nbytes if name.startswith(("text.", "head.")) else 0
-        return drawn.fill_(1) if name.endswith("norm.weight") else drawn.normal_().mul_(shape[-1] ** -0.5)
-
-    def deny(self, name: str) -> None:
-        """Nothing is stored, so nothing is there too many."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +47,7 @@ class Sizes:
 
     @property
     def spec(self) -> ModelSpec:
-        """With a vision tower of a few numbers: prompts come with random features."""
-        rope = {"rope_type": "default", "rope_theta": 10000.0}
-        dim = self.hidden // self.heads
-        sizes = (self.hidden, self.inner, self.layers, self.heads, self.heads, dim)
-        text = TextSpec(*sizes, "silu", 1e-5, self.vocabulary, 4096, False, False, False, False, rope)
-        return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
+        return random_spec(self.layers, self.hidden, self.inner, self.heads, self.vocabulary)
 
     @property
     def prompt(self) -> Prompt:
@@ -96,17 +71,16 @@ def measure(
     dut: DeviceUnderTest, model: Model, sizes: Sizes, method: Method, formats: Formats, batch: int
 ) -> dict[str, Any]:
     """Prompts one after the other, then ``steps`` tokens for all of them together."""
-    text, prompt = sizes.spec.text, sizes.prompt
-    shape = text.kv_shape(model.model.dtype.itemsize)
+    prompt = sizes.prompt
+    shape = sizes.spec.text.kv_shape(model.model.dtype.itemsize)
     planned = kv_plan(method, formats, shape, prompt_shape(len(prompt), prompt.spans), sizes.steps)
-    pool = RowPool(batch * planned.pages, shape)
-    ours = backend(dut, model.model, row_store(dut, model.model, pool.pages))
-    caches = [SequenceCache(pool, planned, len(prompt), prompt.spans, text.layers) for _ in range(batch)]
+    loop = DecodeLoop(backend(dut, model.model, row_store(dut, model.model, batch * planned.pages)))
+    caches = [loop.add(prompt, planned) for _ in range(batch)]
     start = time.perf_counter()
     for cache in caches:
-        ours.prefill(prompt, model.features, cache)
+        loop.backend.prefill(prompt, model.features, cache)
     prefilled = time.perf_counter()
-    times = _decode(ours, caches, sizes.steps)
+    times = _decode(loop, sizes.steps)
     step = _typical(times)
     kv_bytes = sum(cache.bytes_read for cache in caches) / sizes.steps
     return {
@@ -119,7 +93,7 @@ def measure(
         "kv_bytes_per_step": round(kv_bytes),
         "weights_bytes": model.bytes,
         "gb_per_s": round((model.bytes + kv_bytes) / 1e9 / step, 1),
-        "kv_peak_bytes": sum(cache.rows.lease.peak for cache in caches) * pool.page_bytes,
+        "kv_peak_bytes": sum(cache.rows.lease.peak for cache in caches) * loop.pool.page_bytes,
         "end_to_end_s": round(prefilled - start + sum(times), 3),
     }
 
@@ -129,12 +103,12 @@ def _named(formats: Formats) -> str:
     return "/".join(dict.fromkeys(formats.by_tier().values()))
 
 
-def _decode(ours: CudaBackend, caches: list[SequenceCache], steps: int) -> list[float]:
+def _decode(loop: DecodeLoop, steps: int) -> list[float]:
     """Seconds of each step, on the host's clock: what a caller waits."""
-    tokens, times = [1] * len(caches), []
+    tokens, times = [1] * len(loop.caches), []
     for _ in range(steps):
         start = time.perf_counter()
-        tokens = ours.decode_greedy(tokens, caches)
+        tokens = loop.decode_greedy(tokens)
         times.append(time.perf_counter() - start)
     return times
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from avl_edge.attention.cuda import FORMATS, KernelShape, Lists, Pool, Scan, Step, Workspace
 from avl_edge.attention.kernels import Part, attend_parts_reference, coarse_weights_reference
 from avl_edge.config import KvShape, PromptShape
+from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.methods import Coarse
-from avl_edge.kv.pool.formats import decode, encode
 from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import SCORES, border_counts
 

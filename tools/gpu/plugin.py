@@ -15,8 +15,8 @@ from torch import Tensor
 
 from avl_edge.attention.cuda import FORMATS, KernelShape
 from avl_edge.attention.kernels import Part, attend_parts_reference
+from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
-from avl_edge.kv.pool.formats import decode, encode
 from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import SCORES
 from tools.gpu.packed import KV_HEADS, Memory, make_memory, wide

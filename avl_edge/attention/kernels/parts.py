@@ -21,7 +21,7 @@ class Part:
     Attributes:
         format: "exact", "int8" or "int4".
         keys: exact: [R, H_kv, d] of the query's dtype, any strides while the last dimension is contiguous; packed: the
-            arena, uint8 [bytes], contiguous, in which rows are records as :mod:`avl_edge.kv.pool.formats` encodes them.
+            arena, uint8 [bytes], contiguous, in which rows are records as :mod:`avl_edge.kv.formats` encodes them.
         values: likewise, as large as the keys.
         rows: [total] int32 on the CPU: row numbers in [0, R), or where records begin, in units of
             :data:`~avl_edge.kv.layout.UNIT` bytes. A row may serve several sequences.

@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ...kv.formats import decode, decode_coarse
 from ...kv.layout import UNIT, Format
-from ...kv.pool.formats import decode, decode_coarse
 from .parts import Part, accumulator, check, check_ids, id_limit, record_bytes
 
 

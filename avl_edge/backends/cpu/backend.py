@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ...attention import native
 from ...attention.kernels import attend_parts, coarse_weights, prompt_scores
-from ...kv.cache import Index, SequenceCache, is_low_rank
-from ...kv.pool import RowStore
+from ...kv.cache import SequenceCache
+from ...kv.pool.rows import Index
+from ...kv.selection import is_low_rank
 from ...kv.shared_prefix import SharedPrefixCache
+from ...kv.store import RowStore
 from ...model.network import Llava
 from ...request import Prompt
 from ..prefill import Attention, Prefill
@@ -29,12 +31,18 @@ class TorchBackend:
         """``attend`` computes the decode attention; its contract is
         :func:`avl_edge.attention.kernels.attend_parts`'s."""
         self._model = model
-        self._rows = StoredRows(store, model.decoder.angles)
-        self._prefill = Prefill(model, self._rows, self._score)
+        self.rows = StoredRows(store, model.decoder.angles)
+        self._prefill = Prefill(model, self.rows, self._score)
         self._attend = attend
         self.name = "torch-cpu+native" if native.available() else "torch-cpu"
         self._kv_heads = model.spec.text.kv_heads
         self._scale = model.spec.text.head_dim**-0.5
+
+    @classmethod
+    def with_pages(cls, model: Llava, pages: int, attend: Attend = attend_parts) -> TorchBackend:
+        """Over a new store of so many pages."""
+        shape = model.spec.text.kv_shape(model.dtype.itemsize)
+        return cls(model, RowStore(pages, shape, model.dtype), attend)
 
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
@@ -50,9 +58,13 @@ class TorchBackend:
         last, total = prompt_scores(query.transpose(0, 1), key.transpose(0, 1), torch.from_numpy(queries), self._scale)
         return last.numpy(), total.numpy()
 
+    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
+        tokens: list[int] = self.decode(token_ids, caches).argmax(-1).tolist()
+        return tokens
+
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
-        decoder, rows = self._model.decoder, self._rows
+        decoder, rows = self._model.decoder, self.rows
         positions, ids = zip(*(cache.begin_step() for cache in caches), strict=True)
         hidden = decoder.embed(torch.tensor(token_ids))
         angles = decoder.angles(torch.tensor(positions))
@@ -83,7 +95,7 @@ class TorchBackend:
         batch = [number for number in range(len(caches)) if number not in low]
         attended = torch.empty_like(query)
         if batch:
-            parts = self._rows.parts([read[number] for number in batch])
+            parts = self.rows.parts([read[number] for number in batch])
             wanted = any(wants[number] for number in batch)
             own = query if len(batch) == len(caches) else query[batch]
             out, weights = self._attend(own, parts, self._kv_heads, self._scale, scores=wanted)
@@ -92,7 +104,7 @@ class TorchBackend:
                 if weights is not None and wants[number]:
                     scores[number] = own_scores(place, read[number], parts, weights)
         for number in low:
-            attended[number], low_weights = self._rows.attend(
+            attended[number], low_weights = self.rows.attend(
                 caches[number], layer, read[number], query[number], self._scale
             )
             if wants[number]:

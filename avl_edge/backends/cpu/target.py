@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from ...config import KvShape, Progress
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...model import checkpoint
 from ...model.network import Llava
 from ...model.spec import ModelSpec
-from ..stored import StoredRows
-from ..target import Loaded, Target
+from ..base import Backend
+from ..target import Target
 from .backend import TorchBackend
 
 
 class Cpu(Target):
     """A checkpoint on the processor."""
 
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
         model = Llava(spec, checkpoint.load_weights(self.directory, progress))
-        store = RowStore(pages, shape, model.dtype)
-        return Loaded(TorchBackend(model, store), StoredRows(store, model.decoder.angles))
+        return TorchBackend(model, RowStore(pages, shape, model.dtype))

@@ -38,9 +38,11 @@ import torch
 from torch import Tensor
 
 from ...attention.cuda import Kernels, KernelShape, Pool, PromptHeads
-from ...kv.cache import Index, SequenceCache
-from ...kv.pool import Moved, RowStore
+from ...kv.cache import SequenceCache
+from ...kv.pool import Moved
+from ...kv.pool.rows import Index
 from ...kv.shared_prefix import SharedPrefixCache
+from ...kv.store import RowStore
 from ...model.network import Llava
 from ...model.spec import TextSpec
 from ...request import Prompt
@@ -73,8 +75,8 @@ class CudaBackend:
         text, (keys, values) = model.spec.text, store.arenas("exact")
         self.name = f"torch-{accelerator.device.type}+kernels"
         self._model, self._kernels, self._accelerator = model, kernels, accelerator
-        self._rows = StoredRows(store, model.decoder.angles)  # the pool's addresses name the store's memory
-        self._prefill = Prefill(model, self._rows, self._score)
+        self.rows = StoredRows(store, model.decoder.angles)  # the pool's addresses name the store's memory
+        self._prefill = Prefill(model, self.rows, self._score)
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
         self._steps = RecordedSteps(accelerator, self._new_step)
@@ -156,10 +158,10 @@ class CudaBackend:
         with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores and not cache.picks_core:
-                    self._rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
+                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores or cache.picks_core:
-                self._rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
+                self.rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
         return step
 
 

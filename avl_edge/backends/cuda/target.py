@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import KvShape, Progress
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...model import checkpoint
 from ...model.spec import ModelSpec
+from ..base import Backend
 from ..steps import CudaDevice
-from ..stored import StoredRows
-from ..target import Loaded, Target
+from ..target import Target
 from . import CudaBackend, kernel_shape, load_model
 
 
@@ -29,7 +29,7 @@ class Cuda(Target):
     def check_model(self, spec: ModelSpec) -> None:
         kernel_shape(spec.text, self.dtype)
 
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
         model = load_model(spec, checkpoint.load_weights(self.directory, progress), self._gpu.device)
         store = RowStore(pages, shape, model.dtype, str(self._gpu.device))
-        return Loaded(CudaBackend.on_gpu(model, store, self._gpu), StoredRows(store, model.decoder.angles))
+        return CudaBackend.on_gpu(model, store, self._gpu)

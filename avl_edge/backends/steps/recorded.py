@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ...kv.cache import Selected
+from ...kv.selection import Selected
 from ..stored import in_order
 from .device import Accelerator
 from .tables import Bucket, Reads, StepTables

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ...attention.cuda import in_order
-from ...kv.cache import Selected
 from ...kv.layout import Format
+from ...kv.selection import Selected
 from .device import Accelerator
 
 Ints = npt.NDArray[np.int32]

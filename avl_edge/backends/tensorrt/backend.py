@@ -20,9 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...kv.cache import Selected, SequenceCache
-from ...kv.pool import RowStore
+from ...kv.cache import SequenceCache
+from ...kv.selection import Selected
 from ...kv.shared_prefix import SharedPrefixCache
+from ...kv.store import RowStore
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
 from ...package.export import bindings as names
@@ -116,7 +117,7 @@ class EngineBackend:
             keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
             stored = cache.store_prompt(layer, *scores[layer], self._distances(cache, layer, keys, values))
             before = listed.count(layer)
-            own = [Selected(each.format, each.order - before, each.ids, each.positions) for each in stored]
+            own = [each.at(each.order - before) for each in stored]
             self.rows.store_prompt(cache, layer, own, keys, values)
             if pruned and layer == pruned.layer:
                 cache.go_on(run[names.KEPT].cpu().numpy().astype(np.int64))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...attention.cuda import FORMATS
 from ...kv.layout import UNIT
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...model.spec import ModelSpec
 from ...package.engine import Recipe
 from ...package.export import Binding, Bindings

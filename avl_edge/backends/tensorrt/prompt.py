@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...kv.cache import Selected, SequenceCache
+from ...kv.cache import SequenceCache
 from ...kv.methods import Prune
-from ...kv.pool import RowStore
+from ...kv.selection import Selected
+from ...kv.store import RowStore
 from ...model.spec import TextSpec
 from ...package.export import bindings as names
 from ...request import Prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...package.engine import STEP
 from ...package.export import bindings as names
 from ..steps import Accelerator, Bucket, RecordedStep, StepTables

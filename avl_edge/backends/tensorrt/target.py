@@ -8,14 +8,15 @@ import torch
 
 from ...config import KvShape, Progress, PromptShape, require
 from ...kv.methods import Choice
-from ...kv.pool import RowStore
+from ...kv.store import RowStore
 from ...machine.device import probe
 from ...model.spec import ModelSpec
 from ...package.engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Platform, decoder_formats, open_package
 from ...package.export import decoder_bindings, vision_bindings
+from ..base import Backend
 from ..cuda.target import Cuda
 from ..steps import CudaDevice
-from ..target import Loaded, Target
+from ..target import Target
 from .backend import EngineBackend
 from .engines import Engines
 from .kernels import digest
@@ -79,7 +80,7 @@ class TensorRt(Target):
             return "it was built with prune_after never; build it with another, or prune nothing"
         return f"it prunes after layer {layer}, by the last token's attention"
 
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Loaded:
+    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
         job, device = self._job, self._gpu.device
         vision = vision_bindings(spec, job.settings.precision)
         decoder = decoder_bindings(spec, job.settings.precision, job.settings.prune_after)
@@ -95,4 +96,4 @@ class TensorRt(Target):
         engines = Engines(spec, job.recipe, opened[0], vision, opened[1], decoder)
         backend = EngineBackend(engines, store, self._gpu)
         backend.require_rows()
-        return Loaded(backend, backend.rows)
+        return backend

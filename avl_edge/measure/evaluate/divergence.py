@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...backends.cpu.backend import TorchBackend
-from ...kv.cache import SequenceCache
-from ...kv.pool import RowPool, RowStore
+from ...backends.decode_loop import DecodeLoop
 from ...model.checkpoint import load_weights
 from ...model.network import Llava
 from ...serving.runtime import Runtime
@@ -27,7 +26,6 @@ class Divergence:
     """The model of ``runtime``, whose directory is ``model``, beside it (its weights are mapped, not read twice)."""
 
     def __init__(self, runtime: Runtime, model: Path) -> None:
-        self._shape = runtime.kv_shape
         self._model = Llava(runtime.spec, load_weights(model))
 
     def from_full(
@@ -56,11 +54,9 @@ class Divergence:
         Row ``i`` is what the model expected in the place of token ``i``.
         """
         prompt, plan = request.prompt, request.plan
-        pool = RowPool(plan.pages, self._shape)
-        backend = TorchBackend(self._model, RowStore(pool.pages, self._shape, self._model.dtype))
-        cache = SequenceCache(pool, plan, len(prompt), prompt.spans, self._shape.layers)
-        logits = [backend.prefill(prompt, features, cache)]
-        logits += [backend.decode([token], [cache])[0] for token in token_ids[:-1]]
+        loop = DecodeLoop(TorchBackend.with_pages(self._model, plan.pages))
+        logits = [loop.prefill(prompt, features, plan)]
+        logits += [loop.decode([token])[0] for token in token_ids[:-1]]
         return functional.log_softmax(torch.stack(logits).float(), dim=-1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...backends.cpu.backend import TorchBackend
+from ...backends.decode_loop import DecodeLoop
 from ...config import Formats, Options, Progress, PromptShape
 from ...kv.budget import kv_plan
 from ...kv.cache import SequenceCache
 from ...kv.methods import H2O, Avl, FastV, Full, Method, Streaming
-from ...kv.pool import RowPool, RowStore
 from ...machine import allocator
 from ...model import checkpoint
 from ...model.network import Llava
@@ -99,18 +98,14 @@ class Bench:
         forget_peak()
         prompt, kv = trial.prompt(self.spec.tokens_per_image), self.shape.kv_shape()
         plan = kv_plan(trial.method, Formats(), kv, prompt, trial.steps)
-        pool = RowPool(plan.pages * trial.streams, kv)
-        backend = TorchBackend(self._model, RowStore(pool.pages, kv, self.dtype))
         inputs, sampler = self._prompt(trial), Sampler(Options())
-        with ExitStack() as open_caches:
-            caches = [SequenceCache(pool, plan, prompt.length, inputs.spans, kv.layers) for _ in range(trial.streams)]
-            for cache in caches:
-                open_caches.callback(cache.close)
-            encode, prefill, logits = zip(*(_prefill(backend, inputs, cache) for cache in caches), strict=True)
+        with DecodeLoop(TorchBackend.with_pages(self._model, plan.pages * trial.streams)) as loop:
+            caches = [loop.add(inputs, plan) for _ in range(trial.streams)]
+            encode, prefill, logits = zip(*(_prefill(loop, inputs, cache) for cache in caches), strict=True)
             tokens = [sampler(each) for each in logits]
 
             def step() -> None:
-                tokens[:] = [sampler(each) for each in backend.decode(tokens, caches)]
+                tokens[:] = [sampler(each) for each in loop.decode(tokens)]
 
             steps = [timed(step) for _ in range(trial.steps)]
         # Of few times the fastest is the one that nobody disturbed.
@@ -126,12 +121,12 @@ class Bench:
         return Prompt(tuple(int(token) for token in ids), spans, pixels)
 
 
-def _prefill(backend: TorchBackend, inputs: Prompt, cache: SequenceCache) -> tuple[float, float, Tensor]:
+def _prefill(loop: DecodeLoop, inputs: Prompt, cache: SequenceCache) -> tuple[float, float, Tensor]:
     """Milliseconds to encode the pictures (0: there are none) and for the prompt, and its last token's logits."""
     start = now()
-    features = None if inputs.pixel_values is None else backend.encode_images(inputs.pixel_values)
+    features = loop.encode(inputs)
     encoded = now()
-    logits = backend.prefill(inputs, features, cache)
+    logits = loop.backend.prefill(inputs, features, cache)
     return 1000 * (encoded - start) if features is not None else 0.0, 1000 * (now() - encoded), logits
 
 

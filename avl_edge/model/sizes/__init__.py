@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..pictures import AnyRes, Fixed, Merged, Picture
 from .known import KNOWN, known_shape, shape_of_checkpoint, shape_of_spec
-from .pictures import AnyRes, Fixed, Merged, Picture
 from .sizes import PRECISIONS, DecoderShape, ModelShape, Precision, VisionShape
 
 __all__ = [

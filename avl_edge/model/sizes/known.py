@@ -9,16 +9,16 @@ from pathlib import Path
 
 from ...config import read_json
 from ...errors import BadModel
+from ..pictures import AnyRes, Fixed, Merged, PictureRule
 from ..spec import ModelSpec, read_spec
-from .pictures import AnyRes, Fixed, Merged, PictureRule
 from .sizes import DecoderShape, ModelShape, VisionShape
 
 
 def _clip(
-    width: int, inner: int, layers: int, side: int, patch: int, hidden: int, runs: int, extra: int = 0
+    width: int, inner: int, layers: int, positions: int, patch: int, hidden: int, runs: int, extra: int = 0
 ) -> VisionShape:
     """CLIP with LLaVA's two-layer projector from ``width`` features to ``hidden``."""
-    embeddings = width * (1 + 3 * patch**2 + side**2 + 1) + 4 * width
+    embeddings = width * (1 + 3 * patch**2 + positions) + 4 * width
     projector = width * hidden + hidden + hidden * hidden + hidden
     small = 4 * width + inner + width + 4 * width
     return VisionShape(width, inner, layers, patch, embeddings + projector + extra, small, runs=runs, states=runs)
@@ -55,15 +55,17 @@ _QWEN_VL_VISION = VisionShape(
 )
 
 
+_SQUARE = Fixed.clip(24**2)
+
+
 def _llava(name: str, decoder: DecoderShape, rule: PictureRule) -> ModelShape:
     newline = decoder.hidden_size if isinstance(rule, AnyRes) else 0
-    return ModelShape(name, decoder, _clip(1024, 4096, 24, 24, 14, decoder.hidden_size, 23, newline), rule)
+    return ModelShape(name, decoder, _clip(1024, 4096, 24, _SQUARE.patches, 14, decoder.hidden_size, 23, newline), rule)
 
 
 _VICUNA_7B = DecoderShape(4096, 11008, 32, 32, 32, 128, 32064, 4096)
 _VICUNA_13B = DecoderShape(5120, 13824, 40, 40, 40, 128, 32064, 4096)
 _MISTRAL_7B = DecoderShape(4096, 14336, 32, 32, 8, 128, 32064, 32768)
-_SQUARE = Fixed(patches=577, tokens=576)
 _QWEN2_PICTURES = Merged(patch=14, min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
 _QWEN3_PICTURES = Merged(patch=16, min_pixels=256 * 256, max_pixels=4096 * 4096)
 
@@ -151,20 +153,20 @@ def shape_of_spec(spec: ModelSpec, name: str, itemsize: int) -> ModelShape:
         text.out_bias,
         text.mlp_bias,
     )
-    side, features = vision.image_size // vision.patch_size, len(spec.feature_layers)
+    features = len(spec.feature_layers)
     # A projector that takes several layers' features has one wider matrix.
     wider = (features - 1) * vision.hidden_size * text.hidden_size
     tower = _clip(
         vision.hidden_size,
         vision.intermediate_size,
         vision.layers,
-        side,
+        spec.picture.patches,
         vision.patch_size,
         text.hidden_size,
         max(spec.feature_layers),
         wider,
     )
-    return ModelShape(name, decoder, tower, Fixed(vision.patches + 1, spec.tokens_per_image), itemsize)
+    return ModelShape(name, decoder, tower, spec.picture, itemsize)
 
 
 def known_shape(name: str) -> ModelShape:

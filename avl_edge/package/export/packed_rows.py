@@ -1,4 +1,4 @@
-"""Packed rows by ONNX's operators: records read as :mod:`avl_edge.kv.pool.formats` decodes them, rows as they hold
+"""Packed rows by ONNX's operators: records read as :mod:`avl_edge.kv.formats` decodes them, rows as they hold
 them.
 
 A graph cannot look at numbers as bytes. Records come to it as 32-bit words, of which half words and nibbles are what

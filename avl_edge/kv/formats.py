@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import UNIT, Format, groups, padded
+from .layout import UNIT, Format, groups, padded
 
 _LARGEST_SCALE = 65504.0
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...config import require
+from ..config import require
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Fixed:
 
     patches: int
     tokens: int
+
+    @classmethod
+    def clip(cls, patches: int, *, drop_class_token: bool = True) -> Fixed:
+        """Of a CLIP tower over ``patches``: its class token runs along, and is dropped from the features or not."""
+        return cls(patches + 1, patches + (not drop_class_token))
 
     def __call__(self, width: int, height: int) -> Picture:  # noqa: ARG002
         return Picture(1, self.patches, self.tokens)
@@ -56,8 +61,8 @@ class AnyRes:
         else:
             content = int(round(width * (high / height), 7))
             wide -= (wide - content) // 2 * 2
-        base = self.side**2
-        return Picture(1 + rows * columns, base + 1, base + high * wide + high)
+        tile = Fixed.clip(self.side**2)
+        return Picture(1 + rows * columns, tile.patches, tile.tokens + high * wide + high)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The tiles that keep most of the picture's pixels, and waste the fewest of their own."""

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...config import KvShape
-from ...machine.allocator import advise_free
-from ..layout import PAGE_ROWS, UNIT, Format
+from ..config import KvShape
+from ..machine.allocator import advise_free
 from .formats import decode, encode
+from .layout import PAGE_ROWS, UNIT, Format
 
 
 class RowStore:
@@ -29,7 +29,8 @@ class RowStore:
         self.values = torch.empty(size, dtype=dtype, device=device)
         self.key_bytes = self.keys.view(torch.uint8).flatten()
         self.value_bytes = self.values.view(torch.uint8).flatten()
-        self._shape = shape
+        self.pages = pages
+        self.shape = shape
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +64,7 @@ class RowStore:
         ids = ids.to(self.keys.device)
         if format_ == "exact":
             return self.keys[ids], self.values[ids]
-        heads, dim, dtype = self._shape.kv_heads, self._shape.head_dim, self.keys.dtype
+        heads, dim, dtype = self.shape.kv_heads, self.shape.head_dim, self.keys.dtype
         keys, values = (decode(Format(format_), each, heads, dim) for each in self.read_records(ids, Format(format_)))
         return keys.to(dtype), values.to(dtype)
 
@@ -76,7 +77,7 @@ class RowStore:
     def read_records(self, ids: Tensor, format_: Format, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Records of keys and of values, uint8 ``[n, record_bytes]`` each; or the first ``size`` bytes of each, whole
         units."""
-        size = size or format_.record_bytes(self._shape)
+        size = size or format_.record_bytes(self.shape)
         units = self._units(ids, size)
         keys, values = (arena.view(-1, UNIT)[units].view(-1, size) for arena in (self.key_bytes, self.value_bytes))
         return keys, values
@@ -97,7 +98,7 @@ class RowStore:
         """
         if self.keys.device.type != "cpu":
             return 0
-        size = self.nbytes // 2 // max(len(self.keys) // PAGE_ROWS, 1)
+        size = self.nbytes // 2 // max(self.pages, 1)
         breaks = np.flatnonzero(np.diff(pages) != 1) + 1
         runs = [(int(run[0]) * size, (int(run[-1]) + 1) * size) for run in np.split(pages, breaks) if len(run)]
         arenas = (self.keys.data_ptr(), self.values.data_ptr())
