@@ -40,7 +40,7 @@ fi
 # The package is copied, so that the kernel for Arm does not lie beside the one for this machine.
 rm -rf "$folder/tree"
 mkdir "$folder/tree"
-cp -r "$tree/avl_edge" "$folder/tree"
+cp -r "$tree"/{avl_edge,engines,plugins,profiles} "$folder/tree"
 rm -f "$folder"/tree/avl_edge/attention/_core_attention.*
 if [ ! -e "$folder/kernel.so" ] || [ -n "$(find "$tree/plugins/cpu" -newer "$folder/kernel.so" -type f)" ]; then
     aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -shared -o "$folder/kernel.so" "$tree/plugins/cpu/core_attention.cpp"
