@@ -21,6 +21,8 @@ LINES = {
     "--version": (SLOW, "avl-edge 0."),
     "models": (SLOW, "llava-1.5-7b"),
     "models --help": (SLOW, "Usage: avl-edge models"),
+    "methods": (COMPUTES, "avl: image rows in tiers"),
+    "methods --help": (COMPUTES, "Usage: avl-edge methods"),
     f"doctor --root {TREES / 'pc-no-gpu'}": (SLOW, "python"),
     "doctor --help": (SLOW, "Usage: avl-edge doctor"),
     "plan --model llava-1.5-7b --device agx-orin-64": (COMPUTES, "peak memory"),
