@@ -175,6 +175,10 @@ def test_what_other_pages_say() -> None:
         f"{100 * int4['score']:.1f} % right answers on {int4['questions']} questions to the demo model, where exact "
     )
     assert f"{answers}rows give {100 * rows['full']['score']:.1f} %" in _prose(ROOT / "docs" / "device.md")
+    score, questions = _scores("methods"), _measured("methods")["result"]["questions"]
+    assert score["distinct", 0.25] == score["full", 1]
+    fewer = f"on {questions} questions the demo model answered as well with fewer rows"
+    assert fewer in _prose(ROOT / "docs" / "usage.md")
     cases = _measured("cuda_resources")["cases"]
     assert all(kernel["spills"] == 0 for case in cases for kernel in case["kernels"].values())
     foreign = _measured("demo_model_foreign")["result"]

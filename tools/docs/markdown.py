@@ -34,7 +34,7 @@ def source(name: str) -> str:
     commands = document["command"] if isinstance(document["command"], list) else [document["command"]]
     listed = ", ".join(f"`{command}`" for command in commands)
     how = listed if len(commands) <= 2 else f"{len(commands)} commands, named in the file"
-    where = document.get("machine", {}).get("cpu", "compiled without a device")
+    where = document["machine"]["cpu"] if "machine" in document else f"NVRTC {document['nvrtc']}"
     return f"[{name}.json](measurements/{name}.json), {document['date']}, {where}: {how}."
 
 

@@ -144,7 +144,7 @@ def _by_share(name: str, labels: Mapping[str, str], shares: Sequence[float], dig
     lines = [[label, *(_score(found[setting, share], digits) for share in shares)] for setting, label in labels.items()]
     whole = percent(found["full", 1]["score"], digits)
     body = table([f"exact match, %, of {questions} questions (`full`: {whole})", *_headings(shares)], lines)
-    shown = [row for (_, share), row in found.items() if share in shares]
+    shown = [found[setting, share] for setting in labels for share in shares]
     return block("\n\n".join(filter(None, [body, _star_note(shown).strip()])), name)
 
 
