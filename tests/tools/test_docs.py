@@ -62,7 +62,7 @@ def _quality() -> list[str]:
         # The aims that were set.
         "within 0.5 points of full attention at 25 % of the bytes and within 1 at 12.5 %, reading at most 25 %",
         f"`distinct` in int4 is {below[0]:.1f} and {below[1]:.1f} points below, and {below[2]:.1f} at 6.25 %",
-        f"from 25 % down, but below H2O at 50 %, {score['avl', 0.5]:.1f} against {score['h2o', 0.5]:.1f} %",
+        f"above H2O from 25 % down. At 50 % it is below H2O, {score['avl', 0.5]:.1f} against {score['h2o', 0.5]:.1f} %",
         f"`distinct` in int4 is {abs(unseen_below[0]):.1f}, {unseen_below[1]:.1f} and {unseen_below[2]:.1f} points "
         "below `full`",
         "hold 80 % of the picture's attention",
