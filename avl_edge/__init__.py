@@ -1,4 +1,4 @@
-"""avl-edge: answers about camera images on the edge, inside a memory budget that is never exceeded."""
+"""avl-edge: answers about camera images on the edge, inside a KV memory budget that is never exceeded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The native library: where it is, what its functions take, and what to do when it is not there.
 
-`pip install` builds plugins/cpu/core_attention.cpp into avl_edge/_core_attention.*, a shared library with a C interface
-that ctypes loads; it is no Python module. Without it the package works, only slower, by gathering rows in torch; the
-first use then warns, once, with the reason and the cure.
+`pip install` builds plugins/cpu/core_attention.cpp into avl_edge/attention/_core_attention.*, a shared library with a C
+interface that ctypes loads; it is no Python module. Without it the package works, only slower, by gathering rows in
+torch; the first use then warns, once, with the reason and the cure.
 """
 
 from __future__ import annotations

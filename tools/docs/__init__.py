@@ -1,0 +1,1 @@
+"""The tables of ``docs/``, made from the measurements: ``python -m tools.docs``."""

@@ -1,0 +1,89 @@
+"""Tables of ``docs/speed.md``: times on a CPU, and plans beside what was then measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.docs.markdown import block, measured, percent, table
+
+
+def decode() -> str:
+    """A decode step at LLaVA-1.5-7B's layer shape, A-VL's beside full attention's."""
+    document = measured("decode")
+    cases = {(case["image_rows"], case["method"]): case for case in document["cases"]}
+
+    def line(case: dict[str, Any]) -> list[object]:
+        full = cases[case["image_rows"], "full"]
+        step, attention = "ms_per_token", "attention_ms_per_token"
+        return [
+            f"{case['image_rows']:,} image rows, `{case['method']}`",
+            f"{case[attention]:.2f}",
+            f"{case[attention] / full[attention]:.2f}",
+            f"{case[step]:.1f}",
+            f"{case[step] / full[step]:.2f}",
+            f"{case['rows_read_per_step']:,.0f}",
+        ]
+
+    header = ["", "attention, ms", "of `full`'s", "whole step, ms", "of `full`'s", "rows read, 2 layers"]
+    about = f"{document['model']}, {document['machine']['threads']} threads"
+    return block(f"{table(header, map(line, document['cases']))}\n\n{about[0].upper()}{about[1:]}.", "decode")
+
+
+def attention() -> str:
+    """The kernel beside torch's ways."""
+    document = measured("attention_cpu")
+    cases = document["result"]["cases"]
+
+    def line(case: dict[str, Any]) -> list[object]:
+        ms = case["ms"]
+        others = ("slice_then_multiply", "full", "contiguous")
+        ratios = [f"{ms[other]:.2f} ({ms['native'] / ms[other]:.2f})" for other in others]
+        return [f"{case['kv_heads']} key/value heads, batch {case['batch']}", f"{ms['native']:.2f}", *ratios]
+
+    header = [
+        "ms (kernel's time / this time)",
+        "the kernel, where the rows lie",
+        "torch: gather, then multiply",
+        "torch: all rows",
+        "torch: rows that lie side by side already",
+    ]
+    case = cases[0]
+    shape = (
+        f"{percent(case['core_fraction'], 0)} % of {case['rows']:,} rows, {case['heads']} heads of {case['head_dim']}, "
+        f"{case['dtype']}, threads: {document['result']['machine']['threads']}."
+    )
+    return block(f"{table(header, map(line, cases))}\n\n{shape}", "attention_cpu")
+
+
+def host() -> str:
+    """What a decode step asks of the host beside a GPU."""
+
+    def line(case: dict[str, Any]) -> list[object]:
+        packed = ", ".join(f"{tier} {name}" for tier, name in case["formats"].items() if name != "exact")
+        label = f"`{case['method']}`{f', {packed}' if packed else ''}"
+        return [label, case["batch"], f"{case['before_ms']:.1f}", f"{case['settle_ms']:.1f}"]
+
+    header = ["", "sequences", "before the launch, ms", "after it or its scores, ms"]
+    return block(table(header, map(line, measured("host")["result"])), "host")
+
+
+def plans() -> str:
+    """Requests as the profile planned them, and as they then ran."""
+    result = measured("profile_verify")["result"]
+
+    def line(each: dict[str, Any]) -> list[object]:
+        times = (each["predicted_ms_per_token"], each["measured_ms_per_token"])
+        sizes = (each["predicted_peak_bytes"] / 1e6, each["measured_peak_bytes"] / 1e6)
+        return [each["request"], *(f"{ms:.1f}" for ms in times), *(f"{mb:.0f}" for mb in sizes)]
+
+    header = ["request", "planned ms/token", "measured", "planned peak, MB", "measured"]
+    bytes_error = result["bytes_error_percent"]
+    summary = (
+        f"Time per token: {result['median_ms_error_percent']:.0f} % off in the median of {len(result['requests'])} "
+        f"requests to the `{result['model']}` model. Memory: {bytes_error['least']:.1f} to {bytes_error['most']:.1f} % "
+        "more planned than used."
+    )
+    return block(f"{summary}\n\n{table(header, map(line, result['requests']))}", "profile_verify")
+
+
+TABLES = {"decode": decode, "attention": attention, "host": host, "plans": plans}
