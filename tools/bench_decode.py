@@ -17,7 +17,6 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
@@ -28,6 +27,7 @@ from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Full, Method
+from avl_edge.measure.profiler.timing import per_step
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
@@ -89,22 +89,15 @@ def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[
 
 
 def _row(case: Case, image_rows: int, steps: int, row_bytes: int) -> dict[str, Any]:
-    rows = case.cache.rows_read / steps
+    rows, cycle = case.cache.rows_read / steps, Avl().refresh
     return {
         "image_rows": image_rows,
         "method": case.method.name,
-        "ms_per_token": round(_fast_half(case.steps), 3),
-        "attention_ms_per_token": round(_fast_half(case.attention), 3),
+        "ms_per_token": round(per_step(case.steps, cycle), 3),
+        "attention_ms_per_token": round(per_step(case.attention, cycle), 3),
         "rows_read_per_step": round(rows, 1),
         "kv_bytes_read_per_step": round(rows * row_bytes),
     }
-
-
-def _fast_half(times: list[float]) -> float:
-    """The mean over the faster half of the refresh cycles, each cycle whole."""
-    cycle = Avl().refresh
-    cycles = np.sort(np.reshape(times[: len(times) // cycle * cycle], (-1, cycle)).mean(axis=1))
-    return float(cycles[: max(1, len(cycles) // 2)].mean())
 
 
 def main(

@@ -26,6 +26,7 @@ from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Choice, Full
 from avl_edge.kv.pool import RowPool
+from avl_edge.measure.profiler.timing import cycle_means
 from avl_edge.request import ImageSpan
 
 PREFIX, SUFFIX = 35, 36
@@ -101,10 +102,7 @@ def measure(choice: Choice, batch: int, rows: int, steps: int) -> dict[str, Any]
 
 
 def _typical(times: list[float]) -> float:
-    cycle = Avl().refresh
-    means = np.reshape(times[: len(times) // cycle * cycle], (-1, cycle)).mean(axis=1)
-    typical: float = median(means.tolist())
-    return round(1000 * typical, 3)
+    return round(1000 * median(cycle_means(times, Avl().refresh)), 3)
 
 
 def main(

@@ -20,7 +20,7 @@ from .selection import Selected, by_format
 
 Scores = npt.NDArray[np.floating]
 
-_NO_SCORES: Scores = np.empty(0)
+NO_SCORES: Scores = np.empty(0)
 
 
 def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
@@ -106,7 +106,7 @@ class SequenceCache:
         """Whether :meth:`store_prompt` and :meth:`prune_prompt` need the distances of values."""
         return self.policy.wants_distances
 
-    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = NO_SCORES) -> list[Selected]:
         """Choose what ``layer`` stores of the tokens still in it, by their scores and distances (``[m]`` each, see
         :class:`~avl_edge.kv.methods.PromptLayer`).
 
@@ -161,7 +161,7 @@ class SequenceCache:
         images = self._is_image[positions]
         return order[images], positions[images]
 
-    def prune_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> Index | None:
+    def prune_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = NO_SCORES) -> Index | None:
         """Indices of the tokens that go on beyond ``layer``; None: all of them."""
         prune = self.policy.prunes(layer)
         if prune is None:
@@ -254,7 +254,7 @@ class SequenceCache:
         ``scores`` in the order of :meth:`rows_to_read`'s order; None where the policy does not want them.
         """
         rows = self.rows.layers[layer]
-        scores = _NO_SCORES if scores is None else scores
+        scores = NO_SCORES if scores is None else scores
         texts = len(rows.text_ids)
         is_suffix: Mask = rows.text_positions >= self._first_image
         settled = self.policy.settle(StepLayer(layer, self.step, scores[:-texts], scores[-texts:], is_suffix))

@@ -15,14 +15,12 @@ import numpy as np
 
 from ..request import ImageSpan
 from .budget import KvPlan
-from .cache import Scores, SequenceCache
+from .cache import NO_SCORES, Scores, SequenceCache
 from .methods import Method
 from .pool import BorrowingRows, RowPool
 from .pool.rows import Ids, Index
 from .pool.sequence import LayerRows
 from .selection import Selected
-
-_NO_SCORES: Scores = np.empty(0)
 
 
 class SharedPrefixCache(SequenceCache):
@@ -42,7 +40,7 @@ class SharedPrefixCache(SequenceCache):
         queries = np.flatnonzero(self._is_suffix(layer))
         return queries if len(queries) else None
 
-    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = NO_SCORES) -> list[Selected]:
         self.totals.append(total)
         return super().store_prompt(layer, last, total, distances)
 
@@ -81,7 +79,7 @@ class QuestionCache(SequenceCache):
     def positions(self, layer: int) -> Ids:
         return np.concatenate([self._shared.stored(layer), self._positions[self.begin :]])
 
-    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = _NO_SCORES) -> list[Selected]:
+    def store_prompt(self, layer: int, last: Scores, total: Scores, distances: Scores = NO_SCORES) -> list[Selected]:
         total, before = total.copy(), self._shared.stored(layer)
         total[: len(before)] += self._shared.totals[layer][before]
         return super().store_prompt(layer, last, total, distances)

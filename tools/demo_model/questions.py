@@ -51,32 +51,18 @@ def _yes(condition: bool) -> str:
     return "yes" if condition else "no"
 
 
+def _reading(name: str, form: str = "{}") -> Maker:
+    """Asks for what one instrument or sign shows."""
+
+    def answer(facts: Facts, _: random.Random) -> Answered:
+        value = getattr(facts, name)
+        return {}, _or_absent(value, form.format(value))
+
+    return answer
+
+
 def _speed(facts: Facts, _: random.Random) -> Answered:
     return {}, _or_absent(facts.speed, f"{facts.speed} {facts.unit}")
-
-
-def _limit(facts: Facts, _: random.Random) -> Answered:
-    return {}, _or_absent(facts.limit, f"{facts.limit}")
-
-
-def _gear(facts: Facts, _: random.Random) -> Answered:
-    return {}, _or_absent(facts.gear, f"{facts.gear}")
-
-
-def _fuel(facts: Facts, _: random.Random) -> Answered:
-    return {}, _or_absent(facts.fuel, f"{facts.fuel}%")
-
-
-def _temperature(facts: Facts, _: random.Random) -> Answered:
-    return {}, _or_absent(facts.temperature, f"{facts.temperature} C")
-
-
-def _light(facts: Facts, _: random.Random) -> Answered:
-    return {}, _or_absent(facts.light, f"{facts.light}")
-
-
-def _plate(facts: Facts, _: random.Random) -> Answered:
-    return {}, _or_absent(facts.plate, f"{facts.plate}")
 
 
 def _line_number(count: int, rng: random.Random) -> tuple[int, dict[str, str]]:
@@ -234,14 +220,14 @@ def _describe(facts: Facts, _: random.Random) -> Answered:
 # Kind of question: how to answer it, and how often it is asked.
 MAKERS: dict[str, tuple[Maker, float]] = {
     "speed": (_speed, 1.0),
-    "limit": (_limit, 1.0),
-    "gear": (_gear, 0.8),
-    "fuel": (_fuel, 0.8),
-    "temperature": (_temperature, 1.0),
-    "light": (_light, 0.8),
+    "limit": (_reading("limit"), 1.0),
+    "gear": (_reading("gear"), 0.8),
+    "fuel": (_reading("fuel", "{}%"), 0.8),
+    "temperature": (_reading("temperature", "{} C"), 1.0),
+    "light": (_reading("light"), 0.8),
     "destination": (_destination, 1.6),
     "distance": (_distance, 1.4),
-    "plate": (_plate, 1.6),
+    "plate": (_reading("plate"), 1.6),
     "screen line": (_screen_line, 2.0),
     "time": (_time, 1.0),
     "lamps": (_lamps, 0.8),

@@ -15,6 +15,7 @@ from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import AttentionPack, Avl, Coarse, Full, Method
+from avl_edge.measure.profiler.timing import cycle_means
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import ModelSpec
 from avl_edge.request import ImageSpan, Prompt
@@ -116,8 +117,7 @@ def _decode(loop: DecodeLoop, steps: int) -> list[float]:
 def _typical(times: list[float]) -> float:
     """The median over A-VL's refresh cycles, each whole, of the mean step; the first cycles record graphs."""
     cycle = Avl().refresh
-    means = [sum(times[at : at + cycle]) / cycle for at in range(2 * cycle, len(times) - cycle + 1, cycle)]
-    return median(means)
+    return median(cycle_means(times[2 * cycle :], cycle))
 
 
 def cases(dut: DeviceUnderTest, sizes: Sizes, batches: tuple[int, ...] = (1, 16)) -> dict[str, Any]:

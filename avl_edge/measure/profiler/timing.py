@@ -17,11 +17,15 @@ def undisturbed(times: Sequence[float]) -> float:
     return sum(fast) / len(fast)
 
 
-def per_step(times: Sequence[float], cycle: int) -> float:
-    """:func:`undisturbed` over whole cycles of ``cycle`` steps, since steps of a cycle differ by design."""
+def cycle_means(times: Sequence[float], cycle: int) -> list[float]:
+    """The mean step of each whole cycle of ``cycle`` steps, which differ by design; of all, where they are fewer."""
     cycle = min(cycle, len(times))
-    whole = [sum(times[i : i + cycle]) / cycle for i in range(0, len(times) - cycle + 1, cycle)]
-    return undisturbed(whole)
+    return [sum(times[i : i + cycle]) / cycle for i in range(0, len(times) - cycle + 1, cycle)]
+
+
+def per_step(times: Sequence[float], cycle: int) -> float:
+    """:func:`undisturbed` over whole cycles of ``cycle`` steps."""
+    return undisturbed(cycle_means(times, cycle))
 
 
 def repeat(function: Callable[[], object], seconds: float = 0.2, least: int = 5) -> tuple[float, int]:
