@@ -19,7 +19,7 @@ from ..kv.pool import Moved, RowStore
 from ..kv.pool.compaction import Demotion, compact
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
-_AT_ONCE = 2**24
+BYTES_AT_ONCE = 2**24
 """Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
 many."""
 
@@ -30,6 +30,11 @@ class StoredRows:
     def __init__(self, store: RowStore, angles: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         self._store = store
         self._low_rank = LowRankRows(store, angles)
+
+    @property
+    def store(self) -> RowStore:
+        """The tensors in which they lie."""
+        return self._store
 
     def store_prompt(
         self, cache: SequenceCache, layer: int, stored: Sequence[Selected], keys: Tensor, values: Tensor
@@ -104,7 +109,7 @@ class StoredRows:
         waiting: list[tuple[int, Moved]] = []
         for layer, of_layer in settled:
             waiting += [(layer, each) for each in of_layer]
-            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= _AT_ONCE:
+            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= BYTES_AT_ONCE:
                 self._convert(cache, waiting)
                 waiting = []
         self._convert(cache, waiting)

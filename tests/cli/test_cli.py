@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from avl_edge.cli import run_app
-from tests.conftest import Checkpoints, hear_interrupts
+from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.command_line import COMMAND, Outcome
 from tests.equipment.machines import TREES
+from tests.equipment.processes import hear_interrupts
 
 PROMPT = "What is shown?"
 

@@ -109,7 +109,7 @@ def _masks(model: LlavaForConditionalGeneration, visible: list[Tensor]) -> Itera
             handle.remove()
 
 
-def _forward(
+def forward(
     model: LlavaForConditionalGeneration,
     visible: list[Tensor],
     ids: list[int],
@@ -170,7 +170,7 @@ def generate(
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     survivors = images
     if settings.prune_layer < depth:
-        _, weights, cache = _forward(model, [causal] * depth, prompt, pixel_values)
+        _, weights, cache = forward(model, [causal] * depth, prompt, pixel_values)
         kept = settings.prefill_keep * total // 100
         at = settings.prune_layer
         survivors = top(worth(weights[at], cache, at, images), images, kept)
@@ -181,7 +181,7 @@ def generate(
     pruned[sorted(set(images) - set(survivors))] = True
     deep = (causal & ~pruned) | torch.eye(length, dtype=torch.bool)
     visible = [causal if index <= settings.prune_layer else deep for index in range(depth)]
-    logits, weights, cache = _forward(model, visible, prompt, pixel_values)
+    logits, weights, cache = forward(model, visible, prompt, pixel_values)
 
     layers = []
     for index in range(depth):
@@ -211,7 +211,7 @@ def generate(
             attended = torch.zeros(1, own + 1, dtype=torch.bool)
             attended[0, system + (layer.stored if refresh else layer.core) + layer.text] = True
             visible.append(attended)
-        logits, weights, cache = _forward(model, visible, [result[-1].token], cache=cache)
+        logits, weights, cache = forward(model, visible, [result[-1].token], cache=cache)
         for layer, layer_weights in zip(layers, weights, strict=True):
             scores = layer_weights[-1].tolist()
             for position in layer.text:

@@ -133,7 +133,7 @@ def test_tiers_are_what_the_caches_hold(
         before = cache.bytes_read
         cache.begin_step()
         for layer in range(layers) if cache.picks_core else ():
-            (seen,) = cache.rows_to_look_at(layer)
+            (seen,) = cache.rows_to_scan(layer)
             cache.pick_core(layer, chance.random(len(seen.ids)))
         read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
         for layer in range(layers):
@@ -141,7 +141,7 @@ def test_tiers_are_what_the_caches_hold(
         assert answer.step(step).rows == sum(read)
         if not isinstance(method, H2O) or formats.text == formats.core:
             assert answer.step(step).nbytes == cache.bytes_read - before
-        assert answer.step(step).looked_rows == sum(len(each.image_ids) for each in cache.rows) * cache.picks_core
+        assert answer.step(step).scanned_rows == sum(len(each.image_ids) for each in cache.rows) * cache.picks_core
         assert answer.step(step).scored_layers == layers * cache.policy.wants_scores(step)
     for layer in range(layers):
         counted, held = tiers(method, prompt, steps, layer), cache.rows.layers[layer].counts()
@@ -170,11 +170,11 @@ def test_bytes_of_a_step_by_hand() -> None:
     avl = Answer(Avl(100, 50, 25, 3, 100), prompt, shape, 6, Formats("exact", "int8", "int4"))
     assert avl.step(1).nbytes == 32 * (11 * exact + 25 * int8)
     assert avl.step(3).nbytes == 32 * (13 * exact + 25 * int8 + 25 * int4)
-    assert avl.step(3).looked_rows == 0
+    assert avl.step(3).scanned_rows == 0
     coarse = Answer(Coarse(secondary=50, core=25), prompt, shape, 6, Formats("exact", "int8", "int8"))
     # Of an int8 key the scales and the high half of every value.
     assert coarse.step(1).nbytes == 32 * (11 * exact + 25 * int8 + 50 * (64 + 2048))
-    assert (coarse.step(1).rows, coarse.step(1).looked_rows) == (32 * 36, 32 * 50)
+    assert (coarse.step(1).rows, coarse.step(1).scanned_rows) == (32 * 36, 32 * 50)
     assert Answer(Full(), prompt, shape, 6).step(1).nbytes == 32 * 111 * exact
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from avl_edge import BadInput, DoesNotFit, Formats, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.pool import BorrowingRows, SequenceRows
-from avl_edge.machine.pressure import Limits, Monitor
 from avl_edge.planning.request_planner import PACKED
 from tests.conftest import Checkpoints
 from tests.equipment.image_sessions import AVL, FIRST, FULL, IMAGES, SECOND, WHOLE, check, is_empty
@@ -72,7 +71,7 @@ def test_a_closed_session_waits_for_its_first_question(runtime: Runtime, monkeyp
     question = session.ask(FIRST)
     session.close()
     assert runtime.kv_bytes_in_use > 0
-    monkeypatch.setattr(runtime._backend, "prefill_prefix", None)
+    monkeypatch.setattr(runtime.debug.backend, "prefill_prefix", None)
     assert question.result().token_ids == runtime.generate(IMAGES[:1], FIRST, FULL).result().token_ids
     assert is_empty(runtime)
 
@@ -99,7 +98,7 @@ def test_an_interrupt_while_rows_are_freed_loses_none(
         with pytest.raises(KeyboardInterrupt):
             question.close()
     check(runtime, plain)
-    assert not runtime._scheduler._prefixes
+    assert not runtime.debug.scheduler.prefixes
     plain.close()
     assert is_empty(runtime)
 
@@ -124,20 +123,20 @@ def test_a_session_dropped_in_the_middle_of_a_step_is_freed_after_it(
     sessions[0].load()
     plain = runtime.generate(IMAGES[:1], FIRST, FULL)
     held: list[int] = []
-    decode = runtime._backend.decode  # type: ignore[union-attr]
+    decode = runtime.debug.backend.decode  # type: ignore[union-attr]
 
     def drop(*arguments: Any) -> Tensor:
         sessions.clear()
         gc.collect()
-        held.append(len(runtime._scheduler._prefixes))
+        held.append(len(runtime.debug.scheduler.prefixes))
         return decode(*arguments)
 
     next(plain)
-    monkeypatch.setattr(runtime._backend, "decode", drop)
+    monkeypatch.setattr(runtime.debug.backend, "decode", drop)
     next(plain)
     assert held == [1]
     check(runtime, plain)
-    assert not runtime._scheduler._prefixes
+    assert not runtime.debug.scheduler.prefixes
 
 
 @pytest.mark.parametrize("stage", ["prefill_prefix", "prefill", "decode"])
@@ -156,11 +155,10 @@ def test_what_breaks_in_a_step_leaves_other_sessions(
         raise kind("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._backend, stage, fail)
+        patch.setattr(runtime.debug.backend, stage, fail)
         with pytest.raises(kind):
             question.result()
-    assert question._sequence.result is not None
-    assert question._sequence.result.finish_reason == ("error" if kind is RuntimeError else "cancelled")
+    assert question.finish_reason == ("error" if kind is RuntimeError else "cancelled")
     check(runtime)
     assert (session.stats.bytes_stored > 0) == (stage != "prefill_prefix")
     assert other.ask(FIRST).result().token_ids == expected
@@ -195,7 +193,7 @@ def test_real_interrupts_at_any_moment_lose_no_row(runtime: Runtime) -> None:
                 each.close()
             session.close()
             check(runtime)
-            assert len(runtime._scheduler._prefixes) == 1
+            assert len(runtime.debug.scheduler.prefixes) == 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, usual)
@@ -243,7 +241,7 @@ def test_an_interrupt_at_a_call_of_any_function_leaves_the_books_in_order(runtim
         for which in sorted({1, min(2, count), count}):
             run((code, which))
             check(runtime)
-            assert len(runtime._scheduler._prefixes) == 1, code
+            assert len(runtime.debug.scheduler.prefixes) == 1, code
     assert kept.ask(FIRST).result().token_ids == expected
     kept.close()
     assert is_empty(runtime)
@@ -314,8 +312,8 @@ def test_questions_wait_for_the_pool_and_what_open_sessions_hold_is_refused(chec
 def test_short_memory_leaves_shared_rows_alone(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """A plain request beside them is packed, then nobody is admitted; the session's answers stay what they were."""
     write(tmp_path, 6 * GB)
-    runtime = Runtime.load(checkpoint("mistral-gqa"), reserve_bytes=2 * GB, device_root=tmp_path)
-    runtime._monitor = Monitor(Limits(2 * GB), tmp_path, every_ms=0)
+    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime.keep_free(2 * GB, root=tmp_path, every_ms=0)
     session = runtime.open_images(IMAGES[:1], AVL)
     expected = session.ask(SECOND).result()
     question, plain = session.ask(SECOND), runtime.generate(IMAGES[:1], SECOND, FULL)
@@ -369,7 +367,7 @@ class SessionLife(RuleBasedStateMachine):
         with suppress(DoesNotFit):
             question = session.ask(prompt, METHODS[method])
             picture = self.pictures.index(question.prompt.spans[0].digest)
-            whole = question._sequence.request.prefix.share == 100 and session.stats.formats["core"] == "exact"
+            whole = question.request.prefix.share == 100 and session.stats.formats["core"] == "exact"
             known = (picture if whole else -1, method, prompt)
             self.asked.append((question, known))
 
@@ -405,26 +403,26 @@ class SessionLife(RuleBasedStateMachine):
             raise kind
 
         with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(self.runtime._backend, stage, fail)
+            patch.setattr(self.runtime.debug.backend, stage, fail)
             self.runtime.step()
 
     @invariant()
     def sound(self) -> None:
         if not hasattr(self, "runtime"):
             return
-        running = self.runtime._scheduler.running
-        looks = [look for look in self.runtime._scheduler._prefixes if look.cache]
+        running = self.runtime.debug.scheduler.running
+        looks = [look for look in self.runtime.debug.scheduler.prefixes if look.cache]
         pairs = [(each.cache, each.request.plan) for each in running] + [(look.cache, look.plan) for look in looks]
-        self.runtime._pool.check_integrity([cache.rows for cache, _ in pairs if cache])
+        self.runtime.debug.pool.check_integrity([cache.rows for cache, _ in pairs if cache])
         for cache, plan in pairs:
             assert cache is not None
             lease = cache.rows.lease
             assert lease.held <= lease.peak <= lease.limit == plan.pages
         assert self.runtime.kv_bytes_in_use == sum(cache.rows.lease.nbytes for cache, _ in pairs if cache)
         for generation, known in self.asked:
-            result = generation._sequence.result
-            if result and result.finish_reason == "length":
-                assert result.kv.bytes_peak == generation._sequence.request.plan.peak_bytes
+            if generation.finish_reason == "length":
+                result = generation.result()
+                assert result.kv.bytes_peak == generation.request.plan.peak_bytes
                 assert known[0] < 0 or result.token_ids == self.alone[known]
 
     def teardown(self) -> None:
@@ -434,7 +432,7 @@ class SessionLife(RuleBasedStateMachine):
             session.close()
         while self.runtime.step():
             self.sound()
-        assert all(generation._sequence.result for generation, _ in self.asked)
+        assert all(generation.finish_reason for generation, _ in self.asked)
         self.sound()
         assert is_empty(self.runtime)
 

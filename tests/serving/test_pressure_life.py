@@ -105,7 +105,7 @@ def test_under_pressure_to_the_end_a_request_gives_all_it_can_and_still_ends(
         desk.step(sequence)
     actions = []
     while not actions or actions[-1] is not Action.HOLD:
-        smaller = desk.handler._smaller(sequence)
+        smaller = desk.handler.smaller(sequence)
         actions.append(desk.escalate())
         assert (actions[-1] is Action.DEMOTE) == (smaller is not None)
         desk.check()

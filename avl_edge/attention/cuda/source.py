@@ -11,17 +11,17 @@ from .errors import NoCuda
 
 NAME, LOW_RANK = "core_attention.cu", "low_rank.cu"
 _HERE = Path(__file__).resolve().parent
-_PLACES = (_HERE, _HERE.parents[2] / "plugins" / "cuda")
+FOLDERS = (_HERE, _HERE.parents[2] / "plugins" / "cuda")
 """In an installed package (setup.py copies them), and in the repository."""
 _INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def path(name: str = NAME) -> Path:
     """A file of the sources; :class:`NoCuda` where an installation lost it."""
-    for place in _PLACES:
-        if (place / name).is_file():
-            return place / name
-    raise NoCuda(f"{name} is not in {_PLACES[0]}: install avl-edge again")
+    for folder in FOLDERS:
+        if (folder / name).is_file():
+            return folder / name
+    raise NoCuda(f"{name} is not in {FOLDERS[0]}: install avl-edge again")
 
 
 @lru_cache

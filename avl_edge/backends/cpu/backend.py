@@ -23,14 +23,17 @@ Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
 
 class TorchBackend:
-    """The CPU path: torch, and the native attention kernel where it was built."""
+    """The CPU path: torch, and the native attention kernel where it was built.
+
+    ``model`` is the network that it runs, ``rows`` are those of the pool: for traces and tests.
+    """
 
     def __init__(self, model: Llava, store: RowStore, attend: Attend = attend_parts) -> None:
         """``attend`` computes the decode attention; its contract is
         :func:`avl_edge.attention.kernels.attend_parts`'s."""
-        self._model = model
-        self._rows = StoredRows(store, model.decoder.angles)
-        self._prefill = Prefill(model, self._rows, self._score)
+        self.model = model
+        self.rows = StoredRows(store, model.decoder.angles)
+        self._prefill = Prefill(model, self.rows, self._score)
         self._attend = attend
         self.name = "torch-cpu+native" if native.available() else "torch-cpu"
         self._kv_heads = model.spec.text.kv_heads
@@ -38,7 +41,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
-        return self._model.encode_images(pixels)
+        return self.model.encode_images(pixels)
 
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         return self._prefill.run(prompt, features, cache)
@@ -52,7 +55,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
-        decoder, rows = self._model.decoder, self._rows
+        decoder, rows = self.model.decoder, self.rows
         positions, ids = zip(*(cache.begin_step() for cache in caches), strict=True)
         hidden = decoder.embed(torch.tensor(token_ids))
         angles = decoder.angles(torch.tensor(positions))
@@ -83,7 +86,7 @@ class TorchBackend:
         batch = [number for number in range(len(caches)) if number not in low]
         attended = torch.empty_like(query)
         if batch:
-            parts = self._rows.parts([read[number] for number in batch])
+            parts = self.rows.parts([read[number] for number in batch])
             wanted = any(wants[number] for number in batch)
             own = query if len(batch) == len(caches) else query[batch]
             out, weights = self._attend(own, parts, self._kv_heads, self._scale, scores=wanted)
@@ -92,7 +95,7 @@ class TorchBackend:
                 if weights is not None and wants[number]:
                     scores[number] = own_scores(place, read[number], parts, weights)
         for number in low:
-            attended[number], low_weights = self._rows.attend(
+            attended[number], low_weights = self.rows.attend(
                 caches[number], layer, read[number], query[number], self._scale
             )
             if wants[number]:
