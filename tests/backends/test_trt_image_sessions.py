@@ -81,7 +81,7 @@ def every_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pairs:
-    """``pairs(name, images, method, formats)``: the torch backend and the engines', which have looked at the same
+    """``pairs(name, images, method, formats)``: the torch backend and the engines', which have prefilled the same
     pictures, the engines' decoder, and the prompts of three questions."""
 
     def __init__(self, package: Packages, checkpoint: Checkpoints) -> None:
@@ -256,7 +256,7 @@ class TestRefused:
         ],
     )
     def test_what_engines_do_not_serve(self, runtime: Runtime, options: Options, message: str) -> None:
-        """By ``prefill_prefix``, and by ``ask`` of a shared prefix that others may ask."""
+        """By ``open_images``, and by ``ask`` of an image session that others may ask."""
         session = runtime.open_images(IMAGES[:1])
         for refused in (lambda: runtime.open_images(IMAGES[:1], options), lambda: session.ask(FIRST, options)):
             with pytest.raises(BadInput, match=message) as refusal:

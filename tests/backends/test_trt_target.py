@@ -1,4 +1,4 @@
-"""A package as a place to run: what opens, what is served there, and what refuses says. Nothing is computed but by ONNX
+"""A package as a target: what opens, what is served there, and what a refusal says. Nothing is computed but by ONNX
 Runtime, in the engines' place."""
 
 from __future__ import annotations

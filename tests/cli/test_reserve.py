@@ -21,7 +21,9 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_a_reserve_nobody_looks(checkpoint: Checkpoints, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_reserve_memory_is_not_polled(
+    checkpoint: Checkpoints, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("avl_edge.machine.pressure.read_shortage", None)
     runtime = Runtime.load(checkpoint("mistral-gqa"), device_root=tree)
     assert ask(runtime).result().finish_reason == "length"
