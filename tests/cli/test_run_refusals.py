@@ -94,7 +94,7 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--secondary-format", "lowrank:33"], "the secondary format lowrank:33 asks for more"),
         (["--core-format", "lowrank:16", "--secondary-format", "lowrank:8"], "give both one rank"),
         (["--method", "coarse", "--core-format", "int8"], "give core and secondary rows the same format"),
-        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse looks at the keys of stored rows"),
+        (["--method", "coarse", "--kv-format", "lowrank:16"], "coarse scans the keys of stored rows"),
         (["--method", "coarse", "--core", "200", "--kv-budget", "1MB"], "core must be above 0"),
         (["--method", "streaming", "--set", "window=0", "--kv-budget", "1MB"], "window must be"),
         (["--max-new-tokens", "0"], "at least 1"),

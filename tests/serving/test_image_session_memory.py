@@ -14,6 +14,11 @@ from tests.equipment.image_sessions import AVL, FIRST, FULL, IMAGES, SECOND, che
 from tests.equipment.machines import GB, write
 
 
+@pytest.fixture
+def runtime(checkpoint: Checkpoints) -> Runtime:
+    return Runtime.load(checkpoint("mistral-gqa"))
+
+
 def test_budgets_are_kept_apart(runtime: Runtime) -> None:
     """The session's is for the picture, which is packed as far as it asks; a question's is for its own rows."""
     exact, half = (runtime.open_images(IMAGES, Options(formats=each)).peak_bytes for each in (Formats(), PACKED[0]))
