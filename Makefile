@@ -1,4 +1,5 @@
-# Two commands on a bare machine: `make demo` and `make test`.
+# Two commands on a bare machine: `make demo` and `make test`. `make test WING=kv` runs the tests of one wing, tests/kv
+# (WING=tools those of tools/).
 # PYTHON is any Python 3.10 to 3.12; everything is installed into .venv.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ demo: $(VENV)/installed
 
 # The models are tiny: a second thread costs more than it computes, and cores are shared by the processes.
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(if $(WING),tests/$(WING))
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

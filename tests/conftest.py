@@ -1,12 +1,8 @@
-"""Shared equipment: random checkpoints on disk, runtimes over them, and a record of logits."""
+"""Shared equipment: random checkpoints on disk, and what a gate leaves out."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
 
-from avl_edge import Runtime
-from tests import ROOT
 from tests.equipment.checkpoints import SPECS, CheckpointSpec, make_checkpoint
 
 Checkpoints = Callable[..., Path]
@@ -54,49 +47,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return made[key]
 
     return make
-
-
-def hear_interrupts() -> None:
-    """For ``preexec_fn``: a shell that runs the tests in its background lets all of them ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def run_python(code: str) -> str:
-    """What a process of its own prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-class Recorder:
-    """A backend that remembers the logits of the one sequence that runs."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        assert runtime._backend is not None
-        self._inner = runtime._backend
-        self.name = self._inner.name
-        self.rows = self._inner.rows
-        self.encode_images = self._inner.encode_images
-        self.logits: list[Tensor] = []
-        runtime._backend = self
-
-    def prefill(self, *arguments: object) -> Tensor:
-        logits = self._inner.prefill(*arguments)  # type: ignore[arg-type]
-        self.logits.append(logits)
-        return logits
-
-    def decode(self, *arguments: object) -> Tensor:
-        logits = self._inner.decode(*arguments)  # type: ignore[arg-type]
-        self.logits.append(logits[0])
-        return logits
-
-    def decode_greedy(self, *arguments: object) -> list[int]:
-        tokens: list[int] = self.decode(*arguments).argmax(-1).tolist()
-        return tokens

@@ -1,5 +1,5 @@
 """Imports go downward: between the wings of ARCHITECTURE.md's table, between the modules of a wing's README, and among
-the files of a module never in a circle."""
+the files of a module never in a circle. Tests and tools reach nothing that is private to another object."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ from tests import ROOT
 
 PACKAGE = ROOT / "avl_edge"
 OPTIONAL = {"onnx", "tensorrt", "cuda"}
+PRIVATE = re.compile(r"(?:.*\.)?(_(?!_)\w+)")
+"""The last part of a dotted name, where it is private."""
+ALLOWED_PRIVATE = {
+    ("tests/equipment/oracle.py", "_attn_implementation"),
+    ("tests/kv/test_oracle.py", "_forward_pre_hooks"),
+    ("tests/model/test_shapes.py", "_get_number_of_features"),
+}
+"""Of transformers and torch, where there is no public way."""
 ROW = re.compile(r"^\| `(\w+)` \|.*?(?:\| (yes|no) )?\|$", re.MULTILINE)
 
 
@@ -141,3 +149,33 @@ def test_runtime_works_without_optional_packages() -> None:
     """`onnx`, `tensorrt` and `cuda` are optional: the package imports where they cannot be."""
     program = "import sys; sys.modules.update(dict.fromkeys(('onnx', 'tensorrt', 'cuda'))); import avl_edge.cli"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def _private_names(tree: ast.AST) -> Iterator[str]:
+    """Private names of others: ``x._y`` but of self, cls and super(), imports of ``_y``, and what is set or read by a
+    string, as in ``monkeypatch.setattr(x, "_y", ...)`` and ``monkeypatch.setattr("a.module._y", ...)``."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
+                continue
+            case ast.Attribute(attr=name):
+                names = [name]
+            case ast.ImportFrom(names=imported):
+                names = [each.name for each in imported]
+            case ast.Call(func=ast.Attribute(attr=function) | ast.Name(id=function), args=arguments):
+                if function in ("setattr", "delattr", "getattr"):
+                    constants = [each.value for each in arguments[:2] if isinstance(each, ast.Constant)]
+                    names = [each for each in constants if isinstance(each, str)]
+        yield from (found[1] for name in names if (found := PRIVATE.fullmatch(name)))
+
+
+@pytest.mark.parametrize("folder", ["tests", "tools"])
+def test_nothing_private_is_reached(folder: str) -> None:
+    """What a runtime consists of is in its ``debug`` view; what else a test or tool needs has a public name."""
+    reached = {
+        (str(path.relative_to(ROOT)), name)
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in _private_names(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert reached == {each for each in ALLOWED_PRIVATE if each[0].startswith(f"{folder}/")}

@@ -21,8 +21,10 @@ from pathlib import Path
 # first, both run on the same threads.
 import torch  # noqa: F401
 
-_MAPS = Path("/proc/self/maps")
-_DIRECTORY = Path(__file__).resolve().parent
+MAPS = Path("/proc/self/maps")
+"""The files that this process has mapped, OpenMP runtimes among them; Linux alone has it."""
+DIRECTORY = Path(__file__).resolve().parent
+"""Where the library is built."""
 
 # The structures of plugins/cpu/step.h, which says what their fields mean. Packed, since that is one call into Python
 # where a ctypes structure is one for each field.
@@ -40,7 +42,7 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
     """The C function `avl_attend`, of a CALL and its PARTs, each packed, in this order; it returns 0, EINVAL for
     offsets or ERANGE for row ids that do not fit, or ENOMEM. None, after one warning, when it is missing or cannot be
     loaded."""
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := _DIRECTORY / f"_core_attention{suffix}").is_file()]
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := DIRECTORY / f"_core_attention{suffix}").is_file()]
     try:
         if not found:
             raise OSError("the library was not built")
@@ -60,7 +62,7 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
 
 def _share_openmp() -> None:
     """Let libraries that are loaded from now on find torch's OpenMP runtime; builds of torch for Arm keep it apart."""
-    runtime = openmp_runtime(os.fsdecode(_MAPS.read_bytes())) if _MAPS.is_file() else None  # names are any bytes
+    runtime = openmp_runtime(os.fsdecode(MAPS.read_bytes())) if MAPS.is_file() else None  # names are any bytes
     if runtime:
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
 

@@ -21,7 +21,7 @@ from ..kv.selection import Selected, is_low_rank
 from ..kv.store import RowStore
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
-_AT_ONCE = 2**24
+BYTES_AT_ONCE = 2**24
 """Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
 many."""
 
@@ -36,6 +36,11 @@ class StoredRows:
     def new_pool(self) -> RowPool:
         """A pool that owns all rows, none of them taken."""
         return RowPool(self._store.pages, self._store.shape)
+
+    @property
+    def store(self) -> RowStore:
+        """The tensors in which they lie."""
+        return self._store
 
     def store_prompt(
         self, cache: SequenceCache, layer: int, stored: Sequence[Selected], keys: Tensor, values: Tensor
@@ -110,7 +115,7 @@ class StoredRows:
         waiting: list[tuple[int, Moved]] = []
         for layer, of_layer in settled:
             waiting += [(layer, each) for each in of_layer]
-            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= _AT_ONCE:
+            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= BYTES_AT_ONCE:
                 self._convert(cache, waiting)
                 waiting = []
         self._convert(cache, waiting)

@@ -45,12 +45,13 @@ def build(
     with progress("exporting") as report:
         manifest, built = engine.build(job, out, version("avl-edge"), report, trt.decoder_plugin())
     holds = "holds" if built else "already holds"
-    print(f"avl-edge: {out} {holds} the ONNX graphs{_engines(manifest)}", file=sys.stderr)
+    print(f"avl-edge: {out} {holds} the ONNX graphs{engines_built(manifest)}", file=sys.stderr)
     with readers_may_leave():
         print(manifest.dumps().rstrip("\n") if as_json else out / manifest.directory)
 
 
-def _engines(manifest: engine.Manifest) -> str:
+def engines_built(manifest: engine.Manifest) -> str:
+    """What a package holds beside its graphs, as the end of a sentence; or why it holds no more."""
     if engine.DECODER_ENGINE in manifest.files:
         return f", {engine.VISION_ENGINE} and {engine.DECODER_ENGINE}"
     if engine.VISION_ENGINE in manifest.files:

@@ -17,6 +17,9 @@ from .device import read_shortage
 _MARGIN, _MOST_MARGIN = 0.25, 512 * 2**20
 """Memory is plentiful again a quarter above the reserve, or so many bytes: whoever acts on the edge flutters."""
 
+POLL_MS = 250.0
+"""How often a machine's files are read at most, where nobody says otherwise."""
+
 
 @dataclass(frozen=True)
 class Pressure:
@@ -128,7 +131,7 @@ class Monitor:
         self,
         limits: Limits,
         root: str | Path = "/",
-        every_ms: float = 250,
+        every_ms: float = POLL_MS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = State(limits)

@@ -87,7 +87,7 @@ def attention(case: Case, rounds: int) -> dict[str, Any]:
     turns, so that a slow moment falls on all of them, and find nothing in the caches, as in a decode step, which reads
     all other layers and their weights in between.
     """
-    ways, others = _ways(case), torch.zeros(_CACHES // 8, dtype=torch.int64)
+    ways, others = attention_ways(case), torch.zeros(_CACHES // 8, dtype=torch.int64)
     best = dict.fromkeys(ways, float("inf"))
     for turn in range(rounds + 1):
         for name, functions in ways.items():
@@ -104,7 +104,8 @@ def _milliseconds(function: Callable[[], object], others: Tensor) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _ways(case: Case) -> dict[str, Sequence[Callable[[], object]]]:
+def attention_ways(case: Case) -> dict[str, Sequence[Callable[[], object]]]:
+    """The ways of :func:`attention` over random rows, each as functions that compute the same numbers."""
     batch, rows, kv_heads, dim = case.batch, case.rows, case.kv_heads, case.head_dim
     generator = torch.Generator().manual_seed(0)
 

@@ -13,6 +13,7 @@ from ..errors import DoesNotFit
 from ..kv.methods import Choice, Method
 from ..machine import profile
 from ..machine.device import DeviceFacts, read_machine
+from ..machine.pressure import POLL_MS
 from ..machine.profile import BadProfile, DeviceProfile
 from ..model.sizes import ModelShape
 from ..request import DeviceStats
@@ -105,7 +106,7 @@ class DeviceWatcher:
         *,
         follows: bool = True,
         root: str | Path = "/",
-        every_ms: float = 250,
+        every_ms: float = POLL_MS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         require(follows or len(profiles) > 0, "give a profile, or follow the device")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..kv.cache import SequenceCache
 from ..request import Prompt, Result, TokenEvent
-from .scheduler import Running
+from .scheduler import Request, Running
 
 
 class StepLoop(Protocol):
@@ -42,6 +42,17 @@ class Generation(Iterator[TokenEvent]):
             raise RuntimeError("this generation belongs to a runtime that no longer knows it")
 
     @property
+    def request(self) -> Request:
+        """What was submitted: its ``plan`` is the most that it may hold."""
+        return self._sequence.request
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it has ended, as its :meth:`result` says; ``error`` where that raises. None while it is on its way."""
+        result = self._sequence.result
+        return result.finish_reason if result else None
+
+    @property
     def cache(self) -> SequenceCache | None:
         """The rows that this request holds, for traces and tests; None until it is admitted."""
         return self._sequence.cache
@@ -49,7 +60,7 @@ class Generation(Iterator[TokenEvent]):
     @property
     def prompt(self) -> Prompt:
         """What the model was given: token ids, image spans and pixels."""
-        return self._sequence.request.prompt
+        return self.request.prompt
 
     def result(self) -> Result:
         """Run to the end, leaving the events that were not taken, and give the whole answer."""

@@ -55,7 +55,7 @@ class MemoryPressureHandler:
 
         def gives() -> tuple[bool, bool]:
             running = [each for each in self._scheduler.running if self._rows and not each.admitted_cache.rows.borrows]
-            smaller.extend((each, formats) for each in running if (formats := self._smaller(each)))
+            smaller.extend((each, formats) for each in running if (formats := self.smaller(each)))
             evictable.extend(each for each in running if each.admitted_cache.can_evict)
             return bool(smaller), bool(evictable)
 
@@ -119,7 +119,7 @@ class MemoryPressureHandler:
         stats = sequence.pressure
         sequence.pressure = replace(stats, rows_evicted=stats.rows_evicted + freed)
 
-    def _smaller(self, sequence: Running) -> Formats | None:
+    def smaller(self, sequence: Running) -> Formats | None:
         """The formats that the request's rows can go into, where that makes its promise smaller."""
         cache = sequence.admitted_cache
         formats = smaller_formats(cache.formats, cache.has_one_tier, self._pool.shape)

@@ -17,7 +17,7 @@ from ..errors import BadInput, BadModel, DoesNotFit
 from ..kv.cache import prompt_shape
 from ..kv.pool import RowPool
 from ..machine import allocator
-from ..machine.pressure import Limits, Monitor
+from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
 from ..model.features import FeatureCache
@@ -28,6 +28,7 @@ from ..model.spec import ModelSpec, read_spec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
 from ..request import Result
+from .debug import RuntimeView
 from .generation import Generation
 from .image_session import ImageSession
 from .memory_pressure import MemoryPressureHandler
@@ -63,6 +64,28 @@ class Runtime:
         self._features: FeatureCache | None = None
         self._monitor: Monitor | None = None
         self._watcher: DeviceWatcher | None = None
+
+    @property
+    def debug(self) -> RuntimeView:
+        """The parts of the runtime as they are now, for tests, traces and tools."""
+        return RuntimeView(
+            backend=self._backend,
+            scheduler=self._scheduler,
+            pool=self._pool,
+            rows=self._backend.rows if self._backend else None,
+            features=self._features,
+            monitor=self._monitor,
+            device_watcher=self._watcher,
+            replace_backend=self._replace_backend,
+        )
+
+    def _replace_backend(self, backend: Backend) -> None:
+        with self._lock:
+            self._use(backend)
+
+    def _use(self, backend: Backend) -> None:
+        self._backend = backend
+        self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
 
     @classmethod
     def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
@@ -119,8 +142,7 @@ class Runtime:
             backend = self._target.load(self.spec, self.kv_shape, pages, progress)
             self._pool = RowPool(pages, self.kv_shape)
             self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
-            self._backend = backend
-            self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
+            self._use(backend)
             self.load_ms = 1000 * (time.perf_counter() - start)
 
     @property
@@ -128,11 +150,12 @@ class Runtime:
         """Whether :meth:`keep_free` is served where the model runs."""
         return self._target.cannot_give_back is None
 
-    def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/") -> None:
+    def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/", every_ms: float = POLL_MS) -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
-        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files."""
+        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files,
+        read between two steps, at most every ``every_ms`` (0: each time)."""
         require(self.can_keep_free, self._target.cannot_give_back or "")
-        self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root))
+        self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root), every_ms)
 
     def follow(
         self,
@@ -142,16 +165,20 @@ class Runtime:
         streams: int = DEFAULT_STREAMS,
         target_ms_per_token: float | None = None,
         root: str | os.PathLike[str] = "/",
+        every_ms: float = POLL_MS,
     ) -> None:
         """From now on plan requests by a device's profile: one without a KV budget gets what the profile leaves for
         rows, divided by ``streams``, and settings that keep the target.
 
         With ``follow_device`` the profile is that of the machine in its present power mode, matched anew for each
-        request: ``profiles`` (of this machine) before those that are shipped. Without it, the first of ``profiles``.
+        request, at most every ``every_ms``: ``profiles`` (of this machine) before those that are shipped. Without it,
+        the first of ``profiles``.
         """
         model = shape_of_checkpoint(self._target.directory, self.name)
         objectives = PlanObjectives(streams, target_ms_per_token)
-        self._watcher = DeviceWatcher(model, objectives, profiles, follows=follow_device, root=os.fspath(root))
+        self._watcher = DeviceWatcher(
+            model, objectives, profiles, follows=follow_device, root=os.fspath(root), every_ms=every_ms
+        )
 
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.

@@ -151,6 +151,16 @@ class Scheduler:
         return tuple(each for each in self._running if each.cache)
 
     @property
+    def waiting(self) -> tuple[Running, ...]:
+        """The requests that wait to be admitted, the first one first."""
+        return tuple(self._waiting)
+
+    @property
+    def prefixes(self) -> tuple[SharedPrefix, ...]:
+        """The pictures of image sessions that have rows, or are about to."""
+        return tuple(self._prefixes)
+
+    @property
     def is_held(self) -> bool:
         """Whether requests wait because of :meth:`hold`."""
         return self._held_since is not None

@@ -95,12 +95,12 @@ def test_code_that_does_not_compile_comes_with_its_log(compiler: nvrtc.Nvrtc) ->
 def test_a_compiler_newer_than_the_driver_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = [(12, 6), (13, 1), (12, 9)]
     found = [nvrtc.Nvrtc(ctypes.CDLL(None), version) for version in versions]
-    monkeypatch.setattr(nvrtc, "_all", lambda: iter(found))
+    monkeypatch.setattr(nvrtc, "installed", lambda: iter(found))
     assert nvrtc.find().version == (13, 1)
     assert nvrtc.find((12, 6)).version == (12, 9), "within a major version drivers take what newer compilers make"
     with pytest.raises(NoCuda, match=r"driver of CUDA 11\.4 \(12\.6, 13\.1, 12\.9 was found\)"):
         nvrtc.find((11, 4))
-    monkeypatch.setattr(nvrtc, "_all", lambda: iter(()))
+    monkeypatch.setattr(nvrtc, "installed", lambda: iter(()))
     with pytest.raises(NoCuda, match=r"none was found.*pip install nvidia-cuda-nvrtc-cu12"):
         nvrtc.find()
 

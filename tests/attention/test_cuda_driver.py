@@ -52,7 +52,7 @@ class FakeDriver:
 
 
 def _gpu(monkeypatch: pytest.MonkeyPatch, api: FakeDriver, index: int = 0) -> Gpu:
-    monkeypatch.setattr(driver_module, "_bindings", lambda: api)
+    monkeypatch.setattr(driver_module, "bindings", lambda: api)
     return Gpu(index)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avl_edge.attention.kernels import attend, attend_prompt, attend_reference, prompt_scores, selected
-from tests.conftest import run_python
 from tests.equipment.decode_attention import ABSOLUTE, RELATIVE, choose, needs_native, offsets_of, pool
+from tests.equipment.processes import run_python
 
 
 def oracle(query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, offsets: Tensor, scale: float) -> list[Tensor]:

@@ -12,8 +12,9 @@ from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.attention.lowrank import Rows, attend, coefficients, fit
 from avl_edge.kv.formats import decode_coefficients, encode_coefficients
 from avl_edge.kv.layout import Format, packing
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
+from tests.equipment.recorder import Recorder
 
 PROMPT = "What is shown in the picture, and how many boats are there?"
 IMAGE = random_image(1, (70, 90))

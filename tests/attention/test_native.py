@@ -14,8 +14,9 @@ import torch
 
 from avl_edge.attention import native
 from avl_edge.attention.kernels import attend, attend_reference
-from tests.conftest import ROOT, run_python
+from tests import ROOT
 from tests.equipment.decode_attention import choose, needs_native, offsets_of, pool
+from tests.equipment.processes import run_python
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def _forget_library() -> Iterator[None]:
 @pytest.mark.usefixtures("_forget_library")
 @pytest.mark.parametrize("broken", [False, True])
 def test_without_the_library_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
-    monkeypatch.setattr(native, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
     if broken:
         (tmp_path / f"_core_attention{native.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     keys, values = pool(30, 2, 64, torch.float32, "apart")
@@ -105,7 +106,7 @@ def test_the_openmp_runtime_is_torchs(torchs: str) -> None:
 def test_a_mapped_file_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = tmp_path / "maps"
     maps.write_bytes(b"7f10a0000000-7f10a0020000 r--p 00000000 08:01 11 /home/caf\xe9/weights.bin\n")
-    monkeypatch.setattr(native, "_MAPS", maps)
+    monkeypatch.setattr(native, "MAPS", maps)
     assert native.available()
 
 
@@ -121,7 +122,7 @@ def test_an_openmp_runtime_that_torch_keeps_to_itself() -> None:
         spec = importlib.util.spec_from_file_location("native", {native.__file__!r})
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
-        library = next(native._DIRECTORY.glob("_core_attention*.so"))
+        library = next(native.DIRECTORY.glob("_core_attention*.so"))
         try:
             ctypes.CDLL(str(library))
         except OSError as error:

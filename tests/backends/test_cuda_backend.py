@@ -98,10 +98,10 @@ def test_formats_and_methods_share_a_batch(checkpoint: Checkpoints) -> None:
 
 def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -> None:
     """Also after a neighbour with packed rows has left, and beside secondary rows that this step does not read."""
-    _, ours, _ = both(checkpoint("llama-mha"))
+    _, ours, device = both(checkpoint("llama-mha"))
     exact = ours.start(random_prompt(ours.spec, 0)[0], Full())[0]
     packed = ours.start(random_prompt(ours.spec, 1)[0], Avl(text_keep=100), Formats("exact", "exact", "int4"))[0]
-    launched = ours.backend._kernels._modules["exact"].launched
+    launched = device.launched
     for caches in ([exact, packed], [exact, packed], [exact]):
         ours.backend.decode([5] * len(caches), caches)
         assert not any(" " in kernel for kernel in launched)
@@ -219,12 +219,12 @@ def test_a_step_is_recorded_once_and_reads_its_lists_anew(checkpoint: Checkpoint
 
 
 def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avl_edge.backends.steps.recorded._KEPT", 2)
+    monkeypatch.setattr("avl_edge.backends.steps.recorded.KEPT_STEPS", 2)
     _, ours, device = both(checkpoint("llama-mha"))
     caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(3)]
     for batch in (1, 2, 3, 3, 2, 1):
         ours.backend.decode([5] * batch, caches[:batch])
-    assert len(ours.backend._steps) == 2
+    assert len(ours.backend.steps) == 2
     assert device.log.count("record") == 4, "three sizes, and the first once more"
 
 
@@ -258,13 +258,12 @@ def _interrupt(*_: object) -> None:
 
 def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = checkpoint("llama-gqa-full")
-    whole, pieces = (both(directory)[1] for _ in range(2))
+    (_, whole, _), (_, pieces, device) = both(directory), both(directory)
     prompt = random_prompt(whole.spec, 3, text=20)[0]
     expected, logits = whole.start(prompt, H2O())
-    launched = pieces.backend._kernels._modules["exact"].launched
-    monkeypatch.setattr("avl_edge.backends.cuda.backend._LOGITS_BYTES", 4 * 4 * len(prompt) * 7)
+    monkeypatch.setattr("avl_edge.backends.cuda.backend.LOGITS_BYTES", 4 * 4 * len(prompt) * 7)
     cache, got = pieces.start(prompt, H2O())
-    assert launched.count("avl_prompt_logits") == 4 * -(-(len(prompt) + 1) // 7)
+    assert device.launched.count("avl_prompt_logits") == 4 * -(-(len(prompt) + 1) // 7)
     assert membership(cache) == membership(expected)
     assert torch.equal(got, logits)
 

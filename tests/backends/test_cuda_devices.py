@@ -27,7 +27,7 @@ from avl_edge.config import Formats, KvShape
 from avl_edge.kv.methods import AttentionPack, Avl, FastV, Full, Method
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network.rope import _KINDS, Rope
+from avl_edge.model.network.rope import ROPE_TYPES, Rope
 from avl_edge.model.spec import read_spec
 from avl_edge.request import ImageSpan
 from tests.conftest import Checkpoints
@@ -71,7 +71,7 @@ class UncheckedRope(Rope):
     """Without the look at its frequencies, at load, which have no values here."""
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any]) -> None:
-        self._frequencies, self._magnitude = _KINDS[parameters["rope_type"]](head_dim, parameters)
+        self._frequencies, self._magnitude = ROPE_TYPES[parameters["rope_type"]](head_dim, parameters)
 
 
 class Places(Side):
@@ -177,7 +177,7 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
             step.run()
             with pytest.raises(AssertionError, match="over"):
                 model.decoder.embed(torch.zeros(2, dtype=torch.int32))
-        assert all(output.device == device.device for output in step._outputs.values())
+        assert all(output.device == device.device for output in step.outputs.values())
         pixels = np.zeros((1, 3, spec.vision.image_size, spec.vision.image_size), dtype=np.float32)
         features = model.encode_images(pixels)
         assert features.shape == (1, spec.tokens_per_image, spec.text.hidden_size)

@@ -58,7 +58,7 @@ def test_low_rank_rows_are_read_in_the_recording(checkpoint: Checkpoints) -> Non
     pack, _ = ours.start(random_prompt(ours.spec, 0)[0], AttentionPack(), PACK)
     avl, _ = ours.start(random_prompt(ours.spec, 1)[0], Avl(refresh=3, text_keep=100), SECONDARY)
     exact, _ = ours.start(random_prompt(ours.spec, 2)[0], Full())
-    launched = ours.backend._kernels._modules["exact"].launched
+    launched = device.launched
     plain, refresh = ["avl_attend", "avl_merge"], ["avl_attend", "avl_attend_low_rank", "avl_merge", "avl_scores"]
     packed = [*refresh[:2], *refresh[1:]]
     for caches, last in (
@@ -80,7 +80,7 @@ def test_rows_are_listed_with_their_positions_and_bases(checkpoint: Checkpoints)
     kinds = ((AttentionPack(), PACK), (Full(), Formats()), (AttentionPack(), Formats("int8", *["lowrank:12@3"] * 2)))
     caches = [ours.start(random_prompt(ours.spec, n)[0], *each)[0] for n, each in enumerate(kinds)]
     ours.backend.decode([5] * 3, caches)
-    (tables,) = (step.tables for step in ours.backend._steps.values())
+    (tables,) = (step.tables for step in ours.backend.steps.values())
     assert tables.bucket.formats == ("exact", "int8", "lowrank:12@3", "lowrank:8", "lowrank:8@2")
     assert tables.device_bases.shape == (ours.spec.text.layers, 4 * 8), "of the twelve directions three are read"
     for layer in range(ours.spec.text.layers):
@@ -94,7 +94,7 @@ def test_rows_are_listed_with_their_positions_and_bases(checkpoint: Checkpoints)
             basis = tables.device_bases[layer].view(4, 8)[number].tolist()
             assert basis[: len(held.basis)] == held.basis.tolist()[:8]
     ours.backend.decode([5], caches[1:2])
-    assert not hasattr(list(ours.backend._steps.values())[-1].tables, "device_bases")
+    assert not hasattr(list(ours.backend.steps.values())[-1].tables, "device_bases")
 
 
 def test_neighbours_are_attended_by_the_kernels_as_without_low_rank_rows(checkpoint: Checkpoints) -> None:

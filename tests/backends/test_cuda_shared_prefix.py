@@ -83,12 +83,11 @@ def test_questions_of_all_methods_share_a_batch_with_plain_requests(checkpoint: 
 
 def test_scores_of_a_question_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queries begin where the prefix ends, in every piece."""
-    oracle, ours, _, prompts = _prefixes(checkpoint("llama-gqa-full"), 1, Full(), Formats())
-    launched = ours.backend._kernels._modules["exact"].launched
-    launched.clear()
-    monkeypatch.setattr("avl_edge.backends.cuda.backend._LOGITS_BYTES", 4 * 4 * len(prompts[2]) * 7)
+    oracle, ours, device, prompts = _prefixes(checkpoint("llama-gqa-full"), 1, Full(), Formats())
+    device.launched.clear()
+    monkeypatch.setattr("avl_edge.backends.cuda.backend.LOGITS_BYTES", 4 * 4 * len(prompts[2]) * 7)
     run_both(oracle, ours, [(prompts[2], QUESTIONS["avl-mean"], Formats())], 1e-4, steps=2)
-    assert launched.count("avl_prompt_logits") == ours.spec.text.layers * -(-31 // 7)
+    assert device.launched.count("avl_prompt_logits") == ours.spec.text.layers * -(-31 // 7)
 
 
 def test_a_shared_prefix_is_there_when_it_returns(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
 def life(monkeypatch: pytest.MonkeyPatch, formats: Formats, at_once: int) -> tuple[list[Tensor], list[int]]:
     """What every row of a sequence holds after some steps, each of which ranks the image rows anew; and the number of
     reads and writes of each step, once its new rows are there."""
-    monkeypatch.setattr(stored, "_AT_ONCE", at_once)
+    monkeypatch.setattr(stored, "BYTES_AT_ONCE", at_once)
     counts: Counter[str] = Counter()
     for name in ("read", "write"):
         original = getattr(RowStore, name)

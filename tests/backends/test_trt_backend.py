@@ -126,7 +126,7 @@ def test_packed_rows_in_half_precision(package: Packages, checkpoint: Checkpoint
     found = answers(runtime, options)
     assert [each.token_ids[0] for each in found] == [each.token_ids[0] for each in expected]
     assert [each.kv for each in found] == [each.kv for each in expected]
-    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    decoder = runtime.debug.backend.engines.decoder  # type: ignore[union-attr]
     assert {dims["P * T"] // dims["T"] for profile, dims in decoder.runs if profile == STEP and dims["T"] > 1} == {2}
 
 
@@ -153,8 +153,8 @@ def test_a_step_is_recorded_once_for_each_bucket(package: Packages, monkeypatch:
     runtime = Runtime.load(package())
     for _ in range(2):
         answers(runtime, Options(method="h2o", max_new_tokens=6))
-    device = runtime._backend._accelerator  # type: ignore[union-attr]
-    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    device = runtime.debug.backend.accelerator  # type: ignore[union-attr]
+    decoder = runtime.debug.backend.engines.decoder  # type: ignore[union-attr]
     steps = [dims for profile, dims in decoder.runs if profile == STEP and dims["T"] > 1]
     shapes = {tuple(sorted(dims.items())) for dims in steps}
     assert device.log.count("record") == len(shapes) == 1
@@ -165,13 +165,13 @@ def test_a_step_is_recorded_once_for_each_bucket(package: Packages, monkeypatch:
 def test_a_recording_has_a_context_of_its_own(package: Packages) -> None:
     """Of which the contexts themselves see to it that nobody binds them anew; prompts share one."""
     runtime = Runtime.load(package())
-    decoder = runtime._backend._engines.decoder  # type: ignore[union-attr]
+    decoder = runtime.debug.backend.engines.decoder  # type: ignore[union-attr]
     del decoder.contexts[:]
     for prompts in ((PROMPT,), (PROMPT, SECOND), (PROMPT, SECOND, PROMPT)) * 2:
         pictures = [random_image(1, 60)]
         running = [runtime.generate(pictures, prompt, Options(method="h2o", max_new_tokens=3)) for prompt in prompts]
         assert all(each.result().token_ids for each in running)
-    recorded = runtime._backend._accelerator.log.count("record")  # type: ignore[union-attr]
+    recorded = runtime.debug.backend.accelerator.log.count("record")  # type: ignore[union-attr]
     assert decoder.contexts == [STEP] * recorded
     assert recorded >= 3
 
@@ -181,23 +181,23 @@ class TestRowsThatDoNotArrive:
 
     @pytest.mark.parametrize("lost", [0, 3])
     def test_in_one_layer(self, package: Packages, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
-        written = GraphRunner._write_rows
+        written = GraphRunner.write_rows
 
         def write(self: GraphRunner, inputs: Any, *others: Any) -> None:
             inputs["slots"][lost] = -1
             written(self, inputs, *others)
 
-        monkeypatch.setattr(GraphRunner, "_write_rows", write)
+        monkeypatch.setattr(GraphRunner, "write_rows", write)
         with pytest.raises(EngineFailed, match=rf"layer {lost}'s new row is not in the pool: this TensorRT copies"):
             Runtime.load(package())
 
     def test_where_an_earlier_program_left_the_same_rows(
         self, package: Packages, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        backend = Runtime.load(package())._backend
+        backend = Runtime.load(package()).debug.backend
         assert backend is not None
         backend.require_rows()  # type: ignore[attr-defined]
-        monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
+        monkeypatch.setattr(GraphRunner, "write_rows", lambda *_: None)
         with pytest.raises(EngineFailed, match="layer 0's new row is not in the pool"):
             backend.require_rows()  # type: ignore[attr-defined]
 
@@ -215,11 +215,11 @@ def test_more_sequences_than_a_step_has_room_for(package: Packages, checkpoint: 
 
 def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Packages) -> None:
     runtime = Runtime.load(package(recipe=Recipe(images=1, prune_after="never", pool_rows=8192)))
-    assert runtime._backend is not None
+    assert runtime.debug.backend is not None
     spec = runtime.spec.vision
     pixels = torch.randn(3, 3, spec.image_size, spec.image_size).numpy()
-    together = runtime._backend.encode_images(pixels)
-    alone = [runtime._backend.encode_images(pixels[at : at + 1]) for at in range(3)]
+    together = runtime.debug.backend.encode_images(pixels)
+    alone = [runtime.debug.backend.encode_images(pixels[at : at + 1]) for at in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
@@ -232,7 +232,7 @@ def test_check_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "decoder_plugin", lambda: Plugin(digest(), lambda _: None))
     prefixes = 3 * 3 + 2 * 3
     assert engines.check_engines("float16")["answers"] == 12 + 2 * 3 + prefixes, "exact rows, and two packed formats"
-    monkeypatch.setattr(GraphRunner, "_write_rows", lambda *_: None)
+    monkeypatch.setattr(GraphRunner, "write_rows", lambda *_: None)
     monkeypatch.setattr(EngineBackend, "require_rows", lambda _: None)
     with pytest.raises(CheckFailed, match="of 21 answers are not the CPU's"):
         engines.check_engines("float32")

@@ -81,7 +81,7 @@ def every_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pairs:
-    """``pairs(name, images, method, formats)``: the torch backend and the engines', which have looked at the same
+    """``pairs(name, images, method, formats)``: the torch backend and the engines', which have prefilled the same
     pictures, the engines' decoder, and the prompts of three questions."""
 
     def __init__(self, package: Packages, checkpoint: Checkpoints) -> None:
@@ -91,12 +91,12 @@ class Pairs:
         self, name: str, images: int, method: Method, formats: Formats, dtype: torch.dtype = torch.float32
     ) -> tuple[PrefixSide, PrefixSide, GraphRunner, list[Prompt]]:
         runtime, directory = Runtime.load(self._package(name, dtype=dtype)), self._checkpoint(name, dtype=dtype)
-        backend: Any = runtime._backend
-        spec, pages = read_spec(directory), runtime._pool.pages
+        backend: Any = runtime.debug.backend
+        spec, pages = read_spec(directory), runtime.debug.pool.pages
         model = Llava(spec, load_weights(directory))
         oracle = TorchBackend(model, RowStore(pages, runtime.kv_shape, dtype))
         sides = [Side(each, spec, dtype.itemsize, pages) for each in (oracle, backend)]
-        decoder = backend._engines.decoder
+        decoder = backend.engines.decoder
         del decoder.runs[:]
         (theirs, ours), prompts = prefixes(sides, images, method, formats)
         return theirs, ours, decoder, prompts
@@ -148,7 +148,7 @@ def test_policies_are_given_what_the_oracle_gives_them(
     """Scores and distances of the prefix's rows, as they are read back, and of the question's tokens behind them. The
     rows are the oracle's on both sides, so that none was rounded otherwise."""
     oracle, ours, _, prompts = pairs("llama-gqa-full", 2, Distinct(60), ROWS[rows])
-    theirs, own = oracle.backend.rows._store, ours.backend._store
+    theirs, own = oracle.backend.rows.store, ours.backend.rows.store
     own.key_bytes.copy_(theirs.key_bytes)
     own.value_bytes.copy_(theirs.value_bytes)
     given: list[tuple[Any, ...]] = []
@@ -222,7 +222,7 @@ def test_answers_over_packed_rows_are_those_of_the_cpu(
 def test_a_question_brings_its_own_tokens_alone(package: Packages, checkpoint: Checkpoints) -> None:
     """Together with its prefix it may be longer than the prompts that the package was built for."""
     whole = Runtime.open(checkpoint("mistral-gqa"))
-    shared, asked = len(whole.open_images(IMAGES)._prefix.prompt), len(whole.prepare(IMAGES, SECOND).prompt)
+    shared, asked = whole.open_images(IMAGES).stats.tokens, len(whole.prepare(IMAGES, SECOND).prompt)
     runtime = Runtime.load(package("mistral-gqa", replace(RECIPE, prompt_tokens=shared)))
     assert shared < asked
     with pytest.raises(BadInput, match=f"the prompt takes {asked} tokens, .* built for {shared} and 2 images"):
@@ -234,7 +234,7 @@ def test_a_question_brings_its_own_tokens_alone(package: Packages, checkpoint: C
 
 def test_a_shared_prefix_is_there_when_it_returns(package: Packages) -> None:
     runtime: Any = Runtime.load(package("mistral-gqa"))
-    log = runtime._backend._accelerator.log
+    log = runtime.debug.backend.accelerator.log
     log.clear()
     with runtime.open_images(IMAGES, FULL) as session:
         assert session.load().bytes_stored > 0
@@ -256,13 +256,13 @@ class TestRefused:
         ],
     )
     def test_what_engines_do_not_serve(self, runtime: Runtime, options: Options, message: str) -> None:
-        """By ``prefill_prefix``, and by ``ask`` of a shared prefix that others may ask."""
+        """By ``open_images``, and by ``ask`` of an image session that others may ask."""
         session = runtime.open_images(IMAGES[:1])
         for refused in (lambda: runtime.open_images(IMAGES[:1], options), lambda: session.ask(FIRST, options)):
             with pytest.raises(BadInput, match=message) as refusal:
                 refused()
             assert "\n" not in str(refusal.value)
-        assert runtime._backend is None
+        assert runtime.debug.backend is None
 
     def test_sizes_that_the_package_was_not_built_for(self, runtime: Runtime) -> None:
         with pytest.raises(BadInput, match=r"the picture takes .*, but the package was built for 60 and 1 images: ask"):

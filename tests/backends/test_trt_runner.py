@@ -193,7 +193,10 @@ class TestContext:
         assert len(engine.contexts) == 2
         another.run(STEP, addresses, STREAM)
         assert engine.contexts[1].changes == 2 * changes
-        assert decoder.context(1, STREAM)._context is engine.contexts[2]
+        third = decoder.context(1, STREAM)
+        assert len(engine.contexts) == 3
+        third.run(STEP, addresses, STREAM)
+        assert engine.contexts[2].changes == changes
         prompts.run(PROMPT, addresses, STREAM)
         assert log[-1] == "profile 0: T 9, 6 survive"
 

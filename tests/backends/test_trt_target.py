@@ -1,4 +1,4 @@
-"""A package as a place to run: what opens, what is served there, and what refuses says. Nothing is computed but by ONNX
+"""A package as a target: what opens, what is served there, and what a refusal says. Nothing is computed but by ONNX
 Runtime, in the engines' place."""
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def test_sizes_that_the_package_was_not_built_for(package: Packages) -> None:
     with pytest.raises(DoesNotFit, match="has 320 rows, but the model was built for 160"):
         runtime.load_weights(pool_bytes=320 * runtime.kv_shape.row_bytes)
     runtime.load_weights()
-    assert runtime._pool.pages == 10
+    assert runtime.debug.pool.pages == 10
 
 
 class TestOpen:

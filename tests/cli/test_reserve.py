@@ -10,7 +10,6 @@ from avl_edge import BadInput, Runtime
 from avl_edge.cli import run_app
 from avl_edge.cli.reserve import reserve_bytes
 from avl_edge.machine.device import read_machine
-from avl_edge.machine.pressure import Limits, Monitor
 from tests.conftest import Checkpoints
 from tests.equipment.machines import GB, TREES, write
 from tests.equipment.short_memory import IMAGE, PROMPT, RESERVE, ask
@@ -22,7 +21,9 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_a_reserve_nobody_looks(checkpoint: Checkpoints, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_reserve_memory_is_not_polled(
+    checkpoint: Checkpoints, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("avl_edge.machine.pressure.read_shortage", None)
     runtime = Runtime.load(checkpoint("mistral-gqa"), device_root=tree)
     assert ask(runtime).result().finish_reason == "length"
@@ -66,9 +67,11 @@ def test_the_command_line_keeps_a_reserve(
     assert "a reserve of 100000.0 GB cannot be kept: there are" in capsys.readouterr().err
     write(tree, GB)
 
+    usual = Runtime.keep_free
+
     def keep_free(runtime: Runtime, reserve: int) -> None:
         assert reserve == RESERVE
-        runtime._monitor = Monitor(Limits(reserve), tree, every_ms=0)
+        usual(runtime, reserve, root=tree, every_ms=0)
         step = runtime.step
 
         def until_it_waits() -> bool:

@@ -10,8 +10,8 @@ import pytest
 
 import avl_edge
 from tests import ROOT
-from tests.conftest import run_python
 from tests.equipment.machines import TREES
+from tests.equipment.processes import run_python
 
 # Of a command line: what its process must not import. numpy is in the methods' arithmetic, yaml in profiles.
 COMPUTES = {"torch", "PIL", "jinja2", "rich", "safetensors", "tokenizers"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+PROMPT = "What is shown?"
 COMMAND = [sys.executable, "-c", "from avl_edge.cli import main; main()", "run"]
 
 

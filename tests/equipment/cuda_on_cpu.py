@@ -28,11 +28,13 @@ _SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4,
 
 
 class HostDevice:
-    """The CPU as an accelerator. A recorded step is the step itself, over the same memory; `log` says what happened."""
+    """The CPU as an accelerator. A recorded step is the step itself, over the same memory; `log` says what happened,
+    `launched` which of :func:`backend_for`'s reference kernels ran."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.log: list[str] = []
+        self.launched: list[str] = []
 
     def stream(self) -> int:
         return 7
@@ -295,10 +297,12 @@ class EmulatedModule:
         assert self._library.avl_launch(kernel.encode(), *grid, 0, addresses) == 0
 
 
-def reference_kernels(head_dim: int, group: int, dtype: torch.dtype) -> Kernels:
-    """Kernels that compute in torch; float32 rows too, which the source does not take."""
+def reference_kernels(head_dim: int, group: int, dtype: torch.dtype, launched: list[str] | None = None) -> Kernels:
+    """Kernels that compute in torch; float32 rows too, which the source does not take. ``launched`` notes what ran."""
     shape = KernelShape(head_dim, group, "Bfloat" if dtype == torch.bfloat16 else "Half")
     module = ReferenceModule(shape, dtype)
+    if launched is not None:
+        module.launched = launched
     return Kernels(module, shape, packed=module.packed)
 
 
@@ -312,7 +316,7 @@ def backend_for(
     text = spec.text
     store = RowStore(pages, text.kv_shape(model.dtype.itemsize), model.dtype)
     group = text.heads // text.kv_heads
-    kernels = reference_kernels(text.head_dim, group, model.dtype)
+    kernels = reference_kernels(text.head_dim, group, model.dtype, device.launched)
     if module is not None:
         row = "Bfloat" if model.dtype == torch.bfloat16 else "Half"
         kernels = Kernels(module("exact"), KernelShape(text.head_dim, group, row, warps), 1, module)

@@ -107,7 +107,7 @@ class GraphRunner:
                 continue  # nobody looks at them
             _at(addresses[each.name], each, dims)[...] = outputs[each.name]
         if "slots" in inputs:
-            self._write_rows(inputs, outputs, dims, addresses)
+            self.write_rows(inputs, outputs, dims, addresses)
 
     def _input(self, binding: Binding, dims: Mapping[str, int], addresses: Mapping[str, int]) -> Array:
         if binding.name == "survivors":
@@ -115,7 +115,7 @@ class GraphRunner:
             return np.array([dims["survivors"]], dtype=np.int64)
         return _at(addresses[binding.name], binding, dims).copy()
 
-    def _write_rows(
+    def write_rows(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], dims: Mapping[str, int], at: Mapping[str, int]
     ) -> None:
         pools = {each.name: each for each in self._bindings.inputs if each.name.startswith("pool_")}

@@ -3,10 +3,6 @@ books."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from avl_edge import Generation, Options, Runtime
 from tests.equipment.checkpoints import random_image
 
@@ -19,28 +15,14 @@ COARSE = Options(method="coarse", parameters={"core": 30, "mass": 80}, max_new_t
 PROMPT_MEAN = Options(method="avl", parameters={**WHOLE, "core": 20, "prompt_mean": 1, "refresh": 2}, max_new_tokens=24)
 
 
-def record(runtime: Runtime) -> list[Tensor]:
-    """The logits of every step to come of the one question that runs."""
-    backend: Any = runtime._backend
-    prefill, decode, logits = backend.prefill, backend.decode, []
-
-    def note(found: Tensor) -> Tensor:
-        logits.append(found.reshape(-1, found.shape[-1])[0])
-        return found
-
-    backend.prefill = lambda *arguments: note(prefill(*arguments))
-    backend.decode = lambda *arguments: note(decode(*arguments))
-    return logits
-
-
 def check(runtime: Runtime, *questions: Generation) -> None:
     """The books are in order, and hold nothing but the rows of ``questions`` and of image sessions."""
     caches = [each.cache for each in questions if each.cache]
     assert len(caches) == len(questions)
-    sessions = [prefix.cache for prefix in runtime._scheduler._prefixes if prefix.cache]
-    runtime._pool.check_integrity([cache.rows for cache in (*caches, *sessions)])
+    sessions = [prefix.cache for prefix in runtime.debug.scheduler.prefixes if prefix.cache]
+    runtime.debug.pool.check_integrity([cache.rows for cache in (*caches, *sessions)])
     assert runtime.kv_bytes_in_use == sum(cache.rows.lease.nbytes for cache in (*caches, *sessions))
 
 
 def is_empty(runtime: Runtime) -> bool:
-    return runtime.kv_bytes_in_use == 0 and runtime._pool.pages_unreserved == runtime._pool.pages
+    return runtime.kv_bytes_in_use == 0 and runtime.debug.pool.pages_unreserved == runtime.debug.pool.pages

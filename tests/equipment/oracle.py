@@ -109,7 +109,7 @@ def _masks(model: LlavaForConditionalGeneration, visible: list[Tensor]) -> Itera
             handle.remove()
 
 
-def _forward(
+def forward(
     model: LlavaForConditionalGeneration,
     visible: list[Tensor],
     ids: list[int],
@@ -138,6 +138,37 @@ def far(values: Tensor, among: list[int]) -> list[float]:
     return [float(((row - mean) ** 2).sum()) for row in rows]
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """Token ids, and the positions of the image tokens and of the text after the first of them."""
+
+    ids: list[int]
+    images: list[int]
+    text: list[int]
+
+    @classmethod
+    def of(cls, ids: list[int], image_token: int) -> _Prompt:
+        images = [position for position, token in enumerate(ids) if token == image_token]
+        if not images or images[-1] == len(ids) - 1:
+            raise ValueError("the prompt needs an image and text after it")
+        return cls(ids, images, sorted(set(range(images[0], len(ids))) - set(images)))
+
+    @property
+    def system(self) -> list[int]:
+        """The positions before the first image."""
+        return list(range(self.images[0]))
+
+    def rank(self, settings: AvlSettings, weights: Tensor) -> list[float]:
+        """What each token receives of attention in a layer, of ``weights`` (queries, keys)."""
+        queries = self.text if settings.prompt_mean else [len(self.ids) - 1]
+        scores: list[float] = weights[queries].mean(0).tolist()
+        return scores
+
+    def worth(self, settings: AvlSettings, weights: Tensor, values: Tensor, among: list[int]) -> list[float]:
+        """What image tokens are stored by, `among` being those that the layer sees."""
+        return far(values, among) if settings.by_values else self.rank(settings, weights)
+
+
 @torch.no_grad()
 def generate(
     model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor, settings: AvlSettings, steps: int
@@ -146,62 +177,11 @@ def generate(
     An end-of-sequence token does not stop it."""
     if model.config.text_config._attn_implementation != "eager":
         raise ValueError("the scores need eager attention")
-    prompt = input_ids.flatten().tolist()
-    length = len(prompt)
-    images = [position for position, token in enumerate(prompt) if token == model.config.image_token_id]
-    if not images or images[-1] == length - 1:
-        raise ValueError("the prompt needs an image and text after it")
-    pixel_values = pixel_values.to(model.dtype)
-    depth = len(model.model.language_model.layers)
-    total = len(images)
-    system = list(range(images[0]))
-    text = sorted(set(range(images[0], length)) - set(images))
-
-    def rank(layer_weights: Tensor) -> list[float]:
-        queries = text if settings.prompt_mean else [length - 1]
-        scores: list[float] = layer_weights[queries].mean(0).tolist()
-        return scores
-
-    def worth(layer_weights: Tensor, cache: Cache, index: int, among: list[int]) -> list[float]:
-        """What image tokens are stored by, `among` being those that the layer sees."""
-        return far(cache.layers[index].values[0], among) if settings.by_values else rank(layer_weights)
-
-    # The prune ranks by the score in one shallow layer. A first pass over all rows finds that score.
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    survivors = images
-    if settings.prune_layer < depth:
-        _, weights, cache = _forward(model, [causal] * depth, prompt, pixel_values)
-        kept = settings.prefill_keep * total // 100
-        at = settings.prune_layer
-        survivors = top(worth(weights[at], cache, at, images), images, kept)
-
-    # Prefill: in the layers after that one nobody attends a pruned token. (It attends itself, so that its own
-    # row of weights is defined; nothing reads what it computes.)
-    pruned = torch.zeros(length, dtype=torch.bool)
-    pruned[sorted(set(images) - set(survivors))] = True
-    deep = (causal & ~pruned) | torch.eye(length, dtype=torch.bool)
-    visible = [causal if index <= settings.prune_layer else deep for index in range(depth)]
-    logits, weights, cache = _forward(model, visible, prompt, pixel_values)
-
-    layers = []
-    for index in range(depth):
-        scores = rank(weights[index])
-        seen = images if index <= settings.prune_layer else survivors
-        stored = top(worth(weights[index], cache, index, seen), seen, settings.secondary * total // 100)
-        sums = dict(zip(text, weights[index][text][:, text].sum(0).tolist(), strict=True))
-        layers.append(
-            _Layer(
-                stored=stored,
-                core=top(scores, stored, settings.core * total // 100),
-                text=keep_text(settings, text, sums, len(text)),
-                sums=sums,
-                seen=len(text),
-            )
-        )
-    result = [_step(logits, system, layers)]
-
+    prompt = _Prompt.of(input_ids.flatten().tolist(), model.config.image_token_id)
+    logits, layers, cache = _prefill(model, prompt, pixel_values.to(model.dtype), settings)
+    result = [_step(logits, prompt.system, layers)]
     for t in range(1, steps):
-        own = length + t - 1
+        own = len(prompt.ids) + t - 1
         refresh = settings.refresh > 0 and t % settings.refresh == 0
         visible = []
         for layer in layers:
@@ -209,18 +189,65 @@ def generate(
             layer.seen += 1
             layer.sums[own] = 0.0
             attended = torch.zeros(1, own + 1, dtype=torch.bool)
-            attended[0, system + (layer.stored if refresh else layer.core) + layer.text] = True
+            attended[0, prompt.system + (layer.stored if refresh else layer.core) + layer.text] = True
             visible.append(attended)
-        logits, weights, cache = _forward(model, visible, [result[-1].token], cache=cache)
+        logits, weights, cache = forward(model, visible, [result[-1].token], cache=cache)
         for layer, layer_weights in zip(layers, weights, strict=True):
             scores = layer_weights[-1].tolist()
             for position in layer.text:
                 layer.sums[position] += scores[position]
             if refresh:
-                layer.core = top(scores, layer.stored, settings.core * total // 100)
+                layer.core = top(scores, layer.stored, settings.core * len(prompt.images) // 100)
             layer.text = keep_text(settings, layer.text, layer.sums, layer.seen)
-        result.append(_step(logits, system, layers))
+        result.append(_step(logits, prompt.system, layers))
     return result
+
+
+def _prefill(
+    model: LlavaForConditionalGeneration, prompt: _Prompt, pixel_values: Tensor, settings: AvlSettings
+) -> tuple[Tensor, list[_Layer], Cache]:
+    """The logits of the last token, what each layer keeps of the prompt, and the full cache."""
+    length, depth = len(prompt.ids), len(model.model.language_model.layers)
+    survivors = _survivors(model, prompt, pixel_values, settings)
+    # In the layers after the prune nobody attends a pruned token. (It attends itself, so that its own row of weights is
+    # defined; nothing reads what it computes.)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    pruned = torch.zeros(length, dtype=torch.bool)
+    pruned[sorted(set(prompt.images) - set(survivors))] = True
+    deep = (causal & ~pruned) | torch.eye(length, dtype=torch.bool)
+    visible = [causal if index <= settings.prune_layer else deep for index in range(depth)]
+    logits, weights, cache = forward(model, visible, prompt.ids, pixel_values)
+
+    total, text, layers = len(prompt.images), prompt.text, []
+    for index in range(depth):
+        seen = prompt.images if index <= settings.prune_layer else survivors
+        worth = prompt.worth(settings, weights[index], cache.layers[index].values[0], seen)
+        stored = top(worth, seen, settings.secondary * total // 100)
+        sums = dict(zip(text, weights[index][text][:, text].sum(0).tolist(), strict=True))
+        layers.append(
+            _Layer(
+                stored=stored,
+                core=top(prompt.rank(settings, weights[index]), stored, settings.core * total // 100),
+                text=keep_text(settings, text, sums, len(text)),
+                sums=sums,
+                seen=len(text),
+            )
+        )
+    return logits, layers, cache
+
+
+def _survivors(
+    model: LlavaForConditionalGeneration, prompt: _Prompt, pixel_values: Tensor, settings: AvlSettings
+) -> list[int]:
+    """The image tokens that go on after the prune. It ranks by the score in one shallow layer, which a pass over all
+    rows finds."""
+    at, length, depth = settings.prune_layer, len(prompt.ids), len(model.model.language_model.layers)
+    if at >= depth:
+        return prompt.images
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    _, weights, cache = forward(model, [causal] * depth, prompt.ids, pixel_values)
+    worth = prompt.worth(settings, weights[at], cache.layers[at].values[0], prompt.images)
+    return top(worth, prompt.images, settings.prefill_keep * len(prompt.images) // 100)
 
 
 def _step(logits: Tensor, system: list[int], layers: list[_Layer]) -> OracleStep:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from tests.equipment.oracle import _forward, top
+from tests.equipment.oracle import forward, top
 
 Matrix = npt.NDArray[np.float64]
 
@@ -86,7 +86,7 @@ def generate(
     language = model.model.language_model
     depth, count = len(language.layers), settings.core * len(images) // 100
     causal = torch.ones(len(prompt), len(prompt), dtype=torch.bool).tril()
-    logits, weights, cache = _forward(model, [causal] * depth, prompt, pixel_values.to(model.dtype))
+    logits, weights, cache = forward(model, [causal] * depth, prompt, pixel_values.to(model.dtype))
     position_ids = torch.tensor([images])
     cos, sin = (each[0].double() for each in language.rotary_emb(torch.zeros(1, dtype=model.dtype), position_ids))
     layers = [_Layer(each.keys[0, :, images], each.values[0, :, images], cos, sin, settings) for each in cache.layers]
@@ -102,7 +102,7 @@ def generate(
             keys, values = layer.mixed([position in core for position in images])
             held.keys[0, :, images], held.values[0, :, images] = keys, values
         visible = [torch.ones(1, len(prompt) + t, dtype=torch.bool)] * depth
-        logits, weights, cache = _forward(model, visible, [result[-1].token], cache=cache)
+        logits, weights, cache = forward(model, visible, [result[-1].token], cache=cache)
         for index, each in enumerate(weights):
             share = settings.decay / 100
             importance[index] = share * importance[index] + (1 - share) * each[-1][images].numpy()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from tests.equipment.oracle import LayerRows, OracleStep, _forward, top
+from tests.equipment.oracle import LayerRows, OracleStep, forward, top
 
 Positions = list[int]
 Settle = Callable[[int, int, Positions, Tensor], Positions]
@@ -45,11 +45,11 @@ class Case:
         return torch.ones(len(self.prompt), len(self.prompt), dtype=torch.bool).tril()
 
     def prefill(self, visible: list[Tensor]) -> tuple[Tensor, list[Tensor], object]:
-        return _forward(self.model, visible, self.prompt, self.pixel_values)
+        return forward(self.model, visible, self.prompt, self.pixel_values)
 
 
 @torch.no_grad()
-def _answer(case: Case, visible: list[Tensor], held: list[Positions], settle: Settle) -> list[OracleStep]:
+def answer(case: Case, visible: list[Tensor], held: list[Positions], settle: Settle) -> list[OracleStep]:
     """Greedy tokens: prefill under the masks `visible`, of which layer l offers the rows `held[l]` to `settle`."""
     logits, weights, cache = case.prefill(visible)
     held = [settle(layer, 0, rows, weights[layer]) for layer, rows in enumerate(held)]
@@ -62,7 +62,7 @@ def _answer(case: Case, visible: list[Tensor], held: list[Positions], settle: Se
             mask = torch.zeros(1, own + 1, dtype=torch.bool)
             mask[0, rows] = True
             masks.append(mask)
-        logits, weights, cache = _forward(case.model, masks, [result[-1].token], cache=cache)
+        logits, weights, cache = forward(case.model, masks, [result[-1].token], cache=cache)
         held = [settle(layer, step, rows, weights[layer]) for layer, rows in enumerate(held)]
         result.append(_step(case, logits, held))
     return result
@@ -97,7 +97,7 @@ def h2o(case: Case, budget: int = 50, heavy: int = 50, grow: int = 0) -> list[Or
         split = len(rows) - (count - hitters)
         return top(sums[layer], rows[:split], hitters) + rows[split:]
 
-    return _answer(case, [case.causal] * case.depth, [list(range(length))] * case.depth, settle)
+    return answer(case, [case.causal] * case.depth, [list(range(length))] * case.depth, settle)
 
 
 def streaming(case: Case, sinks: int = 4, window: int = 1020) -> list[OracleStep]:
@@ -107,7 +107,7 @@ def streaming(case: Case, sinks: int = 4, window: int = 1020) -> list[OracleStep
     def settle(_layer: int, step: int, rows: Positions, _weights: Tensor) -> Positions:
         return [position for position in rows if position < sinks or position >= length + step - window]
 
-    return _answer(case, [case.causal] * case.depth, [list(range(length))] * case.depth, settle)
+    return answer(case, [case.causal] * case.depth, [list(range(length))] * case.depth, settle)
 
 
 def fastv(case: Case, layer: int = 2, drop: int = 50) -> list[OracleStep]:
@@ -125,7 +125,7 @@ def fastv(case: Case, layer: int = 2, drop: int = 50) -> list[OracleStep]:
     deep |= torch.eye(length, dtype=torch.bool)
     everything = list(range(length))
     survivors = [position for position in everything if position not in dropped]
-    return _answer(
+    return answer(
         case,
         [case.causal if index < layer else deep for index in range(case.depth)],
         [everything if index < layer else survivors for index in range(case.depth)],

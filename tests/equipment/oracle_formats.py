@@ -95,7 +95,7 @@ class Layer:
         self.coarse_keys[positions] = coarse_keys
 
 
-def _attention(
+def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     layer: Layer = module.oracle
@@ -118,7 +118,7 @@ def _attention(
     return (weights @ repeated[1]).transpose(0, 1)[None], None
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(NAME, attention)
 
 
 def load_model(directory: Path) -> LlavaForConditionalGeneration:

@@ -26,7 +26,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     layer: Layer = module.oracle
     if layer.attended:
-        return oracle_formats._attention(module, query, key, value, mask, scaling, **options)
+        return oracle_formats.attention(module, query, key, value, mask, scaling, **options)
     queries, count = query[0], query.shape[2]
     keys, values = (each[0, :, -count:].transpose(0, 1) for each in (key, value))
     first = not len(layer.keys)

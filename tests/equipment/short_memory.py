@@ -1,11 +1,10 @@
-"""Shared by the tests of runtimes whose machine runs short of memory: one that looks, its requests and its books."""
+"""Shared by the tests of runtimes whose machine runs short of memory: one that polls it, its requests and its books."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from avl_edge import Formats, Generation, Options, Runtime
-from avl_edge.machine.pressure import Limits, Monitor
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.machines import GB
@@ -18,9 +17,9 @@ RESERVE = 2 * GB
 
 
 def watchful(checkpoint: Checkpoints, tree: Path) -> Runtime:
-    """A runtime that looks before every step."""
-    runtime = Runtime.load(checkpoint("mistral-gqa"), reserve_bytes=RESERVE, device_root=tree)
-    runtime._monitor = Monitor(Limits(RESERVE), tree, every_ms=0)
+    """A runtime that polls the machine before every step."""
+    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime.keep_free(RESERVE, root=tree, every_ms=0)
     return runtime
 
 
@@ -30,10 +29,10 @@ def ask(runtime: Runtime, options: Options = FULL) -> Generation:
 
 def check(runtime: Runtime, *alive: Generation) -> None:
     caches = [each.cache for each in alive if each.cache]
-    runtime._pool.check_integrity([cache.rows for cache in caches])
+    runtime.debug.pool.check_integrity([cache.rows for cache in caches])
     for each in alive:
         lease = each.cache.rows.lease if each.cache else None
-        assert lease is None or lease.held <= lease.limit <= each._sequence.request.plan.pages
+        assert lease is None or lease.held <= lease.limit <= each.request.plan.pages
 
 
 def formats_of(generation: Generation) -> Formats:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from avl_edge import BadInput, Formats, Options, Runtime
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment import oracle
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle_attentionpack import PackSettings, generate
+from tests.equipment.recorder import Recorder
 
 STEPS = 24
 PROMPT = "What is shown in the picture, and how many boats are there?"

@@ -14,11 +14,12 @@ from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import H2O, METHODS, FastV, Streaming
 from avl_edge.kv.methods.arithmetic import share
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment import oracle_baselines as oracles
 from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
 from tests.equipment.oracle import load_model
+from tests.equipment.recorder import Recorder
 
 STEPS = 32
 PROMPT = "What is shown in the picture, and how many boats are there?"

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from avl_edge import Formats, Options, Runtime
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment import oracle_formats
 from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import Oracle, TierFormats
+from tests.equipment.recorder import Recorder
 
 STEPS = 24
 PROMPT = "What is shown in the picture, and how many boats are there?"

@@ -20,7 +20,7 @@ from avl_edge.kv.pool.compaction import smaller_formats
 from avl_edge.kv.store import RowStore
 from avl_edge.machine.allocator import advise_free
 from tests import ROOT
-from tests.equipment.pressure_desk import SHAPE, SIZE
+from tests.equipment.pressure_harness import SHAPE, SIZE
 from tests.equipment.random_methods import LAYERS, NAMES
 
 

@@ -117,7 +117,7 @@ def test_it_answers_as_the_oracle(checkpoint: Checkpoints) -> None:
     case = oracle_baselines.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     hidden = case.images[1::2]
     assert len(hidden) == 8
-    truth = oracle_baselines._answer(
+    truth = oracle_baselines.answer(
         case,
         [case.causal] * case.depth,
         [list(range(len(prompt)))] * case.depth,

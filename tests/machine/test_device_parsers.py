@@ -1,4 +1,4 @@
-"""Parsers of the device room: the forms that are known, and any text at all."""
+"""Parsers of `machine.device`: the forms that are known, and any text at all."""
 
 from __future__ import annotations
 

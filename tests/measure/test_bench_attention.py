@@ -25,14 +25,14 @@ def test_all_ways_compute_the_same(batch: int, kv_heads: int) -> None:
     """Times can be compared only where the results are equal; attention to all rows is so where all are selected."""
     case = Case(batch, 6, kv_heads, 16, 40, 0.3, "float32")
     assert case.core_rows == 12
-    ways = bench._ways(case)
+    ways = bench.attention_ways(case)
     results = {name: [_result(function) for function in functions] for name, functions in ways.items()}
     expected = results["native"][0]
     for name in ("slice_then_multiply", "contiguous"):
         for result in results[name]:
             torch.testing.assert_close(result, expected)
     assert not torch.allclose(results["full"][0], expected, atol=1e-3)
-    whole = bench._ways(Case(batch, 6, kv_heads, 16, 40, 1.0, "float32"))
+    whole = bench.attention_ways(Case(batch, 6, kv_heads, 16, 40, 1.0, "float32"))
     for function in whole["full"]:
         torch.testing.assert_close(_result(function), _result(whole["native"][0]))
 
@@ -108,13 +108,13 @@ class TestPlot:
         assert run_app(["bench", "attention", *SMALL, *batches, "--core", "33.3", "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         panels = {kv_heads: [case for case in document["cases"] if case["kv_heads"] == kv_heads] for kv_heads in (4, 2)}
-        figure = attention_plot._figure(document, panels)
+        figure = attention_plot.attention_figure(document, panels)
         assert [axes.get_title() for axes in figure.axes] == ["4 key/value heads", "2 key/value heads"]
         assert "33.3 % of 1000 rows" in figure.get_suptitle()
         (legend,) = figure.legends
         labels = [text.get_text() for text in legend.get_texts()]
         assert [label.split(",")[0] for label in labels] == ["ours", "slice", "contiguous", "all rows"]
-        for drawn in (figure, attention_plot._figure(document, {4: panels[4]})):
+        for drawn in (figure, attention_plot.attention_figure(document, {4: panels[4]})):
             drawn.canvas.draw()
             (frame,) = (legend.get_window_extent() for legend in drawn.legends)
             assert 0 <= frame.x0 < frame.x1 <= drawn.bbox.width

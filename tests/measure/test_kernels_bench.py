@@ -22,7 +22,7 @@ SMALL = ["--batch", "2", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", 
 def test_packed_rows_are_the_rows_that_torch_attends(name: str) -> None:
     """They differ by half a step at most: of the largest value over 127 or 7, rounded to float16, by up to 2^-11."""
     case = Case(2, 4, 2, 64, 90, 0.3, "float32", name)
-    ways: dict[str, Any] = bench._ways(case)
+    ways: dict[str, Any] = bench.attention_ways(case)
     query, (part,), kv_heads, _ = ways["native"][0].args
     _, *torchs = ways["contiguous"][0].args
     for arena, rows in zip((part.keys, part.values), torchs, strict=True):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from avl_edge import BadModel, Options, Runtime
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.spec import read_spec
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
+from tests.equipment.recorder import Recorder
 
 
 @pytest.fixture

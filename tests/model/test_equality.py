@@ -10,8 +10,9 @@ from transformers import LlavaForConditionalGeneration
 
 from avl_edge import Options, Runtime
 from avl_edge.serving.runtime import Generation
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import SPECS, random_image
+from tests.equipment.recorder import Recorder
 
 TOKENS = 64
 PROMPT = "What is shown in this picture?"
@@ -88,7 +89,7 @@ def test_weights_stay_memory_mapped(checkpoint: Checkpoints) -> None:
     """No weight is copied on load: the tensors lie in the file's own mapping."""
     directory = checkpoint("llama-mha")
     runtime = Runtime.load(directory)
-    address = runtime._backend._model.decoder.embedding.data_ptr()  # type: ignore[union-attr]
+    address = runtime.debug.backend.model.decoder.embedding.data_ptr()  # type: ignore[union-attr]
     with open("/proc/self/maps") as maps:
         mapped = [line.split() for line in maps if str(directory) in line]
     spans = [[int(edge, 16) for edge in line[0].split("-")] for line in mapped]

@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from avl_edge.package.engine import TIMINGS, VISION_ENGINE, BuildFailed, build_engine, find_tensorrt, open_package
-from avl_edge.package.engine.recipe import _MOST_PRUNED
+from avl_edge.package.engine.recipe import MOST_PRUNED
 from tests.conftest import Checkpoints
 
 pytestmark = pytest.mark.skipif(
@@ -137,9 +137,9 @@ def test_decoder_builds_with_profiles_for_prompt_and_step(checkpoint: Checkpoint
 
 def test_most_tokens_of_a_prompt_that_prunes() -> None:
     """A recipe refuses what TensorRT would, and no less: its TopK ends there."""
-    done = run(TOPK, str(_MOST_PRUNED), str(_MOST_PRUNED + 1))
+    done = run(TOPK, str(MOST_PRUNED), str(MOST_PRUNED + 1))
     assert [line for line in done.stdout.splitlines() if line in ("True", "False")] == ["True", "False"]
-    assert f"K exceeds the maximum value allowed ({_MOST_PRUNED})" in done.stdout
+    assert f"K exceeds the maximum value allowed ({MOST_PRUNED})" in done.stdout
 
 
 def test_engine_is_read_where_it_is_mapped(tmp_path: Path) -> None:

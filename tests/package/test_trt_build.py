@@ -12,7 +12,7 @@ import pytest
 from avl_edge.backends.tensorrt import decoder_plugin
 from avl_edge.backends.tensorrt.kernels import digest
 from avl_edge.backends.tensorrt.plugin import PluginMissing
-from avl_edge.cli.build import _engines
+from avl_edge.cli.build import engines_built
 from avl_edge.package.engine import (
     DECODER_ENGINE,
     TIMINGS,
@@ -84,7 +84,7 @@ class TestBuild:
             (None, " and vision.engine; the decoder's engine needs a TensorRT that takes plugins"),
         ):
             manifest, _ = build(job, tmp_path / "out", "1.0", None, plugin)
-            assert _engines(manifest) == text
+            assert engines_built(manifest) == text
         assert len(seen) == 3
 
     def test_without_plugins(self, seen: list[Any], checkpoint: Checkpoints, tmp_path: Path) -> None:

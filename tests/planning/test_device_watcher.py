@@ -151,8 +151,8 @@ def test_the_next_request_gets_the_budget_of_the_new_mode(checkpoint: Checkpoint
     directory = checkpoint("mistral-gqa")
     full = Runtime.load(directory).prepare([IMAGE], PROMPT).plan
     profiles = _modes(directory, 4 * full.peak_bytes, 2 * full.peak_bytes)
-    runtime = Runtime.load(directory, profile=profiles, follow_device=True, device_root=tree)
-    runtime._watcher._every = 0.0  # type: ignore[union-attr]
+    runtime = Runtime.load(directory)
+    runtime.follow(profiles, root=tree, every_ms=0)
     first = runtime.generate([IMAGE], PROMPT)
     next(first)
     _set_mode(tree, 2)
@@ -182,7 +182,7 @@ def test_what_a_request_says_itself_stays(checkpoint: Checkpoints, tree: Path) -
     published = runtime.prepare([IMAGE], PROMPT, Options(method="avl")).plan
     assert published.method == plain.prepare([IMAGE], PROMPT, Options(method="avl")).plan.method
     assert published.budget is not None
-    assert published.budget <= runtime._pool.pages * page_bytes(runtime.kv_shape), "more than the pool has"
+    assert published.budget <= runtime.debug.pool.pages * page_bytes(runtime.kv_shape), "more than the pool has"
 
 
 def test_a_target_in_time_follows_the_mode(checkpoint: Checkpoints, tree: Path) -> None:
@@ -196,15 +196,16 @@ def test_a_target_in_time_follows_the_mode(checkpoint: Checkpoints, tree: Path) 
         modes.append(replace(own, models={"any": replace(record, costs=costs)}))
     plain = Runtime.load(directory).prepare([IMAGE], PROMPT)
     slow = _ms(directory, modes[1], plain)
-    options = {"profile": modes, "follow_device": True, "device_root": tree}
-    runtime = Runtime.load(directory, target_ms_per_token=0.7 * slow, **options)  # type: ignore[arg-type]
-    runtime._watcher._every = 0.0  # type: ignore[union-attr]
+    runtime = Runtime.load(directory)
+    runtime.follow(modes, target_ms_per_token=0.7 * slow, root=tree, every_ms=0)
     assert runtime.prepare([IMAGE], PROMPT).plan.method == plain.plan.method
     _set_mode(tree, 2)
     slower = runtime.prepare([IMAGE], PROMPT)
     assert (slower.plan.method, slower.plan.formats) != (plain.plan.method, plain.plan.formats)
     assert _ms(directory, modes[1], slower) <= 0.7 * slow
-    impatient = Runtime.load(directory, target_ms_per_token=slow / 100, **options)  # type: ignore[arg-type]
+    impatient = Runtime.load(
+        directory, profile=modes, follow_device=True, target_ms_per_token=slow / 100, device_root=tree
+    )
     with pytest.raises(DoesNotFit, match=r"ms per token at least by the profile own-30w, but the target is"):
         impatient.prepare([IMAGE], PROMPT)
 

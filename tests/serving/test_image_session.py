@@ -13,6 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 from avl_edge import BadInput, Formats, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
+from avl_edge.model.prompt import Processor
+from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment import oracle, oracle_shared_prefix
 from tests.equipment.checkpoints import SPECS
@@ -28,11 +30,11 @@ from tests.equipment.image_sessions import (
     WHOLE,
     check,
     is_empty,
-    record,
 )
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import TierFormats
 from tests.equipment.oracle_shared_prefix import PrefixOracle
+from tests.equipment.recorder import Recorder
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
 def test_full_attention_equals_transformers(checkpoint: Checkpoints, name: str, images: int) -> None:
     """Both of two questions, the second about a picture that was run for the first."""
     runtime = Runtime.load(checkpoint(name))
-    logits = record(runtime)
+    logits = Recorder(runtime).logits
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint(name)).eval()
     with runtime.open_images(IMAGES[:images], FULL) as session:
         for prompt in (FIRST, SECOND):
@@ -69,7 +71,7 @@ def test_bfloat16_is_as_close_to_float64_as_a_plain_request(checkpoint: Checkpoi
     errors = []
     for shared in (False, True):
         runtime = Runtime.load(directory)
-        logits = record(runtime)
+        logits = Recorder(runtime).logits
         session = runtime.open_images(IMAGES, FULL)
         question = session.ask(SECOND) if shared else runtime.generate(IMAGES, SECOND, FULL)
         tokens, prompt = list(question.result().token_ids), question.prompt
@@ -148,7 +150,7 @@ def test_packed_rows_equal_the_oracle(
     """The question attends the picture's rows as they are read back; logits, tokens and rows."""
     directory, steps = checkpoint(name, dtype=torch.float64), 16
     runtime = Runtime.load(directory)
-    logits = record(runtime)
+    logits = Recorder(runtime).logits
     session = runtime.open_images(IMAGES[:images], Options(formats=Formats(tiers.text, tiers.core, tiers.secondary)))
     prompt = session.prepare(SECOND).prompt
     pixels = torch.tensor(prompt.pixel_values)
@@ -181,7 +183,7 @@ def test_a_session_of_what_stands_out_equals_the_oracle(
     """What the session did not store no question sees, in prefill or later; each picks its core from what there is."""
     directory, steps, share = checkpoint(name, dtype=torch.float64), 16, 40
     runtime = Runtime.load(directory)
-    logits = record(runtime)
+    logits = Recorder(runtime).logits
     formats = Formats(tiers.text, tiers.core, tiers.secondary)
     session = runtime.open_images(IMAGES[:images], Options("distinct", {"secondary": share}, formats))
     prompt = session.prepare(SECOND).prompt
@@ -204,14 +206,14 @@ def test_a_session_of_what_stands_out_equals_the_oracle(
     )
     _compare(session.ask(SECOND, Options(method, parameters, max_new_tokens=steps)), expected)
     torch.testing.assert_close(torch.stack(logits), torch.stack([step.logits for step in expected]), rtol=0, atol=5e-5)
-    stored = [len(rows.image_ids) for rows in runtime._scheduler._prefixes[0].cache.rows]
+    stored = [len(rows.image_ids) for rows in runtime.debug.scheduler.prefixes[0].cache.rows]
     assert stored == [share * len(truth.images) // 100] * len(stored)
 
 
 def test_packing_is_noticed_before_the_question(checkpoint: Checkpoints) -> None:
     """A plain request attends its own picture exactly, so that equality above means something."""
     runtime = Runtime.load(checkpoint("llama-mha", dtype=torch.float64))
-    logits = record(runtime)
+    logits = Recorder(runtime).logits
     options = Options(formats=Formats("exact", "int4", "int4"), max_new_tokens=1)
     runtime.generate(IMAGES, SECOND, options).result()
     runtime.open_images(IMAGES, options).ask(SECOND).result()
@@ -225,7 +227,7 @@ def test_questions_at_once_are_answered_as_each_alone(runtime: Runtime) -> None:
         together, plain = [session.ask(*ask) for ask in asks], runtime.generate(IMAGES[1:], FIRST, FULL)
         for generation in (*together, plain):
             next(generation)
-        assert len(runtime._scheduler.running) == 5, "in one batch"
+        assert len(runtime.debug.scheduler.running) == 5, "in one batch"
         assert len(set(map(_core, together))) > 2, "each has a core of its own"
         check(runtime, *together, plain)
         results = [generation.result() for generation in together]
@@ -264,7 +266,7 @@ def test_no_question_changes_what_stands_before_the_picture_ends(
     checkpoint: Checkpoints, name: str, images: int, prompt: str
 ) -> None:
     """Of tokenizers with and without bytes for every character; the placeholder merges with nothing."""
-    processor = Runtime.open(checkpoint(name))._processor
+    processor = Processor.of(read_spec(checkpoint(name)), checkpoint(name))
     try:
         token_ids, spans = processor.lay_out(images, prompt)
     except BadInput:
@@ -276,7 +278,7 @@ def test_no_question_changes_what_stands_before_the_picture_ends(
 
 
 def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend: Any = runtime._backend
+    backend: Any = runtime.debug.backend
     calls: list[str] = []
     tokens: list[int] = []
 
@@ -284,7 +286,7 @@ def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatc
         function = getattr(backend, name)
         monkeypatch.setattr(backend, name, lambda *arguments: (calls.append(name), function(*arguments))[1])
 
-    decoder = backend._model.decoder
+    decoder = backend.model.decoder
     embed, logits = decoder.embed, decoder.logits
     monkeypatch.setattr(decoder, "embed", lambda ids: (tokens.append(len(ids)), embed(ids))[1])
     monkeypatch.setattr(decoder, "logits", lambda hidden: (calls.append("logits"), logits(hidden))[1])
@@ -324,7 +326,7 @@ def test_rows_are_held_once_and_counted_where_they_are(runtime: Runtime) -> None
     kv = questions[0].result().kv
     assert (kv.bytes_shared, plain.bytes_shared) == (shared, 0)
     assert kv.bytes_stored + kv.bytes_shared == plain.bytes_stored == kv.bytes_full
-    assert kv.bytes_peak == questions[0]._sequence.request.plan.peak_bytes
+    assert kv.bytes_peak == questions[0].request.plan.peak_bytes
     timings = questions[1].result().timings
     assert timings.encode_ms < 1 <= stats.encode_ms + stats.prefill_ms
     questions[2].close()

@@ -43,7 +43,7 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
     ],
 )
 def test_what_cannot_share_is_refused_with_what_can(runtime: Runtime, options: Options, message: str) -> None:
-    """By ``look``, and by ``ask`` of an image session that others may ask."""
+    """By ``open_images``, and by ``ask`` of an image session that others may ask."""
     session = runtime.open_images(IMAGES)
     for refused in (lambda: runtime.open_images(IMAGES, options), lambda: session.ask(FIRST, options)):
         with pytest.raises(BadInput, match=message) as refusal:
@@ -116,7 +116,7 @@ def test_a_template_that_writes_something_new_is_noticed(
     """Such as the date, and it is past midnight now."""
     dated = "{{ strftime_now('%d') + message['role'].upper() + ': ' }}"
     now = ["19"]
-    monkeypatch.setattr("avl_edge.model.prompt.template._strftime_now", lambda _: now[0])
+    monkeypatch.setattr("avl_edge.model.prompt.template.strftime_now", lambda _: now[0])
     runtime = _with_template(checkpoint, tmp_path / "m", "{{ message['role'].upper() + ': ' }}", dated)
     session = runtime.open_images(IMAGES)
     session.prepare(FIRST)

@@ -16,7 +16,7 @@ from avl_edge.kv.pool.compaction import Demotion
 from avl_edge.machine.pressure import Action
 from avl_edge.serving.memory_pressure import MemoryPressureHandler
 from avl_edge.serving.scheduler import Running
-from tests.equipment.pressure_desk import SHAPE, Desk, cache_of, fail, request_for
+from tests.equipment.pressure_harness import SHAPE, Harness, cache_of, fail, request_for
 from tests.equipment.random_methods import LAYERS, NAMES, choices
 
 STARTS = ("exact", *NAMES)  # exact rows have the longest way down
@@ -27,7 +27,7 @@ class PressureLife(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(6, 60))
     def open(self, pages: int) -> None:
-        self.desk = Desk(pages)
+        self.harness = Harness(pages)
 
     @rule(
         choice=choices(STARTS),
@@ -38,45 +38,45 @@ class PressureLife(RuleBasedStateMachine):
     )
     def admit(self, choice: tuple[Method, Formats], prefix: int, images: int, text: int, steps: int) -> None:
         request = request_for(*choice, prefix, images, text, steps)
-        room = request.plan.pages <= self.desk.pool.pages_unreserved and not self.desk.scheduler.is_held
-        assert (self.desk.admit(request) is not None) == room
+        room = request.plan.pages <= self.harness.pool.pages_unreserved and not self.harness.scheduler.is_held
+        assert (self.harness.admit(request) is not None) == room
 
-    @precondition(lambda self: any(self.desk.left.values()))
+    @precondition(lambda self: any(self.harness.left.values()))
     @rule(choice=st.integers(0, 10**6))
     def step(self, choice: int) -> None:
-        ready = [each for each, left in self.desk.left.items() if left]
-        self.desk.step(ready[choice % len(ready)])
+        ready = [each for each, left in self.harness.left.items() if left]
+        self.harness.step(ready[choice % len(ready)])
 
     @rule()
     def memory_is_short(self) -> None:
-        action = self.desk.escalate()
-        assert action is not Action.HOLD or self.desk.scheduler.is_held
+        action = self.harness.escalate()
+        assert action is not Action.HOLD or self.harness.scheduler.is_held
 
     @rule()
     def there_is_memory_again(self) -> None:
-        self.desk.escalate(short=False)
-        assert not self.desk.scheduler.is_held
+        self.harness.escalate(short=False)
+        assert not self.harness.scheduler.is_held
 
-    @precondition(lambda self: bool(self.desk.scheduler.running))
+    @precondition(lambda self: bool(self.harness.scheduler.running))
     @rule(choice=st.integers(0, 10**6))
     def end(self, choice: int) -> None:
-        running = self.desk.scheduler.running
-        self.desk.end(running[choice % len(running)])
+        running = self.harness.scheduler.running
+        self.harness.end(running[choice % len(running)])
 
     @invariant()
     def sound(self) -> None:
-        if hasattr(self, "desk"):
-            self.desk.check()
+        if hasattr(self, "harness"):
+            self.harness.check()
 
     def teardown(self) -> None:
-        if hasattr(self, "desk"):
-            for sequence in self.desk.scheduler.running:
-                while self.desk.left[sequence]:
-                    self.desk.step(sequence)  # nobody who was admitted ever finds the pool empty
-                self.desk.check()
-                self.desk.end(sequence)
-            self.desk.pool.check_integrity([])
-            assert self.desk.pool.pages_unreserved == self.desk.pool.pages
+        if hasattr(self, "harness"):
+            for sequence in self.harness.scheduler.running:
+                while self.harness.left[sequence]:
+                    self.harness.step(sequence)  # nobody who was admitted ever finds the pool empty
+                self.harness.check()
+                self.harness.end(sequence)
+            self.harness.pool.check_integrity([])
+            assert self.harness.pool.pages_unreserved == self.harness.pool.pages
 
 
 PressureLife.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
@@ -98,65 +98,65 @@ def test_under_pressure_to_the_end_a_request_gives_all_it_can_and_still_ends(
     """In a pool that is exactly the promise: no room to spare on the way. A format that would save no page is left out
     until it would."""
     request = request_for(*choice, prefix, images, text, steps)
-    desk = Desk(request.plan.pages)
-    sequence = desk.admit(request)
+    harness = Harness(request.plan.pages)
+    sequence = harness.admit(request)
     assert sequence is not None
     for _ in range(min(at, steps)):
-        desk.step(sequence)
+        harness.step(sequence)
     actions = []
     while not actions or actions[-1] is not Action.HOLD:
-        smaller = desk.handler._smaller(sequence)
-        actions.append(desk.escalate())
+        smaller = harness.handler.smaller(sequence)
+        actions.append(harness.escalate())
         assert (actions[-1] is Action.DEMOTE) == (smaller is not None)
-        desk.check()
-    assert desk.escalate() is Action.HOLD
+        harness.check()
+    assert harness.escalate() is Action.HOLD
     assert not cache_of(sequence).can_evict
     assert sequence.pressure.demotions == actions.count(Action.DEMOTE) <= 2
     assert (sequence.pressure.rows_evicted > 0) == (Action.EVICT in actions)
-    while desk.left[sequence]:
-        desk.step(sequence)
-    desk.check()
+    while harness.left[sequence]:
+        harness.step(sequence)
+    harness.check()
 
 
 def test_a_lease_shrinks_to_what_may_still_come_and_others_get_the_rest() -> None:
     """Full attention over 60 image tokens: the plan of a second one that did not fit beside it does now."""
     request = request_for(Full(), Formats(), 4, 60, 4, 8)
-    desk = Desk(request.plan.pages + request.plan.pages // 2)
-    first = desk.admit(request)
+    harness = Harness(request.plan.pages + request.plan.pages // 2)
+    first = harness.admit(request)
     assert first is not None
-    assert desk.admit(request) is None
-    assert [desk.escalate(), desk.escalate(), desk.escalate()] == [Action.DEMOTE, Action.DEMOTE, Action.HOLD]
+    assert harness.admit(request) is None
+    assert [harness.escalate(), harness.escalate(), harness.escalate()] == [Action.DEMOTE, Action.DEMOTE, Action.HOLD]
     assert cache_of(first).formats == Formats("exact", "int4", "int4")
     packed = kv_plan(Full(), Formats("exact", "int4", "int4"), SHAPE, PromptShape(4, 60, 4), 8)
     assert cache_of(first).rows.lease.limit == packed.pages < request.plan.pages / 2
-    desk.escalate(short=False)
-    second = desk.admit(request)
+    harness.escalate(short=False)
+    second = harness.admit(request)
     assert second is not None
     assert second.pressure.demotions == 0
     assert cache_of(second).formats == Formats()
-    desk.check()
+    harness.check()
 
 
 def test_a_full_lease_has_room_for_the_change() -> None:
     """Every row of its three pages is held: the first layer's rows alone would leave no page before they need one."""
     request = request_for(Full(), Formats(), 0, 12, 4, 0)
-    desk = Desk(request.plan.pages)
-    sequence = desk.admit(request)
+    harness = Harness(request.plan.pages)
+    sequence = harness.admit(request)
     assert sequence is not None
     lease = cache_of(sequence).rows.lease
     assert (lease.held, lease.limit) == (3, 3)
     change = Demotion(cache_of(sequence).rows, Formats("exact", "int8", "int8"))
     assert change.batches() == [[0, 1], [2]]
-    assert desk.escalate() is Action.DEMOTE
-    desk.check()
+    assert harness.escalate() is Action.DEMOTE
+    harness.check()
     assert (lease.held, lease.limit) == (2, 2)
 
 
 def test_a_quarter_at_a_time_until_the_core_is_left() -> None:
-    desk = Desk(200)
-    sequence = desk.admit(request_for(Avl(100, 80, 20), Formats("exact", "exact", "int4"), 2, 50, 2, 4))
+    harness = Harness(200)
+    sequence = harness.admit(request_for(Avl(100, 80, 20), Formats("exact", "exact", "int4"), 2, 50, 2, 4))
     assert sequence is not None
-    assert [desk.escalate() for _ in range(5)] == [Action.EVICT] * 4 + [Action.HOLD]
+    assert [harness.escalate() for _ in range(5)] == [Action.EVICT] * 4 + [Action.HOLD]
     assert [rows.counts()["secondary"] for rows in cache_of(sequence).rows] == [0] * LAYERS
     assert [rows.counts()["core"] for rows in cache_of(sequence).rows] == [10] * LAYERS
     assert sequence.pressure.rows_evicted == LAYERS * 30
@@ -164,13 +164,13 @@ def test_a_quarter_at_a_time_until_the_core_is_left() -> None:
 
 def test_what_cannot_be_moved_is_not_touched() -> None:
     """Rows in another device's memory: only admission stops."""
-    desk = Desk(100)
-    sequence = desk.admit(request_for(Full(), Formats(), 2, 40, 2, 4))
+    harness = Harness(100)
+    sequence = harness.admit(request_for(Full(), Formats(), 2, 40, 2, 4))
     assert sequence is not None
-    handler = MemoryPressureHandler(desk.monitor, desk.pool, None, desk.scheduler)  # type: ignore[arg-type]
-    desk.monitor.short = True
+    handler = MemoryPressureHandler(harness.monitor, harness.pool, None, harness.scheduler)  # type: ignore[arg-type]
+    harness.monitor.short = True
     handler.check(fail)
-    assert desk.scheduler.is_held
+    assert harness.scheduler.is_held
     assert (sequence.pressure.demotions, sequence.pressure.rows_evicted) == (0, 0)
 
 
@@ -179,18 +179,18 @@ def _raises(*_: Any) -> None:
 
 
 def test_an_error_in_the_middle_ends_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(400)
-    both = [desk.admit(request_for(Full(), Formats(), 2, 40, 2, 4)) for _ in range(2)]
+    harness = Harness(400)
+    both = [harness.admit(request_for(Full(), Formats(), 2, 40, 2, 4)) for _ in range(2)]
     broken: list[Running] = []
 
     def drop(sequence: Running, _: BaseException) -> None:
         broken.append(sequence)
-        desk.scheduler.drop((sequence,))
+        harness.scheduler.drop((sequence,))
 
-    desk.monitor.short = True
+    harness.monitor.short = True
     with monkeypatch.context() as patch:
-        patch.setattr(desk.store, "write_records", _raises)
-        desk.handler.check(drop)
+        patch.setattr(harness.store, "write_records", _raises)
+        harness.handler.check(drop)
     assert broken == both
-    desk.pool.check_integrity([])
-    assert desk.admit(request_for(Full(), Formats(), 2, 40, 2, 4)) is not None
+    harness.pool.check_integrity([])
+    assert harness.admit(request_for(Full(), Formats(), 2, 40, 2, 4)) is not None

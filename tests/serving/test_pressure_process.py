@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from avl_edge import Formats, Runtime
-from avl_edge.machine.pressure import Limits, Monitor
 from tests.conftest import Checkpoints
 from tests.equipment.machines import GB, write
 from tests.equipment.short_memory import AVL, ask, check, formats_of
@@ -74,7 +73,7 @@ def greedy(tree: Path) -> Iterator[Greedy]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 def test_another_process_takes_memory_and_gives_it_back(checkpoint: Checkpoints, tree: Path, greedy: Greedy) -> None:
     runtime = Runtime.load(checkpoint("mistral-gqa"))
-    runtime._monitor = Monitor(Limits(64 * 2**20), tree, every_ms=0)
+    runtime.keep_free(64 * 2**20, root=tree, every_ms=0)
     generation = ask(runtime, AVL)
     next(generation)
     assert formats_of(generation) == Formats()
@@ -87,7 +86,7 @@ def test_another_process_takes_memory_and_gives_it_back(checkpoint: Checkpoints,
     assert formats_of(generation).secondary == "int4"
     for _ in range(5):
         next(generation)
-    assert runtime._scheduler.is_held
+    assert runtime.debug.scheduler.is_held
     waiting = ask(runtime, AVL)
     next(generation)
     assert waiting.cache is None

@@ -9,8 +9,8 @@ import pytest
 from avl_edge import Formats, Options, Runtime
 from avl_edge.kv.budget import peak_pages
 from avl_edge.kv.cache import prompt_shape
-from avl_edge.machine.pressure import Limits, Monitor
-from tests.conftest import ROOT, Checkpoints
+from tests import ROOT
+from tests.conftest import Checkpoints
 from tests.equipment.machines import GB, write
 from tests.equipment.short_memory import AVL, FULL, IMAGE, PROMPT, RESERVE, ask, check, formats_of, watchful
 
@@ -55,7 +55,7 @@ def test_formats_then_rows_then_requests(runtime: Runtime, tree: Path) -> None:
         check(runtime, generation)
         assert generation.cache is not None
         stored = sum(len(rows.image_ids) for rows in generation.cache.rows)
-        seen.append((formats_of(generation).secondary, stored, runtime._scheduler.is_held))
+        seen.append((formats_of(generation).secondary, stored, runtime.debug.scheduler.is_held))
     rows = [count for _, count, _ in seen]
     assert [name for name, _, _ in seen] == ["int8", "int4"] + ["int4"] * 6
     assert rows[0] == rows[1] == 5 * 36
@@ -68,15 +68,15 @@ def test_formats_then_rows_then_requests(runtime: Runtime, tree: Path) -> None:
     assert (result.finish_reason, len(result.token_ids)) == ("length", 40)
     assert result.formats == {"text": "exact", "core": "exact", "secondary": "int4"}
     assert (result.kv.pressure.demotions, result.kv.pressure.rows_evicted) == (2, 5 * 22)
-    assert not runtime._scheduler.is_held
+    assert not runtime.debug.scheduler.is_held
     assert ask(runtime, AVL).result().formats["secondary"] == "exact"
 
 
 def test_features_of_earlier_pictures_go(runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are a convenience: memory that is short takes them, and the next question encodes its picture again."""
     encoded: list[int] = []
-    encode = runtime._backend.encode_images  # type: ignore[union-attr]
-    monkeypatch.setattr(runtime._backend, "encode_images", lambda pixels: encoded.append(1) or encode(pixels))
+    encode = runtime.debug.backend.encode_images  # type: ignore[union-attr]
+    monkeypatch.setattr(runtime.debug.backend, "encode_images", lambda pixels: encoded.append(1) or encode(pixels))
     ask(runtime).result()
     ask(runtime).result()
     assert len(encoded) == 1
@@ -119,7 +119,7 @@ def test_full_attention_packs_all_image_rows(runtime: Runtime, tree: Path) -> No
     write(tree, 6 * GB)
     next(generation)
     assert formats_of(generation) == Formats("exact", "int8", "int8"), "rows were promoted again"
-    cache, request = generation.cache, generation._sequence.request
+    cache, request = generation.cache, generation.request
     assert cache is not None
     shape = prompt_shape(len(request.prompt), request.prompt.spans)
     promised = peak_pages(request.plan.method, cache.formats, runtime.kv_shape, shape, request.max_new_tokens - 1)
@@ -147,7 +147,7 @@ def test_the_budget_holds_under_pressure(runtime: Runtime, tree: Path) -> None:
         next(generation)
         write(tree, GB)
         for _ in generation:
-            check(runtime, *([] if generation._sequence.result else [generation]))
+            check(runtime, *([] if generation.finish_reason else [generation]))
         kv = generation.result().kv
         assert kv.bytes_stored <= kv.bytes_peak <= budget
         write(tree, 6 * GB)
@@ -156,8 +156,8 @@ def test_the_budget_holds_under_pressure(runtime: Runtime, tree: Path) -> None:
 def test_free_pages_go_back_to_the_system(runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All whole pages of a finished request, once; the next one finds them empty, and answers the same."""
     expected = ask(runtime).result()
-    assert runtime._backend is not None
-    rows, back = runtime._backend.rows, list[int]()
+    rows, back = runtime.debug.rows, list[int]()
+    assert rows is not None
     give_back = rows.give_back
     monkeypatch.setattr(rows, "give_back", lambda pages: back.append(give_back(pages)) or back[-1])
     runtime.step()
@@ -176,7 +176,7 @@ def test_the_demo_still_reads_the_speed_from_packed_rows(tree: Path) -> None:
     runtime = Runtime.load("demo")
     exact = runtime.generate([picture], question).result()
     packed = runtime.generate([picture], question, Options(formats=Formats("int8", "int8", "int8"))).result()
-    runtime._monitor = Monitor(Limits(RESERVE), tree, every_ms=0)
+    runtime.keep_free(RESERVE, root=tree, every_ms=0)
     generation = runtime.generate([picture], question)
     next(generation)
     write(tree, GB)

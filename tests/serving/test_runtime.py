@@ -11,8 +11,9 @@ import torch
 
 from avl_edge import BadInput, DoesNotFit, Options, Runtime
 from avl_edge.kv.layout import page_bytes
-from tests.conftest import Checkpoints, Recorder
+from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
+from tests.equipment.recorder import Recorder
 
 IMAGE, OTHER = random_image(3, (120, 80)), random_image(4, (60, 60))
 PROMPT = "Describe the picture in detail."
@@ -178,7 +179,7 @@ def test_an_error_in_a_step_ends_its_requests_and_frees_their_rows(checkpoint: C
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    runtime._backend.decode = fail  # type: ignore[union-attr, method-assign, assignment]
+    runtime.debug.backend.decode = fail  # type: ignore[union-attr, method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         next(generation)
     assert runtime.kv_bytes_in_use == 0
@@ -205,15 +206,15 @@ def test_a_picture_is_encoded_once_for_several_questions(
 ) -> None:
     """And answers do not depend on whether it was."""
     runtime = Runtime.load(checkpoint("llama-mha"))
-    assert runtime._backend is not None
+    assert runtime.debug.backend is not None
     encoded: list[int] = []
-    encode = runtime._backend.encode_images
+    encode = runtime.debug.backend.encode_images
 
     def count(pixels: Any) -> Any:
         encoded.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(runtime._backend, "encode_images", count)
+    monkeypatch.setattr(runtime.debug.backend, "encode_images", count)
     pictures = [random_image(seed, (60, 60)) for seed in range(5)]
     options = Options(max_new_tokens=6)
     first = runtime.generate([pictures[0]], PROMPT, options).result()

@@ -35,7 +35,7 @@ def _ask(runtime: Runtime, options: Options = AVL) -> Generation:
 
 def _check(runtime: Runtime, *alive: Generation) -> None:
     """The books are in order and hold nothing but the rows of ``alive``."""
-    runtime._pool.check_integrity([each.cache.rows for each in alive if each.cache])
+    runtime.debug.pool.check_integrity([each.cache.rows for each in alive if each.cache])
     assert all(each.cache for each in alive)
 
 
@@ -50,7 +50,7 @@ def test_an_error_reaches_its_own_caller_and_nobody_else(runtime: Runtime, monke
         raise MemoryError("no room for rows")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._backend, "prefill", fail)
+        patch.setattr(runtime.debug.backend, "prefill", fail)
         next(first)
         with pytest.raises(MemoryError, match="no room for rows"):
             next(second)
@@ -70,11 +70,10 @@ def test_an_error_in_a_decode_step_ends_all_that_were_in_it(runtime: Runtime, mo
         raise RuntimeError("broken step")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._backend, "decode", fail)
+        patch.setattr(runtime.debug.backend, "decode", fail)
         for each in both:
-            each._sequence.events.clear()
             with pytest.raises(RuntimeError, match="broken step"):
-                next(each)
+                list(each)
     _check(runtime)
     assert runtime.kv_bytes_in_use == 0
     assert _ask(runtime).result().finish_reason == "length"
@@ -148,15 +147,15 @@ def test_a_generation_collected_in_the_middle_of_a_step_ends_with_it(
     cycle: list[object] = [dropped]
     cycle.append(cycle)
     del dropped, cycle
-    assert runtime._backend
-    decode = runtime._backend.decode
+    assert runtime.debug.backend
+    decode = runtime.debug.backend.decode
 
     def collecting(*arguments: Any) -> Any:
         gc.collect()
         return decode(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._backend, "decode", collecting)
+        patch.setattr(runtime.debug.backend, "decode", collecting)
         next(kept)
     _check(runtime, kept)
     assert kept.result().token_ids == expected
@@ -178,13 +177,13 @@ def test_the_peak_is_what_was_held_not_what_was_promised(runtime: Runtime) -> No
     # Three tokens were chosen, two of them were fed back.
     assert kv.bytes_peak == -(-(len(generation.prompt) + 2) * layers // PAGE_ROWS) * page
     promised = -(-(len(generation.prompt) + 59) * layers // PAGE_ROWS) * page
-    assert generation._sequence.request.plan.peak_bytes == promised > kv.bytes_peak
+    assert generation.request.plan.peak_bytes == promised > kv.bytes_peak
 
 
 def test_requests_run_together_in_one_step(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts come first, in order; then every step serves both."""
     calls: list[tuple[str, int]] = []
-    backend = runtime._backend
+    backend = runtime.debug.backend
     assert backend
     prefill, decode = backend.prefill, backend.decode
     monkeypatch.setattr(backend, "prefill", lambda *a: (calls.append(("prefill", len(a[0]))), prefill(*a))[1])
@@ -204,7 +203,7 @@ def test_what_waits_is_served_in_order(checkpoint: Checkpoints) -> None:
     generations = [_ask(runtime) for _ in range(3)]
     ended: list[int] = []
     while runtime.step():
-        ended += [i for i, each in enumerate(generations) if each._sequence.result and i not in ended]
+        ended += [i for i, each in enumerate(generations) if each.finish_reason and i not in ended]
     assert ended == [0, 1, 2]
 
 

@@ -137,7 +137,7 @@ def test_a_press_answers_as_a_full_cache_behind_masks(
     rows = rows_of(0.25, len(prompt))
     pixels = torch.tensor(prompt.pixel_values).double()
     case = oracles.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
-    truth = oracles._answer(
+    truth = oracles.answer(
         case,
         [case.causal] * case.depth,
         [list(range(len(prompt)))] * case.depth,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import hear_interrupts
 from tests.equipment.demo_model import TOKENIZER
+from tests.equipment.processes import hear_interrupts
 from tools.demo_model.config import ModelConfig
 from tools.demo_model.schedule import BadPlan, Stage, parse_plan
 from tools.demo_model.trainer import Options, Trainer

@@ -37,7 +37,7 @@ class Gpu:
     """
 
     def __init__(self, index: int = 0) -> None:
-        self._api = _bindings()
+        self._api = bindings()
         try:
             self._call("cuInit", 0)
         except CudaError as error:
@@ -99,7 +99,8 @@ class CudaModule:
         return self._functions[kernel]
 
 
-def _bindings() -> Any:
+def bindings() -> Any:
+    """cuda-python's module of the driver's functions; :class:`NoCuda` where it is not installed."""
     try:
         return optional("cuda.bindings.driver", "a GPU")
     except BadInput:

@@ -84,7 +84,7 @@ def find(newest: tuple[int, int] | None = None) -> Nvrtc:
 
     Raises :class:`NoCuda`.
     """
-    found = {nvrtc.version: nvrtc for nvrtc in _all()}
+    found = {nvrtc.version: nvrtc for nvrtc in installed()}
     fitting = [version for version in found if newest is None or version[0] <= newest[0]]
     if not fitting:
         there = ", ".join(map(str, found.values())) or "none"
@@ -93,7 +93,8 @@ def find(newest: tuple[int, int] | None = None) -> Nvrtc:
     return found[max(fitting)]
 
 
-def _all() -> Iterator[Nvrtc]:
+def installed() -> Iterator[Nvrtc]:
+    """Every NVRTC on this machine that can be loaded."""
     for name in _names():
         try:
             library = ctypes.CDLL(name)

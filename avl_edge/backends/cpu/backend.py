@@ -25,12 +25,15 @@ Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
 
 class TorchBackend:
-    """The CPU path: torch, and the native attention kernel where it was built."""
+    """The CPU path: torch, and the native attention kernel where it was built.
+
+    ``model`` is the network that it runs, ``rows`` are those of the pool: for traces and tests.
+    """
 
     def __init__(self, model: Llava, store: RowStore, attend: Attend = attend_parts) -> None:
         """``attend`` computes the decode attention; its contract is
         :func:`avl_edge.attention.kernels.attend_parts`'s."""
-        self._model = model
+        self.model = model
         self.rows = StoredRows(store, model.decoder.angles)
         self._prefill = Prefill(model, self.rows, self._score)
         self._attend = attend
@@ -46,7 +49,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
-        return self._model.encode_images(pixels)
+        return self.model.encode_images(pixels)
 
     def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         return self._prefill.run(prompt, features, cache)
@@ -64,7 +67,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
-        decoder, rows = self._model.decoder, self.rows
+        decoder, rows = self.model.decoder, self.rows
         positions, ids = zip(*(cache.begin_step() for cache in caches), strict=True)
         hidden = decoder.embed(torch.tensor(token_ids))
         angles = decoder.angles(torch.tensor(positions))

@@ -51,7 +51,7 @@ from ..steps import Accelerator, Bucket, CudaDevice, Reads, RecordedSteps
 from ..stored import StoredRows
 from .step import DecodeStep, address, rope_table
 
-_LOGITS_BYTES = 64 * 2**20
+LOGITS_BYTES = 64 * 2**20
 """For the scores of a prompt, whose queries are taken in pieces that fit."""
 
 
@@ -66,7 +66,7 @@ class CudaBackend:
     ``Backend`` protocol's.
 
     Logits come back to the CPU, where samplers are. An error of the device shows at the next wait, as torch's
-    RuntimeError.
+    RuntimeError. ``rows`` are those of the pool, ``steps`` what was recorded: for traces and tests.
     """
 
     def __init__(self, model: Llava, store: RowStore, kernels: Kernels, accelerator: Accelerator) -> None:
@@ -79,7 +79,7 @@ class CudaBackend:
         self._prefill = Prefill(model, self.rows, self._score)
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
-        self._steps = RecordedSteps(accelerator, self._new_step)
+        self.steps = RecordedSteps(accelerator, self._new_step)
 
     @classmethod
     def on_gpu(cls, model: Llava, store: RowStore, accelerator: CudaDevice) -> CudaBackend:
@@ -118,7 +118,7 @@ class CudaBackend:
         query, key = query.contiguous(), key.contiguous()
         (w, heads, dim), n, device = query.shape, len(key), query.device
         positions = torch.from_numpy(np.append(queries, n - 1).astype(np.int32)).to(device)
-        piece = max(1, min(len(positions), _LOGITS_BYTES // (4 * heads * n)))
+        piece = max(1, min(len(positions), LOGITS_BYTES // (4 * heads * n)))
         scratch = torch.empty(self._kernels.prompt_workspace(n, heads, piece), dtype=torch.uint8, device=device)
         scores = torch.zeros(2, n, dtype=torch.float32, device=device)
         before = (
@@ -154,8 +154,8 @@ class CudaBackend:
         layers = range(self._model.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
         reads = [_reads(cache, layers) for cache in caches]
-        step = self._steps.of(Bucket.of(reads, any(cache.wants_scores for cache in caches)))
-        with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
+        step = self.steps.of(Bucket.of(reads, any(cache.wants_scores for cache in caches)))
+        with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores and not cache.picks_core:
                     self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))

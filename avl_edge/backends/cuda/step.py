@@ -64,12 +64,12 @@ class DecodeStep(RecordedStep):
             query, key, value = layer.project(hidden, *angles)
             self._attend(index, query.contiguous(), key.contiguous(), value.contiguous())
             hidden = layer.finish(hidden, self._attended)
-        logits = self._outputs["logits"]
+        logits = self.outputs["logits"]
         logits.copy_(decoder.logits(hidden))
-        torch.argmax(logits, dim=-1, out=self._outputs["tokens"])
+        torch.argmax(logits, dim=-1, out=self.outputs["tokens"])
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        tables, scores, bucket = self.tables, self._outputs.get("scores"), self.tables.bucket
+        tables, scores, bucket = self.tables, self.outputs.get("scores"), self.tables.bucket
         rows, offsets = address(tables.device_rows[layer]), address(tables.device_offsets[layer])
         lists = Lists.of(rows, offsets, bucket.batch, bucket.capacity, bucket.formats)
         scan = self._scan(layer) if bucket.scanned else None
@@ -96,7 +96,7 @@ class DecodeStep(RecordedStep):
             formats=bucket.scanned_formats,
             limits=address(tables.device_limits),
             listed=address(tables.device_listed[layer]),
-            picked=address(self._outputs["picked"][layer]),
+            picked=address(self.outputs["picked"][layer]),
         )
 
     def _bases(self, layer: int) -> Bases | None:

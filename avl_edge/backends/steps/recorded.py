@@ -17,7 +17,7 @@ from ..stored import in_order
 from .device import Accelerator
 from .tables import Bucket, Reads, StepTables
 
-_KEPT = 12
+KEPT_STEPS = 12
 """Steps that are kept; each holds its tables and scratch memory, tens of MB for a 7B model and a large batch."""
 
 
@@ -28,7 +28,7 @@ class RecordedStep(ABC):
     def __init__(self, accelerator: Accelerator, tables: StepTables, outputs: Mapping[str, Tensor]) -> None:
         """``outputs`` on the device, which :meth:`run` writes: "tokens" int64 ``[B]``, "logits" ``[B, vocabulary]``
         and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``."""
-        self.tables, self._accelerator, self._outputs = tables, accelerator, outputs
+        self.tables, self._accelerator, self.outputs = tables, accelerator, outputs
         self._results = {
             name: accelerator.host_memory(tuple(output.shape), output.dtype) for name, output in outputs.items()
         }
@@ -45,7 +45,7 @@ class RecordedStep(ABC):
         if self._replay is None:
             self._replay = self._accelerator.record(self.run)
         self._replay()
-        for name, output in self._outputs.items():
+        for name, output in self.outputs.items():
             if logits or name != "logits":
                 self._results[name].copy_(output, non_blocking=True)
 
@@ -114,7 +114,7 @@ class RecordedSteps(OrderedDict[Bucket, S]):
     def of(self, bucket: Bucket) -> S:
         """That of a bucket, new or as it was recorded."""
         if bucket not in self:
-            if len(self) >= _KEPT:
+            if len(self) >= KEPT_STEPS:
                 self.popitem(last=False)
             self[bucket] = self._make(bucket)
         self.move_to_end(bucket)

@@ -38,13 +38,16 @@ from .step import EngineStep
 
 class EngineBackend:
     """The ``Backend`` protocol over :class:`Engines`; features, rows and scratch memory lie on the accelerator's
-    device, logits come back to the CPU. An error of the device shows at the next wait, as torch's RuntimeError."""
+    device, logits come back to the CPU. An error of the device shows at the next wait, as torch's RuntimeError.
+
+    ``engines``, ``accelerator``, ``rows`` of the pool and recorded ``steps`` are there for traces and tests.
+    """
 
     name = "tensorrt"
 
     def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator) -> None:
         """``store``: the pool, in the engines' dtype, on the accelerator's device."""
-        self._engines, self._store, self._accelerator = engines, store, accelerator
+        self.engines, self._store, self.accelerator = engines, store, accelerator
         text, device = engines.spec.text, accelerator.device
         with device:
             rope = Rope(text.head_dim, text.rope)
@@ -56,24 +59,24 @@ class EngineBackend:
             each.take_memory(self._memory.data_ptr())
         stream = accelerator.stream()
         self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
-        self._steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
+        self.steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
 
     @torch.inference_mode()
     def require_rows(self) -> None:
         """Run one step over a pool in which nobody has rows yet; :class:`~avl_edge.backends.tensorrt.EngineFailed`
         unless its new rows are there. TensorRT promises no plugin that an input is what was bound, and not a copy of
         it."""
-        layers, store = self._engines.spec.text.layers, self._store
+        layers, store = self.engines.spec.text.layers, self._store
         slots = np.where(np.arange(layers) < len(store.keys), np.arange(layers), -1).astype(np.int32)
         first = np.zeros(1, dtype=np.int32)
         own = [Selected("exact", first.astype(np.int64), slots[layer : layer + 1], first) for layer in range(layers)]
         reads = [Reads([[each] for each in own])]
         store.keys[:layers], store.values[:layers] = torch.nan, torch.nan  # not what an earlier check left there
-        step = EngineStep(self._engines, store, self._accelerator, self._bucket(reads, False))
+        step = EngineStep(self.engines, store, self.accelerator, self._bucket(reads, False))
         step.tables.fill([0], [0], slots[:, None], reads)
         step.tables.upload()
         step.run()
-        self._accelerator.synchronize()
+        self.accelerator.synchronize()
         for layer in np.flatnonzero(slots >= 0).tolist():
             pairs = zip((store.keys[layer], store.values[layer]), step.row(layer), strict=True)
             if not all(torch.equal(row.view(torch.uint8), new.view(torch.uint8)) for row, new in pairs):
@@ -85,14 +88,14 @@ class EngineBackend:
     @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         """The features stay on the device."""
-        most = self._engines.recipe.images
+        most = self.engines.recipe.images
         return torch.cat([self._encode(pixels[at : at + most]) for at in range(0, len(pixels), most)])
 
     def _encode(self, pixels: npt.NDArray[np.float32]) -> Tensor:
-        device, dims = self._accelerator.device, {"I": len(pixels)}
+        device, dims = self.accelerator.device, {"I": len(pixels)}
         given = {names.PIXELS: torch.from_numpy(np.ascontiguousarray(pixels)).to(device)}
-        run = Buffers.of(self._engines.vision_bindings, dims, device, given)
-        self._vision.run(dims, run.addresses, self._accelerator.stream())
+        run = Buffers.of(self.engines.vision_bindings, dims, device, given)
+        self._vision.run(dims, run.addresses, self.accelerator.stream())
         return run[names.FEATURES]
 
     @torch.inference_mode()
@@ -104,14 +107,14 @@ class EngineBackend:
     def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
         """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
         self._run(prompt, features, cache)
-        self._accelerator.synchronize()
+        self.accelerator.synchronize()
 
     def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
         """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
-        text = self._engines.spec.text
+        text = self.engines.spec.text
         listed, pruned = Listed(cache, text.layers), pruned_after(cache, text.layers)
-        run = buffers(self._engines, self._store, prompt, features, cache, listed)
-        self._prompts.run(run.dims, run.addresses, self._accelerator.stream())
+        run = buffers(self.engines, self._store, prompt, features, cache, listed)
+        self._prompts.run(run.dims, run.addresses, self.accelerator.stream())
         scores = scores_of(run, text, cache, listed)
         for layer in range(text.layers):
             keys, values = run[names.KEY.format(layer)], run[names.VALUE.format(layer)]
@@ -146,16 +149,16 @@ class EngineBackend:
 
     def _pieces(self, count: int) -> list[slice]:
         """As many sequences at a time as the engine was built for."""
-        most = self._engines.recipe.sequences
+        most = self.engines.recipe.sequences
         return [slice(at, at + most) for at in range(0, count, most)]
 
     @torch.inference_mode()
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
-        layers = range(self._engines.spec.text.layers)
+        layers = range(self.engines.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
         reads = [Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text) for cache in caches]
-        step = self._steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
-        with self._steps.run(step, token_ids, positions, slots, reads, logits=logits):
+        step = self.steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
+        with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores:
                     self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
@@ -167,7 +170,7 @@ class EngineBackend:
 
     def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
         """The smallest that the engine's sizes allow."""
-        recipe, context = self._engines.recipe, self._engines.spec.text.context
+        recipe, context = self.engines.recipe, self.engines.spec.text.context
         found = Bucket.of(reads, scores)
         batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
         # What formats are written is not asked: an engine's step has a slot in each.

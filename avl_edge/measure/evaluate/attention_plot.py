@@ -36,15 +36,16 @@ def draw_attention(document: Mapping[str, Any], path: Path) -> None:
     for case in document["cases"]:
         panels.setdefault(case["kv_heads"], []).append(case)
     content = io.BytesIO()
-    _figure(document, panels).savefig(content, format=path.suffix.lower().removeprefix("."), dpi=_DPI)
+    attention_figure(document, panels).savefig(content, format=path.suffix.lower().removeprefix("."), dpi=_DPI)
     try:
         path.write_bytes(content.getbuffer())
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror})") from None
 
 
-def _figure(document: Mapping[str, Any], panels: Mapping[int, Sequence[Mapping[str, Any]]]) -> Any:
-    """``Figure`` alone: pyplot would keep global state."""
+def attention_figure(document: Mapping[str, Any], panels: Mapping[int, Sequence[Mapping[str, Any]]]) -> Any:
+    """The picture as matplotlib's ``Figure``; ``panels`` are the document's cases by key/value heads."""
+    # Figure alone: pyplot would keep global state.
     figure = optional("matplotlib.figure", "--plot").Figure(figsize=(1.6 + 4 * len(panels), 4.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (kv_heads, cases) in zip(all_axes, panels.items(), strict=True):

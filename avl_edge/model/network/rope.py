@@ -17,10 +17,10 @@ class Rope:
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any]) -> None:
         kind = parameters["rope_type"]
-        if kind not in _KINDS:
-            raise BadModel(f"RoPE scaling {kind!r} is not supported: it must be one of {', '.join(_KINDS)}")
+        if kind not in ROPE_TYPES:
+            raise BadModel(f"RoPE scaling {kind!r} is not supported: it must be one of {', '.join(ROPE_TYPES)}")
         try:
-            self._frequencies, self._magnitude = _KINDS[kind](head_dim, parameters)
+            self._frequencies, self._magnitude = ROPE_TYPES[kind](head_dim, parameters)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise BadModel(f"RoPE scaling {kind!r} lacks a parameter or has a wrong one: {error}") from None
         if not (torch.isfinite(self._frequencies).all() and (self._frequencies > 0).all() and self._magnitude > 0):
@@ -90,4 +90,6 @@ def _yarn_magnitude(factor: float, parameters: Mapping[str, Any]) -> float:
     return scaled(1.0)
 
 
-_KINDS = {"default": _plain, "dynamic": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+ROPE_TYPES = {"default": _plain, "dynamic": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+"""By ``rope_type``: from a head's size and the config's parameters to float32 frequencies ``[head_dim / 2]`` and the
+magnitude of cosines and sines."""

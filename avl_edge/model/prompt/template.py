@@ -141,7 +141,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
@@ -160,5 +160,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
+def strftime_now(form: str) -> str:
+    """The date and time of now, as templates ask for it."""
     return datetime.now().strftime(form)

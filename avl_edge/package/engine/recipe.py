@@ -17,7 +17,7 @@ from ..export import PRECISIONS
 from .errors import BadRecipe
 
 STORED = "stored"
-_MOST_PRUNED = 3840
+MOST_PRUNED = 3840
 """TensorRT's TopK ends here, so a prompt that can be pruned does too."""
 
 
@@ -48,8 +48,8 @@ class Recipe:
             _require(_is_whole(value) and value >= 1, f"{name} {value!r} must be a whole number from 1")
         _require(self.pool_rows >= PAGE_ROWS, f"pool_rows {self.pool_rows} must be at least {PAGE_ROWS}, one page's")
         _require(
-            prune == "never" or self.prompt_tokens <= _MOST_PRUNED,
-            f"prompt_tokens {self.prompt_tokens} must be at most {_MOST_PRUNED}, or prune_after never",
+            prune == "never" or self.prompt_tokens <= MOST_PRUNED,
+            f"prompt_tokens {self.prompt_tokens} must be at most {MOST_PRUNED}, or prune_after never",
         )
         try:
             _require(self.workspace_bytes > 0, "it must be more than nothing")

@@ -30,7 +30,7 @@ Ids = npt.NDArray[np.int32]
 Rows = tuple[Tensor, Tensor]
 
 
-class Says:
+class ScriptedMonitor:
     """A monitor that says what it is told to, as a real one would: in order."""
 
     is_due = True
@@ -56,7 +56,7 @@ def request_for(method: Method, formats: Formats, prefix: int, images: int, text
     return Request(prompt, Options(), plan, steps + 1)
 
 
-class Desk:
+class Harness:
     """A pool, its store and requests on their way, driven like the runtime drives them, on random rows and scores.
 
     ``known`` has what every row of every request must read as: what was written, through each format it has been in.
@@ -67,7 +67,7 @@ class Desk:
         self.store = RowStore(pages, SHAPE, torch.float32)
         self.rows = StoredRows(self.store, lambda positions: (positions, positions))
         self.scheduler = Scheduler(self.pool, LAYERS)
-        self.monitor = Says()
+        self.monitor = ScriptedMonitor()
         self.handler = MemoryPressureHandler(self.monitor, self.pool, self.rows, self.scheduler)  # type: ignore[arg-type]
         self.known: dict[Running, list[dict[int, Rows]]] = {}
         self.left: dict[Running, int] = {}

@@ -1,0 +1,123 @@
+"""`avl-edge run`: the answer as text and JSON, settings, formats and budgets."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+
+def test_json_is_one_document_and_nothing_else(run) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--json", "--method", "avl", "--max-new-tokens", "30")
+    assert (outcome.code, outcome.err) == (0, "")
+    document = json.loads(outcome.out)
+    assert outcome.out.count("\n") == 1
+    assert set(document) >= {
+        "text",
+        "token_ids",
+        "finish_reason",
+        "model",
+        "backend",
+        "method",
+        "usage",
+        "timings",
+        "kv",
+    }
+    assert set(document["usage"]) == {"prompt_tokens", "image_tokens", "completion_tokens"}
+    assert set(document["timings"]) == {
+        "load_ms",
+        "encode_ms",
+        "prefill_ms",
+        "ttft_ms",
+        "decode_ms_per_token",
+        "tokens_per_s",
+    }
+    kv = document["kv"]
+    assert set(kv) >= {"bytes_full", "bytes_stored", "bytes_peak", "rows_read_fraction", "refreshes", "layers"}
+    assert len(kv["layers"]) == 5
+    assert set(kv["layers"][0]) == {"text", "core", "secondary", "freed"}
+    assert 0 < kv["bytes_stored"] <= kv["bytes_peak"] < kv["bytes_full"]
+    assert document["usage"]["completion_tokens"] == len(document["token_ids"]) == 30
+
+
+def test_any_parameter_can_be_set(run) -> None:  # type: ignore[no-untyped-def]
+    options = ["--json", "--method", "avl", "--max-new-tokens", "3", "--core", "10"]
+    settings = json.loads(run(*options, "--set", "text-floor=5", "--set", "heavy=12.5").out)["settings"]
+    assert (settings["text_floor"], settings["heavy"], settings["core"]) == (5, 12.5, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "formats"),
+    [
+        ([], ("exact", "exact", "exact")),
+        (["--kv-format", "int8"], ("int8", "int8", "int8")),
+        (["--kv-format", "int4", "--text-format", "exact", "--core-format", "int8"], ("exact", "int8", "int4")),
+        (["--method", "avl", "--secondary-format", "int4"], ("exact", "exact", "int4")),
+        (["--method", "coarse", "--kv-format", "int8", "--set", "mass=90"], ("int8", "int8", "int8")),
+        (["--kv-format", "lowrank:8"], ("exact", "lowrank:8", "lowrank:8")),
+    ],
+)
+def test_formats_of_rows(run, options: list[str], formats: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--json", "--max-new-tokens", "8", *options)
+    document = json.loads(outcome.out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert document["formats"] == dict(zip(("text", "core", "secondary"), formats, strict=True))
+    kv = document["kv"]
+    assert (kv["bytes_stored"] < kv["bytes_full"]) == (kv["bytes_read_fraction"] < 1) == bool(options)
+    table = run("--stats", "--max-new-tokens", "3", *options).err
+    spoken = ", ".join(f"{tier} {name}" for tier, name in document["formats"].items() if name != "exact")
+    assert f"formats                  {spoken or 'exact'}" in table
+
+
+def test_text_streams_the_same_answer(run) -> None:  # type: ignore[no-untyped-def]
+    document = json.loads(run("--json", "--max-new-tokens", "20").out)
+    outcome = run("--max-new-tokens", "20")
+    assert outcome.out == document["text"] + "\n"
+    assert outcome.err == ""
+
+
+def test_stats_go_to_stderr(run) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--stats", "--max-new-tokens", "5")
+    assert outcome.code == 0
+    assert "KV stored / peak / full" in outcome.err
+    assert "KV" not in outcome.out
+
+
+def test_a_budget_picks_and_says_so(run) -> None:  # type: ignore[no-untyped-def]
+    full = json.loads(run("--json", "--max-new-tokens", "40").out)["kv"]["bytes_peak"]
+    budget = int(0.7 * full)
+    outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(budget), "--method", "avl")
+    document = json.loads(outcome.out)
+    assert document["method"] == "avl"
+    assert re.match(
+        r"avl-edge: avl P \d+ S \d+ C \d+ K 3 T \d+ holds at most [\d.]+ kB of the [\d.]+ kB budget", outcome.err
+    )
+    assert document["kv"]["bytes_peak"] <= budget == document["kv"]["bytes_budget"]
+    assert document["settings"]["secondary"] < 100
+    assert set(document["formats"].values()) == {"exact"}
+
+
+def test_a_budget_without_a_method_is_kept_and_what_was_picked_is_said(run) -> None:  # type: ignore[no-untyped-def]
+    full = json.loads(run("--json", "--max-new-tokens", "40").out)["kv"]["bytes_peak"]
+    for share in (0.9, 0.5, 0.2):
+        outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(int(share * full)))
+        document = json.loads(outcome.out)
+        assert document["kv"]["bytes_peak"] <= share * full
+        packed = [f"{tier} {name}" for tier, name in document["formats"].items() if name != "exact"]
+        assert packed
+        assert re.match(rf"avl-edge: {document['method']}[ ,]", outcome.err)
+        assert ", ".join(packed) in outcome.err
+    outcome = run("--json", "--max-new-tokens", "40", "--kv-budget", str(full))
+    assert outcome.err.startswith("avl-edge: full holds at most ")
+    assert set(json.loads(outcome.out)["formats"].values()) == {"exact"}
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_that_does(run) -> None:  # type: ignore[no-untyped-def]
+    outcome = run("--kv-budget", "10kB", "--json")
+    assert (outcome.code, outcome.out) == (3, "")
+    smallest = re.search(r"smallest that would do is .*? \((\d+) bytes\)", outcome.err)
+    assert smallest
+    assert run("--kv-budget", smallest.group(1), "--json").code == 0
+    assert run("--kv-budget", str(int(smallest.group(1)) - 1), "--json").code == 3
+    assert run("--kv-budget", smallest.group(1), "--method", "full").code == 3
