@@ -16,7 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from avl_edge.errors import BadInput, BadModel
 from avl_edge.model.sizes import KNOWN, PRECISIONS, AnyRes, Precision, known_shape, shape_of_checkpoint
+from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
+from tests.equipment.checkpoints import SPECS
 
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32064}
 VICUNA_13B = {
@@ -187,7 +189,7 @@ def test_bad_names_and_formats(tmp_path: Path) -> None:
         shape_of_checkpoint(tmp_path, "nothing")
 
 
-@pytest.mark.parametrize("name", ["mistral-gqa", "qwen2-tied", "llama-bf16", "llama-bias"])
+@pytest.mark.parametrize("name", ["mistral-gqa", "qwen2-tied", "llama-bf16", "llama-bias", "llama-gqa-full"])
 def test_a_checkpoint_needs_no_weights(checkpoint: Checkpoints, tmp_path: Path, name: str) -> None:
     directory = checkpoint(name)
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
@@ -198,6 +200,7 @@ def test_a_checkpoint_needs_no_weights(checkpoint: Checkpoints, tmp_path: Path, 
         config = transformers.LlavaConfig.from_pretrained(directory)
         model = transformers.LlavaForConditionalGeneration(config)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.picture(640, 480).tokens == read_spec(tmp_path).tokens_per_image == SPECS[name].image_tokens
 
 
 def test_a_checkpoint_of_another_dtype_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
