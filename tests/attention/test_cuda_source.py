@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: their source compiled as C++ for the CPU, and by NVIDIA's compilers for the device.
 
-`plugins/emulation` runs the kernels with a thread for each CUDA thread. They are compared with float64 arithmetic on
+`plugins/emulation` runs the kernels with a context for each CUDA thread. They are compared with float64 arithmetic on
 the same rounded inputs; outputs and workspace start as NaN, so that what a kernel fails to write shows.
 """
 
@@ -11,8 +11,7 @@ import json
 import math
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -35,6 +34,7 @@ from tests.equipment.emulated_kernels import (
     compile_emulation,
     of_format,
 )
+from tests.equipment.emulated_parts import compiled
 
 RECORD = PLUGINS.parent / "docs" / "measurements" / "cuda_resources.json"
 NVCC = shutil.which("nvcc")
@@ -57,14 +57,9 @@ except NoCuda:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shape], Kernels]]:
-    """``kernels(shape)``: compiled once, all shapes side by side from the first test on."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(2) as pool:
-        builds = {shape: pool.submit(shape.compile, folder) for shape in SHAPES}
-        yield lambda shape: Kernels(shape, {"exact": builds[shape].result()})
+def kernels(shared_folder: Path) -> Callable[[Shape], Kernels]:
+    """``kernels(shape)``: compiled once, for exact rows."""
+    return compiled(dict.fromkeys(SHAPES, ("exact",)), shared_folder)
 
 
 @dataclass
@@ -298,7 +293,7 @@ def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGI
     """The small case of plugins/emulation for rows of a format, sanitized, in a process of its own."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
+    options = ["-O0", "-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
     source, more = ("low_rank_check.cpp", []) if format_ == LOW_RANK else ("check.cpp", [of_format(format_)])
     program = compile_emulation(source, folder / sanitizer, *options, *more, plugins=plugins)
     # Without a fixed layout of memory the thread sanitizer of older compilers does not start on newer kernels.

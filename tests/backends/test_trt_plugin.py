@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, count
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +35,8 @@ from avl_edge.kv.layout import UNIT, Format, groups, padded
 from avl_edge.kv.pool.formats import encode
 from avl_edge.package.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, WORDS, reference_function
 from tests import ROOT
-from tests.equipment.trt_calls import COMPILER, SHAPES, Call, Shape, inputs_of, make_call, run_call
+from tests.equipment.emulated_kernels import COMPILER
+from tests.equipment.trt_calls import SHAPES, Call, Shape, inputs_of, make_call, run_call
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -56,14 +56,13 @@ STUB(getNvOnnxParserVersion) STUB(getPluginRegistry) STUB(initLibNvInferPlugins)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernels(shared_folder: Path) -> Path:
     """The folder with the kernels of all shapes, compiled for the CPU."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("kernels")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda shape: shape.compile(folder), SHAPES))
-    return folder
+    for shape in SHAPES:
+        shape.compile(shared_folder)
+    return shared_folder
 
 
 def reference(shape: Shape, call: Call) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment import trt_calls
 from tests.equipment.cuda_on_cpu import HostDevice, ReferenceModule, at
+from tests.equipment.emulated_kernels import COMPILER
 from tools.gpu import check, decode, low_rank, model_speed, numerics, packed, plugin, report, sanitize, speed
 from tools.gpu.dut import CheckFailed, row_type
 
@@ -364,13 +365,13 @@ def _tensorrt() -> Any:
 
 
 @pytest.fixture(scope="module")
-def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
+def attention(shared_folder: Path) -> Attention:
     """The plugin's kernels, on the CPU."""
-    if trt_calls.COMPILER is None:
+    if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    shape, folder = trt_calls.Shape(128, 4, "float16"), tmp_path_factory.mktemp("kernels")
-    shape.compile(folder)
-    return shape.attention(folder)
+    shape = trt_calls.Shape(128, 4, "float16")
+    shape.compile(shared_folder)
+    return shape.attention(shared_folder)
 
 
 @pytest.mark.slow
