@@ -187,9 +187,8 @@ def make_call(shape: Shape, kind: str, counts: Sequence[int], seed: int, parts: 
         return [arenas.id_of(part, place) if place >= 0 else -1 for place in places]
 
     offsets = [0, *accumulate(len(places) for places in lists)]
-    spare = int(below(4, low=1))
     rows = [[row for at, places in enumerate(own) for row in ids(at // batch, places)] for _, own in tables]
-    rooms = below(arenas.rows, layers, spare)
+    rooms = below(arenas.rows, layers, int(below(4, low=1)))
     call = {
         "query": normal(tokens, kv_heads * shape.group, shape.head_dim) * 2,
         "key": normal(tokens, kv_heads, shape.head_dim),
