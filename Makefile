@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 
 # The models are tiny: a second thread costs more than it computes, and cores are shared by the processes.
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(if $(WING),tests/$(WING))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(if $(WING),tests/$(WING))
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

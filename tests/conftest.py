@@ -35,6 +35,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all processes that a run of the tests is shared by."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """``checkpoint(name, dtype=..., max_shard_size=...)``: the directory of a random checkpoint, made once."""
     made: dict[tuple[CheckpointSpec, str | None], Path] = {}

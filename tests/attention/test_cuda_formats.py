@@ -7,9 +7,10 @@ rounding: attention has float32's error, whatever the format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from tests.equipment.emulated_kernels import Kernels, Shape
 from tests.equipment.emulated_parts import check, compiled, make_part, make_query, record_bytes, wide
 
 SHAPES = {
-    Shape(64, 1, torch.float16, warps=1): ("exact", "int8", "int4"),
+    Shape(64, 1, torch.float16): ("exact", "int8", "int4"),
     Shape(80, 4, torch.bfloat16): ("int8", "int4"),
     Shape(96, 2, torch.float16, warps=1): ("int4",),
     Shape(128, 8, torch.float16, warps=1): ("int8",),
@@ -39,10 +40,9 @@ every_packing = pytest.mark.parametrize(("shape", "name"), PACKED, ids=[f"{shape
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shape], Kernels]]:
-    """``kernels(shape)``: compiled once, for its formats."""
-    with compiled(SHAPES, tmp_path_factory.mktemp("cuda")) as kernels:
-        yield kernels
+def kernels(shared_folder: Path) -> Callable[[Shape], Kernels]:
+    """``kernels(shape)``: compiled for its formats."""
+    return compiled(SHAPES, shared_folder)
 
 
 @every_packing

@@ -1,22 +1,16 @@
-"""The CUDA kernels without a GPU: their source compiled as C++ for the CPU, and by NVIDIA's compilers for the device.
+"""The CUDA kernels without a GPU: their source compiled as C++ for the CPU.
 
-`plugins/emulation` runs the kernels with a thread for each CUDA thread. They are compared with float64 arithmetic on
+`plugins/emulation` runs the kernels with a context for each CUDA thread. They are compared with float64 arithmetic on
 the same rounded inputs; outputs and workspace start as NaN, so that what a kernel fails to write shows.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,47 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avl_edge.attention.cuda import FORMATS, LOW_RANK, NoCuda, digest, nvrtc, source
-from tests.equipment.emulated_kernels import (
-    COMPILER,
-    NAMES,
-    PLUGINS,
-    SHAPES,
-    Kernels,
-    Shape,
-    compile_emulation,
-    of_format,
-)
-
-RECORD = PLUGINS.parent / "docs" / "measurements" / "cuda_resources.json"
-NVCC = shutil.which("nvcc")
-
-
-def _load_resources() -> Any:
-    spec = importlib.util.spec_from_file_location("cuda_resources", PLUGINS / "cuda" / "resources.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-resources = _load_resources()
-try:
-    NVRTC: nvrtc.Nvrtc | None = nvrtc.find()
-except NoCuda:
-    NVRTC = None
+from tests.equipment.emulated_kernels import NAMES, SHAPES, Kernels, Shape
+from tests.equipment.emulated_parts import compiled
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Shape], Kernels]]:
-    """``kernels(shape)``: compiled once, all shapes side by side from the first test on."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(2) as pool:
-        builds = {shape: pool.submit(shape.compile, folder) for shape in SHAPES}
-        yield lambda shape: Kernels(shape, {"exact": builds[shape].result()})
+def kernels(shared_folder: Path) -> Callable[[Shape], Kernels]:
+    """``kernels(shape)``: compiled once, for exact rows."""
+    return compiled(dict.fromkeys(SHAPES, ("exact",)), shared_folder)
 
 
 @dataclass
@@ -292,149 +253,3 @@ def test_prompt_scores_in_pieces(kernels: Callable[[Shape], Kernels]) -> None:
     only = torch.zeros(n)
     assert torch.equal(run(query, keys, positions[-1:], 0, only), last)
     assert not only.any()
-
-
-def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
-    """The small case of plugins/emulation for rows of a format, sanitized, in a process of its own."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler to build the emulation with")
-    options = ["-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
-    source, more = ("low_rank_check.cpp", []) if format_ == LOW_RANK else ("check.cpp", [of_format(format_)])
-    program = compile_emulation(source, folder / sanitizer, *options, *more, plugins=plugins)
-    # Without a fixed layout of memory the thread sanitizer of older compilers does not start on newer kernels.
-    fixed = [setarch, "-R"] if sanitizer == "thread" and (setarch := shutil.which("setarch")) else []
-    if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
-        fixed = []
-    environment = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([*fixed, str(program)], capture_output=True, text=True, env=environment, timeout=120)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sanitizer", "format_"),
-    [
-        ("thread", "exact"),
-        ("address", "exact"),
-        ("thread", "int8"),
-        ("thread", LOW_RANK),
-        ("address", LOW_RANK),
-        pytest.param("address", "int4", marks=pytest.mark.long),
-        pytest.param("address", "int8", marks=pytest.mark.long),
-        pytest.param("thread", "int4", marks=pytest.mark.long),
-    ],
-)
-def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str, format_: str) -> None:
-    run = _sanitized(tmp_path, sanitizer, format_)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-NO_TURN = ("    __syncthreads();\n    int higher_before", "    int higher_before")
-SCALES_WRITTEN = "        __syncthreads();  // of which each warp has written some\n"
-RUNS_OVER = "records + (long long)(row + 1) * kUnit"
-MIXED_READ = "        __syncthreads();  // what was mixed has been read\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "sound", "broken", "report"),
-    [
-        (
-            "thread exact",
-            "    __syncthreads();\n\n    const long long result",
-            "    const long long result",
-            "data race",
-        ),
-        (
-            "address exact",
-            "entry(tile, u) < count ? rows[entry(tile, u)] : 0",
-            "rows[entry(tile, u)]",
-            "heap-buffer-overflow",
-        ),
-        ("address exact", "wait_copies<STAGES - 1>", "wait_copies<STAGES>", "out nan"),
-        (f"thread {LOW_RANK}", MIXED_READ, "", "data race"),
-        (f"address {LOW_RANK}", "min(first + row, split.count - 1)", "first + row", "overflow"),
-        (f"address {LOW_RANK}", "    if (own >= coefficients.rank) return;\n", "", "overflow"),
-        pytest.param("thread int8", SCALES_WRITTEN, "", "data race", marks=pytest.mark.long),
-        pytest.param("thread int4", *NO_TURN, "data race", marks=pytest.mark.long),
-        pytest.param("address int4", "records + (long long)row * kUnit", RUNS_OVER, "overflow", marks=pytest.mark.long),
-    ],
-    ids=[
-        "a barrier missing",
-        "rows past the end",
-        "a copy not waited for",
-        "a sum not waited for",
-        "positions past the end",
-        "coefficients past the end",
-        "scales not waited for",
-        "picks not waited for",
-        "records past the end",
-    ],
-)
-def test_the_emulation_notices(tmp_path: Path, case: str, sound: str, broken: str, report: str) -> None:
-    shutil.copytree(PLUGINS, tmp_path / "plugins")
-    files = [path for path in (tmp_path / "plugins" / "cuda").glob("*.cu*") if sound in path.read_text()]
-    assert files
-    for path in files:
-        path.write_text(path.read_text().replace(sound, broken))
-    run = _sanitized(tmp_path, *case.split(), tmp_path / "plugins")
-    assert run.returncode != 0
-    assert report in run.stdout + run.stderr
-
-
-def _device_build(
-    architecture: str, macros: list[str], folder: Path, name: str = source.NAME
-) -> tuple[str, dict[str, dict[str, int]]]:
-    if NVRTC:
-        built = NVRTC.compile(source.read(name), name, architecture, ["--ptxas-options=-v", *macros])
-        return built.ptx, resources.resources(built.log)
-    if NVCC is None:
-        pytest.skip("neither NVRTC nor nvcc to compile for a GPU with: pip install 'nvidia-cuda-nvrtc-cu12==12.6.*'")
-    command = [NVCC, f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", *macros, str(source.path(name))]
-    built = [
-        subprocess.run([*command, kind, "-o", str(folder / kind)], capture_output=True, text=True, check=True)
-        for kind in ("-ptx", "-cubin")
-    ]
-    return (folder / "-ptx").read_text(), resources.resources(built[1].stderr)
-
-
-@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("dim", "group", "row", "format_"),
-    [(128, 1, "Half", "exact"), (80, 7, "Bfloat", "int4"), (256, 8, "Half", "exact"), (128, 8, "Half", "int8")],
-)
-def test_compiles_for_the_device_without_spills(
-    tmp_path: Path, architecture: str, dim: int, group: int, row: str, format_: str
-) -> None:
-    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", of_format(format_)]
-    ptx, used = _device_build(architecture, macros, tmp_path)
-    assert len(used) == 10
-    assert all(kernel["spills"] == 0 for kernel in used.values()), used
-    attend = ptx[ptx.index(".entry avl_attend") :].split(".entry", 2)[1]
-    assert attend.count("cp.async.cg.shared.global" if format_ == "exact" else "cp.async.ca.shared.global") >= 8
-    if NVRTC and NVRTC.version <= (12, 6):
-        assert nvrtc.isa(ptx) <= (8, 5), "JetPack 6 does not take newer PTX"
-
-
-@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-@pytest.mark.parametrize(("dim", "group", "row"), [(128, 1, "Half"), (80, 7, "Bfloat"), (256, 8, "Half")])
-def test_low_rank_rows_compile_for_the_device_without_spills(
-    tmp_path: Path, architecture: str, dim: int, group: int, row: str
-) -> None:
-    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}"]
-    ptx, used = _device_build(architecture, macros, tmp_path, source.LOW_RANK)
-    assert used.keys() == {"avl_attend_low_rank"}
-    assert all(kernel["spills"] == 0 for kernel in used.values()), used
-    assert ptx.count("ld.shared.v4.f32") >= 8, "coefficients are read four at a time"
-
-
-def test_the_recorded_resources_are_of_this_source() -> None:
-    record = json.loads(RECORD.read_text())
-    sources = {name: digest(name) for name in (source.NAME, source.LOW_RANK)}
-    assert record["source_sha256"] == sources, f"record them again: {record['command']}"
-    assert len(record["cases"]) == 400
-    assert {case["format"] for case in record["cases"]} == {*FORMATS, LOW_RANK}
-    for case in record["cases"]:
-        assert tuple(map(int, case["ptx_isa"].split("."))) <= (8, 5)
-        for name, kernel in case["kernels"].items():
-            assert kernel["spills"] == 0, (case, name)
-            assert kernel["registers"] * 32 * 4 <= 65536 // 2, "at least two blocks to a multiprocessor"

@@ -6,10 +6,9 @@ emulation.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_edge.attention.cuda import LOW_RANK, NoCuda
+from avl_edge.attention.cuda import NoCuda
 from avl_edge.backends.steps import Bucket, CudaDevice, Reads, StepTables
 from avl_edge.config import Formats
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import H2O, Avl, Coarse, Full, Method
 from avl_edge.kv.selection import Selected
 from avl_edge.model.spec import read_spec
-from tests import ROOT
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import EmulatedModule, HostDevice, backend_for
 from tests.equipment.cuda_sides import (
@@ -40,7 +38,7 @@ from tests.equipment.cuda_sides import (
     random_prompt,
     run_both,
 )
-from tests.equipment.emulated_kernels import of_format
+from tests.equipment.emulated_kernels import COMPILER, Shape
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,26 +127,13 @@ def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dty
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedModule]:
+def emulated(shared_folder: Path) -> Callable[[str], EmulatedModule]:
     """The CUDA source for the small checkpoints' shape, by who reads the rows: heads of 16, two query heads per
     key/value head, bfloat16."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("cuda")
-    sources = ROOT / "plugins" / "emulation"
-    macros = ("-DHEAD_DIM=16", "-DGROUP=2", "-DROW=Bfloat", f"-DWARPS={WARPS}")
-    options = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas")
-
-    def module(format_: str) -> EmulatedModule:
-        library = folder / f"{format_}.so"
-        if not library.is_file():
-            source, more = ("low_rank_driver.cpp", []) if format_ == LOW_RANK else ("driver.cpp", [of_format(format_)])
-            command = [compiler, *options, *macros, *more, str(sources / source), "-o", str(library)]
-            subprocess.run(command, check=True, timeout=300)
-        return EmulatedModule(library)
-
-    return module
+    shape = Shape(16, 2, torch.bfloat16, WARPS)
+    return lambda format_: EmulatedModule(shape.library(shared_folder, format_))
 
 
 WARPS = 2

@@ -8,17 +8,13 @@ their place, so that the package can be imported and its classes used. The kerne
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,16 +23,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avl_edge.attention.cuda import FORMATS, Kernels
-from avl_edge.backends.tensorrt.attention import Attention, Sizes
-from avl_edge.backends.tensorrt.kernels import TokenKernels
-from avl_edge.backends.tensorrt.plugin import PluginMissing, register
-from avl_edge.errors import BadInput
+from avl_edge.attention.cuda import FORMATS
 from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format, groups, padded
-from avl_edge.package.export.core_attention import DOMAIN, INPUTS, OPERATOR, OUTPUTS, WORDS, reference_function
+from avl_edge.package.export.core_attention import DOMAIN, OPERATOR, OUTPUTS, reference_function
 from tests import ROOT
-from tests.equipment.trt_calls import COMPILER, SHAPES, Call, Shape, inputs_of, make_call, run_call
+from tests.equipment.emulated_kernels import COMPILER
+from tests.equipment.trt_calls import SHAPES, Call, Shape, inputs_of, make_call, run_call
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -56,14 +49,13 @@ STUB(getNvOnnxParserVersion) STUB(getPluginRegistry) STUB(initLibNvInferPlugins)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernels(shared_folder: Path) -> Path:
     """The folder with the kernels of all shapes, compiled for the CPU."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    folder = tmp_path_factory.mktemp("kernels")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda shape: shape.compile(folder), SHAPES))
-    return folder
+    for shape in SHAPES:
+        shape.compile(shared_folder)
+    return shared_folder
 
 
 def reference(shape: Shape, call: Call) -> dict[str, Any]:
@@ -178,70 +170,6 @@ def shares(call: Call) -> bool:
     return any(slot in rows for slot, rows in zip(call["slots"][1, 1::2].tolist(), own, strict=True))
 
 
-class Recorder:
-    """A module that keeps what it would have launched: kernels, grids and arguments."""
-
-    def __init__(self) -> None:
-        self.launched: list[tuple[Any, ...]] = []
-
-    def launch(self, kernel: str, grid: Any, threads: int, stream: int, arguments: Any) -> None:
-        self.launched.append((kernel, grid, threads, stream, [argument.value for argument in arguments]))
-
-
-ADDRESSES = [[4096 * at for at in range(1, 1 + len(INPUTS))], [4096 * at for at in range(20, 23)], 4096 * 30]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tokens", "parts"),
-    [
-        ("float16", 2, 1),
-        ("bfloat16", 2, 2),
-        ("float16", 2, 3),
-        ("float16", 300, 1),
-        ("bfloat16", 30, 3),
-        ("float32", 2, 1),
-    ],
-)
-def test_launches_follow_from_shapes_alone(dtype: str, tokens: int, parts: int) -> None:
-    """So a recorded step holds whatever its buffers hold later. Addresses are such as nobody could read."""
-    shape, recorder = Shape(64, 2, dtype), Recorder()
-    core = Kernels(recorder, shape.core, packed=lambda _: recorder)
-    attention = Attention(core, TokenKernels(recorder, shape.tokens, lambda: recorder))
-    sizes = Sizes(tokens, 2, 500, 3, 2000, 8, 4, 64, 32, parts)
-    inputs, outputs, workspace = ADDRESSES
-    for layer in (0, 31):
-        attention.run(sizes, layer, inputs, outputs, workspace, 7)
-    first, second = recorder.launched[: len(recorder.launched) // 2], recorder.launched[len(recorder.launched) // 2 :]
-    step = dtype != "float32" and tokens == 2
-    of_step = [*["attend"] * parts, "merge", "token_join", "scores", "token_sums"]
-    names = [*["append"] * parts, *(of_step if step else ["token_attend", "token_scores"])]
-    assert [kernel for kernel, *_ in first] == [f"avl_{name}" for name in names]
-    assert [launch[:4] for launch in first] == [launch[:4] for launch in second]
-    moved = {
-        a: b for one, two in zip(first, second, strict=True) for a, b in zip(one[4], two[4], strict=True) if a != b
-    }
-    tables = {"rows": 500, "row_offsets": 2 * parts + 1, "slots": tokens * parts}
-    starts = {inputs[INPUTS.index(name)]: 31 * 4 * n for name, n in tables.items()}
-    offsets, slots = (inputs[INPUTS.index(name)] for name in ("row_offsets", "slots"))
-    for part in range(parts):
-        starts[slots + 4 * tokens * part] = starts[slots]
-        if step:  # a list ends where the next one begins
-            starts |= {offsets + 4 * (2 * part + more): starts[offsets] for more in (0, 1)}
-    assert moved == {start: start + further for start, further in starts.items()}
-
-
-def test_nobody_asks_for_scores() -> None:
-    """Then their kernels are not launched, and a step's logits not written."""
-    for tokens, names in ((2, ["append", "attend", "merge", "token_join"]), (9, ["append", "token_attend"])):
-        shape, recorder = Shape(64, 2, "bfloat16"), Recorder()
-        attention = Attention(Kernels(recorder, shape.core), TokenKernels(recorder, shape.tokens))
-        attention.run(Sizes(tokens, 2, 500, 0, 2000, 8, 4, 64, 32), 0, *ADDRESSES, 7)
-        assert [kernel for kernel, *_ in recorder.launched] == [f"avl_{name}" for name in names]
-        null = {"avl_attend": 1, "avl_token_join": 1}
-        for kernel, *_, arguments in recorder.launched:
-            assert arguments.count(None) == null.get(kernel, 0)
-
-
 def test_kernels_have_no_race(tmp_path: Path) -> None:
     """Under the thread sanitizer: two warps, more columns than a tile, tokens without a slot, rows that are packed."""
     if COMPILER is None:
@@ -266,34 +194,6 @@ print("done")
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_shapes_that_contradict_each_other(parts: int) -> None:
-    call = make_call(SHAPES[0], "step", [1, 1], 0, parts)
-    inputs = inputs_of(call)
-    shapes = [list(tensor.shape) for tensor in inputs.values()]
-    sizes = Sizes.of(shapes)
-    assert (sizes.sequences, sizes.parts, sizes.formats) == (2, parts, ("exact", "int8", "int4")[:parts])
-    for at, name in enumerate(inputs):
-        for axis in {0, -1} if name in WORDS else {-1}:
-            wrong = [list(shape) for shape in shapes]
-            wrong[at][axis] += 1
-            if name in ("rows", "score_queries"):
-                continue  # their room is their own
-            with pytest.raises(BadInput, match="was given shapes"):
-                Sizes.of(wrong)
-    if parts > 1:
-        with pytest.raises(BadInput, match="was given shapes"):
-            Sizes.of(shapes[: len(INPUTS)])
-
-
-def test_there_is_no_fourth_format() -> None:
-    call = make_call(SHAPES[0], "step", [1, 1], 0)
-    shapes = {name: list(tensor.shape) for name, tensor in inputs_of(call).items()}
-    shapes |= {"slots": [3, 4 * 2], "row_offsets": [3, 4 * 2 + 1]}
-    with pytest.raises(BadInput, match="was given shapes"):
-        Sizes.of(list(shapes.values()))
 
 
 # Through the real bindings
@@ -365,108 +265,3 @@ def test_every_method_through_the_real_bindings(kernels: Path, bindings: dict[st
         "BadInput: avl::CoreAttention needs the attribute layer, once: build the package again",
         "BadInput: avl::CoreAttention is for layer 3 of a decoder of 3: build the package again",
     ]
-
-
-PARSER = """
-import sys
-from pathlib import Path
-import onnx
-import tensorrt_rtx as trt
-from onnx import TensorProto, helper
-from avl_edge.attention.cuda import FORMATS
-from avl_edge.package.export.core_attention import DOMAIN, OPERATOR, OUTPUTS, for_plugin, inputs
-from avl_edge.backends.tensorrt import make_creator
-
-creator = make_creator(trt, None)
-made = type(creator).create_plugin
-
-def create(self, name, fields, phase):
-    plugin = made(self, name, fields, phase)
-    print(name, [int(field.data[0]) for field in plugin.get_fields_to_serialize()], phase.name, flush=True)
-    return plugin
-
-type(creator).create_plugin = create
-registry = trt.get_plugin_registry()
-assert registry.register_creator(creator, DOMAIN)
-assert registry.get_creator(OPERATOR, "1", DOMAIN) is not None
-shapes = [["t", 2, 64]] * 3 + [[8, 2, 64]] * 2 + [[9, "n"], [9, "b"], [9, "t"], ["b"], ["w"], ["u", 4], ["u", 4]]
-names = inputs(tuple(FORMATS))
-values = [
-    helper.make_tensor_value_info(name, TensorProto.FLOAT if at < 5 else TensorProto.INT32, shape)
-    for at, (name, shape) in enumerate(zip(names, shapes, strict=True))
-]
-node = helper.make_node(OPERATOR, names, OUTPUTS, name="node", domain=DOMAIN, layer=7)
-outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in OUTPUTS]
-graph = helper.make_graph([node], "graph", values, outputs)
-opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
-model = for_plugin(helper.make_model(graph, opset_imports=opsets, ir_version=9))
-builder = trt.Builder(trt.Logger())
-network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-trt.OnnxParser(network, trt.Logger()).parse(model.SerializeToString())
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt-rtx")
-def test_the_parser_finds_the_plugin() -> None:
-    """A real registry and parser: node, namespace and version lead to our creator, and the layer arrives.
-
-    They are TensorRT-RTX's, whose networks hold no plugins: what it does with the answer, ending the process, is not
-    looked at.
-    """
-    done = subprocess.run([sys.executable, "-c", PARSER], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "node [7] BUILD\n", done.stderr[-2000:]
-
-
-class TestRegister:
-    def test_takes_no_plugins(self) -> None:
-        trt = SimpleNamespace(INetworkDefinition=object, __version__="8.6")
-        with pytest.raises(PluginMissing, match=r"TensorRT 8\.6 takes no plugins: use TensorRT 10\.3 or later"):
-            register(trt)
-
-    @pytest.fixture
-    def trt(self) -> Callable[..., Any]:
-        """A module whose registry keeps what it is given."""
-
-        class Base:
-            def __init__(self) -> None:
-                pass
-
-        class Registry:
-            def __init__(self, takes: bool) -> None:
-                self.takes, self.creators = takes, {}
-
-            def get_creator(self, name: str, version: str, namespace: str) -> Any:
-                return self.creators.get((name, version, namespace))
-
-            def register_creator(self, creator: Any, namespace: str) -> bool:
-                if self.takes:
-                    self.creators[creator.name, creator.plugin_version, namespace] = creator
-                return self.takes
-
-        def make(takes: bool) -> Any:
-            bases = ("IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime", "IPluginCreatorV3One")
-            registry = Registry(takes)
-            return SimpleNamespace(
-                **{name: type(name, (Base,), {}) for name in bases},
-                INetworkDefinition=SimpleNamespace(add_plugin_v3=None),
-                DataType=SimpleNamespace(HALF=1, BF16=2, FLOAT=3),
-                PluginField=lambda *given: given,
-                PluginFieldType=SimpleNamespace(INT32=0),
-                PluginFieldCollection=list,
-                get_plugin_registry=lambda: registry,
-                __version__="10.3.0",
-            )
-
-        return make
-
-    def test_once(self, trt: Callable[..., Any]) -> None:
-        module = trt(True)
-        register(module)
-        first = dict(module.get_plugin_registry().creators)
-        register(module)
-        assert list(first) == [("CoreAttention", "1", "avl")]
-        assert module.get_plugin_registry().creators == first
-
-    def test_refused(self, trt: Callable[..., Any]) -> None:
-        with pytest.raises(PluginMissing, match="refused the plugin avl::CoreAttention"):
-            register(trt(False))

@@ -1,12 +1,13 @@
 """The CUDA kernels as C++ on the CPU: compiled once per shape and row format, launched with tensors.
 
-`plugins/emulation` runs them with a thread for each CUDA thread. Outputs and workspace start as NaN, so that what a
+`plugins/emulation` runs them with a context for each CUDA thread. Outputs and workspace start as NaN, so that what a
 kernel fails to write shows.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import shutil
 import subprocess
@@ -29,12 +30,14 @@ NAMES = {torch.float16: "Half", torch.bfloat16: "Bfloat"}
 
 
 def compile_emulation(source: str, target: Path, *options: str, plugins: Path = PLUGINS) -> Path:
-    """A program or library of `plugins/emulation`, without a warning."""
-    command = [str(COMPILER), "-std=c++20", "-O0", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    built = subprocess.run(
-        [*command, *options, str(plugins / "emulation" / source), "-o", str(target)], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
+    """A program or library of `plugins/emulation`, without a warning: built once, whichever process asks first."""
+    command = [str(COMPILER), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options]
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            command += [str(plugins / "emulation" / source), "-o", str(target)]
+            built = subprocess.run(command, capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr
     return target
 
 
@@ -62,11 +65,14 @@ class Shape:
         lanes = 1 << (self.dim // 8 - 1).bit_length()
         return 4 * (32 // lanes)
 
-    def compile(self, folder: Path, format_: str = "exact") -> ctypes.CDLL:
-        """The kernels of a row format, or of all low-rank ones, as a library."""
+    def library(self, folder: Path, format_: str = "exact") -> Path:
+        """The kernels of a row format, or of all low-rank ones."""
         source, options = ("low_rank_driver.cpp", []) if format_ == LOW_RANK else ("driver.cpp", [of_format(format_)])
-        library = folder / f"{self}-{format_}.so"
-        return ctypes.CDLL(str(compile_emulation(source, library, "-shared", "-fPIC", *self.macros, *options)))
+        library = folder / f"{self}-{self.warps}-{format_}.so"
+        return compile_emulation(source, library, "-shared", "-fPIC", *self.macros, *options)
+
+    def load(self, folder: Path, format_: str = "exact") -> ctypes.CDLL:
+        return ctypes.CDLL(str(self.library(folder, format_)))
 
     def __str__(self) -> str:
         return f"d{self.dim}-group{self.group}-{NAMES[self.dtype]}"

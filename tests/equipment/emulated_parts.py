@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,16 +18,11 @@ from avl_edge.kv.layout import UNIT, Format
 from tests.equipment.emulated_kernels import COMPILER, Kernels, Shape
 
 
-@contextmanager
-def compiled(shapes: Mapping[Shape, Sequence[str]], folder: Path) -> Iterator[Callable[[Shape], Kernels]]:
-    """Kernels by shape, each compiled once for its formats, all side by side from the beginning on."""
+def compiled(shapes: Mapping[Shape, Sequence[str]], folder: Path) -> Callable[[Shape], Kernels]:
+    """Kernels by shape, compiled for its formats where ``folder`` does not have them yet."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    with ThreadPoolExecutor(2) as pool:
-        builds = {
-            shape: {name: pool.submit(shape.compile, folder, name) for name in names} for shape, names in shapes.items()
-        }
-        yield lambda shape: Kernels(shape, {name: build.result() for name, build in builds[shape].items()})
+    return lambda shape: Kernels(shape, {name: shape.load(folder, name) for name in shapes[shape]})
 
 
 def record_bytes(name: str, shape: Shape, kv_heads: int) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -21,10 +19,8 @@ from avl_edge.config import KvShape
 from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.package.export.core_attention import INPUTS, OUTPUTS, WORDS
-from tests import ROOT
+from tests.equipment.emulated_kernels import compile_emulation, of_format
 
-EMULATION = ROOT / "plugins" / "emulation"
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 STREAM = 7
 GUARD = 64
 """Bytes behind every buffer that nobody may touch."""
@@ -60,23 +56,17 @@ class Shape:
         return ("exact",) if self.dtype == "float32" else tuple(FORMATS)
 
     def library(self, folder: Path, kernels: str) -> Path:
-        return folder / f"{kernels}-{self.head_dim}-{self.group}-{self.dtype}.so"
+        return folder / f"{kernels} {self.head_dim}-{self.group}-{self.dtype}-{self.warps}.so"
 
     def compile(self, folder: Path, *options: str, formats: Sequence[str] = ()) -> None:
         """All libraries, into ``folder``: one for each row format, or some of them, and those of many tokens."""
-        formats = formats or self.formats
+        formats, options = formats or self.formats, ("-shared", "-fPIC", *options)
         for name in formats:
-            format_ = f"-DFORMAT={FORMATS[name]}"
-            self._compile("driver", self.library(folder, name), *self.core.options, format_, *options)
+            macros = (*self.core.options, of_format(name))
+            compile_emulation("driver.cpp", self.library(folder, name), *macros, *options)
         for name, more in (("tokens", ()), ("packed tokens", (PACKED,)))[: len(formats)]:
-            self._compile("token_driver", self.library(folder, name), *self.tokens.options, *more, *options)
-
-    @staticmethod
-    def _compile(driver: str, library: Path, *options: str) -> None:
-        flags = "-std=c++20 -O1 -pthread -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas"
-        command = [str(COMPILER), *flags.split(), *options, str(EMULATION / f"{driver}.cpp"), "-o", str(library)]
-        built = subprocess.run(command, capture_output=True, text=True)
-        assert built.returncode == 0, built.stderr
+            macros = (*self.tokens.options, *more)
+            compile_emulation("token_driver.cpp", self.library(folder, name), *macros, *options)
 
     def attention(self, folder: Path, *, backwards: bool = False, log: list[str] | None = None) -> Attention:
         """The plugin's own choice of kernels, which run on the CPU; ``log`` takes the names of what is loaded."""
@@ -197,9 +187,8 @@ def make_call(shape: Shape, kind: str, counts: Sequence[int], seed: int, parts: 
         return [arenas.id_of(part, place) if place >= 0 else -1 for place in places]
 
     offsets = [0, *accumulate(len(places) for places in lists)]
-    spare = int(below(4, low=1))
     rows = [[row for at, places in enumerate(own) for row in ids(at // batch, places)] for _, own in tables]
-    rooms = below(arenas.rows, layers, spare)
+    rooms = below(arenas.rows, layers, int(below(4, low=1)))
     call = {
         "query": normal(tokens, kv_heads * shape.group, shape.head_dim) * 2,
         "key": normal(tokens, kv_heads, shape.head_dim),

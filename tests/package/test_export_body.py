@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,35 @@ STORED, FRESH = 12, 24
 """Rows of each format that a pool holds, and places for new ones."""
 
 
+Sequences = list[tuple[int, int, bool]]
+"""New tokens of each sequence, rows that it lists, and whether its tokens have slots."""
+
+
+def choose_rows(
+    random: np.random.Generator,
+    sequences: Sequences,
+    places: dict[str, list[int]],
+    id_of: Callable[[str, int], int],
+) -> tuple[Array, list[list[int]]]:
+    """Slots int32 ``[P, t]`` of new tokens, and the ids that are read, a list for each format and sequence. ``places``
+    of each format: those of stored rows, then those for new ones."""
+    parts, total = list(places), sum(tokens for tokens, _, _ in sequences)
+    slots = np.full((len(parts), total), -1, dtype=np.int32)
+    ids: list[list[list[int]]] = [[[] for _ in sequences] for _ in parts]
+    free, first = {name: places[name][STORED:] for name in parts}, 0
+    for b, (tokens, listed, has_slots) in enumerate(sequences):
+        for _ in range(listed):
+            part = int(random.integers(len(parts)))
+            ids[part][b].append(id_of(parts[part], int(random.choice(places[parts[part]][:STORED]))))
+        # The new rows are among those that are read, as in a decode step; here also several of one sequence.
+        for token in range(first, first + tokens if has_slots else 0):
+            part = int(random.integers(len(parts)))
+            slots[part, token] = id_of(parts[part], free[parts[part]].pop())
+            ids[part][b].append(int(slots[part, token]))
+        first += tokens
+    return slots, [chosen for of_part in ids for chosen in of_part]
+
+
 @settings(deadline=None, max_examples=500)
 @given(
     shape=st.sampled_from(list(SHAPES)),
@@ -157,7 +186,7 @@ STORED, FRESH = 12, 24
 )
 def test_reference_body(
     shape: tuple[int, int, int, tuple[str, ...]],
-    sequences: list[tuple[int, int, bool]],
+    sequences: Sequences,
     count: int,
     room: int,
     queries: list[int],
@@ -188,19 +217,7 @@ def test_reference_body(
                 pool.write(name, id_of(name, place), draw(kv_heads, dim))
     token_offsets = np.cumsum([0, *(tokens for tokens, _, _ in sequences)], dtype=np.int32)
     total = int(token_offsets[-1])
-    slots = np.full((len(parts), total), -1, dtype=np.int32)
-    ids: list[list[list[int]]] = [[[] for _ in sequences] for _ in parts]
-    free = {name: places[name][STORED:] for name in parts}
-    for b, (tokens, listed, has_slots) in enumerate(sequences):
-        for _ in range(listed):
-            part = int(random.integers(len(parts)))
-            ids[part][b].append(id_of(parts[part], int(random.choice(places[parts[part]][:STORED]))))
-        # The new rows are among those that are read, as in a decode step; here also several of one sequence.
-        for token in range(token_offsets[b], token_offsets[b] + tokens if has_slots else 0):
-            part = int(random.integers(len(parts)))
-            slots[part, token] = id_of(parts[part], free[parts[part]].pop())
-            ids[part][b].append(int(slots[part, token]))
-    lists = [chosen for of_part in ids for chosen in of_part]
+    slots, lists = choose_rows(random, sequences, places, id_of)
     row_offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
     rows = np.array([*(row for chosen in lists for row in chosen), *[size - 1] * room], dtype=np.int32)
     flat = slots.reshape(-1)

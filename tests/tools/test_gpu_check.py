@@ -7,7 +7,7 @@ import json
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from avl_edge.attention.cuda import Kernels, KernelShape, NoCuda
-from avl_edge.attention.cuda.driver import Argument, Grid
+from avl_edge.attention.cuda import KernelShape, NoCuda
 from avl_edge.backends.cuda import CudaBackend
 from avl_edge.backends.stored import StoredRows
 from avl_edge.backends.tensorrt.attention import Attention, Sizes
@@ -26,110 +25,13 @@ from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment import trt_calls
-from tests.equipment.cuda_on_cpu import HostDevice, ReferenceModule, at
-from tools.gpu import check, decode, low_rank, model_speed, numerics, packed, plugin, report, sanitize, speed
-from tools.gpu.dut import CheckFailed, row_type
+from tests.equipment.cuda_on_cpu import HostDevice
+from tests.equipment.emulated_kernels import COMPILER
+from tests.equipment.host_under_test import HostUnderTest, Wrong
+from tools.gpu import check, decode, low_rank, numerics, packed, plugin, report, sanitize
+from tools.gpu.dut import CheckFailed
 
 SHAPES = (KernelShape(80, 4, "Half"), KernelShape(128, 1, "Bfloat"))
-
-
-class HostUnderTest:
-    """The CPU, with reference kernels, or those that ``make`` gives."""
-
-    def __init__(self, make: Callable[[KernelShape, torch.dtype], ReferenceModule] = ReferenceModule) -> None:
-        self.accelerator = HostDevice()
-        self._make = make
-
-    def kernels(self, shape: KernelShape) -> Kernels:
-        module = self._make(shape, row_type(shape))
-        return Kernels(module, shape, packed=module.packed)
-
-
-class Wrong(ReferenceModule):
-    """Reference kernels, of which one does its work a little wrong."""
-
-    def __init__(self, fault: str, shape: KernelShape, dtype: torch.dtype) -> None:
-        super().__init__(shape, dtype)
-        self._fault = fault
-
-    def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
-        if self._fault == "nothing is appended" and kernel == "avl_append":
-            return
-        if self._fault == "positions are one off" and kernel == "avl_attend_low_rank":
-            positions = at(arguments[6], torch.int32, int(at(arguments[5], torch.int32, grid[2]).max()))
-            positions -= 1
-            super().launch(kernel, grid, threads, stream, arguments)
-            positions += 1
-            return
-        super().launch(kernel, grid, threads, stream, arguments)
-        getattr(self, self._fault.replace(" ", "_"), lambda *_: None)(kernel, grid, arguments)
-
-    def a_score_is_off(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_scores":
-            at(arguments[6], torch.float32, 1)[0] += 1e-3
-
-    def scores_run_over(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_scores":
-            capacity = int(arguments[5].value or 0)
-            at(arguments[6], torch.float32, capacity)[-1] = 0
-
-    def an_output_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_merge":
-            out = at(arguments[7], self._dtype, grid[1], int(arguments[4].value or 0), self._dim)
-            out[1, 0, 0] += 1
-
-    def an_empty_selection_is_left_alone(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_merge":
-            counts = at(arguments[2], torch.int32, grid[1] + 1).diff()
-            out = at(arguments[7], self._dtype, grid[1], int(arguments[4].value or 0), self._dim)
-            out[counts == 0] = float("nan")
-
-    def neighbours_matter(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_merge":
-            out = at(arguments[7], self._dtype, grid[1], int(arguments[4].value or 0), self._dim)
-            out *= 1 + 0.02 * (grid[1] > 1)
-
-    def a_packed_part_is_left_out(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_attend" and not self._format.is_exact:
-            splits, heads = int(arguments[12].value or 0), grid[0] * self._group
-            first = int(arguments[11].value or 0)
-            at(arguments[14], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
-
-    def a_low_rank_part_is_left_out(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_attend_low_rank":
-            splits, heads = int(arguments[15].value or 0), grid[0] * self._group
-            first = int(arguments[14].value or 0)
-            at(arguments[20], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
-
-    def a_scale_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_append" and not self._format.is_exact:
-            ids = at(arguments[2], torch.int32, grid[0])
-            records = self._records(arguments[8], ids[ids >= 0], int(arguments[3].value or 0))
-            records[ids[0].long(), 1] ^= 1
-
-    def a_record_runs_over(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_append" and not self._format.is_exact:
-            ids = at(arguments[2], torch.int32, grid[0])
-            size = self._records(arguments[9], ids[ids >= 0], int(arguments[3].value or 0)).shape[1]
-            at(arguments[9], torch.uint8, size + 1)[size] = 0
-
-    def a_scan_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_scan" and self._format.name == "int8":
-            begin = int(at(arguments[3], torch.int32, grid[2])[1])
-            at(arguments[8], torch.float32, begin + 1)[begin] += 1
-
-    def one_row_too_many_is_chosen(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_nucleus":
-            flags = at(arguments[8], torch.int8, 100)
-            flags[flags == 0] = 1
-
-    def a_prompts_last_is_off(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_prompt_scores":
-            at(arguments[6], torch.float32, 1)[0] += 1e-3
-
-    def a_prompts_total_is_off(self, kernel: str, _: Grid, arguments: Sequence[Argument]) -> None:
-        if kernel == "avl_prompt_scores":
-            at(arguments[7], torch.float32, 1)[0] += 1e-3
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -254,70 +156,6 @@ def test_a_recording_that_goes_its_own_way_is_noticed(model: decode.Model, monke
         decode.check_graphs(HostUnderTest(), model)
 
 
-# Figures
-
-
-def test_attention_is_timed_over_the_bytes_that_are_said() -> None:
-    load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=2)
-    assert load.bytes == 2 * 20 * 2 * 2 * 64 * 2
-    row = speed.attention(HostUnderTest(), load, copy=10.0, rounds=2)
-    assert row["ms"] > 0
-    assert row["torch_full_ms"] > 0
-    assert abs(row["gb_per_s"] - load.bytes / 1e6 / row["ms"]) <= 0.06 + 0.01 * row["gb_per_s"]
-    assert speed.copy_bandwidth(HostUnderTest(), nbytes=2**20, rounds=2) > 0
-
-
-def test_enough_layers_that_no_cache_holds_their_rows() -> None:
-    for load in (speed.Load(1, 702), speed.Load(16, 2340)):
-        larger = speed.beyond_caches(load)
-        assert larger.layers * larger.bytes >= 512 * 2**20
-        assert larger.layers >= 4
-
-
-def test_low_rank_rows_are_timed_over_their_bases() -> None:
-    load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=2, format="lowrank:16@5")
-    assert load.bytes == 2 * (20 * 2 * 16 + 5 * 2 * 2 * 64 * 2), "five coefficients end within a unit of 16 bytes"
-    assert speed.beyond_caches(load) == load
-    made: list[ReferenceModule] = []
-
-    def make(shape: KernelShape, dtype: torch.dtype) -> ReferenceModule:
-        made.append(ReferenceModule(shape, dtype))
-        return made[-1]
-
-    layers = speed.Layers(HostUnderTest(make), load)
-    layers.selected()
-    assert made[0].launched == ["avl_attend_low_rank", "avl_merge"] * 2
-    assert speed.attention(HostUnderTest(), load, copy=10.0, rounds=2)["ms"] > 0
-
-
-def test_what_is_timed_is_attention_over_the_selected_rows() -> None:
-    load = speed.Load(batch=2, selected=20, rows=50, heads=4, kv_heads=2, head_dim=64, layers=1)
-    layers = speed.Layers(HostUnderTest(), load)
-    layers.selected()
-    case = numerics.Case(layers.query, *layers.pools[0], layers.rows, layers.offsets)
-    expected, _ = numerics.reference(case)
-    assert (layers.out.double() - expected).abs().max() < 2e-3
-    chosen = layers.rows.view(2, 20)
-    assert all(len(set(rows.tolist())) == 20 for rows in chosen)
-    assert chosen[1].min() >= 50, "each sequence has rows of its own"
-
-
-def test_a_models_steps_are_timed_with_the_bytes_that_they_read() -> None:
-    sizes = model_speed.Sizes(layers=2, hidden=128, inner=64, heads=2, vocabulary=50, image=64, steps=12)
-    found = model_speed.cases(HostUnderTest(), sizes, batches=(1, 2))
-    full, avl = found["cases"][:2]
-    assert (full["method"], avl["method"]) == ("full", "avl")
-    assert avl["kv_bytes_per_step"] < full["kv_bytes_per_step"]
-    assert full["step_ms"] > 0
-    pack = found["cases"][5]
-    assert (pack["method"], pack["format"]) == ("attentionpack", "exact/lowrank:64/lowrank:64@16")
-    assert pack["step_ms"] > 0
-    assert found.keys() >= {"full_to_avl_step_at_1", "full_to_avl_step_at_2"}
-    weights = model_speed.Model(HostUnderTest(), sizes).bytes
-    per_layer = 4 * 128 * 128 + 3 * 128 * 64 + 2 * 128
-    assert weights == 2 * (2 * per_layer + 128 + 50 * 128), "decoder and head, without the embedding"
-
-
 # The sanitizer, the plugin
 
 
@@ -369,13 +207,13 @@ def _tensorrt() -> Any:
 
 
 @pytest.fixture(scope="module")
-def attention(tmp_path_factory: pytest.TempPathFactory) -> Attention:
+def attention(shared_folder: Path) -> Attention:
     """The plugin's kernels, on the CPU."""
-    if trt_calls.COMPILER is None:
+    if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    shape, folder = trt_calls.Shape(128, 4, "float16"), tmp_path_factory.mktemp("kernels")
-    shape.compile(folder)
-    return shape.attention(folder)
+    shape = trt_calls.Shape(128, 4, "float16")
+    shape.compile(shared_folder)
+    return shape.attention(shared_folder)
 
 
 @pytest.mark.slow
