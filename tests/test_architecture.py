@@ -90,6 +90,7 @@ FILES = pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.rela
 def test_every_file_is_in_a_wing_and_every_row_is_there() -> None:
     assert {_name(path)[0] for path in _files()} == set(WINGS)
     assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", "__main__", *WINGS}
+    assert set(MODULES) == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     for wing, modules in MODULES.items():
         assert {_name(path)[1] for path in _files() if _name(path)[0] == wing and len(_name(path)) > 1} == set(modules)
 
@@ -101,9 +102,21 @@ def test_imports_go_downward(path: Path) -> None:
         assert other, "the package's face is for its users"
         assert WINGS.index(other[0]) <= WINGS.index(wing), f"{wing} imports {other[0]}, which stands above it"
         if other[0] == wing and wing in MODULES:
-            order = list(MODULES[wing])
-            assert rest, f"the wing's own file imports {'.'.join(other)}"
-            assert order.index(other[1]) <= order.index(rest[0]), f"{rest[0]} imports {other[1]}, which is above it"
+            # The wing's own file stands above all of its modules: what a module imported of it would be a circle.
+            order = [*MODULES[wing], wing]
+            own, its = (rest or [wing])[0], (*other, wing)[1]
+            assert order.index(its) <= order.index(own), f"{own} imports {its}, which is above it"
+
+
+def test_no_module_is_over_350_lines_and_no_function_over_60() -> None:
+    folders = [ROOT / name for name in ("avl_edge", "plugins", "tests", "tools")]
+    for path in (each for folder in folders for each in folder.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 350, f"{path} is too long: is there a second module in it?"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= 60, f"{node.name} in {path} has {lines} lines"
 
 
 @FILES
