@@ -33,6 +33,7 @@
 #include <utility>
 #include <vector>
 
+// The thread sanitizer is told which context runs; what switches between them it must not see, as no barrier orders it.
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 #define UNSEEN __attribute__((no_sanitize("thread")))
