@@ -81,7 +81,7 @@ class KvStats:
     question about an image session these two are its own rows, and ``bytes_shared`` what those of its session weigh,
     which all its questions read and the pool holds once; ``layers`` counts both. ``rows_read_fraction`` is of full
     attention's rows over the decode steps (1 when there were none), and ``bytes_read_fraction`` of its bytes, coarse
-    looks included. ``layers`` counts rows per tier at the end.
+    scans included. ``layers`` counts rows per tier at the end.
     """
 
     bytes_full: int

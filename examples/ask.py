@@ -5,10 +5,15 @@ python examples/ask.py examples/cockpit.png "What is the speed?"
 
 import sys
 
-from avl_edge import Options, Runtime
+from avl_edge import AvlEdgeError, Options, Runtime
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 picture, question = sys.argv[1:]
 runtime = Runtime.load("demo")
-for event in runtime.generate([picture], question, Options(max_new_tokens=120)):
-    print(event.text, end="", flush=True)
+try:
+    for event in runtime.generate([picture], question, Options(max_new_tokens=120)):
+        print(event.text, end="", flush=True)
+except AvlEdgeError as error:
+    sys.exit(str(error))
 print()

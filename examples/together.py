@@ -5,12 +5,17 @@ python examples/together.py examples/cockpit.png "What is the speed?" "Which gea
 
 import sys
 
-from avl_edge import Options, Runtime
+from avl_edge import AvlEdgeError, Options, Runtime
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 picture, *questions = sys.argv[1:]
 runtime = Runtime.load("demo")
 options = Options(kv_budget=3_000_000, max_new_tokens=60)
-generations = [runtime.generate([picture], question, options) for question in questions]
+try:
+    generations = [runtime.generate([picture], question, options) for question in questions]
+except AvlEdgeError as error:
+    sys.exit(str(error))
 for question, generation in zip(questions, generations, strict=True):
     result = generation.result()
     kv = result.kv

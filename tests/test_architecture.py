@@ -99,7 +99,7 @@ def test_every_file_is_in_a_wing_and_every_row_is_there() -> None:
 def test_imports_go_downward(path: Path) -> None:
     wing, *rest = _name(path)
     for other in _own_imports(path):
-        assert other, "the package's face is for its users"
+        assert other, "what `avl_edge` offers by name is for its users"
         assert WINGS.index(other[0]) <= WINGS.index(wing), f"{wing} imports {other[0]}, which stands above it"
         if other[0] == wing and wing in MODULES:
             # The wing's own file stands above all of its modules: what a module imported of it would be a circle.

@@ -1,1 +1,1 @@
-"""Attention over rows where they lie; the only doors to `plugins/`."""
+"""Attention over rows where they lie; the only code that loads `plugins/`."""

@@ -1,4 +1,4 @@
-"""Where a model runs, one file each. To add one: write its file, name its class here."""
+"""The targets by name. To add one: write `NAME/target.py`, name its class here."""
 
 from __future__ import annotations
 

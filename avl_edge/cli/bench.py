@@ -48,6 +48,7 @@ def attention(
     """Decode attention of one layer: selected rows where they lie, beside torch's ways. LLaVA-1.6-7B's shape."""
     if plot:
         require_plot(plot)
+    require(0 < core <= 100, f"--core must be above 0 and at most 100 percent, not {core:g}")
     fraction = float(Decimal(str(core)) / 100)  # exact: 33.3 / 100 in binary is less than 0.333
     shapes = [(count, kv) for kv in kv_heads for count in batch]
     names = formats.split(",")

@@ -69,7 +69,7 @@ MaxNewTokens: TypeAlias = Annotated[
     int | None,
     typer.Option(
         help="The longest answer, in tokens.",
-        show_default=f"{Options.max_new_tokens}; with --image-tokens 1: the prompt alone",
+        show_default=f"{Options.max_new_tokens}; 1, the prompt alone, with --image-tokens",
     ),
 ]
 Streams: TypeAlias = Annotated[int, typer.Option(help="Requests at a time.")]

@@ -243,7 +243,8 @@ def _explain(runtime: Runtime, request: Request, *, asked: bool) -> None:
         why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
     settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())
     formats = _spoken(plan.formats.by_tier()) or "rows exact"
-    print(f"avl-edge: {preset or plan.method.name} ({settings or plan.method.name}; {formats}): {why}", file=sys.stderr)
+    chosen = f"{preset}: {plan.method.name}" if preset else plan.method.name
+    print(f"avl-edge: {chosen} ({'; '.join(filter(None, (settings, formats)))}): {why}", file=sys.stderr)
 
 
 def _spoken(formats: dict[str, str]) -> str:

@@ -59,8 +59,9 @@ def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str]
             session = runtime.open_images(images, replace(options, kv_budget=None, formats=formats))
             yield Several(prompts, session, [session.prepare(prompt) for prompt in prompts])
 
-    what = f"the picture and {len(prompts)} questions about it"
-    instead = "raise --kv-budget, lower --max-new-tokens or ask fewer at a time"
+    rows = "with every image row stored" if options.method is None else f"under {options.method}"
+    what = f"the picture and {len(prompts)} questions about it, {rows}"
+    instead = "raise --kv-budget, store fewer rows (--method distinct), lower --max-new-tokens or ask fewer at a time"
     return first_within(options.kv_budget_bytes, every(), what, instead)
 
 

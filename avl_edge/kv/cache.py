@@ -142,7 +142,7 @@ class SequenceCache:
         return by_format(images, text)
 
     def _image_rows(self, rows: LayerRows, *, secondary: bool) -> list[Selected]:
-        """A layer's core, with its ``secondary`` rows or without, by formats; ``order`` are those among them."""
+        """A layer's core, with its ``secondary`` rows or without, by formats; ``order``: their indices among these."""
         formats, core, ids, positions = self.formats, rows.core, rows.image_ids, rows.image_positions
         if formats.core == formats.secondary:
             if not secondary:
@@ -221,7 +221,7 @@ class SequenceCache:
 
     def rows_to_read(self, layer: int) -> list[Selected]:
         """The rows that this step attends in ``layer``, format by format: image rows, then text rows with the new
-        token's own last; ``order`` are in that order."""
+        token's own last; ``order`` counts in that sequence."""
         rows, images = self.rows.layers[layer], self._images_to_read(layer)
         count = sum(map(len, images))
         order = np.arange(count, count + len(rows.text_ids))
@@ -251,7 +251,7 @@ class SequenceCache:
     def settle(self, layer: int, scores: Scores | None) -> list[Moved]:
         """Apply the policy to one layer after a step; the rows that change their format.
 
-        ``scores`` in the order of :meth:`rows_to_read`'s order; None where the policy does not want them.
+        ``scores`` as :meth:`rows_to_read` orders the rows; None where the policy does not want them.
         """
         rows = self.rows.layers[layer]
         scores = NO_SCORES if scores is None else scores

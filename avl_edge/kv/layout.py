@@ -99,9 +99,6 @@ def padded(count: int) -> int:
     return -(-count // UNIT) * UNIT
 
 
-EXACT = Format("exact")
-
-
 @dataclass(frozen=True)
 class Packing:
     """Rows of one format in a page: row ``slot`` of page ``page`` has the id page * page_step + slot * row_step."""

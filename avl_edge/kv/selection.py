@@ -35,7 +35,7 @@ class Selected:
         return (self,)
 
     def at(self, order: Index) -> Selected:
-        """The same rows at another ``order``."""
+        """The same rows at other indices."""
         return Selected(self.format, order, self.ids, self.positions)
 
 

@@ -15,7 +15,8 @@ from ..config import format_size, require
 from .device import read_shortage
 
 _MARGIN, _MOST_MARGIN = 0.25, 512 * 2**20
-"""Memory is plentiful again a quarter above the reserve, or so many bytes: whoever acts on the edge flutters."""
+"""Memory is plentiful again a quarter above the reserve, or so many bytes: hysteresis against switching back and
+forth."""
 
 POLL_MS = 250.0
 """How often a machine's files are read at most, where nobody says otherwise."""

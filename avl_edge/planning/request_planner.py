@@ -26,7 +26,7 @@ PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
 
 @dataclass(frozen=True)
 class RequestPlanner:
-    """Plans for one model in one target."""
+    """Plans for one model on one target."""
 
     target: Target
     spec: ModelSpec

@@ -64,8 +64,8 @@ class ImageSession:
         images: Sequence[ImageSource],
         options: Options,
     ) -> ImageSession:
-        """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or the target where it
-        runs do not let questions share rows, :class:`DoesNotFit` beyond the budget."""
+        """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
+        not let questions share rows, :class:`DoesNotFit` beyond the budget."""
         check_sources(images)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
         token_ids, spans = processor.lay_out_images(len(images))

@@ -26,8 +26,8 @@ NO_ROOM = (
 
 @dataclass(eq=False)
 class SharedPrefix:
-    """A picture that several questions are asked about: ``prompt`` ends with its last image, ``plan`` counts its rows,
-    ``home`` is the runtime in whose pool they are.
+    """The prefix of an image session, which its questions share: ``prompt`` ends with its last image, ``plan`` counts
+    its rows, ``home`` is the runtime in whose pool they are.
 
     ``cache`` has them from the admission of its first question until it was closed and its last question has ended;
     ``is_ready``: they are written. Closed, it takes no more questions.
@@ -240,7 +240,7 @@ class Scheduler:
 
     def admit(self, sequence: Running) -> SequenceCache:
         """The cache of a sequence whose prompt runs now, under a lease of its worst case; of a question about an image
-        session once :meth:`admit_prefix` has given that one's."""
+        session once :meth:`admit_prefix` has made the prefix's cache."""
         request = sequence.request
         prompt, shared = request.prompt, request.prefix.cache if request.prefix else None
         sequence.held = (sequence.held[0], self._held_clock())

@@ -1,6 +1,6 @@
 """Where the GPU backend computes: no operator of a prompt or a step mixes devices or waits for the host.
 
-The device is torch's `meta`: tensors have shapes and places, but no values, and what needs one raises.
+The device is torch's `meta`: tensors have shapes and side, but no values, and what needs one raises.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.equipment.cuda_sides import Side, prefixes, random_prompt
 
 
 class Elsewhere(HostDevice):
-    """A device whose tensors have shapes and places, but no values: what needs one raises."""
+    """A device whose tensors have shapes and side, but no values: what needs one raises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class OneDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        places = {each.device.type for each in tensors if each.dim() or each.device.type == "meta"}
-        assert len(places) < 2, f"{func} over {places}"
+        devices = {each.device.type for each in tensors if each.dim() or each.device.type == "meta"}
+        assert len(devices) < 2, f"{func} over {devices}"
         return func(*args, **(kwargs or {}))
 
 
@@ -68,13 +68,13 @@ class Nothing:
 
 
 class UncheckedRope(Rope):
-    """Without the look at its frequencies, at load, which have no values here."""
+    """Without the check of its frequencies, at load, which have no values here."""
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any]) -> None:
         self._frequencies, self._magnitude = ROPE_TYPES[parameters["rope_type"]](head_dim, parameters)
 
 
-class Places(Side):
+class MetaSide(Side):
     """A model and rows on a device without values, where prompts run under scores of chance and without their waits.
     Whatever runs here under :class:`OneDevice` takes nothing of the host but ids and other numbers."""
 
@@ -93,7 +93,7 @@ class Places(Side):
 
     @staticmethod
     def _score(query: Tensor, key: Tensor, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert all(len(key) - len(query) <= place < len(key) for place in queries)
+        assert all(len(key) - len(query) <= index < len(key) for index in queries)
         last, total = np.random.default_rng(0).random((2, len(key)))
         return last, total
 
@@ -106,19 +106,19 @@ def test_a_prompt_stays_on_the_device(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, formats: Formats, method: Method
 ) -> None:
     """But for what a policy looks at. Tokens that go, rows of every format, and a question over a shared prefix."""
-    places = Places(checkpoint("llama3-rope"), monkeypatch)
+    side = MetaSide(checkpoint("llama3-rope"), monkeypatch)
     with torch.inference_mode(), OneDevice():
-        assert places.start(places.prompt, method, formats)[1].device == places.device.device
-        of_sessions, prompts = prefixes([places], 2, Full(), Formats("exact", "int8", "int8"))
+        assert side.start(side.prompt, method, formats)[1].device == side.device.device
+        of_sessions, prompts = prefixes([side], 2, Full(), Formats("exact", "int8", "int8"))
         question = Avl(secondary=100, prefill_keep=100, prompt_mean=1)
         assert of_sessions[0].start(prompts[0], question, Formats("exact", "int8", "int8"))[1].is_meta
 
 
 def test_an_operator_over_two_devices_is_noticed(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = Places(checkpoint("llama3-rope"), monkeypatch)
+    side = MetaSide(checkpoint("llama3-rope"), monkeypatch)
     monkeypatch.setattr(RowStore, "index", lambda _, ids: torch.from_numpy(ids.astype(np.int64)))
     with torch.inference_mode(), OneDevice(), pytest.raises(AssertionError, match="over"):
-        places.start(places.prompt, AttentionPack(), Formats("exact", "lowrank:8", "lowrank:8"))
+        side.start(side.prompt, AttentionPack(), Formats("exact", "lowrank:8", "lowrank:8"))
 
 
 def test_ids_go_to_a_gpu_from_memory_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,18 +189,18 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
 
 def test_low_rank_rows_stay_on_the_device(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are fitted, written and moved where they lie; of the host come ids alone."""
-    places = Places(checkpoint("llama3-rope"), monkeypatch)
+    side = MetaSide(checkpoint("llama3-rope"), monkeypatch)
     with torch.inference_mode(), OneDevice():
         kinds: list[tuple[Method, Formats]] = [
             (AttentionPack(), Formats("exact", "lowrank:8", "lowrank:8@2")),
             (Avl(secondary=80, core=30, refresh=1), Formats("int8", "int4", "lowrank:8+int8")),
         ]
         moved = 0
-        for cache in [places.start(places.prompt, *each)[0] for each in kinds]:
+        for cache in [side.start(side.prompt, *each)[0] for each in kinds]:
             cache.begin_step()
-            for layer in range(places.shape.layers):
+            for layer in range(side.shape.layers):
                 count = sum(len(each.ids) for each in cache.rows_to_read(layer))
                 changes = cache.settle(layer, np.random.default_rng(layer).random(count))
                 moved += sum(len(each.before) for each in changes)
-                places.rows.move(cache, [(layer, changes)])
+                side.rows.move(cache, [(layer, changes)])
         assert moved, "between int4 and coefficients"

@@ -92,7 +92,9 @@ def test_small_is_what_engines_serve(
     arguments += [*["--image", picture] * many.images, "--preset", "small", "--explain"]
     assert run_app([str(each) for each in arguments]) == 0
     explained = capsys.readouterr().err
-    assert f"small ({'secondary' if setting == 'distinct' else 'prefill_keep'}=" in explained
+    assert (
+        f"small: {setting.partition(':')[0]} ({'secondary' if setting == 'distinct' else 'prefill_keep'}=" in explained
+    )
     assert f"{100 * best.score:.1f} % right answers" in explained
 
 
@@ -245,6 +247,6 @@ def test_command(package: Packages, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run_app([str(each) for each in [*arguments, "--stats"]]) == 0
     assert "rows read" in capsys.readouterr().err
     assert run_app([str(each) for each in [*arguments, "--preset", "lossless", "--explain"]]) == 0
-    assert "lossless (full; rows exact): the fewest bytes within 0.5 points" in capsys.readouterr().err
+    assert "lossless: full (rows exact): the fewest bytes within 0.5 points" in capsys.readouterr().err
     assert run_app([str(each) for each in [*arguments, "--reserve", "1kB"]]) == 2
     assert "no part of a GPU's rows can be handed back" in capsys.readouterr().err

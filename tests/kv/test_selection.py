@@ -33,7 +33,7 @@ def test_lists_are_equal_where_they_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("rows", [_rows("int4", 4, 2), Concatenated([_rows("int4", 4), _rows("int4", 2)])])
-def test_rows_at_another_order(rows: Selected) -> None:
+def test_the_same_rows_at_other_indices(rows: Selected) -> None:
     moved = rows.at(np.array([5, 6]))
     assert (moved.format, moved.order.tolist(), moved.ids.tolist()) == ("int4", [5, 6], [4, 2])
     assert moved.positions.tolist() == rows.positions.tolist() == [104, 102]

@@ -212,7 +212,7 @@ def test_the_command_line_knows_it(checkpoint: Checkpoints, picture: str, capsys
     assert call("plan", "--model", directory, "--method", "thinned", "--set", "keep=25")[0] == 0
     for options, message in [
         (["--set", "keep=0"], "keep (N) must be above 0"),
-        (["--set", "core=3"], "takes no 'core', a parameter of avl and attentionpack and coarse; it takes keep"),
+        (["--set", "core=3"], "takes no 'core', a parameter of avl, attentionpack, coarse; it takes keep"),
         (["--kv-format", "lowrank:8"], "thinned leaves too few rows for a basis"),
         (["--method", "avl", "--set", "keep=3"], "takes no 'keep', a parameter of thinned"),
     ]:

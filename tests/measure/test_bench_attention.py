@@ -61,8 +61,8 @@ def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadInput, match="4 heads cannot be shared by 3 key/value heads"):
         Case(1, 4, 3, 8, 50, 0.3, "float32")
     for options, message in (
-        (["--core", "0"], "core fraction"),
-        (["--core", "nan"], "core fraction"),
+        (["--core", "0"], "--core must be above 0"),
+        (["--core", "nan"], "--core must be above 0"),
         (["--dtype", "int3"], "'int3' must be one of"),
         (["--rows", str(10**30)], "more than a pool can number"),
         (["--head-dim", str(10**15)], "are free: give fewer or smaller ones"),

@@ -21,7 +21,6 @@ from avl_edge.package.export import (
     PRECISIONS,
     VISION,
     Bindings,
-    MissingPackage,
     Settings,
     decoder_bindings,
     export_model,
@@ -210,7 +209,7 @@ class TestErrors:
 
     def test_without_onnx(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "onnx", None)
-        with pytest.raises(MissingPackage, match=r"pip install 'avl-edge\[export\]'") as error:
+        with pytest.raises(BadInput, match=r"pip install 'avl-edge\[export\]'") as error:
             export_model(read_spec(model), model, tmp_path, Settings("float32"))
         assert "\n" not in str(error.value)
 

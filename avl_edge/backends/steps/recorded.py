@@ -51,7 +51,7 @@ class RecordedStep(ABC):
 
     @property
     def tokens(self) -> list[int]:
-        """The likeliest token of each place in the batch."""
+        """The likeliest token of each slot of the batch."""
         tokens: list[int] = self._results["tokens"].tolist()
         return tokens
 

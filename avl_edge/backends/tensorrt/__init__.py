@@ -1,4 +1,5 @@
-"""TensorRT at run time: the plugin of the decoder's attention (`plugin`), and the engine that holds it (`runner`).
+"""TensorRT: the plugin of the decoder's attention (`attention`, `kernels`, `plugin`), engines that hold it (`runner`,
+`engines`), and the backend that runs prompts and steps by them (`backend`, `prompt`, `step`, `target`).
 
 Imports without TensorRT, CUDA and a GPU; they are asked for where they are used.
 """

@@ -9,9 +9,10 @@ kernels on a GPU, capture and speed.
 
 The rows that have a slot are written into ``pool_keys`` and ``pool_values``, which are inputs of the engine: they have
 to reach the plugin as they were bound, not as a copy. TensorRT does not promise that, so whoever opens an engine looks
-(:meth:`avl_edge.backends.tensorrt.EngineBackend.require_rows`). Nothing asks for a copy: inputs of the network lie as
-this plugin takes them, in this dtype, and nobody else reads them. Outputs aliased to inputs, a preview of TensorRT's,
-would not do: an input that several plugins alias may be copied for each, and there is one pool for all layers.
+(:meth:`avl_edge.backends.tensorrt.backend.EngineBackend.require_rows`). Nothing asks for a copy: inputs of the network
+lie as this plugin takes them, in this dtype, and nobody else reads them. Outputs aliased to inputs, a preview of
+TensorRT's, would not do: an input that several plugins alias may be copied for each, and there is one pool for all
+layers.
 
 Packed rows lie in the same memory: their words, which the reference body reads, are inputs here that nobody looks at.
 

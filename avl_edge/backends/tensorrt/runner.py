@@ -84,7 +84,7 @@ class Engine:
         self._memory = address
 
     def context(self, profile: int, stream: int) -> Context:
-        """A place for runs of the profile with that number, set up on ``stream``, a ``cudaStream_t`` as an int; what
+        """A context for runs of the profile with that number, set up on ``stream``, a ``cudaStream_t`` as an int; what
         it holds on the device serves the next one when it is let go."""
         idle = self._idle.setdefault(profile, [])
         made = idle.pop() if idle else self._make(profile, stream)

@@ -116,8 +116,8 @@ class Policy(Protocol):
 
     def nucleus(self) -> tuple[float, int]:
         """What :meth:`pick_core` picks, for whoever picks in its stead: rows in order of their weight until they hold
-        this share of the sum, of equal weights the lower places first, and never more than so many rows. A share of 1
-        is never held: it is always as many."""
+        this share of the sum, of equal weights the lower positions first, and never more than so many rows. A share of
+        1 is never held: it is always as many."""
         ...
 
     def reads_secondary(self, step: int) -> bool:

@@ -100,7 +100,7 @@ def _parameters(kind: type[Method]) -> dict[str, Parameter]:
 def method_parameters(parameter: str) -> str:
     """Whose parameter it is, in words."""
     owners = _owners(parameter)
-    return f"a parameter of {' and '.join(owners)}" if owners else "a parameter of no method"
+    return f"a parameter of {', '.join(owners)}" if owners else "a parameter of no method"
 
 
 def parameter_help(parameter: str) -> str:

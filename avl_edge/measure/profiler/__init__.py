@@ -1,4 +1,4 @@
-"""Measuring this machine: a profile from measurements, and whether it keeps its word."""
+"""Measuring this machine: a profile from measurements, and whether it predicts well."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .recipe import Recipe
 from .tensorrt import Sizes
 
 PROMPT, STEP = 0, 1
-"""The profiles' places in the engine."""
+"""The profiles' indices in the engine."""
 _SCORE_QUERIES = 64  # of a usual prompt: the text after the image
 
 

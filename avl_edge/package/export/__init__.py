@@ -72,7 +72,6 @@ reads packed rows, P above 1, in decoders of 16 bits.
 
 from .bindings import Binding, Bindings, decoder_bindings, row_formats, vision_bindings
 from .files import DECODER, PLUGIN_DECODER, PRECISIONS, VISION, ExportPlan, Settings, export_model, plan_export
-from .onnx_package import MissingPackage
 
 __all__ = [
     "DECODER",
@@ -82,7 +81,6 @@ __all__ = [
     "Binding",
     "Bindings",
     "ExportPlan",
-    "MissingPackage",
     "Settings",
     "decoder_bindings",
     "export_model",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import BadModel
 from ...model.checkpoint import Weights
+from ...optional import optional
 from .bindings import Binding, Bindings
-from .onnx_package import onnx_package
 
 if TYPE_CHECKING:
     from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -27,9 +27,14 @@ _ALIGNMENT = 4096
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def _onnx() -> Any:
+    """The module onnx; :class:`~avl_edge.errors.BadInput` says how to install it where it is missing."""
+    return optional("onnx", "building", "export")
+
+
 def onnx_type(name: str) -> int:
     """ONNX's number of a dtype: ``float32``, ``float16``, ``bfloat16``, ``int32``, ``int64``."""
-    proto: Any = onnx_package().TensorProto
+    proto: Any = _onnx().TensorProto
     return int(getattr(proto, {"float32": "FLOAT"}.get(name, name.upper())))
 
 
@@ -37,7 +42,7 @@ class Nodes:
     """The body of a graph or of a function."""
 
     def __init__(self) -> None:
-        self.onnx = onnx_package()
+        self.onnx = _onnx()
         self.nodes: list[NodeProto] = []
         self.scope = ""
         self._constants: dict[tuple[str, str], str] = {}
@@ -93,7 +98,7 @@ class WeightFile:
 
     def write(self, name: str, tensor: Tensor, dtype: str) -> TensorProto:
         """As in :class:`WeightStore`; :class:`BadModel` for numbers that ``dtype`` cannot hold."""
-        onnx = onnx_package()
+        onnx = _onnx()
         stored = tensor.detach().to(DTYPES[dtype]).contiguous()
         if stored.dtype != tensor.dtype and not bool(stored.isfinite().all()):
             raise BadModel(f"{name} holds values beyond the range of {dtype}: build with another --precision")
@@ -124,7 +129,7 @@ class WeightCount:
         self.tensors += 1
         self.bytes += size
         self.largest = max(self.largest, size)
-        proto: TensorProto = onnx_package().TensorProto(name=name, dims=tensor.shape, data_type=onnx_type(dtype))
+        proto: TensorProto = _onnx().TensorProto(name=name, dims=tensor.shape, data_type=onnx_type(dtype))
         return proto
 
 

@@ -1,4 +1,5 @@
-"""The layers that the graphs share, each the counterpart of one in ``models.layers``. Tensors are two-dimensional."""
+"""The layers that the graphs share, each the counterpart of one in `avl_edge.model.network.layers`. Tensors are
+two-dimensional."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _smaller_counts(model: ModelShape, profile: DeviceProfile, request: PlanRequ
 
 
 def _freer_method(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Iterator[Alternative]:
-    """`distinct` with parameters of the planner's choice."""
+    """`distinct` with parameters of the estimate's choice."""
     if request.method is not None:
         found = _try(model, profile, replace(request, method="distinct", parameters={}))
         if found:

@@ -1,7 +1,7 @@
 """From a model, a device's profile and a request to a plan: memory, method, tiers and times. Pure arithmetic.
 
-Of all settings that keep both constraints (bytes, milliseconds per token) the first on the method's ladder is taken:
-quality is what is maximised.
+Of all settings that keep both constraints (bytes, milliseconds per token) the first on the method's ladder (without a
+method, of the measured table) is taken: quality is what is maximised.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def estimates(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -
     """Every plan that the request leaves open, best answers first.
 
     Without constraints a method's parameters take their defaults where that fits, as in :meth:`Runtime.prepare`;
-    otherwise those not given are picked. Without a ``method``, full attention is tried first, then A-VL.
+    otherwise those not given are picked. Without a ``method`` full attention is tried
+    first, then what the measured table puts first.
     """
     name, parameters, formats = request.method, request.parameters, request.formats
     if request.max_memory is None and request.target_ms_per_token is None:
