@@ -29,7 +29,7 @@ from avl_edge.machine.profile import (
     save,
 )
 
-SHIPPED = Path("profiles")
+SHIPPED = Path(__file__).resolve().parents[1] / "profiles"
 DATE = "2026-11-21"
 GIB = 2**30
 REACHED_BANDWIDTH = 156 / 204.8  # one developer's probe of the 64 GB module at MAXN

@@ -233,7 +233,7 @@ def test_sanitizers(tmp_path: Path, sanitizer: str, level: str) -> None:
 )
 def test_instruction_sets_of_lesser_processors(tmp_path: Path, flag: str) -> None:
     """The processor at hand chooses one of the item functions: here it says that it knows less than it does."""
-    run_driver(tmp_path, "-O1", flag)
+    run_driver(tmp_path, "-O3" if "avx2" in flag else "-O1", flag)
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ class TestDamage:
     def test_manifest_of_another_format(self, out: Path) -> None:
         path = out / "manifest.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
-        with pytest.raises(BadPackage, match="format 1, this program reads 2"):
+        with pytest.raises(BadPackage, match="format 1, this program reads 3"):
             open_package(out)
 
     def test_forged_manifest_reaches_no_file_outside(self, out: Path) -> None:

@@ -10,6 +10,8 @@ from tools.docs.pages import PAGES, renewed
 
 def main() -> None:
     """Rewrite each page that differs, and say which."""
+    if sys.argv[1:]:
+        sys.exit(f"it takes no arguments, not {sys.argv[1]!r}: {__doc__}")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         try:

@@ -26,6 +26,7 @@ from avl_edge.backends.steps import CudaDevice
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.demo import DEMO
 from avl_edge.model.spec import read_spec
+from avl_edge.resources import BrokenInstallation
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
 from tools.gpu.dut import DeviceUnderTest, GpuUnderTest
 from tools.gpu.engines import check_engines
@@ -115,7 +116,7 @@ def check(
     """Everything that :func:`main` does; its exit code."""
     try:
         dut, facts = opened()
-    except NoCuda as error:
+    except (NoCuda, BrokenInstallation) as error:
         print(f"nothing was checked: {error}", file=sys.stderr)
         return 2
     checks = chosen(correctness(dut) + (speeds(dut) if with_speed else []), only)

@@ -6,6 +6,7 @@ import sys
 
 from avl_edge.attention.cuda import KernelShape, NoCuda
 from avl_edge.backends.steps import CudaDevice
+from avl_edge.resources import BrokenInstallation
 from tools.gpu import low_rank, numerics, packed
 from tools.gpu.dut import GpuUnderTest
 
@@ -21,7 +22,7 @@ def main() -> None:
             numerics.check_shape(dut, shape)
             packed.check_shape(dut, shape)
             low_rank.check_shape(dut, shape)
-    except NoCuda as error:
+    except (NoCuda, BrokenInstallation) as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 

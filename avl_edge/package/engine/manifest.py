@@ -12,7 +12,7 @@ from typing import Any
 from .errors import BadPackage, rebuild
 from .fingerprint import Fingerprint, Platform, file_digest
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """Of the files and their directory: no separator, no way up."""
 
