@@ -132,7 +132,7 @@ def test_without_a_budget_parameters_take_their_defaults() -> None:
     ("name", "parameters", "message"),
     [
         ("avll", {}, "choose one of full"),
-        ("full", {"core": 3}, "a parameter of avl.* and coarse"),
+        ("full", {"core": 3}, "a parameter of avl, attentionpack, coarse"),
         (None, {"core": 3}, "name the method"),
         ("avl", {"cores": 3}, "it takes by_values, core, drift, heavy"),
     ],
