@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -26,6 +26,14 @@ Threads: TypeAlias = Annotated[
     typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
 ]
 
+
+def _of_method(parameter: str) -> Any:
+    """An option for a parameter of methods, described as they describe it."""
+    return typer.Option(
+        help=parameter_help(parameter), show_default=parameter_defaults(parameter), rich_help_panel=METHOD
+    )
+
+
 Method: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -34,46 +42,11 @@ Method: TypeAlias = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-PrefillKeep: TypeAlias = Annotated[
-    float | None,
-    typer.Option(
-        help=parameter_help("prefill_keep"),
-        show_default=parameter_defaults("prefill_keep"),
-        rich_help_panel=METHOD,
-    ),
-]
-Secondary: TypeAlias = Annotated[
-    float | None,
-    typer.Option(
-        help=parameter_help("secondary"),
-        show_default=parameter_defaults("secondary"),
-        rich_help_panel=METHOD,
-    ),
-]
-Core: TypeAlias = Annotated[
-    float | None,
-    typer.Option(
-        help=parameter_help("core"),
-        show_default=parameter_defaults("core"),
-        rich_help_panel=METHOD,
-    ),
-]
-Refresh: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        help=parameter_help("refresh"),
-        show_default=parameter_defaults("refresh"),
-        rich_help_panel=METHOD,
-    ),
-]
-TextKeep: TypeAlias = Annotated[
-    float | None,
-    typer.Option(
-        help=parameter_help("text_keep"),
-        show_default=parameter_defaults("text_keep"),
-        rich_help_panel=METHOD,
-    ),
-]
+PrefillKeep: TypeAlias = Annotated[float | None, _of_method("prefill_keep")]
+Secondary: TypeAlias = Annotated[float | None, _of_method("secondary")]
+Core: TypeAlias = Annotated[float | None, _of_method("core")]
+Refresh: TypeAlias = Annotated[int | None, _of_method("refresh")]
+TextKeep: TypeAlias = Annotated[float | None, _of_method("text_keep")]
 Parameters: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(

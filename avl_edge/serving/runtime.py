@@ -252,7 +252,7 @@ class Runtime:
         """
         with self._lock:
             self._end_step()  # again, where an interrupt cut the last one's short
-            self._relieve()
+            self._check_memory()
             work = self._scheduler.next()
             stuck = self._scheduler.stuck if work is None else None
             if work:
@@ -269,7 +269,7 @@ class Runtime:
         """Whether requests wait because memory is short."""
         return self._scheduler.is_held and self._scheduler.waits
 
-    def _relieve(self) -> None:
+    def _check_memory(self) -> None:
         """Give memory back where it is short. A request that an error catches in the middle of it ends with it."""
         if self._monitor is None:
             return
