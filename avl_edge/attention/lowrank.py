@@ -19,7 +19,7 @@ from ..config import KvShape
 from ..kv.formats import decode_coefficients, encode_coefficients
 from ..kv.layout import Format
 from ..kv.store import RowStore
-from ..model.network.rope import rotate
+from ..model.network.rope import rotate, unrotate
 
 _OVERSAMPLING, _ITERATIONS = 8, 2
 
@@ -132,5 +132,4 @@ class LowRankRows:
         return rows.keys.to(self._store.keys.dtype), values.to(self._store.keys.dtype)
 
     def _before_rope(self, keys: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = (each.float() for each in self._angles(positions))
-        return rotate(keys.float(), cos, -sin) / (cos.square() + sin.square())
+        return unrotate(keys, *self._angles(positions))

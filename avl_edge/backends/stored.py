@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from ..kv.layout import Format
 from ..kv.pool import Moved, RowPool
 from ..kv.pool.compaction import Demotion, compact
 from ..kv.selection import Selected, is_low_rank
+from ..kv.smoothing import Angles, Smoothing
 from ..kv.store import RowStore
 
 _NO_ROWS = np.empty(0, dtype=np.int32)
@@ -29,8 +31,8 @@ many."""
 class StoredRows:
     """The rows of all sequences in one store. ``angles`` gives RoPE's cosines and sines for positions."""
 
-    def __init__(self, store: RowStore, angles: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        self._store = store
+    def __init__(self, store: RowStore, angles: Angles) -> None:
+        self._store, self._angles = store, angles
         self._low_rank = LowRankRows(store, angles)
 
     def new_pool(self) -> RowPool:
@@ -47,33 +49,68 @@ class StoredRows:
     ) -> None:
         """Write what a layer stores of its prompt's ``keys`` and ``values``, each ``[m, H_kv, d]``.
 
-        A low-rank basis is fitted to all image rows that are stored, since any of them may come to need it.
+        The keys are smoothed by what all of them are like, stored or not. A low-rank basis is fitted to all image rows
+        that are stored, since any of them may come to need it.
         """
+        if cache.smooths_keys:
+            self._begin_smoothing(cache, layer, keys, cache.positions(layer))
         ranks = [Format(each.format).basis_rows for each in stored if is_low_rank(each)]
         if ranks:
             order, positions = cache.stored_images(stored)
             basis, chosen = self._store.index(cache.rows.take_basis(layer, ranks[0])), self._store.index(order)
             self._low_rank.begin(basis, keys[chosen], values[chosen], self._store.index(positions))
+        smoothing = self._smoothing(cache, layer)
         for each in stored:
             chosen = self._store.index(each.order)
-            self._write(cache, layer, each.format, each.ids, each.positions, keys[chosen], values[chosen])
+            own = keys[chosen] if smoothing is None else smoothing.keys(keys[chosen])
+            self._write(cache, layer, each.format, each.ids, each.positions, own, values[chosen])
+
+    def _begin_smoothing(
+        self, cache: SequenceCache, layer: int, keys: Tensor, positions: npt.NDArray[np.int32]
+    ) -> Smoothing:
+        """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in a row of the
+        cache."""
+        smoothing = Smoothing.fit(keys, self._store.index(positions), cache.reach, self._angles)
+        ids = self._store.index(cache.rows.take_smoothing(layer))
+        self._store.write(ids, smoothing.center[None], smoothing.scale[None])
+        return smoothing
+
+    def _smoothing(self, cache: SequenceCache, layer: int) -> Smoothing | None:
+        """That of the keys that are stored in a layer; None where they are as the model made them."""
+        ids = cache.rows.smoothing[layer : layer + 1]
+        if ids[0] < 0:
+            return None
+        center, scale = self._store.read(self._store.index(ids))
+        return Smoothing(center[0], scale[0])
+
+    def smoothings(self, caches: Sequence[SequenceCache]) -> list[Smoothing] | None:
+        """Those of the keys of a batch, layer by layer, each ``[B, H_kv, d]``; None where no keys are smoothed."""
+        ids = np.stack([cache.rows.smoothing for cache in caches], axis=1)
+        if (ids < 0).all():
+            return None
+        has_none = torch.from_numpy(ids < 0)[..., None, None]
+        center, scale = self._store.read(self._store.index(np.maximum(ids, 0).flatten()))
+        size = (*ids.shape, *center.shape[1:])
+        center, scale = center.view(size).masked_fill(has_none, 0), scale.view(size).masked_fill(has_none, 1)
+        return [Smoothing(*pair) for pair in zip(center, scale, strict=True)]
 
     def after(self, cache: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A prompt's ``keys`` and ``values`` ``[m, H_kv, d]`` behind those of the tokens before its cache's ``begin``,
         as many as the layer has, read from their rows."""
-        before = cache.rows_before(layer)
+        before, smoothing = cache.rows_before(layer), self._smoothing(cache, layer)
         count = sum(len(each.ids) for each in before)
         every = [new.new_empty(count + len(new), *new.shape[1:]) for new in (keys, values)]
         for each in before:
             order = self._store.index(each.order)
-            for rows, held in zip(every, self._store.read(self._store.index(each.ids), each.format), strict=True):
-                rows[order] = held
+            held, every[1][order] = self._store.read(self._store.index(each.ids), each.format)
+            every[0][order] = held if smoothing is None else smoothing.original(held)
         for rows, new in zip(every, (keys, values), strict=True):
             rows[count:] = new
         return every[0], every[1]
 
     def append(self, caches: Sequence[SequenceCache], ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
-        """Write one new text row for each sequence, each in its own format: ``[B, H_kv, d]``."""
+        """Write one new text row for each sequence, each in its own format: ``[B, H_kv, d]``, ``keys`` as they are to
+        be stored."""
         names = [cache.formats.text for cache in caches]
         for name in dict.fromkeys(names):
             at = [number for number, other in enumerate(names) if other == name]
@@ -93,18 +130,22 @@ class StoredRows:
     def attend(
         self, cache: SequenceCache, layer: int, read: Sequence[Selected], query: Tensor, scale: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """One query ``[H, d]`` over rows of any formats: what :func:`avl_edge.attention.lowrank.attend` gives for
-        them."""
+        """One query ``[H, d]``, as it meets stored keys, over rows of any formats: what
+        :func:`avl_edge.attention.lowrank.attend` gives for them."""
         lists = [cache.rows.layers[layer].basis, *(each.ids for each in read), *(each.positions for each in read)]
         basis, *rest = self._store.indices(lists)
         order = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
-        rows = [self._read(each.format, ids, positions, basis) for each, ids, positions in order]
+        smoothing = self._smoothing(cache, layer)
+        rows = [self._read(each.format, ids, positions, basis, smoothing) for each, ids, positions in order]
         return lowrank.attend(query, rows, scale)
 
-    def _read(self, name: str, ids: Tensor, positions: Tensor, basis: Tensor) -> lowrank.Rows:
+    def _read(
+        self, name: str, ids: Tensor, positions: Tensor, basis: Tensor, smoothing: Smoothing | None
+    ) -> lowrank.Rows:
         if Format(name).rank is None:
             return lowrank.Rows(*self._store.read(ids, name))
-        return self._low_rank.read(Format(name), ids, basis, positions)
+        rows = self._low_rank.read(Format(name), ids, basis, positions)
+        return rows if smoothing is None else replace(rows, keys=smoothing.keys(rows.keys))
 
     def move(self, cache: SequenceCache, settled: Iterable[tuple[int, Sequence[Moved]]]) -> None:
         """Convert rows that changed their format: of a layer, those that :meth:`SequenceCache.settle` gave.
@@ -137,18 +178,31 @@ class StoredRows:
         change = Demotion(cache.rows, formats)
         batches = change.batches()
         for batch in batches or ():
+            smooths = [layer for layer in batch if change.smooths(layer)]
             moved = [(layer, change.rows_of(layer)) for layer in batch]
             rows = [self._dense(cache, layer, each) for layer, each in moved]
             for layer in batch:
                 change.leave(layer)
             self._carry(change.compact())
             for (layer, each), (keys, values) in zip(moved, rows, strict=True):
-                self._write(cache, layer, change.new, change.enter(layer), each.positions, keys, values)
+                own = self._smooth(cache, layer, keys) if layer in smooths else keys
+                self._write(cache, layer, change.new, change.enter(layer), each.positions, own, values)
         if batches is not None:
             change.finish()
             cache.formats = formats
             self.compact(cache)
         return batches is not None
+
+    def _smooth(self, cache: SequenceCache, layer: int, images: Tensor) -> Tensor:
+        """Smooth the keys of a layer whose rows are all exact: ``images`` ``[n, H_kv, d]``, which are returned, and
+        those of the text where they are."""
+        rows = cache.rows.layers[layer]
+        ids = self._store.index(rows.text_ids)
+        texts, values = self._store.read(ids)
+        positions = np.concatenate([rows.image_positions, rows.text_positions])
+        smoothing = self._begin_smoothing(cache, layer, torch.cat([images, texts]), positions)
+        self._store.write(ids, smoothing.keys(texts), values)
+        return smoothing.keys(images)
 
     def compact(self, cache: SequenceCache) -> None:
         """Move a cache's rows into as few pages of the pool as hold them."""
@@ -166,8 +220,9 @@ class StoredRows:
         form, ids = Format(moved.old_format), self._store.index(moved.before)
         if form.rank is None:
             return self._store.read(ids, form.name)
-        basis = self._store.index(cache.rows.layers[layer].basis)
-        return self._low_rank.dense(form, ids, basis, self._store.index(moved.positions))
+        basis, smoothing = self._store.index(cache.rows.layers[layer].basis), self._smoothing(cache, layer)
+        keys, values = self._low_rank.dense(form, ids, basis, self._store.index(moved.positions))
+        return keys if smoothing is None else smoothing.keys(keys), values
 
     def _write(
         self,
@@ -182,7 +237,8 @@ class StoredRows:
         if Format(name).rank is None:
             self._store.write(self._store.index(ids), keys, values, name)
             return
-        basis = self._store.index(cache.rows.layers[layer].basis)
+        basis, smoothing = self._store.index(cache.rows.layers[layer].basis), self._smoothing(cache, layer)
+        keys = keys if smoothing is None else smoothing.original(keys)
         self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, self._store.index(positions))
 
 

@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ..config import Formats, KvShape, PromptShape, format_size
 from ..errors import DoesNotFit
-from .layout import Format, check, packing, page_bytes
+from .layout import Format, check, packing, page_bytes, smoothing_rows
 
 
 class Peaks(Protocol):
@@ -44,20 +44,23 @@ M = TypeVar("M", bound=Counted)
 
 @dataclass(frozen=True)
 class KvPlan(Generic[M]):
-    """The setting picked for a request, and the most pages of the pool that it will hold."""
+    """The setting picked for a request, the most pages of the pool that it will hold, and the ``tokens`` that it is
+    planned for, those of the prompt and new ones."""
 
     method: M
     formats: Formats
     pages: int
     peak_bytes: int
     budget: int | None
+    tokens: int
 
 
 def peak_pages(method: Counted, formats: Formats, shape: KvShape, prompt: PromptShape, steps: int) -> int:
     """The most pages that a request holds at any time within ``steps`` decode steps after its prompt."""
     total, tiers = method.peak_rows(prompt, steps, shape.layers), method.peak_tiers(prompt, steps, shape.layers)
     used = {name for tier, name in formats.stored.by_tier().items() if total and getattr(tiers, tier)}
-    return _pages(tiers, total, shape.layers * sum(Format(name).basis_rows for name in used), formats, shape)
+    beside = sum(Format(name).basis_rows for name in used) + smoothing_rows(formats)
+    return _pages(tiers, total, shape.layers * beside if total else 0, formats, shape)
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,18 @@ def pages_from_now(
     After the prompt there are never more image rows than there are now.
     """
     tiers = Rows(method.peak_tiers(prompt, steps, shape.layers).text, held.core, held.secondary)
-    return _pages(tiers, method.peak_rows(prompt, steps, shape.layers), held.basis, formats, shape)
+    beside = held.basis + shape.layers * smoothing_rows(formats)
+    return _pages(tiers, method.peak_rows(prompt, steps, shape.layers), beside, formats, shape)
 
 
-def _pages(tiers: Peaks, total: int, basis: int, formats: Formats, shape: KvShape) -> int:
-    """Pages for as many rows in each tier, ``total`` of them at most, and for the ``basis`` rows beside them."""
+def _pages(tiers: Peaks, total: int, beside: int, formats: Formats, shape: KvShape) -> int:
+    """Pages for as many rows in each tier, ``total`` of them at most, and for exact rows ``beside`` them: bases, and
+    the smoothing of keys."""
     rows: Counter[str] = Counter()
     for tier, name in formats.stored.by_tier().items():
         rows[name] += getattr(tiers, tier)
     bounded = {name: min(count, total) for name, count in rows.items()}
-    bounded["exact"] = bounded.get("exact", 0) + basis
+    bounded["exact"] = bounded.get("exact", 0) + beside
     return sum(-(-count // packing(Format(name), shape).rows) for name, count in bounded.items())
 
 
@@ -99,7 +104,7 @@ def kv_plan(
     """
     check(formats, shape)
     pages = peak_pages(method, formats, shape, prompt, steps)
-    return KvPlan(method, formats, pages, pages * page_bytes(shape), budget)
+    return KvPlan(method, formats, pages, pages * page_bytes(shape), budget, prompt.length + steps)
 
 
 def plan_after(
@@ -118,7 +123,7 @@ def plan_after(
     """
     text = method.peak_tiers(PromptShape(0, 0, prompt.suffix), steps, shape.layers).text
     pages = _pages(Rows(text, 0, 0), shape.layers * (prompt.length - shared + steps), 0, formats, shape)
-    return KvPlan(method, formats, pages, pages * page_bytes(shape), budget)
+    return KvPlan(method, formats, pages, pages * page_bytes(shape), budget, prompt.length + steps)
 
 
 def fit(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..config import KvShape, PromptShape
 from ..request import ImageSpan
 from .budget import KvPlan
-from .layout import Format
+from .layout import Format, smoothing_rows
 from .methods import Method, PromptLayer, StepLayer, pruned
 from .pool import Moved, RowPool, SequenceRows
 from .pool.rows import Ids, Index
@@ -57,18 +57,24 @@ class SequenceCache:
         layers: int,
         rows: SequenceRows | None = None,
     ) -> None:
-        """``rows``: where they are not this sequence's alone."""
+        """``rows``: where they are not this sequence's alone. ``reach``: the most tokens that it may come to.
+
+        ``smooths_keys``: whether :meth:`store_prompt` is to come with a smoothing of the keys
+        (:mod:`avl_edge.kv.smoothing`), which rows of others have already.
+        """
         shape = prompt_shape(length, spans)
         self.policy = plan.method.policy(shape, layers)
         self.formats = plan.formats
         self.rows = rows or SequenceRows(pool, layers, plan.pages, plan.formats)
         self.length = length
+        self.reach = plan.tokens
         self.step = 0
         self.refreshes = 0
         self.rows_read = 0
         self.rows_full = 0
         self.bytes_read = 0
         self.has_one_tier = plan.method.peak_tiers(shape, 0, layers).secondary == 0
+        self.smooths_keys = rows is None and smoothing_rows(plan.formats) > 0
         self._evicted = [0] * layers
         nothing: tuple[object, ...] = (None,) * 4
         self._last_images: list[tuple[tuple[object, ...], list[Selected]]] = [(nothing, [])] * layers
@@ -231,6 +237,7 @@ class SequenceCache:
         weights = [_bytes_to_read(each.format, self._shape) for each in selected]
         self.bytes_read += sum(len(each) * row for each, (row, _) in zip(selected, weights, strict=True))
         self.bytes_read += max(basis for _, basis in weights)
+        self.bytes_read += self._shape.row_bytes * int(self.rows.smoothing[layer] >= 0)
         return selected
 
     def _images_to_read(self, layer: int) -> list[Selected]:

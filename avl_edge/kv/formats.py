@@ -1,10 +1,11 @@
 """Rows as bytes: the records of the packed formats, and back. The layout is :mod:`avl_edge.kv.layout`'s.
 
-int8 and int4 are symmetric: a value is q * scale, with q from -127 to 127 (int8; one scale per row and head) or -7 to 7
-(int4; one scale per row and group of dimensions), and the scale is float16, rounded before q is taken, so that the
-error is at most half a step, or 127 (7) times 2^-25 where the scale is too small for full precision. Values beyond the
-largest scale become the largest there are; a NaN makes NaNs of all values that share its scale. Nibbles are stored
-without sign, q + 128 and q + 8. In each head's d/2 bytes, byte j holds dimension j in its low half and dimension j +
+A value is q * scale, and the scale is float16, rounded before q is taken. int8: q from -127 to 127, one scale per row
+and head. int4: q from -8 to 7, one scale per row and group of dimensions, which has the sign that makes -8 of the value
+of largest magnitude (of two, of the positive one), as llama.cpp's Q4_0: sixteen levels, where a symmetric code has
+fifteen. The error is at most half a step, and at the other end of int4's range a whole one; or 127 (8) times 2^-25
+where the scale is too small for full precision. Values beyond the largest scale become the largest there are; a NaN
+makes NaNs of all values that share its scale. Nibbles are stored without sign, q + 128 and q + 8. In each head's d/2 bytes, byte j holds dimension j in its low half and dimension j +
 d/2 in its high half. Of an int8 row all high nibbles come first: they alone are the row at 16 levels, which is what a
 coarse scan of the keys reads.
 """
@@ -22,10 +23,10 @@ _LARGEST_SCALE = 65504.0
 def encode(format_: Format, rows: Tensor) -> Tensor:
     """``[n, heads, d]`` of any float dtype to records, uint8 ``[n, record_bytes]``."""
     if format_.name == "int8":
-        q, scales = _quantize(rows, 1, 127)
+        q, scales = _quantize_int8(rows)
         biased = (q + 128).to(torch.uint8)
         return _join(scales, _pair(biased >> 4), _pair(biased & 15))
-    q, scales = _quantize(rows, groups(rows.shape[2]), 7)
+    q, scales = _quantize_int4(rows)
     return _join(scales, _pair((q + 8).to(torch.uint8)))
 
 
@@ -50,7 +51,7 @@ def encode_coefficients(format_: Format, rows: Tensor, dtype: torch.dtype) -> Te
     """Coefficients ``[n, R]`` of a low-rank format to records; ``dtype`` is the model's."""
     if not format_.packs_coefficients:
         return _join(rows.to(dtype).contiguous().view(torch.uint8))
-    q, scales = _quantize(rows[:, None], 1, 127)
+    q, scales = _quantize_int8(rows[:, None])
     return _join(torch.cat([scales.flatten(1).view(torch.uint8), q.flatten(1).to(torch.int8).view(torch.uint8)], 1))
 
 
@@ -63,13 +64,27 @@ def decode_coefficients(format_: Format, records: Tensor, dtype: torch.dtype) ->
     return records[:, 2 : 2 + format_.rank].contiguous().view(torch.int8).float() * scales
 
 
-def _quantize(rows: Tensor, count: int, levels: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers, float32 ``[n, heads, d]``, and scales, float16 ``[n, heads, count]``."""
+def _quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, float32 ``[n, heads, d]``, and scales, float16 ``[n, heads, 1]``."""
+    wide = rows.float()[:, :, None]
+    return _divided(wide, wide.abs().amax(-1) / 127, -127, 127)
+
+
+def _quantize_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, float32 ``[n, heads, d]``, and scales, float16 ``[n, heads, groups]``."""
+    count = groups(rows.shape[2])
     grouped = rows.float().view(*rows.shape[:2], count, rows.shape[2] // count)
-    scales = (grouped.abs().amax(-1) / levels).clamp(max=_LARGEST_SCALE).half()
+    low, high = torch.aminmax(grouped, dim=-1)
+    largest = torch.where(high >= -low, high, low) + 0.0  # of zeros there is one: records are the same on every device
+    return _divided(grouped, largest / -8, -8, 7)
+
+
+def _divided(grouped: Tensor, scales: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
+    """``grouped`` ``[n, heads, groups, ...]`` by their ``scales``, as whole numbers ``[n, heads, d]``; the scales as
+    they are stored."""
+    scales = scales.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half()
     step = scales.float()[..., None]
-    q = torch.where(step > 0, grouped / step, 0.0).round().clamp(-levels, levels)
-    return q.flatten(2), scales
+    return torch.where(step != 0, grouped / step, 0.0).round().clamp(lowest, highest).flatten(2), scales
 
 
 def _scaled(q: Tensor, scales: Tensor) -> Tensor:

@@ -80,6 +80,11 @@ class Format:
         return padded(2 * heads) + padded(heads * dim // 2) if self.name == "int8" else self.record_bytes(shape)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether each row is quantised by itself: all formats but ``exact`` and low-rank ones."""
+        return not self.is_exact and self.rank is None
+
+    @property
     def basis_rows(self) -> int:
         """Exact rows that each layer of a sequence needs beside its packed ones: the basis of a low-rank format."""
         return self.rank or 0
@@ -123,6 +128,11 @@ def packing(format_: Format, shape: KvShape) -> Packing:
 def page_bytes(shape: KvShape) -> int:
     """Bytes of a page, keys and values together."""
     return PAGE_ROWS * shape.row_bytes
+
+
+def smoothing_rows(formats: Formats) -> int:
+    """Exact rows that each layer of a sequence needs for the smoothing of its keys: one where any row is packed."""
+    return int(any(Format(name).is_packed for name in formats.by_tier().values()))
 
 
 @lru_cache(maxsize=1024)

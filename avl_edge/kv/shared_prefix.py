@@ -22,6 +22,9 @@ from .pool.rows import Ids, Index
 from .pool.sequence import LayerRows
 from .selection import Selected
 
+QUESTION_TOKENS = 1024
+"""Those of a question and its answer, for which the keys of a prefix are smoothed; more may come."""
+
 
 class SharedPrefixCache(SequenceCache):
     """The rows of a shared prefix. ``plan`` is of a method that asks for no attention.
@@ -34,6 +37,7 @@ class SharedPrefixCache(SequenceCache):
         self, pool: RowPool, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan], layers: int
     ) -> None:
         super().__init__(pool, plan, length, spans, layers)
+        self.reach = length + QUESTION_TOKENS
         self.totals: list[Scores] = []
 
     def prompt_queries(self, layer: int) -> Index | None:

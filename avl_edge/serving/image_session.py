@@ -80,7 +80,7 @@ class ImageSession:
         Waits for the pool as a question does. What it raises leaves the session as it was.
         """
         prefix = self._prefix
-        nothing: KvPlan[Method] = KvPlan(Full(), prefix.plan.formats, 0, 0, None)
+        nothing: KvPlan[Method] = KvPlan(Full(), prefix.plan.formats, 0, 0, None, 0)
         self._runtime.submit(Request(prefix.prompt, Options(), nothing, 0, prefix=prefix)).result()
         return self.stats
 

@@ -20,8 +20,8 @@ template <> struct Writer<Exact> {
     }
 };
 
-// As pool.formats.encode does it, bit for bit: the scale is the largest magnitude over the largest number, as a half,
-// and numbers are taken by that half, rounded to even. A NaN makes its scale one.
+// As avl_edge/kv/formats.py encodes, bit for bit: the scale is the value of largest magnitude over the number that it
+// becomes, as a half, and numbers are taken by that half, rounded to even. A NaN makes its scale one.
 template <class Code> struct RecordWriter {
     using At = Record<Code>;
 
@@ -37,19 +37,19 @@ template <class Code> struct RecordWriter {
 
 private:
     __device__ __forceinline__ static float scale_of(const Row* group) {
-        float largest = 0;
+        float low = 0, high = 0;  // a value of its own sign bounds them only where it is the largest
 #pragma unroll
         for (int i = 0; i < Code::kGroup; i += kPiece) {
             float wide[kPiece];
             ::widen<Row>(*reinterpret_cast<const uint4*>(group + i), wide);
 #pragma unroll
             for (int k = 0; k < kPiece; ++k) {
-                const float magnitude = fabsf(wide[k]);
-                largest = magnitude <= largest || largest != largest ? largest : magnitude;
+                low = wide[k] >= low || low != low ? low : wide[k];
+                high = wide[k] <= high || high != high ? high : wide[k];
             }
         }
-        const float scale = largest / Code::kLevels;
-        return scale > kLargestScale ? kLargestScale : scale;
+        const float scale = Code::scale(low, high);
+        return scale > kLargestScale ? kLargestScale : scale < -kLargestScale ? -kLargestScale : scale;
     }
 
     __device__ __forceinline__ static void write_piece(const Row* head_row, int head, int piece, int kv_heads,
@@ -74,8 +74,8 @@ private:
     }
 
     __device__ __forceinline__ static unsigned number_of(float value, float scale) {
-        const float number = scale > 0 ? rintf(value / scale) : 0;
-        return unsigned(int(fminf(fmaxf(number, -Code::kLevels), Code::kLevels)) + Code::kBias);
+        const float number = scale != 0 ? rintf(value / scale) : 0;
+        return unsigned(int(fminf(fmaxf(number, Code::kLowest), Code::kHighest)) + Code::kBias);
     }
 
     // Puts a number's nibbles at a bit of the words that hold them.

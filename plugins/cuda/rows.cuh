@@ -57,9 +57,13 @@ struct Exact {
 
 // Scales of `group` dimensions each, and numbers of a byte that stand `bias` too high.
 struct Int8 {
-    static constexpr int kPlanes = 2, kGroup = HEAD_DIM, kBias = 128, kLevels = 127;
+    static constexpr int kPlanes = 2, kGroup = HEAD_DIM, kBias = 128, kLowest = -127, kHighest = 127;
     struct Pair { unsigned low, high; };  // four dimensions of the first half, and four of the second, a byte each
 
+    // The scale of numbers from `low` to `high`, of which 0 is one.
+    __device__ __forceinline__ static float scale(float low, float high) {
+        return (high >= -low ? high : -low) / kHighest;
+    }
     __device__ __forceinline__ static Pair bytes(const unsigned* planes) {
         return {(planes[0] & 0x0f0f0f0fu) << 4 | (planes[1] & 0x0f0f0f0fu),
                 (planes[0] & 0xf0f0f0f0u) | (planes[1] >> 4 & 0x0f0f0f0fu)};
@@ -73,7 +77,11 @@ struct CoarseInt8 {
     }
 };
 struct Int4 {
-    static constexpr int kPlanes = 1, kGroup = common_divisor(HEAD_DIM, 32), kBias = 8, kLevels = 7;
+    static constexpr int kPlanes = 1, kGroup = common_divisor(HEAD_DIM, 32), kBias = 8, kLowest = -8, kHighest = 7;
+    // The number of largest magnitude becomes the lowest.
+    __device__ __forceinline__ static float scale(float low, float high) {
+        return (high >= -low ? high : low) / kLowest;
+    }
     __device__ __forceinline__ static Int8::Pair bytes(const unsigned* planes) {
         return {planes[0] & 0x0f0f0f0fu, planes[0] >> 4 & 0x0f0f0f0fu};
     }

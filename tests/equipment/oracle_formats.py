@@ -5,9 +5,14 @@ values that a runtime with packed rows would find. A row's key and value are qua
 stored, and again whenever it moves to a tier of another format: promoting a row does not bring back what was lost.
 The prompt's own attention is over rows as they were computed. The quantisation is written anew from its description:
 
-* int8: q from -127 to 127, one scale per row and head; int4: q from -7 to 7, one scale per row and group of
+* int8: q from -127 to 127, one scale per row and head; int4: q from -8 to 7, one scale per row and group of
   neighbouring dimensions (32 of them, or the largest power of two up to that which divides the head);
-* the scale is the largest magnitude over 127 or 7, rounded to float16; q is the value over that, rounded half to even;
+* the scale is the largest magnitude over 127, or the value that has it over -8 (of two, the positive one), rounded to
+  float16; q is the value over that, rounded half to even;
+* what is quantised of a key is (key - center) / scale, channel by channel, where any tier is packed: before RoPE the
+  keys of the prompt have a mean and a covariance in each pair of channels that RoPE turns together, and the center is
+  the middle of what the turned mean becomes at 128 positions of the whole answer, the scale half of that range and
+  three of the standard deviations that the turned rest has there on average; over the head's largest, 1/64 at least;
 * a coarse scan of an int8 key sees, of q + 128, the high four bits, and takes the middle of the sixteen values.
 
 Values are taken in float32, the widest in which rows are packed. Who is core, stored and text is decided as in
@@ -43,11 +48,16 @@ class TierFormats:
 
 def _quantised(rows: Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
     """q and scales of ``[..., d]``, both float32 ``[..., groups, dimensions]``."""
-    levels, size = (127, rows.shape[-1]) if name == "int8" else (7, math.gcd(rows.shape[-1], 32))
+    size = rows.shape[-1] if name == "int8" else math.gcd(rows.shape[-1], 32)
     values = rows.numpy().astype(np.float32).reshape(*rows.shape[:-1], -1, size)
-    scales = (np.abs(values).max(-1, keepdims=True) / np.float32(levels)).astype(np.float16).astype(np.float32)
-    q = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales > 0))
-    return np.clip(q, -levels, levels), scales
+    low, high = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
+    if name == "int8":
+        lowest, highest, widest = -127, 127, np.maximum(high, -low) / np.float32(127)
+    else:
+        lowest, highest, widest = -8, 7, np.where(high >= -low, high, low) / np.float32(-8)
+    scales = widest.astype(np.float16).astype(np.float32)
+    q = np.rint(np.divide(values, scales, out=np.zeros_like(values), where=scales != 0))
+    return np.clip(q, lowest, highest), scales
 
 
 def packed(rows: Tensor, name: str) -> Tensor:
@@ -56,6 +66,36 @@ def packed(rows: Tensor, name: str) -> Tensor:
         return rows
     q, scales = _quantised(rows, name)
     return torch.from_numpy((q.astype(np.float64) * scales).reshape(rows.shape))
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """``center`` and ``scale`` ``[kv_heads, d]`` float64."""
+
+    center: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, positions: list[int], reach: int, frequencies: Tensor) -> Smoothing:
+        """From the keys ``[n, kv_heads, d]`` of a prompt at ``positions``, in a sequence of up to ``reach`` tokens."""
+        turn = torch.exp(1j * torch.tensor(positions)[:, None, None] * frequencies)
+        before = torch.complex(*keys.chunk(2, -1)) / turn
+        mean = before.mean(0)
+        carried, spread = [], torch.zeros(keys.shape[1:], dtype=torch.float64)
+        for sample in range(128):
+            turn = torch.exp(1j * (sample * (reach - 1) // 127) * frequencies)
+            carried.append(_halves(mean * turn))
+            spread += _halves((before - mean) * turn).square().mean(0) / 128
+        low, high = torch.stack(carried).amin(0), torch.stack(carried).amax(0)
+        extent = (high - low) / 2 + 3 * spread.sqrt()
+        return cls((low + high) / 2, (extent / extent.amax(-1, keepdim=True)).clamp(min=1 / 64))
+
+    def through(self, how: Callable[[Tensor, str], Tensor], keys: Tensor, name: str) -> Tensor:
+        return how((keys - self.center) / self.scale, name) * self.scale + self.center
+
+
+def _halves(numbers: Tensor) -> Tensor:
+    return torch.cat([numbers.real, numbers.imag], -1)
 
 
 def coarse(rows: Tensor, name: str) -> Tensor:
@@ -84,15 +124,17 @@ class Layer:
     attended: Callable[[Tensor, float], list[int]] | None = None  # positions, from the query [heads, d] and its scale
     text_format: str = "exact"
     dropped: list[int] = field(default_factory=list)  # of a shared prefix's images
+    tokens: list[int] = field(default_factory=list)  # of the prompt that reach this layer, where not all do
+    smoothing: Smoothing | None = None
 
     def store(self, positions: list[int], name: str) -> None:
         """Take rows as they are now into a format."""
         if not positions:
             return
-        coarse_keys = coarse(self.keys[positions], name)
-        for rows in (self.keys, self.values):
-            rows[positions] = packed(rows[positions], name)
-        self.coarse_keys[positions] = coarse_keys
+        keys = self.keys[positions]
+        self.values[positions] = packed(self.values[positions], name)
+        through = self.smoothing.through if self.smoothing else lambda how, keys, name: how(keys, name)
+        self.keys[positions], self.coarse_keys[positions] = through(packed, keys, name), through(coarse, keys, name)
 
 
 def attention(
@@ -138,6 +180,7 @@ class Oracle:
         self.system = list(range(self.images[0]))
         self.text = sorted(set(range(self.images[0], len(input_ids))) - set(self.images))
         self.modules = [layer.self_attn for layer in model.model.language_model.layers]
+        self.frequencies = model.model.language_model.rotary_emb.inv_freq.double()
         self.layers: list[Layer] = []
 
     def _prefill(self, visible: list[Tensor]) -> tuple[Tensor, Any]:
@@ -159,8 +202,13 @@ class Oracle:
         """The image tokens that are stored because their values stand out."""
         return top(far(layer.values.transpose(0, 1), self.images), self.images, secondary * len(self.images) // 100)
 
-    def _store_prompt(self) -> None:
+    def _smooth(self, layer: Layer, tokens: list[int], reach: int) -> None:
+        if {self.formats.text, self.formats.core, self.formats.secondary} != {"exact"}:
+            layer.smoothing = Smoothing.of(layer.keys[tokens], tokens, reach, self.frequencies)
+
+    def _store_prompt(self, steps: int) -> None:
         for layer in self.layers:
+            self._smooth(layer, layer.tokens or list(range(len(self.prompt))), len(self.prompt) + steps - 1)
             layer.store(self.system + layer.text, self.formats.text)
             layer.store(layer.core, self.formats.core)
             layer.store(sorted(set(layer.stored) - set(layer.core)), self.formats.secondary)
@@ -205,6 +253,7 @@ class Oracle:
         for index, layer in enumerate(self.layers):
             scores = self._rank(layer, bool(settings.prompt_mean))
             candidates = self.images if index <= settings.prune_layer else survivors
+            layer.tokens = sorted({*self.system, *candidates, *self.text})
             assert not settings.by_values or settings.prefill_keep == 100, "values are not ranked among survivors here"
             layer.stored = top(scores, candidates, settings.secondary * total // 100)
             if settings.by_values:
@@ -212,7 +261,7 @@ class Oracle:
             layer.core = top(scores, layer.stored, core)
             layer.sums = dict(zip(self.text, layer.weights[self.text][:, self.text].sum(0).tolist(), strict=True))
             layer.text, layer.seen = keep_text(settings, self.text, layer.sums, len(self.text)), len(self.text)
-        self._store_prompt()
+        self._store_prompt(steps)
         result = [self._result(logits)]
         for t in range(1, steps):
             refresh = settings.refresh > 0 and t % settings.refresh == 0
@@ -250,7 +299,7 @@ class Oracle:
             layer.stored = self._by_values(layer, secondary)
             layer.core, layer.text = layer.stored, self.text
             layer.attended = self._nucleus(layer, most, mass / 100)
-        self._store_prompt()
+        self._store_prompt(steps)
         result = [self._result(logits)]
         for _ in range(1, steps):
             logits, cache = self._step(result[-1].token, cache)

@@ -75,6 +75,7 @@ class PrefixOracle(Oracle):
         end = self.images[-1] + 1
         picture = self.model(input_ids=torch.tensor([self.prompt[:end]]), pixel_values=self.pixels, use_cache=True)
         for layer in self.layers:
+            self._smooth(layer, list(range(end)), end + 1024)
             layer.store(self.system + [place for place in self.text if place < end], self.formats.text)
             stored = super()._by_values(layer, self.share)
             layer.dropped = sorted(set(self.images) - set(stored))
@@ -88,7 +89,7 @@ class PrefixOracle(Oracle):
         )
         return out.logits[0, -1], out.past_key_values
 
-    def _store_prompt(self) -> None:
+    def _store_prompt(self, steps: int) -> None:  # noqa: ARG002
         end = self.images[-1] + 1
         for layer in self.layers:
             layer.store([place for place in self.text if place >= end], self.formats.text)

@@ -70,9 +70,11 @@ class TorchBackend:
         decoder, rows = self.model.decoder, self.rows
         positions, ids = zip(*(cache.begin_step() for cache in caches), strict=True)
         hidden = decoder.embed(torch.tensor(token_ids))
-        angles = decoder.angles(torch.tensor(positions))
+        angles, smoothings = decoder.angles(torch.tensor(positions)), rows.smoothings(caches)
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
+            if smoothings:
+                query, key = smoothings[index].query(query), smoothings[index].keys(key)
             rows.append(caches, [each[index] for each in ids], key, value)
             for number, cache in enumerate(caches):
                 if cache.picks_core:

@@ -31,6 +31,10 @@ class BorrowingRows(SequenceRows):
     def bytes_borrowed(self) -> int:
         return self._lender.lease.nbytes
 
+    @property
+    def smoothing(self) -> Ids:
+        return self._lender.smoothing
+
     def fill(self, layer: int, text: Ids, image: Ids, core: Mask, freed: int) -> LayerRows:
         """Borrow the image rows and the text rows before ``begin``, take rows for the other ``text`` positions."""
         lent = self._lender.layers[layer]

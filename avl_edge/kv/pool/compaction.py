@@ -10,7 +10,7 @@ import numpy as np
 
 from ...config import Formats, KvShape
 from ...errors import BadInput
-from ..layout import check
+from ..layout import check, smoothing_rows
 from .rows import Ids
 from .sequence import LayerRows, Mask, Moved, SequenceRows
 
@@ -49,6 +49,8 @@ def compact(rows: SequenceRows, names: list[Names] | None = None) -> Iterator[tu
         if len(before):
             for layer, of_layer in zip(rows.layers, names, strict=True):
                 _renumber(layer, of_layer, format_, before, after)
+            if format_ == "exact":
+                rows.move_smoothing(_replaced(rows.smoothing, before, after))
             yield format_, before, after
 
 
@@ -99,11 +101,15 @@ class Demotion:
         for layer in range(len(self._rows.layers)):
             count = int(self._mask(layer).sum())
             found[-1] += [layer] if count else []
-            old, new = old - count, new + count
+            old, new = old - count + (self.smooths(layer) if count else 0), new + count
             needed = -(-old // pool.packing(self.old).rows) + -(-new // pool.packing(self.new).rows) + others
             if found[-1] and needed <= lease.limit:
                 found.append([])
         return None if found[-1] else found[:-1]
+
+    def smooths(self, layer: int) -> bool:
+        """Whether the keys of a layer are smoothed by this change: its exact rows too, by one exact row more."""
+        return self._rows.smoothing[layer] < 0 and smoothing_rows(self._formats) > 0
 
     def _mask(self, layer: int) -> Mask:
         core = self._rows.layers[layer].core

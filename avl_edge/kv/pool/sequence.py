@@ -67,6 +67,13 @@ class SequenceRows:
         self.formats = (formats or Formats()).stored
         self.lease = pool.lease(limit)
         self.layers = [LayerRows() for _ in range(layers)]
+        self._smoothing = np.full(layers, -1, dtype=np.int32)
+
+    @property
+    def smoothing(self) -> Ids:
+        """The exact row of each layer that holds the smoothing of its keys, int32 ``[layers]``; -1 where there is
+        none."""
+        return self._smoothing
 
     def fill(self, layer: int, text: Ids, image: Ids, core: Mask, freed: int) -> LayerRows:
         """Take rows for the prompt's ``text`` and ``image`` positions of one layer."""
@@ -152,8 +159,19 @@ class SequenceRows:
         self.layers[layer].basis = self._allocate(count, "exact")
         return self.layers[layer].basis
 
+    def take_smoothing(self, layer: int) -> Ids:
+        """A row for the smoothing of a layer's keys, int32 ``[1]``."""
+        ids = self._allocate(1, "exact")
+        self._smoothing[layer] = ids[0]
+        return ids
+
+    def move_smoothing(self, moved: Ids) -> None:
+        """The rows of :attr:`smoothing` lie elsewhere now."""
+        self._smoothing = moved
+
     def held(self) -> Iterator[tuple[str, Ids]]:
         """All rows by format, a few at a time."""
+        yield "exact", self._smoothing[self._smoothing >= 0]
         for rows in self.layers:
             yield self.formats.text, rows.text_ids
             yield self.formats.core, rows.image_ids[rows.core]
@@ -165,6 +183,7 @@ class SequenceRows:
         for format_, ids in self.held():
             self.pool.release(ids, self.lease, format_)
         self.layers = [LayerRows() for _ in self.layers]
+        self._smoothing = np.full(len(self.layers), -1, dtype=np.int32)
         self.pool.end(self.lease)
 
     def __iter__(self) -> Iterator[LayerRows]:

@@ -39,6 +39,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What :func:`rotate` made ``x`` ``[n, heads, head_dim]`` of, float32; the angles may have a magnitude."""
+    cos, sin = cos.float(), sin.float()
+    return rotate(x.float(), cos, -sin) / (cos.square() + sin.square())
+
+
 def _plain(dim: int, parameters: Mapping[str, Any]) -> tuple[Tensor, float]:
     # "dynamic" is here too: it changes nothing up to max_position_embeddings, which is where the context ends.
     theta = float(parameters["rope_theta"])

@@ -23,7 +23,7 @@ class PackedRows:
     def __init__(self, nodes: Nodes, format_: str, heads: int, dim: int) -> None:
         self._nodes, self._heads, self._dim = nodes, heads, dim
         self._size = Format(format_).record_bytes(KvShape(1, heads, dim, 2))
-        self._planes, self._levels = (2, 127) if format_ == "int8" else (1, 7)
+        self._planes, self._bias, self._bounds = (2, 128, (-127, 127)) if format_ == "int8" else (1, 8, (-8, 7))
         self._groups = heads * (1 if format_ == "int8" else groups(dim))
 
     def read(self, words: str, ids: str) -> str:
@@ -39,21 +39,31 @@ class PackedRows:
         numbers = planes[0]
         for plane in planes[1:]:
             numbers = add("Add", add("Mul", numbers, constant(16, "int32")), plane)
-        numbers = self._nodes.cast(add("Sub", numbers, constant(self._levels + 1, "int32")), "float32")
+        numbers = self._nodes.cast(add("Sub", numbers, constant(self._bias, "int32")), "float32")
         return self._flat(add("Mul", self._grouped(numbers), scales))
 
     def packed(self, rows: str) -> str:
         """float32 rows ``[n, heads * dim]`` as their records hold them, likewise."""
         add, constant = self._nodes.add, self._nodes.constant
         grouped = self._grouped(rows)
-        largest = add("ReduceMax", add("Abs", grouped), constant([2]), keepdims=1)
-        scale = add("Div", largest, constant(float(self._levels), "float32"))
-        scale = add("Min", scale, constant(_LARGEST_SCALE, "float32"))
+        limits = [constant(limit, "float32") for limit in (-_LARGEST_SCALE, _LARGEST_SCALE)]
+        scale = add("Clip", self._largest_scale(grouped), *limits)
         scale = self._nodes.cast(self._nodes.cast(scale, "float16"), "float32")
         zero = constant(0.0, "float32")
-        numbers = add("Where", add("Greater", scale, zero), add("Div", grouped, scale), zero)
-        bounds = [constant(float(bound), "float32") for bound in (-self._levels, self._levels)]
+        numbers = add("Where", add("Equal", scale, zero), zero, add("Div", grouped, scale))
+        bounds = [constant(float(bound), "float32") for bound in self._bounds]
         return self._flat(add("Mul", add("Clip", add("Round", numbers), *bounds), scale))
+
+    def _largest_scale(self, grouped: str) -> str:
+        """The value of largest magnitude over the number that it becomes, ``[n, groups, 1]``."""
+        add, constant = self._nodes.add, self._nodes.constant
+        high = add("ReduceMax", grouped, constant([2]), keepdims=1)
+        low = add("ReduceMin", grouped, constant([2]), keepdims=1)
+        opposite = add("Neg", low)
+        if self._planes == 2:
+            return add("Div", add("Max", high, opposite), constant(float(self._bounds[1]), "float32"))
+        largest = add("Where", add("GreaterOrEqual", high, opposite), high, low)
+        return add("Div", largest, constant(float(self._bounds[0]), "float32"))
 
     def _digits(self, record: str, begin: int, length: int, bits: int, count: int) -> str:
         """The first ``count`` numbers of ``bits`` bits in ``length`` bytes of each record: int32 ``[n, count]``."""
@@ -68,13 +78,16 @@ class PackedRows:
         return add("Slice", flat, constant([0]), constant([count]), constant([1]))
 
     def _scales(self, halves: str) -> str:
-        """The bits of float16 numbers that are not negative, as float32 ``[n, groups, 1]``."""
+        """The bits of float16 numbers as float32 ``[n, groups, 1]``."""
         add, constant = self._nodes.add, self._nodes.constant
         fraction = constant(1 << 10, "int32")
         exponent = add("Mod", add("Div", halves, fraction), constant(32, "int32"))
         leading = add("Mul", add("Min", exponent, constant(1, "int32")), fraction)
         bits = self._nodes.cast(add("Add", leading, add("Mod", halves, fraction)), "float32")
         worth = add("Gather", constant(_LAST_BITS, "float32"), exponent, axis=0)
+        is_negative = self._nodes.cast(add("Div", halves, constant(1 << 15, "int32")), "float32")
+        sign = add("Sub", constant(1.0, "float32"), add("Mul", constant(2.0, "float32"), is_negative))
+        worth = add("Mul", worth, sign)
         return add("Unsqueeze", add("Mul", bits, worth), constant([2]))
 
     def _plane(self, record: str, begin: int, length: int) -> str:
