@@ -68,8 +68,8 @@ class StoredRows:
     def _begin_smoothing(
         self, cache: SequenceCache, layer: int, keys: Tensor, positions: npt.NDArray[np.int32]
     ) -> Smoothing:
-        """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in the row that the
-        cache has for it."""
+        """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in the row that
+        the cache has for it."""
         smoothing = Smoothing.fit(keys, self._store.index(positions), cache.reach, self._angles)
         ids = self._store.index(cache.rows.smoothing[layer : layer + 1])
         self._store.write(ids, smoothing.center[None], smoothing.scale[None])

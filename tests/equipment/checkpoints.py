@@ -69,6 +69,7 @@ class CheckpointSpec:
     strategy: Literal["default", "full"] = "default"
     tied: bool = False
     attention_bias: bool = False  # Llama only; Qwen2 always has biases on q, k and v
+    outliers: bool = False  # key biases tens of times the rest, in a few channels that queries hardly look at
     dtype: torch.dtype = torch.float32
     image_size: int = 56
     patch_size: int = 14
@@ -109,6 +110,7 @@ SPECS: dict[str, CheckpointSpec] = {
     "qwen2-gqa": CheckpointSpec("qwen2", kv_heads=2, seed=10),
     "qwen2-tied": CheckpointSpec("qwen2", heads=6, kv_heads=2, tied=True, feature_layer=-1, seed=11),
     "qwen2-dynamic": CheckpointSpec("qwen2", rope_scaling={"rope_type": "dynamic", "factor": 2.0}, seed=12),
+    "qwen2-outliers": CheckpointSpec("qwen2", kv_heads=2, head_dim=32, outliers=True, seed=15),
     "llama-bf16": CheckpointSpec("llama", kv_heads=2, dtype=torch.bfloat16, seed=13),
 }
 
@@ -220,6 +222,19 @@ def _draw_weights(model: LlavaForConditionalGeneration, spec: CheckpointSpec, sp
             value = gain / math.sqrt(parameter[0].numel()) * noise
         parameter.copy_(value)
     model.lm_head.weight[special_ids] *= 0.01
+    for layer in model.model.language_model.layers if spec.outliers else ():
+        _draw_outliers(layer.self_attn, spec, rng)
+
+
+def _draw_outliers(attention: Any, spec: CheckpointSpec, rng: torch.Generator) -> None:
+    """As published Qwen2 decoders have them: in a pair that turns fast, one that turns slowly, and a single channel of
+    each key head."""
+    half = spec.head_dim // 2
+    channels = torch.tensor([1, 1 + half, half - 1, 2 * half - 1, half - 3])
+    keys = attention.k_proj.bias.view(spec.kv_heads, spec.head_dim)
+    keys[:, channels] = 45 * torch.randn(spec.kv_heads, len(channels), generator=rng).sign()
+    for parameter in (attention.q_proj.weight, attention.q_proj.bias):
+        parameter.view(spec.heads, spec.head_dim, -1)[:, channels] /= 30
 
 
 @torch.no_grad()

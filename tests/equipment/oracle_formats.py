@@ -9,10 +9,11 @@ The prompt's own attention is over rows as they were computed. The quantisation 
   neighbouring dimensions (32 of them, or the largest power of two up to that which divides the head);
 * the scale is the largest magnitude over 127, or the value that has it over -8 (of two, the positive one), rounded to
   float16; q is the value over that, rounded half to even;
-* what is quantised of a key is (key - center) / scale, channel by channel, where any tier is packed: before RoPE the
-  keys of the prompt have a mean and a covariance in each pair of channels that RoPE turns together, and the center is
-  the middle of what the turned mean becomes at 128 positions of the whole answer, the scale half of that range and
-  three of the standard deviations that the turned rest has there on average; over the head's largest, 1/64 at least;
+* what is quantised of a key is (key - center) / scale, channel by channel, where any tier is packed: in each pair of
+  channels that RoPE turns together, the keys of the prompt are a bias that turns, a constant that does not (which least
+  squares count a hundredth too high), and a rest; the center is the middle of what the first two become at 128
+  positions of the whole answer, the scale half of that range and three of the standard deviations that the turned rest
+  has there on average; over the head's largest, 1/64 at least;
 * a coarse scan of an int8 key sees, of q + 128, the high four bits, and takes the middle of the sixteen values.
 
 Values are taken in float32, the widest in which rows are packed. Who is core, stored and text is decided as in
@@ -78,20 +79,35 @@ class Smoothing:
     @classmethod
     def of(cls, keys: Tensor, positions: list[int], reach: int, frequencies: Tensor) -> Smoothing:
         """From the keys ``[n, kv_heads, d]`` of a prompt at ``positions``, in a sequence of up to ``reach`` tokens."""
-        turn = _turns(positions, frequencies)[:, None]
-        before = torch.complex(*keys.chunk(2, -1)) / turn
-        mean = before.mean(0)
+        turns, pairs = _turns(positions, frequencies), torch.complex(*keys.chunk(2, -1))
+        both, rest = _fitted(pairs, turns), torch.empty_like(pairs)
+        for pair in range(pairs.shape[-1]):
+            for head in range(pairs.shape[1]):
+                bias, constant = both[:, head, pair]
+                rest[:, head, pair] = (pairs[:, head, pair] - constant) / turns[:, pair] - bias
         carried, spread = [], torch.zeros(keys.shape[1:], dtype=torch.float64)
         for sample in range(128):
             turn = _turns([sample * (reach - 1) // 127], frequencies)
-            carried.append(_halves(mean * turn))
-            spread += _halves((before - mean) * turn).square().mean(0) / 128
+            carried.append(_halves(both[0] * turn + both[1]))
+            spread += _halves(rest * turn).square().mean(0) / 128
         low, high = torch.stack(carried).amin(0), torch.stack(carried).amax(0)
         extent = (high - low) / 2 + 3 * spread.sqrt()
         return cls((low + high) / 2, (extent / extent.amax(-1, keepdim=True)).clamp(min=1 / 64))
 
     def through(self, how: Callable[[Tensor, str], Tensor], keys: Tensor, name: str) -> Tensor:
         return how((keys - self.center) / self.scale, name) * self.scale + self.center
+
+
+def _fitted(pairs: Tensor, turns: Tensor) -> Tensor:
+    """Bias and constant, complex ``[2, kv_heads, d / 2]``: numpy's least squares, the penalty as one more equation."""
+    count, heads, halves = pairs.shape
+    found = torch.empty(2, heads, halves, dtype=torch.complex128)
+    for pair in range(halves):
+        equations = np.stack([turns[:, pair].numpy(), np.ones(count)], 1)
+        equations = np.concatenate([equations, [[0, math.sqrt(0.01 * count)]]])
+        truth = np.concatenate([pairs[:, :, pair].numpy(), np.zeros((1, heads))])
+        found[:, :, pair] = torch.from_numpy(np.linalg.lstsq(equations, truth, rcond=None)[0])
+    return found
 
 
 def _turns(positions: list[int], frequencies: Tensor) -> Tensor:

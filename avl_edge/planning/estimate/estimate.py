@@ -14,7 +14,7 @@ from typing import Any
 
 from ...config import Formats, PromptShape
 from ...kv.budget import kv_plan
-from ...kv.layout import Format, packing
+from ...kv.layout import Format, packing, smoothing_rows
 from ...kv.methods import Method, Tiers
 from ...kv.quality import choices
 from ...machine.profile import Basis, DeviceProfile
@@ -117,7 +117,8 @@ class Estimate:
         rows = {"text": held.text, "core": held.core, "secondary": held.secondary}
         tiers = self.formats.stored.by_tier().items()
         basis = {name: Format(name).basis_rows * shape.row_bytes for tier, name in tiers if rows[tier]}
-        return sum(rows[tier] * packing(Format(name), shape).row_bytes for tier, name in tiers) + sum(basis.values())
+        beside = sum(basis.values()) + smoothing_rows(self.formats) * shape.row_bytes
+        return sum(rows[tier] * packing(Format(name), shape).row_bytes for tier, name in tiers) + beside
 
     @property
     def _peak_bytes(self) -> int:

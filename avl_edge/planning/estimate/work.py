@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from ...config import Formats, KvShape, PromptShape
-from ...kv.layout import Format
+from ...kv.layout import Format, smoothing_rows
 from ...kv.methods import Method, Policy, Tiers
 from ...model.sizes import ModelShape, Picture, Precision
 
@@ -93,6 +93,7 @@ class Answer:
         forms = {tier: Format(name) for tier, name in (formats or Formats()).by_tier().items()}
         self._row_bytes = {tier: form.read_bytes(shape) for tier, form in forms.items()}
         self._basis_bytes = {tier: form.basis_rows_read * shape.row_bytes for tier, form in forms.items()}
+        self._smoothing_bytes = smoothing_rows(formats or Formats()) * shape.row_bytes
         self._scan_bytes = forms["core"].coarse_bytes(shape)
         # Layers that begin alike stay alike, and there are few kinds: one of each is counted.
         self._kinds = [(method.tiers(prompt, 0, layer), method.tokens_in(prompt, layer)) for layer in range(layers)]
@@ -145,10 +146,10 @@ class Answer:
         return sums
 
     def _read(self, rows: dict[str, int]) -> tuple[int, int]:
-        """Rows of those tiers of one layer, and their bytes with the basis of low-rank ones."""
+        """Rows of those tiers of one layer, and their bytes with the basis of low-rank ones and the keys' smoothing."""
         nbytes = sum(count * self._row_bytes[tier] for tier, count in rows.items())
         basis = max(self._basis_bytes[tier] for tier, count in rows.items() if count)
-        return sum(rows.values()), nbytes + basis
+        return sum(rows.values()), nbytes + basis + self._smoothing_bytes
 
 
 @lru_cache(maxsize=2048)
