@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ..config import require
+from ..config import format_size, require
 from ..errors import DoesNotFit
+from ..machine import device
 from ..measure.evaluate import Setting
 from ..measure.perplexity import TEXT, WindowLayout, measure, plans_of, read_windows, report
-from ..model.checkpoint import load_weights
+from ..model.checkpoint import load_weights, stored_dtype
 from ..model.network import Llava
 from ..model.prompt import Processor
 from ..model.spec import read_spec
@@ -37,18 +38,29 @@ def text_document(
         f"a window of {layout.length} tokens is longer than this model's context of {spec.text.context}",
     )
     read = read_windows(files_of(data), Processor.of(spec, directory).text, layout, windows)
-    with progress("loading") as loading:
-        network = Llava(spec, load_weights(directory, loading))
-    shape = spec.text.kv_shape(network.dtype.itemsize)
+    dtype = stored_dtype(directory)
+    shape = spec.text.kv_shape(dtype.itemsize)
     for setting in settings:
         setting.check(shape)
     plans, left_out = plans_of(settings, layout, shape)
-    if settings and len(left_out) == len(settings):
+    if len(left_out) == len(settings):
         raise DoesNotFit(next(iter(left_out.values())))
+    _check_memory(len(read) * sum(plan.peak_bytes for plan in plans.values()))
+    with progress("loading") as loading:
+        network = Llava(spec, load_weights(directory, loading))
     with progress("decoding") as decoding:
         scores = measure(network, read, layout, plans, decoding)
-    dtype = str(network.dtype).removeprefix("torch.")
-    return {"model": directory.resolve().name, "dtype": dtype, **report(read, layout, scores, left_out)}
+    about = {"model": directory.absolute().name, "dtype": str(dtype).removeprefix("torch.")}
+    return {**about, **report(read, layout, scores, left_out)}
+
+
+def _check_memory(needed: int) -> None:
+    usable = device.probe("/").memory.usable_bytes
+    if usable is not None and needed > usable:
+        raise DoesNotFit(
+            f"the rows of all windows in all settings take {format_size(needed)}, and {format_size(usable)} are free: "
+            "name fewer --methods, or lower --windows or --window"
+        )
 
 
 def text_table(document: Mapping[str, Any]) -> Table:
@@ -60,8 +72,9 @@ def text_table(document: Mapping[str, Any]) -> Table:
     )
     note = "change: of perplexity, from full's; KL: from full's, nats per token; same: likeliest token as full's"
     table = Table(title=title, caption=note, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("method", "KV", "perplexity", "change", "KL", "same", "bytes/row", "stored", "read"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name != "method")
+    table.add_column("method", overflow="fold")
+    for name in ("KV", "perplexity", "change", "KL", "same", "bytes/row", "stored", "read"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in document["results"]:
         table.add_row(
             row["method"],
@@ -72,6 +85,6 @@ def text_table(document: Mapping[str, Any]) -> Table:
             f"{row['same_token']:.1%}",
             f"{row['bytes_per_row']:.0f}",
             f"{row['bytes_stored_fraction']:.1%}",
-            f"{row['bytes_read_fraction']:.1%}",
+            "-" if row["bytes_read_fraction"] is None else f"{row['bytes_read_fraction']:.1%}",
         )
     return table

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from avl_edge.cli import run_app
+from avl_edge.machine import device
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import CORPUS
 from tests.equipment.command_line import Outcome
@@ -69,6 +71,21 @@ def test_mistakes_take_one_line(evaluate, options: list[str], message: str) -> N
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.count("\n") == 1
     assert message in outcome.err
+
+
+def test_a_single_predicted_token_has_no_step_to_read_for(evaluate) -> None:  # type: ignore[no-untyped-def]
+    outcome = evaluate("--prompt-tokens", "39", "--methods", "full:format=int8")
+    assert outcome.code == 0
+    assert [line.split()[-1] for line in outcome.out.splitlines() if line.startswith("full")] == ["-", "-"]
+
+
+def test_rows_that_this_machine_has_no_memory_for_are_refused(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    facts = device.probe("/")
+    little = replace(facts, memory=replace(facts.memory, available_bytes=10_000, total_bytes=20_000))
+    monkeypatch.setattr(device, "probe", lambda _: little)
+    outcome = evaluate("--methods", "full:format=int8")
+    assert outcome.code == 3
+    assert "10.0 kB are free: name fewer --methods" in outcome.err
 
 
 def test_settings_that_none_can_be_evaluated_are_a_refusal(evaluate) -> None:  # type: ignore[no-untyped-def]
