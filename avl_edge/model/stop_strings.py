@@ -12,8 +12,8 @@ _REPLACEMENT = "\ufffd"
 class StopMatcher:
     """Gives out text until one of ``stop_strings`` (none of them empty) is in it, and nothing from there on.
 
-    The stop string that is complete first counts, and of several that end at one character the longest, so that it
-    does not matter in which pieces the text comes. Withheld is what may still become one, and no more. ``matched`` is
+    The stop string that is complete first counts, and of several that end at one character the longest: it does not
+    matter in which pieces the text comes. Withheld is what may still become one, and no more. ``matched`` is
     the stop string that was found.
     """
 
@@ -47,10 +47,10 @@ class StopMatcher:
         return self._first(self._held + text) is not None
 
     def _first(self, text: str) -> tuple[int, str] | None:
-        """Where the stop string that is complete first begins in ``text``, and which it is."""
+        """Where the stop string that is complete first begins in ``text``, and which it is. As none has another inside,
+        it also begins first."""
         places = ((text.find(each), each) for each in self._stop_strings)
-        found = [(begin + len(each), begin, each) for begin, each in places if begin >= 0]
-        return min(found)[1:] if found else None
+        return min((place for place in places if place[0] >= 0), default=None)
 
     def _withheld(self, text: str) -> int:
         """How many characters at the end of ``text`` may be the beginning of a stop string."""

@@ -48,7 +48,7 @@ def probabilities(
     likely = _softmax(scaled)
     before, nucleus = 0.0, np.zeros(len(likely), bool)
     for token in sorted(range(len(likely)), key=lambda token: (-likely[token], token)):
-        nucleus[token] = before < top_p
+        nucleus[token] = before < top_p or top_p == 1
         before += likely[token]
     likely[~nucleus] = 0
     likely[likely < min_p * likely.max()] = 0
@@ -60,8 +60,8 @@ def is_decided(scores: Sequence[float] | Floats, *, temperature: float, top_k: i
     likely = probabilities(scores, temperature=temperature, top_k=top_k)
     before = np.concatenate([[0], np.sort(likely)[::-1].cumsum()])
     nucleus = top_p == 1 or np.abs(before - top_p).min() > 1e-6
-    ratios = likely[likely < likely.max()] / likely.max()
-    return bool(nucleus and (not len(ratios) or np.abs(ratios - min_p).min() > 1e-6))
+    ratios = likely[(0 < likely) & (likely < likely.max())] / likely.max()
+    return bool(nucleus and np.all(np.abs(ratios - min_p) > 1e-6))
 
 
 def log_softmax(logits: Sequence[float] | Floats) -> Floats:

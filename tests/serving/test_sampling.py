@@ -140,6 +140,15 @@ def test_text_that_may_become_a_stop_string_is_let_go_of_at_the_limit(runtime: R
     assert (result.finish_reason, result.stop_string) == ("stop", whole.text[-1:])
 
 
+def test_what_the_limit_lets_go_of_may_complete_a_stop_string(runtime: Runtime) -> None:
+    """Half a character is no text before the end."""
+    half = 3 + 0xF0  # the token <0xF0>, after three special ones
+    options = _options(logit_bias={half: 100.0}, stop="\ufffd", max_new_tokens=2)
+    result = runtime.generate([IMAGE], PROMPT, options).result()
+    assert (result.token_ids, result.text) == ((half, half), "")
+    assert (result.finish_reason, result.stop_string) == ("stop", "\ufffd")
+
+
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"logprobs": 0}, {}])
 def test_a_model_that_gives_nan_is_told_of(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
