@@ -45,11 +45,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 def _ours(logits: Any, **choices: Any) -> np.ndarray:
     """``[vocabulary]``, zero for what cannot be drawn."""
-    ids, likely = distribution(torch.tensor(logits, dtype=torch.float32), Options(**choices))
+    ids, weights = distribution(torch.tensor(logits, dtype=torch.float32), Options(**choices))
     assert ids.tolist() == sorted(set(ids.tolist()))
-    assert likely.dtype == torch.float64
     whole = np.zeros(len(logits))
-    whole[ids.numpy()] = likely.numpy()
+    whole[ids.numpy()] = weights.double().numpy() / weights.double().numpy().sum()
     return whole
 
 

@@ -62,9 +62,10 @@ class Sampler:
         return token
 
     def _draw(self, scores: Tensor) -> int:
-        """By the inverse of the cumulative distribution."""
-        ids, probabilities = distribution(scores, self._sampling)
-        cumulative = probabilities.cumsum(0)
+        """By the inverse of the cumulative distribution, which is summed in float64: a sum in float32 would lose tokens
+        that together may be likely."""
+        ids, weights = distribution(scores, self._sampling)
+        cumulative = weights.double().cumsum_(0)
         total = float(cumulative[-1])
         # The product may round up to the total, which is beyond the last token.
         point = min(self._random.random() * total, math.nextafter(total, 0))
@@ -72,6 +73,8 @@ class Sampler:
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
-    logs = logits.double().log_softmax(0)
-    top = logits.topk(min(count, len(logits))).indices.tolist()
-    return Logprobs(token, float(logs[token]), tuple(TokenLogprob(each, float(logs[each])) for each in top))
+    highest = float(logits.max())
+    total = highest + math.log((logits - highest).exp_().sum())
+    values, ids = logits.topk(min(count, len(logits)))
+    top = (TokenLogprob(each, value - total) for each, value in zip(ids.tolist(), values.tolist(), strict=True))
+    return Logprobs(token, float(logits[token]) - total, tuple(top))
