@@ -60,7 +60,7 @@ def is_decided(scores: Sequence[float] | Floats, *, temperature: float, top_k: i
     likely = probabilities(scores, temperature=temperature, top_k=top_k)
     before = np.concatenate([[0], np.sort(likely)[::-1].cumsum()])
     nucleus = top_p == 1 or np.abs(before - top_p).min() > 1e-6
-    ratios = likely[(0 < likely) & (likely < likely.max())] / likely.max()
+    ratios = likely[(likely > 0) & (likely < likely.max())] / likely.max()
     return bool(nucleus and np.all(np.abs(ratios - min_p) > 1e-6))
 
 

@@ -92,6 +92,14 @@ def test_large_vocabularies(spread: float, choices: dict[str, Any]) -> None:
     assert np.abs(found - expected).sum() <= 1e-6 + 2 * expected[expected > 0].min()
 
 
+@settings(max_examples=50)
+@given(temperature=st.floats(0.05, 1), unlikely=st.floats(0, 100))
+def test_no_token_is_lost_to_underflow(temperature: float, unlikely: float) -> None:
+    found = _ours([0.0, -unlikely], temperature=temperature)
+    assert found.all()
+    np.testing.assert_allclose(found, probabilities([0.0, -unlikely], temperature=temperature), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.001, 100.0])
 def test_the_ends_of_temperature(temperature: float) -> None:
     logits = [30.0, 29.99, -40.0, 29.995]

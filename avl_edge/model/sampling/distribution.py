@@ -22,8 +22,8 @@ def distribution(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         scores = scores[ids]
     else:
         ids = torch.arange(len(scores))
-    # The likeliest token weighs 1.
-    weights = (scores - scores.max()).div_(sampling.temperature).exp_()
+    # The likeliest token weighs 1, the least likely ones 1e-38: below that, numbers are denormal, which is slow.
+    weights = (scores - scores.max()).div_(sampling.temperature).clamp_(min=-87).exp_()
     mass = float(weights.sum())
     # All tokens below this together weigh less than what a nucleus leaves out, so that few are left to sort.
     least = max(sampling.min_p, (1 - sampling.top_p) * mass / len(weights))
