@@ -37,5 +37,11 @@ class DoesNotFit(AvlEdgeError):
     http_status = 503
 
 
+class InvalidLogits(AvlEdgeError):
+    """The model gave NaN or infinite logits, from which no token can be chosen."""
+
+    exit_code = 2
+
+
 class PoolExhausted(AvlEdgeError):
     """The row pool or a lease was asked for more rows than it has: a fault of the caller's accounting."""

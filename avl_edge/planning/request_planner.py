@@ -52,7 +52,11 @@ class RequestPlanner:
         return pages
 
     def new_tokens(self, length: int, options: Options) -> int:
-        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one."""
+        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one, or
+        ``options`` name tokens that the model does not have."""
+        size = self.spec.text.vocab_size
+        if any(token >= size for token in options.logit_bias):
+            raise BadInput(f"logit_bias names token {max(options.logit_bias)}, but the model's ids end at {size - 1}")
         room = self.spec.text.context - length
         if room < 1:
             raise BadInput(

@@ -47,6 +47,11 @@ class Detokenizer:
         """What was held back; nothing follows it. A second call returns ""."""
         return self._give_out(self._decode(self._context + self._new)) if self._new else ""
 
+    @property
+    def pending(self) -> str:
+        """What :meth:`finish` would return now."""
+        return self._decode(self._context + self._new)[self._context_length :] if self._new else ""
+
     def _give_out(self, text: str) -> str:
         final = text[self._context_length :]
         self._context, self._new = self._new, []
