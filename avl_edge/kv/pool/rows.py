@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import KvShape
-from ...errors import DoesNotFit, PoolExhausted
+from ...errors import Busy, PoolExhausted
 from ..layout import PAGE_ROWS, Format, Packing, packing, page_bytes
 
 Ids = npt.NDArray[np.int32]
@@ -90,9 +90,9 @@ class RowPool:
         return packing(Format(format_), self.shape)
 
     def lease(self, limit: int) -> Lease:
-        """Set ``limit`` pages aside; :class:`DoesNotFit` when they are not there."""
+        """Set ``limit`` pages aside; :class:`Busy` when they are not there."""
         if limit > self.pages_unreserved:
-            raise DoesNotFit(f"{limit} pages were asked of a pool with {self.pages_unreserved} to give")
+            raise Busy(f"{limit} pages were asked of a pool with {self.pages_unreserved} to give")
         lease = Lease(limit)
         self._leases.add(lease)
         return lease

@@ -41,7 +41,7 @@ class Setting:
     def options(self, prompt: PromptShape, shape: KvShape, max_new_tokens: int) -> Options:
         """Greedy decoding with the parameters that keep the share for this prompt.
 
-        Raises :class:`DoesNotFit` when the method cannot hold so little.
+        Raises :class:`TooLarge` when the method cannot hold so little.
         """
         plan = at_share(self._ladder(), self.kv_fraction, prompt, shape, self.method)
         parameters = asdict(plan.method)
