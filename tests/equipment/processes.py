@@ -16,10 +16,10 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_python(code: str) -> str:
-    """What a process of its own prints."""
+def run_python(code: str, *options: str) -> str:
+    """What a process of its own prints, an interpreter with ``options``."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

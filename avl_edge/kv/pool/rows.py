@@ -193,7 +193,8 @@ class RowPool:
         before = (leaving[at] * pack.page_step + slots * pack.row_step).astype(np.int32)
         stays, free = set(pages[:kept]), lease.free.get(format_, [])
         after: Ids = np.array([row for row in free if row // pack.page_step in stays][: len(before)], dtype=np.int32)
-        assert len(after) == len(before), "a lease has lost count of its free rows"
+        if len(after) != len(before):
+            raise PoolExhausted("a lease has lost count of its free rows")
         if len(before):
             taken = set(after.tolist())
             lease.free[format_] = [row for row in free if row not in taken]
@@ -203,8 +204,12 @@ class RowPool:
         return before, after
 
     def shrink_lease(self, lease: Lease, limit: int) -> None:
-        """Promise a lease no more than ``limit`` pages from now on; what it no longer needs others may be promised."""
-        assert lease.held <= limit <= lease.limit, "a lease can neither grow nor hold more than it is promised"
+        """Promise a lease no more than ``limit`` pages from now on; what it no longer needs others may be promised.
+
+        :class:`PoolExhausted` below what it holds, and above what it was promised.
+        """
+        if not lease.held <= limit <= lease.limit:
+            raise PoolExhausted(f"a lease of {lease.limit} pages that holds {lease.held} cannot become one of {limit}")
         lease.limit = limit
 
     def take_dirty_pages(self) -> Index:

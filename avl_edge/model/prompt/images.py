@@ -91,6 +91,8 @@ def _read(path: Path) -> bytes:
         if path.exists() and not path.is_file():
             raise BadImage(f"'{name}' is not a regular file: save the picture to a file first")
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise _too_many_bytes(f"'{name}'")
             return _read_bounded(file, f"'{name}'")
     except FileNotFoundError:
         raise BadImage(f"'{name}' does not exist: check the path of the picture") from None
