@@ -22,7 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_join
 from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
-from jinja2.runtime import Context, markup_join, str_join
+from jinja2.runtime import Context, Macro, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_eval_context
 from jinja2.visitor import NodeTransformer
@@ -148,8 +148,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A function, a macro, or a method that is offered, paid for by its arguments."""
-        __self.pay(*args, *kwargs.values())
+        """A function, a macro, or a method that is offered, paid for by its arguments. What a macro does with a
+        namespace or another macro it pays for itself."""
+        __self.pay(*args, *kwargs.values(), of_values=not isinstance(__obj, Macro))
         # jinja2 wraps str.format, which fetches attributes and makes widths of numbers.
         owner = getattr(inspect.unwrap(__obj), "__self__", None)
         if isinstance(owner, (str, int, float, range, *_CONTAINERS, dict)):
