@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -9,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
-from .errors import BadInput, BadModel
+from .errors import BadInput, BadModel, refusing
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([a-zA-Z]*)\s*")
@@ -278,10 +279,32 @@ def format_size(count: int) -> str:
     return f"{count} B"
 
 
-def read_text(path: Path) -> str | None:
-    """The text of a model's file, or None if there is no such file; :class:`BadModel` if it is not readable UTF-8."""
+MODEL_FILE_BYTES = 8 * 2**20
+"""The most that one of a model's JSON files may have: published ones have a hundredth of it. A tokenizer's may have
+:data:`TOKENIZER_BYTES`."""
+TOKENIZER_BYTES = 64 * 2**20
+
+
+def read_bytes(file: BinaryIO, most: int) -> bytes | None:
+    """All of a stream, or None if it has more than ``most`` bytes; no more than that is read."""
+    chunks, left = [], most
+    while chunk := file.read(min(left + 1, 1 << 20)):
+        left -= len(chunk)
+        if left < 0:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def read_text(path: Path, most: int = MODEL_FILE_BYTES) -> str | None:
+    """The text of a model's file, or None if there is no such file; :class:`BadModel` if it is not readable UTF-8 or
+    has more than ``most`` bytes."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = read_bytes(file, most)
+        if content is None:
+            raise BadModel(f"{path} has more than {format_size(most)}: no such file of a model is so large")
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # line ends become \n
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -294,10 +317,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     text = read_text(path)
     if text is None:
         return None
-    try:
+    with refusing(lambda reason: BadModel(f"{path} is not valid JSON ({reason}): copy the checkpoint again")):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadModel(f"{path} is not valid JSON ({error}): copy the checkpoint again") from None
     if not isinstance(content, dict):
         raise BadModel(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import torch
@@ -17,7 +19,7 @@ from ..errors import BadInput
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
-from ..model.prompt import ImageSource
+from ..model.prompt import ImageSource, read_stream
 from ..request import Result
 from ..serving.runtime import Runtime
 from ..serving.scheduler import Request
@@ -232,7 +234,15 @@ def _load(runtime: Runtime, pool_bytes: int) -> None:
 def _images(names: list[str]) -> list[ImageSource]:
     if names.count("-") > 1:
         raise BadInput("only one --image can be read from stdin: give the others as files")
-    return [sys.stdin.buffer.read() if name == "-" else name for name in names]
+    return [read_stream(sys.stdin.buffer) if name == "-" else _path(name) for name in names]
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise BadInput("the path of the picture is empty: give the path of a JPEG, PNG, WebP or BMP file")
+    if re.match(r"(https?|ftp|data):", name):
+        raise BadInput(f"'{name[:80]}' is an address, not a file: download the picture and give its path")
+    return Path(name)
 
 
 def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:

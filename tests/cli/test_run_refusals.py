@@ -50,9 +50,9 @@ def test_bad_pictures(run, tmp_path: Path, name: str) -> None:  # type: ignore[n
     _refused(run(image=str(path)), message, name)
 
 
-def _refused(outcome: Outcome, *messages: str) -> None:
-    """Exit code 2, one line on stderr that says why, nothing on stdout."""
-    assert (outcome.code, outcome.out) == (2, "")
+def _refused(outcome: Outcome, *messages: str, code: int = 2) -> None:
+    """The exit code of bad input, one line on stderr that says why, nothing on stdout."""
+    assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err.startswith("avl-edge: ")
     assert outcome.err.count("\n") == 1
     for message in messages:
@@ -62,6 +62,8 @@ def _refused(outcome: Outcome, *messages: str) -> None:
 def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     _refused(run(image=str(tmp_path / "none.jpg")), "does not exist", "none.jpg")
     _refused(run(image=str(tmp_path)), "is a directory")
+    _refused(run(image=""), "path of the picture is empty")
+    _refused(run(image="https://example.org/cat.jpg"), "'https://example.org/cat.jpg' is an address, not a file")
     _refused(run(model=str(tmp_path / "nothing")), "there is no model")
     _refused(run(model=""), "there is no model")
     _refused(run(model=str(tmp_path)), "has no config.json")
@@ -129,5 +131,5 @@ def test_bad_prompts(run) -> None:  # type: ignore[no-untyped-def]
     _refused(run(prompt=""), "prompt is empty")
     _refused(run(prompt=" \n"), "prompt is empty")
     _refused(run(prompt=None), "--prompt")
-    _refused(run(prompt="boat " * 600), "context ends at 512")
+    _refused(run(prompt="boat " * 600), "context ends at 512", code=3)
     _refused(run(prompt="<image> what?"), "contains <image>")

@@ -42,7 +42,7 @@ class Setting:
     def options(self, prompt: PromptShape, shape: KvShape, max_new_tokens: int) -> Options:
         """Greedy decoding with the parameters that keep the share for this prompt.
 
-        Raises :class:`DoesNotFit` when the method cannot hold so little.
+        Raises :class:`TooLarge` when the method cannot hold so little.
         """
         plan = self.plan(prompt, shape, 0)
         parameters = asdict(plan.method)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
+from ...errors import BadModel, refusing
+
 _REPLACEMENT = "\ufffd"
 
 
@@ -59,4 +61,6 @@ class Detokenizer:
         return final
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with refusing(lambda reason: BadModel(f"the model's tokenizer failed: {reason}")):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
