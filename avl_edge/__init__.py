@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import Formats, Options
-from .errors import AvlEdgeError, BadImage, BadInput, BadModel, DoesNotFit
+from .errors import AvlEdgeError, BadImage, BadInput, BadModel, Busy, DoesNotFit, TooLarge
 
 if TYPE_CHECKING:
     from .request import Result, TokenEvent
@@ -19,6 +19,7 @@ __all__ = [
     "BadImage",
     "BadInput",
     "BadModel",
+    "Busy",
     "DoesNotFit",
     "Formats",
     "Generation",
@@ -27,6 +28,7 @@ __all__ = [
     "Result",
     "Runtime",
     "TokenEvent",
+    "TooLarge",
 ]
 
 # What computes is imported when its name is first asked for (PEP 562): torch takes seconds to import, and what only

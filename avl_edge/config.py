@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
-from .errors import BadInput, BadModel
+from .errors import BadInput, BadModel, refusing
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([a-zA-Z]*)\s*")
@@ -89,15 +90,92 @@ class PromptShape:
         return self.prefix + self.images + self.suffix
 
 
+_RANGES = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+}
+_MOST_BIASES, _MOST_STOPS, _LONGEST_STOP, _MOST_LOGPROBS = 1024, 16, 256, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a request's tokens are chosen from the model's logits, and what ends its answer before the model does.
+
+    In this order, which is that of transformers and vLLM:
+
+    - ``logit_bias``: what is added to the logits of single tokens, by id, -100 to 100;
+    - ``repetition_penalty``: positive logits of tokens that are in the prompt or the answer are divided by it, negative
+      ones multiplied;
+    - ``frequency_penalty`` is subtracted from a token's logit for each time that it is in the answer,
+      ``presence_penalty`` once;
+    - ``temperature`` divides the logits; 0 takes the likeliest token, and nothing below counts;
+    - ``top_k`` likeliest tokens are left (0: all), then the fewest that together reach ``top_p``, then those that are
+      at least ``min_p`` times as likely as the likeliest.
+
+    ``seed`` repeats the draws; None takes one from the system, which the result names. ``stop``: a string, or several,
+    before which the answer ends. ``logprobs``: give the log-probability of each token, and of so many of the likeliest
+    in its place; None: of none.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            _require_within(name, getattr(self, name), least, most)
+        require(not 0 < self.temperature < 0.001, "temperature must be 0, or a number from 0.001 to 100")
+        require(self.top_p > 0, "top_p must be above 0 and at most 1")
+        _require_whole("top_k", self.top_k, 2**31 - 1)
+        if self.seed is not None:
+            _require_whole("seed", self.seed, 2**63 - 1)
+        if self.logprobs is not None:
+            _require_whole("logprobs", self.logprobs, _MOST_LOGPROBS)
+        self._check_logit_bias()
+        self._check_stop()
+
+    def _check_logit_bias(self) -> None:
+        require(isinstance(self.logit_bias, Mapping), "logit_bias must be a mapping from token ids to numbers")
+        require(len(self.logit_bias) <= _MOST_BIASES, f"logit_bias takes at most {_MOST_BIASES} tokens")
+        for token, bias in self.logit_bias.items():
+            _require_whole("a token id of logit_bias", token, 2**31 - 1)
+            _require_within(f"the logit_bias of token {token}", bias, -100, 100)
+
+    def _check_stop(self) -> None:
+        require(isinstance(self.stop, str | Sequence), f"stop must be strings, not {type(self.stop).__name__}")
+        require(len(self.stop_strings) <= _MOST_STOPS, f"stop takes at most {_MOST_STOPS} strings")
+        for each in self.stop_strings:
+            require(isinstance(each, str), f"a stop string must be a string, not {type(each).__name__}")
+            require(0 < len(each) <= _LONGEST_STOP, f"a stop string must have 1 to {_LONGEST_STOP} characters")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as several."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(Sampling):
     """How to answer one request.
 
     ``method`` names a policy of :mod:`avl_edge.kv.methods`; None takes ``full`` where it fits ``kv_budget``, and where
     it does not what answers best by measurement. ``parameters`` are that policy's own, by field name; those left out
     take their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the
     pool's). ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
-    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). ``temperature`` 0 is greedy.
+    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). What :class:`Sampling` has
+    beside these is given by name.
     """
 
     method: str | None = None
@@ -106,11 +184,9 @@ class Options:
     preset: str | None = None
     kv_budget: int | str | None = None
     max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(isinstance(self.method, str | None), f"method must be a name, not {self.method!r}")
         require(isinstance(self.parameters, Mapping), "parameters must be a mapping from names to numbers")
         require(isinstance(self.formats, Formats | None), f"formats must be avl_edge.Formats, not {self.formats!r}")
@@ -120,17 +196,8 @@ class Options:
         )
         for name, value in self.parameters.items():
             require(_is_number(value), f"parameter {name!r} must be a number, not {value!r}")
-        for name in ("max_new_tokens", "seed"):
-            require(_is_whole(getattr(self, name)), f"{name} must be a whole number, not {getattr(self, name)!r}")
-        for name in ("temperature", "top_p"):
-            require(_is_number(getattr(self, name)), f"{name} must be a number, not {getattr(self, name)!r}")
+        require(_is_whole(self.max_new_tokens), f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        require(
-            self.temperature == 0 or 0.001 <= self.temperature <= 100,
-            f"temperature must be 0 or from 0.001 to 100, not {self.temperature}",
-        )
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         require(self.kv_budget_bytes != 0, "the KV budget must be more than 0 bytes")
 
     @property
@@ -149,12 +216,21 @@ def checked_options(options: Options | None) -> Options:
     return options or Options()
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _require_within(name: str, value: object, least: float, most: float) -> None:
+    holds = _is_number(value) and least <= value <= most
+    require(holds, f"{name} must be a number from {least} to {most}")
+
+
+def _require_whole(name: str, value: object, most: int) -> None:
+    require(_is_whole(value) and 0 <= value <= most, f"{name} must be a whole number from 0 to {most}")
 
 
 def require(holds: bool, message: str) -> None:
@@ -203,10 +279,32 @@ def format_size(count: int) -> str:
     return f"{count} B"
 
 
-def read_text(path: Path) -> str | None:
-    """The text of a model's file, or None if there is no such file; :class:`BadModel` if it is not readable UTF-8."""
+MODEL_FILE_BYTES = 8 * 2**20
+"""The most that one of a model's JSON files may have: published ones have a hundredth of it. A tokenizer's may have
+:data:`TOKENIZER_BYTES`."""
+TOKENIZER_BYTES = 64 * 2**20
+
+
+def read_bytes(file: BinaryIO, most: int) -> bytes | None:
+    """All of a stream, or None if it has more than ``most`` bytes; no more than that is read."""
+    chunks, left = [], most
+    while chunk := file.read(min(left + 1, 1 << 20)):
+        left -= len(chunk)
+        if left < 0:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def read_text(path: Path, most: int = MODEL_FILE_BYTES) -> str | None:
+    """The text of a model's file, or None if there is no such file; :class:`BadModel` if it is not readable UTF-8 or
+    has more than ``most`` bytes."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = read_bytes(file, most)
+        if content is None:
+            raise BadModel(f"{path} has more than {format_size(most)}: no such file of a model is so large")
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # line ends become \n
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -219,10 +317,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     text = read_text(path)
     if text is None:
         return None
-    try:
+    with refusing(lambda reason: BadModel(f"{path} is not valid JSON ({reason}): copy the checkpoint again")):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadModel(f"{path} is not valid JSON ({error}): copy the checkpoint again") from None
     if not isinstance(content, dict):
         raise BadModel(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content

@@ -35,15 +35,35 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token to be: the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Logprobs(TokenLogprob):
+    """Of a generated token, and of the ``top`` likeliest ones in its place, the likeliest first.
+
+    They are the model's own, before bias, penalties, temperature and what follows it.
+    """
+
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One generated token. ``text`` is what became readable with it, often one word piece, possibly empty.
 
-    ``finish_reason`` is None until the last event: ``stop`` (the model ended) or ``length`` (the limit).
+    ``finish_reason`` is None until the last event: ``stop`` (the model ended, or a stop string is complete) or
+    ``length`` (the limit). ``logprobs`` where the request asks for them.
     """
 
     token_id: int
     text: str
     finish_reason: str | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,12 @@ class DeviceStats:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished (or closed) request. ``formats`` are those at its end; ``device`` is None where none is followed."""
+    """A finished (or closed) request. ``formats`` are those at its end; ``device`` is None where none is followed.
+
+    ``stop_string`` is the one that ended the answer: ``text`` ends before it, while ``token_ids`` has its tokens.
+    ``logprobs`` are those of ``token_ids``, where they were asked for. ``seed`` is that of the draws; None where there
+    were none.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -151,6 +176,9 @@ class Result:
     timings: Timings
     kv: KvStats
     device: DeviceStats | None = None
+    stop_string: str | None = None
+    logprobs: tuple[Logprobs, ...] | None = None
+    seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document that ``avl-edge run --json`` prints."""

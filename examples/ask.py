@@ -4,6 +4,7 @@ python examples/ask.py examples/cockpit.png "What is the speed?"
 """
 
 import sys
+from pathlib import Path
 
 from avl_edge import AvlEdgeError, Options, Runtime
 
@@ -12,7 +13,7 @@ if len(sys.argv) != 3:
 picture, question = sys.argv[1:]
 runtime = Runtime.load("demo")
 try:
-    for event in runtime.generate([picture], question, Options(max_new_tokens=120)):
+    for event in runtime.generate([Path(picture)], question, Options(max_new_tokens=120)):
         print(event.text, end="", flush=True)
 except AvlEdgeError as error:
     sys.exit(str(error))

@@ -4,6 +4,7 @@ python examples/together.py examples/cockpit.png "What is the speed?" "Which gea
 """
 
 import sys
+from pathlib import Path
 
 from avl_edge import AvlEdgeError, Options, Runtime
 
@@ -13,7 +14,7 @@ picture, *questions = sys.argv[1:]
 runtime = Runtime.load("demo")
 options = Options(kv_budget=3_000_000, max_new_tokens=60)
 try:
-    generations = [runtime.generate([picture], question, options) for question in questions]
+    generations = [runtime.generate([Path(picture)], question, options) for question in questions]
 except AvlEdgeError as error:
     sys.exit(str(error))
 for question, generation in zip(questions, generations, strict=True):

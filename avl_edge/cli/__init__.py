@@ -2,7 +2,7 @@
 share is in `terminal`, `options`, `profiles` and `progress`.
 
 stdout holds the answer and nothing else. Exit codes: 0 done, 1 our fault (or a check of the doctor's that failed),
-2 bad input, 3 does not fit the budget, 130 Ctrl-C, 141 the reader of stdout left.
+2 bad input, 3 does not fit (the budget, the pool, the model's context), 130 Ctrl-C, 141 the reader of stdout left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..errors import AvlEdgeError
+from ..errors import MESSAGE_LENGTH, AvlEdgeError, shortened
 from .commands import LazyGroup
 from .terminal import Debug
 
@@ -59,8 +59,9 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, AvlEdgeError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # Typer's own usage errors
-        return f"{error.format_message()} (see --help)", 2
-    return f"internal error: {type(error).__name__}: {error} (run again with --debug for the trace)", 1
+        return f"{shortened(error.format_message(), MESSAGE_LENGTH)} (see --help)", 2
+    said = shortened(str(error), MESSAGE_LENGTH)
+    return f"internal error: {type(error).__name__}: {said} (run again with --debug for the trace)", 1
 
 
 def _print_version(wanted: bool) -> None:

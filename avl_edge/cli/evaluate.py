@@ -37,20 +37,23 @@ from ..measure.evaluate import (
     settings_of,
     watch,
 )
+from ..measure.perplexity import HEADER, TEXT, WindowLayout
 from ..model.demo import DEMO
 from ..serving.runtime import Runtime
 from .options import FORMATS, MEMORY, METHOD, OUTPUT, Json, Model, Threads, checkpoint_of
 from .progress import progress, stderr
 from .terminal import Debug, readers_may_leave
+from .text import text_document, text_table
 
+TEXTS = "Text options"
 _MOST_PROBLEMS = 10
 
 
 Data: TypeAlias = Annotated[
     str,
     typer.Option(
-        help="'demo', a JSONL file of image, question and answers, or the folder of DocVQA, TextVQA, OCRBench, "
-        "VQAv2, Nocaps or Flickr30k."
+        help="'demo', a JSONL file of image, question and answers, the folder of DocVQA, TextVQA, OCRBench, "
+        "VQAv2, Nocaps or Flickr30k, or text:FILE,FILE for the perplexity of any UTF-8 text."
     ),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Chooses the questions.")]
@@ -71,9 +74,11 @@ Methods: TypeAlias = Annotated[
     ),
 ]
 KvFraction: TypeAlias = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Shares of full attention's memory at the end of the prompt, like 0.5,0.25.", rich_help_panel=MEMORY
+        help="Shares of full attention's memory at the end of the prompt, like 0.5,0.25.",
+        show_default="0.5, of texts 1",
+        rich_help_panel=MEMORY,
     ),
 ]
 Kl: TypeAlias = Annotated[
@@ -92,6 +97,30 @@ Attention: TypeAlias = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+Window: TypeAlias = Annotated[
+    int, typer.Option(min=2, help="Tokens of a window, prompt included.", rich_help_panel=TEXTS)
+]
+PromptTokens: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens",
+        min=1,
+        help="Tokens of a window that are its prompt; the rest are decoded.",
+        rich_help_panel=TEXTS,
+    ),
+]
+Windows: TypeAlias = Annotated[
+    int, typer.Option(min=1, help="Windows of each text, from its beginning.", rich_help_panel=TEXTS)
+]
+AsImage: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help=f"So many tokens of each prompt, after its first {HEADER}, are held as an image's, for methods that "
+        "decide about image rows.",
+        rich_help_panel=TEXTS,
+    ),
+]
 Out: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -102,9 +131,12 @@ Out: TypeAlias = Annotated[
 Plots: TypeAlias = Annotated[
     Path | None, typer.Option(help="Draw plots into this folder, as SVG and PNG.", rich_help_panel=OUTPUT)
 ]
+_OF_QUESTIONS = ("questions", "seed", "metric", "max_new_tokens", "kl", "attention", "plots")
+_OF_TEXTS = ("window", "prompt_tokens", "windows", "as_image")
 
 
 def evaluate(
+    context: typer.Context,
     data: Data = "demo",
     questions: HowMany = None,
     seed: Seed = 1,
@@ -113,7 +145,11 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 160,
     threads: Threads = None,
     methods: Methods = "full,avl",
-    kv_fraction: KvFraction = "0.5",
+    kv_fraction: KvFraction = None,
+    window: Window = 1024,
+    prompt_tokens: PromptTokens = 128,
+    windows: Windows = 1,
+    as_image: AsImage = 0,
     kl: Kl = False,
     attention: Attention = 0,
     out: Out = None,
@@ -121,27 +157,67 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Ask the same questions with several methods: quality against memory.
+    """Ask the same questions with several methods, or decode the same texts: quality against memory.
 
     \b
     Example:
       avl-edge eval --methods full,distinct:format=int4 --kv-fraction 0.5,0.25
+      avl-edge eval --data text:README.md --methods full:format=int8,h2o:grow=1
     """
-    settings = settings_of(_names(methods), _fractions(kv_fraction))
+    is_text = data.startswith(TEXT)
+    _refuse(context, *((_OF_QUESTIONS, "questions") if is_text else (_OF_TEXTS, "texts")))
+    settings = settings_of(_names(methods), _fractions(kv_fraction or ("1" if is_text else "0.5")))
+    require(out is None or not (out.is_dir() or not out.name), f"{out} is a folder: give --out the name of a file")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if is_text:
+        layout = WindowLayout(window, prompt_tokens, as_image)
+        document = _with_command(text_document(data, model, settings, layout, windows))
+        _publish(document, out, None, as_json)
+        return
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
     if kl:
         checkpoint_of(model)
-    require(out is None or not (out.is_dir() or not out.name), f"{out} is a folder: give --out the name of a file")
     if plots:
         require_plots(plots)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    document = _with_command(
+        _answered(data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out)
+    )
+    _publish(document, out, plots, as_json)
+
+
+def _refuse(context: typer.Context, options: tuple[str, ...], what: str) -> None:
+    """:class:`BadInput` where an option was given that is about ``what`` else."""
+    for name in options:
+        source = context.get_parameter_source(name)
+        require(
+            source is None or source.name != "COMMANDLINE", f"--{name.replace('_', '-')} is about {what}: leave it out"
+        )
+
+
+def _with_command(document: dict[str, Any]) -> dict[str, Any]:
+    return {"command": shlex.join(["avl-edge", *sys.argv[1:]]), **document}
+
+
+def _answered(
+    data: str,
+    count: int | None,
+    seed: int,
+    metric: str | None,
+    model: str,
+    max_new_tokens: int,
+    settings: list[Setting],
+    kl: bool,
+    attention: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    """The evaluation on questions; its answers are kept beside ``out``."""
     runtime = Runtime.open(model)
     for setting in settings:
         setting.check(runtime.kv_shape)
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
-        asked_of = read_questions(data, seed, questions, Path(scratch))
+        asked_of = read_questions(data, seed, count, Path(scratch))
         metric = metric or asked_of.metric
         require_packages(metric)
         directory = DEMO if model == "demo" else Path(model)
@@ -151,9 +227,7 @@ def evaluate(
         run = EvaluationRun(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
         asked = _ask(run, asked_of, settings, log.path)
         seen = _watch(runtime, asked_of, attention, max_new_tokens) if attention else None
-    document = {"command": shlex.join(["avl-edge", *sys.argv[1:]]), **report(runtime, asked_of, asked, metric)}
-    document |= {"attention": seen} if seen else {}
-    _publish(document, out, plots, as_json)
+    return {**report(runtime, asked_of, asked, metric), **({"attention": seen} if seen else {})}
 
 
 def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_json: bool) -> None:
@@ -167,7 +241,7 @@ def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_
         if as_json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            Console(highlight=False).print(_table(document))
+            Console(highlight=False).print(text_table(document) if "texts" in document else _table(document))
 
 
 def _names(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from ..model.demo import DEMO
 from ..package.directory import is_package
 from .terminal import AS_JSON
 
+SAMPLING = "Sampling options"
 METHOD = "Method options"
 MEMORY = "Memory options"
 OUTPUT = "Output options"
@@ -24,6 +25,44 @@ Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of
 Threads: TypeAlias = Annotated[
     int | None,
     typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
+]
+
+
+def _of_sampling(text: str, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=SAMPLING, **settings)
+
+
+Temperature: TypeAlias = Annotated[float, _of_sampling("0 takes the likeliest token every time.")]
+TopK: TypeAlias = Annotated[int, _of_sampling("Sample from so many of the likeliest tokens; 0: from all.")]
+TopP: TypeAlias = Annotated[float, _of_sampling("Sample from the likeliest tokens that together reach this.")]
+MinP: TypeAlias = Annotated[
+    float, _of_sampling("Sample from tokens at least this many times as likely as the likeliest.")
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float, _of_sampling("Divides the logits of tokens that are in the prompt or the answer.")
+]
+FrequencyPenalty: TypeAlias = Annotated[
+    float, _of_sampling("Subtracted from a token's logit for each time that it is in the answer.")
+]
+PresencePenalty: TypeAlias = Annotated[
+    float, _of_sampling("Subtracted from the logits of tokens that are in the answer.")
+]
+LogitBias: TypeAlias = Annotated[
+    list[str] | None,
+    _of_sampling("Added to the logit of a token; may be repeated.", metavar="ID=BIAS"),
+]
+Stop: TypeAlias = Annotated[
+    list[str] | None,
+    _of_sampling("The answer ends before this text; may be repeated.", metavar="TEXT"),
+]
+Seed: TypeAlias = Annotated[int | None, _of_sampling("Repeats the draws.", show_default="another one for each answer")]
+WithLogprobs: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--logprobs",
+        help="With --json: the log-probability of each token, and of so many of the likeliest in its place.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 
@@ -91,4 +130,21 @@ def given_parameters(texts: list[str] | None, **named: float | None) -> dict[str
         if name in given:
             raise BadInput(f"{name!r} is given twice: keep one of them")
         given[name] = value
+    return given
+
+
+def given_biases(texts: list[str] | None) -> dict[int, float]:
+    """Token ids and what is added to their logits, from ``ID=BIAS``; :class:`BadInput` for a token given twice."""
+    given: dict[int, float] = {}
+    for text in texts or []:
+        token, _, bias = text.partition("=")
+        try:
+            number, value = int(token), float(bias)
+        except ValueError:
+            raise BadInput(
+                f"cannot read {text!r} as a bias: give ID=BIAS, a token id and a number, like 13=-5"
+            ) from None
+        if number in given:
+            raise BadInput(f"token {number} is given two biases: keep one of them")
+        given[number] = value
     return given

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import torch
@@ -12,12 +14,12 @@ import typer
 from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import Options, format_names, format_size
+from ..config import Options, format_names, format_size, require
 from ..errors import BadInput
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
-from ..model.prompt import ImageSource
+from ..model.prompt import ImageSource, read_stream
 from ..request import Result
 from ..serving.runtime import Runtime
 from ..serving.scheduler import Request
@@ -28,17 +30,29 @@ from .options import (
     OUTPUT,
     Core,
     CoreFormat,
+    FrequencyPenalty,
     Json,
     KvFormat,
+    LogitBias,
     Method,
+    MinP,
     Parameters,
     PrefillKeep,
+    PresencePenalty,
     Refresh,
+    RepetitionPenalty,
     Secondary,
     SecondaryFormat,
+    Seed,
+    Stop,
+    Temperature,
     TextFormat,
     TextKeep,
     Threads,
+    TopK,
+    TopP,
+    WithLogprobs,
+    given_biases,
     given_parameters,
 )
 from .progress import progress, stderr
@@ -63,9 +77,6 @@ AnyModel: TypeAlias = Annotated[
     str, typer.Option(help="'demo', the directory of a LLaVA-1.5 checkpoint, or one that avl-edge build has made.")
 ]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
-Temperature: TypeAlias = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
-TopP: TypeAlias = Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this.")]
-Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of the sampling.")]
 Device: TypeAlias = Annotated[
     str | None,
     typer.Option(help=f"Where to compute: {', '.join(TARGETS)}.", show_default="cpu; tensorrt for a built package"),
@@ -97,11 +108,18 @@ def run(
     image: Images = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
-    temperature: Temperature = Options.temperature,
-    top_p: TopP = Options.top_p,
-    seed: Seed = Options.seed,
     device: Device = None,
     threads: Threads = None,
+    temperature: Temperature = Options.temperature,
+    top_k: TopK = Options.top_k,
+    top_p: TopP = Options.top_p,
+    min_p: MinP = Options.min_p,
+    repetition_penalty: RepetitionPenalty = Options.repetition_penalty,
+    frequency_penalty: FrequencyPenalty = Options.frequency_penalty,
+    presence_penalty: PresencePenalty = Options.presence_penalty,
+    logit_bias: LogitBias = None,
+    seed: Seed = Options.seed,
+    stop: Stop = None,
     preset: PresetName = None,
     method: Method = None,
     prefill_keep: PrefillKeep = None,
@@ -118,6 +136,7 @@ def run(
     secondary_format: SecondaryFormat = None,
     explain: WithExplanation = False,
     stats: WithStats = False,
+    logprobs: WithLogprobs = Options.logprobs,
     as_json: Json = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
@@ -125,32 +144,30 @@ def run(
     options = Options(
         method=method,
         parameters=given_parameters(
-            parameters,
-            prefill_keep=prefill_keep,
-            secondary=secondary,
-            core=core,
-            refresh=refresh,
-            text_keep=text_keep,
+            parameters, prefill_keep=prefill_keep, secondary=secondary, core=core, refresh=refresh, text_keep=text_keep
         ),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         preset=preset,
         kv_budget=kv_budget,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=given_biases(logit_bias),
         seed=seed,
+        stop=stop or (),
+        logprobs=logprobs,
     )
+    _ask(_open(model, device, reserve, threads), _images(image or []), prompt, options, Show(as_json, stats, explain))
+
+
+def _open(model: str, device: str | None, reserve: str | None, threads: int | None) -> Runtime:
     if threads is not None:
         torch.set_num_threads(threads)
-    runtime = _open(model, device, reserve)
-    show = Show(as_json=as_json, stats=stats, explain=explain)
-    if len(prompt) > 1:
-        _ask_several(runtime, several.plan(runtime, _images(image or []), prompt, options), options, show)
-    else:
-        _ask_one(runtime, runtime.prepare(_images(image or []), prompt[0], options), show)
-
-
-def _open(model: str, device: str | None, reserve: str | None) -> Runtime:
     runtime = Runtime.open(model, device=device)
     # Where rows cannot give memory back, a profile's reserve is no default.
     left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
@@ -166,6 +183,14 @@ class Show:
     as_json: bool
     stats: bool
     explain: bool
+
+
+def _ask(runtime: Runtime, images: list[ImageSource], prompts: list[str], options: Options, show: Show) -> None:
+    require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
+    if len(prompts) > 1:
+        _ask_several(runtime, several.plan(runtime, images, prompts, options), options, show)
+    else:
+        _ask_one(runtime, runtime.prepare(images, prompts[0], options), show)
 
 
 def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
@@ -209,7 +234,15 @@ def _load(runtime: Runtime, pool_bytes: int) -> None:
 def _images(names: list[str]) -> list[ImageSource]:
     if names.count("-") > 1:
         raise BadInput("only one --image can be read from stdin: give the others as files")
-    return [sys.stdin.buffer.read() if name == "-" else name for name in names]
+    return [read_stream(sys.stdin.buffer) if name == "-" else _path(name) for name in names]
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise BadInput("the path of the picture is empty: give the path of a JPEG, PNG, WebP or BMP file")
+    if re.match(r"(https?|ftp|data):", name):
+        raise BadInput(f"'{name[:80]}' is an address, not a file: download the picture and give its path")
+    return Path(name)
 
 
 def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
@@ -262,6 +295,7 @@ def _table(result: Result) -> Table:
         ("load / encode / prefill", f"{timings.load_ms:.0f} / {timings.encode_ms:.0f} / {timings.prefill_ms:.0f} ms"),
         ("first token", f"{timings.ttft_ms:.0f} ms"),
         ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),
+        *((("seed", str(result.seed)),) if result.seed is not None else ()),
         ("KV stored / peak / full", " / ".join(map(format_size, (kv.bytes_stored, kv.bytes_peak, kv.bytes_full)))),
         *((("KV shared", format_size(kv.bytes_shared)),) if kv.bytes_shared else ()),
         ("KV rows read", f"{100 * kv.rows_read_fraction:.1f} % of full attention's, {kv.refreshes} refreshes"),

@@ -49,7 +49,7 @@ class Several:
 def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str], options: Options) -> Several:
     """The picture's rows and all questions', in the first formats in which ``options``' budget holds them together.
 
-    Raises :class:`BadInput` for methods that share no rows, :class:`DoesNotFit` beyond the budget.
+    Raises :class:`BadInput` for methods that share no rows, :class:`TooLarge` beyond the budget.
     """
     if not images:
         raise BadInput("several prompts share a picture: give --image, or ask them one at a time")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ..config import Formats, KvShape, PromptShape, format_size
-from ..errors import DoesNotFit
+from ..errors import TooLarge
 from .layout import Format, check, packing, page_bytes, smoothing_rows
 
 
@@ -131,7 +131,7 @@ def fit(
 ) -> KvPlan[M]:
     """The first of ``candidates`` (best answers first) whose peak stays within ``budget`` bytes.
 
-    Raises :class:`DoesNotFit`, naming the smallest budget that would do, when none fits.
+    Raises :class:`TooLarge`, naming the smallest budget that would do, when none fits.
     """
     plans = (kv_plan(method, formats, shape, prompt, steps, budget) for method, formats in candidates)
     what = f"{prompt.length} prompt tokens and {steps + 1} new ones"
@@ -151,7 +151,7 @@ P = TypeVar("P", bound=Promised)
 def first_within(budget: int | None, found: Iterable[P], what: str, instead: str) -> P:
     """The first of ``found`` (the best first) within ``budget`` bytes; without a budget the first.
 
-    Raises :class:`DoesNotFit` where there is none: with ``what`` did not fit, the smallest budget that would do, and
+    Raises :class:`TooLarge` where there is none: with ``what`` did not fit, the smallest budget that would do, and
     what to do ``instead``.
     """
     smallest = 0
@@ -160,7 +160,7 @@ def first_within(budget: int | None, found: Iterable[P], what: str, instead: str
             return each
         smallest = min(smallest or each.peak_bytes, each.peak_bytes)
     assert budget is not None, "without a budget the first is taken"
-    raise DoesNotFit(
+    raise TooLarge(
         f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {what}: the smallest that would do is "
         f"{format_size(smallest)} ({smallest} bytes); {instead}"
     )

@@ -6,15 +6,16 @@ Canonical names: ``text.*`` (embed_tokens, layers.N.*, norm), ``head.weight``, `
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..config import Progress, read_json
-from ..errors import BadModel
+from ..errors import BadModel, quoted, refusing, shortened
 
 # transformers wrote these prefixes at different times; the longer ones come first.
 _PREFIXES = (
@@ -30,6 +31,14 @@ _PREFIXES = (
     ("model.language_model.", "text."),
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST_HEADER_BYTES = 16 * 2**20
+
+
+class _Source(NamedTuple):
+    """Where a tensor is: its name in the file, and the file."""
+
+    name: str
+    path: Path
 
 
 class Weights:
@@ -63,13 +72,13 @@ class Weights:
 
 def load_weights(directory: Path, progress: Progress | None = None) -> Weights:
     """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer."""
-    names = list(_tensor_files(directory))
+    sources = _sources(directory)
     tensors: dict[str, Tensor] = {}
-    for done, (name, tensor) in enumerate(_read(names), start=1):
-        tensors[_canonical(name)] = tensor
+    for done, (name, tensor) in enumerate(_read(sources), start=1):
+        tensors[name] = tensor
         _page_in(tensor)
         if progress:
-            progress(done, len(names))
+            progress(done, len(sources))
     return Weights(tensors)
 
 
@@ -79,8 +88,22 @@ def _page_in(tensor: Tensor) -> None:
         tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
-def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
-    """(tensor name, file) of every tensor, from the index or the one file."""
+def _sources(directory: Path) -> dict[str, _Source]:
+    """By canonical name; :class:`BadModel` where two tensors have one, since either may be the right one."""
+    found: dict[str, _Source] = {}
+    for source in _tensor_files(directory):
+        name = _canonical(source.name)
+        if name in found:
+            raise BadModel(
+                f"{directory} has two tensors for {name}: {quoted(found[name].name)} and {quoted(source.name)}; copy "
+                f"the checkpoint again"
+            )
+        found[name] = source
+    return found
+
+
+def _tensor_files(directory: Path) -> Iterator[_Source]:
+    """Every tensor, from the index or the one file."""
     index = directory / "model.safetensors.index.json"
     document = read_json(index)
     if document is None:
@@ -88,33 +111,42 @@ def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
         if not path.exists():
             raise BadModel(f"{directory} has no model.safetensors and no model.safetensors.index.json")
         names: list[str] = _open(path).keys()
-        yield from ((name, path) for name in names)
+        yield from (_Source(name, path) for name in names)
         return
     files = document.get("weight_map")
     if not isinstance(files, dict):
         raise BadModel(f"{index} has no weight_map")
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise BadModel(f"{index} places {name} outside of its directory ({file!r})")
-        yield name, directory / file
+            raise BadModel(f"{index} places {quoted(name)} outside of its directory ({quoted(file)})")
+        yield _Source(name, directory / file)
 
 
-def _read(names: list[tuple[str, Path]]) -> Iterator[tuple[str, Tensor]]:
-    files = {path: _open(path) for path in dict.fromkeys(path for _, path in names)}
-    for name, path in names:
-        try:
-            yield name, files[path].get_tensor(name)
-        except SafetensorError as error:
-            raise BadModel(f"{path} cannot give {name}: {error}") from None
+def _read(sources: Mapping[str, _Source]) -> Iterator[tuple[str, Tensor]]:
+    files = {path: _open(path) for path in dict.fromkeys(source.path for source in sources.values())}
+    for canonical, source in sources.items():
+        yield canonical, _tensor(files[source.path], source)
+
+
+def _tensor(file: safe_open, source: _Source) -> Tensor:
+    with refusing(lambda reason: BadModel(f"{source.path} cannot give {shortened(source.name, 60)}: {reason}")):
+        tensor: Tensor = file.get_tensor(source.name)
+    return tensor
 
 
 def _open(path: Path) -> safe_open:
+    """An open file. What its header says of shapes and places is checked by safetensors: none may overlap, leave a gap
+    or end beyond the file."""
+    missing = BadModel(f"{path} is missing or may not be read: the checkpoint's index names it")
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except (OSError, ValueError):
+        raise missing from None
+    if length > _MOST_HEADER_BYTES:
+        raise BadModel(f"{path} is damaged: its header would have {length} bytes; copy the checkpoint again")
+    with refusing(lambda reason: BadModel(f"{path} is damaged or cut off; copy the checkpoint again ({reason})")):
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise BadModel(f"{path} is missing or may not be read: the checkpoint's index names it") from None
-    except (SafetensorError, OSError) as error:
-        raise BadModel(f"{path} is damaged or cut off; copy the checkpoint again ({error})") from None
 
 
 def _canonical(name: str) -> str:
@@ -126,8 +158,7 @@ def _canonical(name: str) -> str:
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype that the model will compute in, from the file headers alone."""
-    for name, path in list(_tensor_files(directory)):
-        if _canonical(name) == "text.embed_tokens.weight":
-            tensor: Tensor = _open(path).get_tensor(name)
-            return tensor.dtype
-    raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold a LLaVA decoder")
+    source = _sources(directory).get("text.embed_tokens.weight")
+    if source is None:
+        raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold a LLaVA decoder")
+    return _tensor(_open(source.path), source).dtype

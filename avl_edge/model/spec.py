@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import KvShape, read_json
-from ..errors import BadModel
+from ..errors import BadModel, quoted
 from .pictures import Fixed
 
 # config.json leaves out what equals the family's default, so the defaults are part of the format
@@ -53,6 +53,16 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
+
+# What no model has more of. A larger number is a damaged file, or one that is meant to exhaust memory.
+_MOST = {
+    "num_hidden_layers": 1 << 10,
+    "image_size": 1 << 12,
+    "max_position_embeddings": 1 << 24,
+    "sliding_window": 1 << 24,
+}
+_MOST_OF_OTHERS = 1 << 22
+_MOST_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ def read_spec(directory: Path) -> ModelSpec:
         raise BadModel(f"{directory} has no config.json: give the directory of a complete checkpoint")
     kind = config.get("model_type")
     if kind != "llava":
-        raise BadModel(f"{directory}/config.json has model_type {kind!r}: only 'llava' (LLaVA-1.5) is supported")
+        raise BadModel(f"{directory}/config.json has model_type {quoted(kind)}: only 'llava' (LLaVA-1.5) is supported")
     fields = _Fields(config, _LLAVA_DEFAULTS, "config.json")
     vision = _vision(fields.section("vision_config"))
     strategy = fields.one_of("vision_feature_select_strategy", ("default", "full"), "default")
@@ -164,31 +174,34 @@ class _Fields:
     def size(self, key: str) -> int:
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadModel(f"{self.name}: {key} must be a positive whole number, not {value!r}")
+            raise BadModel(f"{self.name}: {key} must be a positive whole number, not {quoted(value)}")
+        most = _MOST.get(key, _MOST_OF_OTHERS)
+        if value > most:
+            raise BadModel(f"{self.name}: {key} is {quoted(value)}, and no model has more than {most}")
         return value
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise BadModel(f"{self.name}: {key} must be a positive number, not {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _MOST_NUMBER:
+            raise BadModel(f"{self.name}: {key} must be a positive number, not {quoted(value)}")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
         if not isinstance(value, bool | None):
-            raise BadModel(f"{self.name}: {key} must be true or false, not {value!r}")
+            raise BadModel(f"{self.name}: {key} must be true or false, not {quoted(value)}")
         return bool(value)
 
     def text(self, key: str) -> str:
         value = self.get(key)
         if not isinstance(value, str):
-            raise BadModel(f"{self.name}: {key} must be a string, not {value!r}")
+            raise BadModel(f"{self.name}: {key} must be a string, not {quoted(value)}")
         return value
 
     def one_of(self, key: str, known: tuple[str, ...], default: str) -> str:
         value = self.values.get(key, default)
         if value not in known:
-            raise BadModel(f"{self.name}: {key} {value!r} is not supported: it must be one of {', '.join(known)}")
+            raise BadModel(f"{self.name}: {key} {quoted(value)} is not supported: it must be one of {', '.join(known)}")
         return str(value)
 
 
@@ -206,6 +219,8 @@ def _vision(fields: _Fields) -> VisionSpec:
         norm_eps=fields.number("layer_norm_eps"),
     )
     _divides(fields.name, "num_attention_heads", spec.heads, "hidden_size", spec.hidden_size)
+    if spec.patch_size > spec.image_size:
+        raise BadModel(f"{fields.name}: patch_size {spec.patch_size} is larger than image_size {spec.image_size}")
     return spec
 
 
@@ -251,7 +266,7 @@ def _rope(fields: _Fields) -> Mapping[str, Any]:
     """RoPE's parameters in one form; older checkpoints keep rope_theta and rope_scaling apart."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise BadModel(f"{fields.name}: rope_scaling must be an object, not {scaling!r}")
+        raise BadModel(f"{fields.name}: rope_scaling must be an object, not {quoted(scaling)}")
     rope = {"rope_theta": fields.get("rope_theta") or 10000.0, **scaling}
     rope["rope_type"] = str(scaling.get("rope_type") or scaling.get("type") or "default")
     rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
@@ -262,7 +277,7 @@ def _feature_layers(value: Any, layers: int) -> tuple[int, ...]:
     chosen = value if isinstance(value, list) and value else [value]
     for layer in chosen:
         if not isinstance(layer, int) or isinstance(layer, bool) or not -layers - 1 <= layer <= layers:
-            raise BadModel(f"config.json: vision_feature_layer {value!r} is outside a tower of {layers} layers")
+            raise BadModel(f"config.json: vision_feature_layer {quoted(value)} is outside a tower of {layers} layers")
     return tuple(layer % (layers + 1) for layer in chosen)
 
 

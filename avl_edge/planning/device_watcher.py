@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Formats, PromptShape, require
-from ..errors import DoesNotFit
+from ..errors import TooLarge
 from ..kv.methods import Choice, Method
 from ..machine import profile
 from ..machine.device import DeviceFacts, read_machine
@@ -53,14 +53,14 @@ class DeviceState:
             return None
         share = estimate.kv_pool_bytes(self.model, self.of_device) // self.objectives.streams
         if share < 1:
-            raise DoesNotFit(
+            raise TooLarge(
                 f"the profile {self.of_device.name} leaves no memory for the rows of {self.model.name}: give the "
                 f"request a KV budget, or choose a smaller model"
             )
         return share
 
     def in_time(self, choices: Iterable[Choice], prompt: PromptShape, steps: int) -> Iterator[Choice]:
-        """Those of ``choices`` that keep the target; :class:`DoesNotFit` at their end when none did."""
+        """Those of ``choices`` that keep the target; :class:`TooLarge` at their end when none did."""
         target, fastest = self.objectives.target_ms_per_token, 0.0
         if self.of_device is None or target is None:
             yield from choices
@@ -73,7 +73,7 @@ class DeviceState:
                 found = True
                 yield choice
         if not found:
-            raise DoesNotFit(
+            raise TooLarge(
                 f"{self.model.name} takes {fastest:.1f} ms per token at least by the profile {self.of_device.name}, "
                 f"but the target is {target:g} ms: raise the target, or lower --max-new-tokens"
             )

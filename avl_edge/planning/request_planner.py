@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..backends.target import Target
 from ..config import Formats, KvShape, Options, PromptShape, format_size
-from ..errors import BadInput, DoesNotFit
+from ..errors import BadInput, TooLarge
 from ..kv import quality
 from ..kv.budget import KvPlan, fit, kv_plan
 from ..kv.layout import PAGE_ROWS, can_hold, page_bytes
@@ -45,17 +45,24 @@ class RequestPlanner:
             )
         pages = pool_bytes // page
         if most is not None and pages * PAGE_ROWS > most:
-            raise DoesNotFit(
+            raise TooLarge(
                 f"a pool of {format_size(pool_bytes)} has {pages * PAGE_ROWS} rows, but the model was built for "
                 f"{most}: build it with more pool_rows, or ask for less at a time"
             )
         return pages
 
     def new_tokens(self, length: int, options: Options) -> int:
-        """The longest answer to a prompt of so many tokens; :class:`BadInput` where the context has no room for one."""
+        """The longest answer to a prompt of so many tokens, cut where the model's context ends.
+
+        Raises :class:`TooLarge` where that leaves no room for one, :class:`BadInput` where ``options`` name tokens that
+        the model does not have.
+        """
+        size = self.spec.text.vocab_size
+        if any(token >= size for token in options.logit_bias):
+            raise BadInput(f"logit_bias names token {max(options.logit_bias)}, but the model's ids end at {size - 1}")
         room = self.spec.text.context - length
         if room < 1:
-            raise BadInput(
+            raise TooLarge(
                 f"the prompt takes {length} tokens, images included, but the model's context ends at "
                 f"{self.spec.text.context}: ask a shorter question or give fewer images"
             )
@@ -68,7 +75,7 @@ class RequestPlanner:
         first. ``steps`` follow the prompt; a profile gives no more than the pool has.
 
         Raises :class:`BadInput` for options that contradict themselves or that the target does not serve, and
-        :class:`DoesNotFit`.
+        :class:`TooLarge`.
         """
         preset = self.preset(options.preset, prompt) if options.preset else None
         settings = preset.choices() if preset else self._settings(options, prompt)

@@ -30,6 +30,9 @@ def result_of(
         timings=_timings(sequence, load_ms),
         kv=_kv_stats(cache, shape, request, replace(sequence.pressure, waited_ms=waited_ms)),
         device=request.device,
+        stop_string=sequence.text_stream.stop_string,
+        logprobs=None if request.options.logprobs is None else tuple(sequence.logprobs),
+        seed=sequence.sampler.seed,
     )
 
 

@@ -22,9 +22,10 @@ from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
 from ..model.features import FeatureCache
 from ..model.prompt import ImageSource, Processor, check_sources
-from ..model.sampler import Sampler
+from ..model.sampling import Sampler
 from ..model.sizes import shape_of_checkpoint
 from ..model.spec import ModelSpec, read_spec
+from ..model.stop_strings import TextStream
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
 from ..request import Result
@@ -204,7 +205,8 @@ class Runtime:
             if self._backend is None:
                 self.load_weights()
         self._scheduler.require_room(request)
-        sequence = Running(request, Sampler(request.options), self._processor.detokenizer())
+        sampler = Sampler(request.options, request.prompt.token_ids)
+        sequence = Running(request, sampler, TextStream(self._processor.detokenizer(), request.options.stop_strings))
         with self._lock:
             self._scheduler.add(sequence)
         return Generation(self, sequence)

@@ -14,9 +14,9 @@ from ..kv.cache import SequenceCache
 from ..kv.methods import Method
 from ..kv.pool import RowPool
 from ..kv.shared_prefix import QuestionCache, SharedPrefixCache
-from ..model.prompt import Detokenizer
-from ..model.sampler import Sampler
-from ..request import DeviceStats, PressureStats, Prompt, Result, TokenEvent
+from ..model.sampling import Sampler
+from ..model.stop_strings import TextStream
+from ..request import DeviceStats, Logprobs, PressureStats, Prompt, Result, TokenEvent
 
 NO_ROOM = (
     "open image sessions hold the rows that this needs, and nobody is running: close one, or load with a larger pool"
@@ -83,9 +83,10 @@ class Running:
 
     request: Request
     sampler: Sampler
-    detokenizer: Detokenizer
+    text_stream: TextStream
     cache: SequenceCache | None = None
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     text: str = ""
     events: deque[TokenEvent] = field(default_factory=deque)
     result: Result | None = None
@@ -105,22 +106,27 @@ class Running:
         return self.cache
 
     def push(self, token: int, ends: Container[int]) -> str | None:
-        """Its next token, and the event of it. Why the answer ends here: ``stop`` for one of ``ends``, ``length``; None
-        where it goes on."""
+        """Its next token, and the event of it. Why the answer ends here: ``stop`` for one of ``ends`` or a stop string,
+        ``length``; None where it goes on."""
         self.latest_token = time.perf_counter()
         if not self.token_ids:
             self.first_token = self.latest_token
         self.token_ids.append(token)
-        text = self.detokenizer.push(token)
+        text = self.text_stream.push(token)
         reason = None
         if token in ends:
             reason = "stop"
         elif len(self.token_ids) == self.request.max_new_tokens:
             reason = "length"
         if reason:
-            text += self.detokenizer.finish()
+            text += self.text_stream.finish()
+        if self.text_stream.stop_string is not None:
+            reason = "stop"
         self.text += text
-        self.events.append(TokenEvent(token, text, reason))
+        logprobs = self.sampler.logprobs
+        if logprobs:
+            self.logprobs.append(logprobs)
+        self.events.append(TokenEvent(token, text, reason, logprobs))
         return reason
 
 

@@ -45,7 +45,7 @@ def _traced(outcome: Outcome, code: int, last: str) -> None:
         (["--image", "nowhere.png"], 2, "BadImage: "),
         (["--model", "nowhere"], 2, "BadModel: there is no model 'nowhere'"),
         (["--frobnicate"], 2, "No such option: --frobnicate"),
-        (["--kv-budget", "10kB"], 3, "DoesNotFit: "),
+        (["--kv-budget", "10kB"], 3, "TooLarge: "),
     ],
 )
 def test_debug_shows_the_trace_and_keeps_the_exit_code(run, options: list[str], code: int, last: str) -> None:  # type: ignore[no-untyped-def]

@@ -71,11 +71,12 @@ def test_options_of_run_stand_under_headings(capsys: pytest.CaptureFixture[str])
         heading: re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.MULTILINE)
         for heading, text in zip(parts[1::2], parts[2::2], strict=True)
     }
-    assert list(options) == ["Options", "Method options", "Memory options", "Output options"]
+    assert list(options) == ["Options", "Sampling options", "Method options", "Memory options", "Output options"]
     assert {"prompt", "image", "model", "device", "threads", "debug", "help"} <= set(options["Options"])
+    assert {"temperature", "top-p", "logit-bias", "seed", "stop"} <= set(options["Sampling options"])
     assert {"method", "preset", "secondary", "set"} <= set(options["Method options"])
     assert {"kv-budget", "reserve", "kv-format"} <= set(options["Memory options"])
-    assert options["Output options"] == ["explain", "stats", "json"]
+    assert options["Output options"] == ["explain", "stats", "logprobs", "json"]
 
 
 def test_eval_says_how_a_format_is_given(capsys: pytest.CaptureFixture[str]) -> None:

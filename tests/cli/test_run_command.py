@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from avl_edge import Options, Runtime
+from tests.equipment.command_line import PROMPT
 
 
 def test_json_is_one_document_and_nothing_else(run) -> None:  # type: ignore[no-untyped-def]
@@ -75,6 +80,55 @@ def test_text_streams_the_same_answer(run) -> None:  # type: ignore[no-untyped-d
     outcome = run("--max-new-tokens", "20")
     assert outcome.out == document["text"] + "\n"
     assert outcome.err == ""
+
+
+def test_sampling_options_reach_the_request(run, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
+    """The answers are those of the same options in Python, and each option changes them."""
+    runtime, base = Runtime.load(model), ["--temperature", "1.5", "--seed", "4"]
+    choices: list[tuple[list[str], dict[str, Any]]] = [
+        (["--top-k", "2"], {"top_k": 2}),
+        (["--top-p", "0.3"], {"top_p": 0.3}),
+        (["--min-p", "0.5"], {"min_p": 0.5}),
+        (["--repetition-penalty", "0.2"], {"repetition_penalty": 0.2}),
+        (["--frequency-penalty", "-1.5"], {"frequency_penalty": -1.5}),
+        (["--presence-penalty", "-2"], {"presence_penalty": -2.0}),
+        (["--logit-bias", "40=7", "--logit-bias", "41=6.5"], {"logit_bias": {40: 7.0, 41: 6.5}}),
+        (["--seed", "5"], {"seed": 5}),
+        (["--temperature", "0"], {"temperature": 0.0}),
+        ([], {}),
+    ]
+    answers = []
+    for options, meant in choices:
+        document = json.loads(run("--json", "--max-new-tokens", "12", *base, *options).out)
+        expected = Options(**{"temperature": 1.5, "seed": 4, "max_new_tokens": 12} | meant)
+        result = runtime.generate([Path(picture)], PROMPT, expected).result()
+        assert (tuple(document["token_ids"]), document["seed"]) == (result.token_ids, result.seed)
+        answers.append(result.token_ids)
+    assert len(set(answers)) == len(choices)
+
+
+def test_seeds_differ_from_run_to_run_and_are_told(run) -> None:  # type: ignore[no-untyped-def]
+    options = ["--temperature", "2", "--max-new-tokens", "12"]
+    one, two = (json.loads(run("--json", *options).out) for _ in range(2))
+    assert one["seed"] != two["seed"]
+    assert one["token_ids"] != two["token_ids"]
+    again = run("--stats", *options, "--seed", str(one["seed"]))
+    assert again.out == one["text"] + "\n"
+    assert re.search(rf"^seed +{one['seed']} *$", again.err, re.MULTILINE)
+
+
+def test_stop_strings_and_logprobs_in_the_document(run) -> None:  # type: ignore[no-untyped-def]
+    text = json.loads(run("--json", "--max-new-tokens", "20").out)["text"]
+    stop = text[5:7]
+    outcome = run("--json", "--max-new-tokens", "20", "--stop", "never", "--stop", stop, "--logprobs", "3")
+    document = json.loads(outcome.out)
+    assert (document["text"], document["stop_string"]) == (text[: text.index(stop)], stop)
+    assert document["finish_reason"] == "stop"
+    assert [each["token_id"] for each in document["logprobs"]] == document["token_ids"]
+    for each in document["logprobs"]:
+        assert each["top"][0] == {"token_id": each["token_id"], "logprob": each["logprob"]}
+        assert len(each["top"]) == 3
+        assert 0 >= each["top"][0]["logprob"] >= each["top"][1]["logprob"] >= each["top"][2]["logprob"]
 
 
 def test_stats_go_to_stderr(run) -> None:  # type: ignore[no-untyped-def]

@@ -50,9 +50,9 @@ def test_bad_pictures(run, tmp_path: Path, name: str) -> None:  # type: ignore[n
     _refused(run(image=str(path)), message, name)
 
 
-def _refused(outcome: Outcome, *messages: str) -> None:
-    """Exit code 2, one line on stderr that says why, nothing on stdout."""
-    assert (outcome.code, outcome.out) == (2, "")
+def _refused(outcome: Outcome, *messages: str, code: int = 2) -> None:
+    """The exit code of bad input, one line on stderr that says why, nothing on stdout."""
+    assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err.startswith("avl-edge: ")
     assert outcome.err.count("\n") == 1
     for message in messages:
@@ -62,6 +62,8 @@ def _refused(outcome: Outcome, *messages: str) -> None:
 def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     _refused(run(image=str(tmp_path / "none.jpg")), "does not exist", "none.jpg")
     _refused(run(image=str(tmp_path)), "is a directory")
+    _refused(run(image=""), "path of the picture is empty")
+    _refused(run(image="https://example.org/cat.jpg"), "'https://example.org/cat.jpg' is an address, not a file")
     _refused(run(model=str(tmp_path / "nothing")), "there is no model")
     _refused(run(model=""), "there is no model")
     _refused(run(model=str(tmp_path)), "has no config.json")
@@ -101,6 +103,20 @@ def test_bad_paths(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top-p", "0"], "top_p"),
+        (["--top-k", "-1"], "top_k must be a whole number from 0"),
+        (["--min-p", "2"], "min_p must be a number from 0 to 1"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be"),
+        (["--frequency-penalty", "3"], "frequency_penalty must be"),
+        (["--presence-penalty", "-3"], "presence_penalty must be"),
+        (["--seed", "-1"], "seed must be a whole number"),
+        (["--stop", ""], "a stop string must have 1 to 256 characters"),
+        (["--logprobs", "2"], "give both"),
+        (["--json", "--logprobs", "21"], "logprobs must be a whole number from 0 to 20"),
+        (["--logit-bias", "3"], "cannot read '3' as a bias"),
+        (["--logit-bias", "x=3"], "cannot read 'x=3' as a bias"),
+        (["--logit-bias", "3=nan"], "the logit_bias of token 3 must be a number"),
+        (["--logit-bias", "3=1", "--logit-bias", "3=2"], "token 3 is given two biases"),
+        (["--logit-bias", "100000=1"], "logit_bias names token 100000, but the model's ids end at"),
         (["--threads", "0"], "--help"),
         (["--threads", "1000000000"], "--help"),
         (["--refresh", "x"], "--help"),
@@ -115,5 +131,5 @@ def test_bad_prompts(run) -> None:  # type: ignore[no-untyped-def]
     _refused(run(prompt=""), "prompt is empty")
     _refused(run(prompt=" \n"), "prompt is empty")
     _refused(run(prompt=None), "--prompt")
-    _refused(run(prompt="boat " * 600), "context ends at 512")
+    _refused(run(prompt="boat " * 600), "context ends at 512", code=3)
     _refused(run(prompt="<image> what?"), "contains <image>")

@@ -16,10 +16,19 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_python(code: str) -> str:
-    """What a process of its own prints."""
+PEAK_MEMORY = """
+def peak_memory() -> int:
+    \"\"\"The most that this process held, in kB. (What getrusage says begins with what its parent held.)\"\"\"
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+"""
+"""For the head of a program that measures itself."""
+
+
+def run_python(code: str, *options: str) -> str:
+    """What a process of its own prints, an interpreter with ``options``."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

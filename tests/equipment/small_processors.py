@@ -16,6 +16,7 @@ from tests.equipment.small_tokenizers import byte_level, llama, llama_legacy, un
 VOCAB_SIZE = 420
 PATCH, EDGE = 14, 56
 TOKENS = (EDGE // PATCH) ** 2
+CONTEXT = 512
 IMAGE_SETTINGS = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": EDGE},
@@ -72,6 +73,7 @@ def open_processor(path: Path, kind: str = "llama", **changes: Any) -> Processor
     arguments = {
         "image_token_id": image_id(kind),
         "tokens_per_image": TOKENS,
+        "context": CONTEXT,
         "vocab_size": VOCAB_SIZE,
         "image_size": EDGE,
     }

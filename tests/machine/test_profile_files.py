@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avl_edge.errors import MESSAGE_LENGTH
 from avl_edge.machine import profile
 from avl_edge.machine.profile import ANY, BadProfile, Figure
 from tests.equipment.profiles import ORIN, SHIPPED, TEXT, measured_profile
@@ -123,3 +125,40 @@ def test_a_write_that_does_not_read_back_leaves_the_old_profile(tmp_path: Path) 
     with pytest.raises(BadProfile):
         profile.save(broken, path)
     assert path.read_text() == TEXT
+
+
+def test_references_are_refused() -> None:
+    """334 bytes, which stand for 10^9 values; a message that quoted them had 15 MB."""
+    levels = "\n".join(f"v{i}: &v{i} [{', '.join([f'*v{i - 1}'] * 10)}]" for i in range(1, 10))
+    start = time.process_time()
+    for text in (
+        f"v0: &v0 x\n{levels}\nname: *v9\n# end of profile\n",
+        "a: &a {<<: *a}\n# end of profile\n",
+        "&a [*a]",
+    ):
+        with pytest.raises(
+            BadProfile, match=r"bomb\.yaml is not valid YAML .*references \(\*\) are not supported"
+        ) as no:
+            profile.loads(text, "bomb.yaml")
+        assert len(str(no.value)) < 300
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        ("version: 1", "version: " + "[" * 300 + "]" * 300),
+        ("version: 1", "version: 0x" + "f" * 100_000),
+        ("version: 1", "version: " + "[" * 100_000),
+        ("name: agx-orin-64-30w", "name: [" + "long, " * 100_000 + "]"),
+        ("name: agx-orin-64-30w", "? " + "x" * 1000 + "\n: 1"),
+        ("kind: jetson", "kind: " + "x" * 100_000),
+        ("version: 1", "version: 2026-99-99"),
+    ],
+)
+def test_a_message_is_short_whatever_stands_in_the_file(pattern: str, replacement: str) -> None:
+    text, count = re.subn(pattern, replacement, TEXT, count=1)
+    assert count == 1
+    with pytest.raises(BadProfile, match=r"wrong\.yaml") as no:
+        profile.loads(text, "wrong.yaml")
+    assert len(str(no.value)) <= MESSAGE_LENGTH

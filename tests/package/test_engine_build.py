@@ -71,7 +71,13 @@ class TestRecipe:
     def test_an_unknown_name_is_told_the_known_ones(self, name: str) -> None:
         with pytest.raises(BadRecipe) as error:
             find_recipe(name)
-        assert str(error.value) == f"there is no recipe {name!r}: give one of llava-1.5, or a recipe's file"
+        said, advice = str(error.value), ": give one of llava-1.5, or a recipe's file"
+        if len(name) <= 50:
+            assert said == f"there is no recipe {name!r}{advice}"
+        else:
+            assert said.startswith("there is no recipe 'xxx")
+            assert said.endswith(f"xxx'{advice}")
+            assert len(said) < 150
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -172,7 +172,7 @@ def test_free_pages_go_back_to_the_system(runtime: Runtime, tree: Path, monkeypa
 
 @pytest.mark.slow
 def test_the_demo_still_reads_the_speed_from_packed_rows(tree: Path) -> None:
-    picture, question = str(ROOT / "examples" / "cockpit.png"), "What is the speed?"
+    picture, question = ROOT / "examples" / "cockpit.png", "What is the speed?"
     runtime = Runtime.load("demo")
     exact = runtime.generate([picture], question).result()
     packed = runtime.generate([picture], question, Options(formats=Formats("int8", "int8", "int8"))).result()

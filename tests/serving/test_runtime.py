@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from avl_edge import BadInput, DoesNotFit, Options, Runtime
+from avl_edge import DoesNotFit, Options, Runtime, TooLarge
 from avl_edge.kv.layout import page_bytes
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
@@ -167,7 +167,7 @@ def test_the_answer_ends_at_the_context(runtime: Runtime) -> None:
     result = generation.result()
     assert result.usage.prompt_tokens + result.usage.completion_tokens == context
     assert result.finish_reason == "length"
-    with pytest.raises(BadInput, match=f"context ends at {context}"):
+    with pytest.raises(TooLarge, match=f"context ends at {context}"):
         runtime.prepare([IMAGE], "boat " * context)
 
 

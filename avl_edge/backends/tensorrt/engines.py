@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,10 +85,7 @@ class Buffers:
             tensor = given.get(binding.name)
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype, device=device)
-            assert (tensor.shape, tensor.dtype) == (shape, dtype), f"{binding.name}: {tensor.shape}, not {shape}"
-            assert tensor.is_contiguous(), binding.name
-            # Device memory is aligned where it begins, and TensorRT wants multiples of 256.
-            assert tensor.storage_offset() * tensor.itemsize % 256 == 0, f"{binding.name} begins within other memory"
+            _check_memory(binding.name, tensor, shape, dtype)
             # Of a tensor without elements torch gives no address.
             place = tensor if tensor.numel() else torch.empty(1, dtype=dtype, device=device)
             self._tensors[binding.name] = (tensor, place)
@@ -103,3 +100,12 @@ class Buffers:
     ) -> Buffers:
         """For all inputs and outputs."""
         return cls((*bindings.inputs, *bindings.outputs), dims, device, given)
+
+
+def _check_memory(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """ValueError for other memory than an engine was built for: it gets an address alone, and writes there."""
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not contiguous {dtype} {list(shape)}")
+    # Device memory is aligned where it begins, and TensorRT wants multiples of 256.
+    if tensor.storage_offset() * tensor.itemsize % 256:
+        raise ValueError(f"{name} begins within other memory")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ...errors import PoolExhausted
 from .rows import Ids
 from .sequence import LayerRows, Mask, SequenceRows
 
@@ -38,7 +39,8 @@ class BorrowingRows(SequenceRows):
     def fill(self, layer: int, text: Ids, image: Ids, core: Mask, freed: int) -> LayerRows:
         """Borrow the image rows and the text rows before ``begin``, take rows for the other ``text`` positions."""
         lent = self._lender.layers[layer]
-        assert np.array_equal(image, lent.image_positions), "who borrows image rows keeps all of them"
+        if not np.array_equal(image, lent.image_positions):
+            raise PoolExhausted("who borrows image rows keeps all of them")
         borrowed = lent.text_ids[np.isin(lent.text_positions, text)]
         own = self._allocate(len(text) - len(borrowed), self.formats.text)
         rows = LayerRows(text, np.concatenate([borrowed, own]), image, lent.image_ids, core, freed)
@@ -46,7 +48,8 @@ class BorrowingRows(SequenceRows):
         return rows
 
     def keep_image(self, layer: int, keep: Mask) -> None:  # noqa: ARG002
-        assert keep.all(), "borrowed rows are not this sequence's to free"
+        if not keep.all():
+            raise PoolExhausted("borrowed rows are not this sequence's to free")
 
     def held(self) -> Iterator[tuple[str, Ids]]:
         for rows in self.layers:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import KvShape
-from ...errors import DoesNotFit, PoolExhausted
+from ...errors import Busy, PoolExhausted
 from ..layout import PAGE_ROWS, Format, Packing, packing, page_bytes
 
 Ids = npt.NDArray[np.int32]
@@ -90,9 +90,9 @@ class RowPool:
         return packing(Format(format_), self.shape)
 
     def lease(self, limit: int) -> Lease:
-        """Set ``limit`` pages aside; :class:`DoesNotFit` when they are not there."""
+        """Set ``limit`` pages aside; :class:`Busy` when they are not there."""
         if limit > self.pages_unreserved:
-            raise DoesNotFit(f"{limit} pages were asked of a pool with {self.pages_unreserved} to give")
+            raise Busy(f"{limit} pages were asked of a pool with {self.pages_unreserved} to give")
         lease = Lease(limit)
         self._leases.add(lease)
         return lease
@@ -193,7 +193,8 @@ class RowPool:
         before = (leaving[at] * pack.page_step + slots * pack.row_step).astype(np.int32)
         stays, free = set(pages[:kept]), lease.free.get(format_, [])
         after: Ids = np.array([row for row in free if row // pack.page_step in stays][: len(before)], dtype=np.int32)
-        assert len(after) == len(before), "a lease has lost count of its free rows"
+        if len(after) != len(before):
+            raise PoolExhausted("a lease has lost count of its free rows")
         if len(before):
             taken = set(after.tolist())
             lease.free[format_] = [row for row in free if row not in taken]
@@ -203,8 +204,12 @@ class RowPool:
         return before, after
 
     def shrink_lease(self, lease: Lease, limit: int) -> None:
-        """Promise a lease no more than ``limit`` pages from now on; what it no longer needs others may be promised."""
-        assert lease.held <= limit <= lease.limit, "a lease can neither grow nor hold more than it is promised"
+        """Promise a lease no more than ``limit`` pages from now on; what it no longer needs others may be promised.
+
+        :class:`PoolExhausted` below what it holds, and above what it was promised.
+        """
+        if not lease.held <= limit <= lease.limit:
+            raise PoolExhausted(f"a lease of {lease.limit} pages that holds {lease.held} cannot become one of {limit}")
         lease.limit = limit
 
     def take_dirty_pages(self) -> Index:

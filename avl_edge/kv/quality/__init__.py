@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from ...config import Formats, KvShape, PromptShape
-from ...errors import BadInput, DoesNotFit
+from ...errors import BadInput, TooLarge
 from ..budget import KvPlan, fit, kv_plan
 from ..layout import can_hold
 from ..methods import Choice, Full, Method, candidates, method_parameters
@@ -57,7 +57,7 @@ def at_share(
 ) -> KvPlan[Method]:
     """The first of ``settings`` that holds, at the end of the prompt, at most ``share`` of full attention's bytes.
 
-    The share is rounded up to whole pages of the pool. :class:`DoesNotFit` says what ``what`` needs at least.
+    The share is rounded up to whole pages of the pool. :class:`TooLarge` says what ``what`` needs at least.
     """
     full = prompt.length * shape.layers * shape.row_bytes
     whole = kv_plan(Full(), Formats(), shape, prompt, 0)
@@ -67,9 +67,9 @@ def at_share(
     budget = -(-exact // page) * page
     try:
         return fit(settings, shape, prompt, 0, int(budget))
-    except DoesNotFit:
+    except TooLarge:
         least = min(kv_plan(*each, shape, prompt, 0).peak_bytes for each in settings)
-        raise DoesNotFit(
+        raise TooLarge(
             f"{what} cannot hold this prompt in {100 * share:g} % of full attention's memory: "
             f"the least is {100 * least / full:.1f} %"
         ) from None

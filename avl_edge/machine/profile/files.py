@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
+from ...errors import quoted
 from ...resources import resource_files
 from .reader import build, parse, write
 from .schema import ANY, COSTS, VERSION, BadProfile, DeviceProfile
@@ -39,7 +40,7 @@ def loads(text: str, where: str) -> DeviceProfile:
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION or isinstance(version, bool):
         raise BadProfile(
-            f"{where} is of profile version {version!r}, but this program reads version {VERSION}: profile again"
+            f"{where} is of profile version {quoted(version)}, but this program reads version {VERSION}: profile again"
         )
     profile = build(DeviceProfile, data, where)
     if ANY not in profile.models:
@@ -59,7 +60,7 @@ def _check_samples(profile: DeviceProfile, where: str) -> None:
             unknown = sorted(set(sample.amounts) - set(COSTS))
             if sample.ms == 0 or unknown:
                 wrong = f"amounts of {', '.join(unknown)}, which no cost is for" if unknown else "a time of 0 ms"
-                raise BadProfile(f"{where}.models.{name} has a sample {sample.label!r} with {wrong}")
+                raise BadProfile(f"{where}.models.{name} has a sample {quoted(sample.label)} with {wrong}")
 
 
 def dumps(profile: DeviceProfile) -> str:

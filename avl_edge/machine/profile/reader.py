@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 import yaml
 
+from ...errors import quoted, refusing
 from .schema import BadProfile, Figure, Fit, Sample
 
 T = TypeVar("T")
@@ -35,7 +36,14 @@ _PLAUSIBLE = {
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
+    """Refuses a key that stands twice, of which YAML would silently take the last, and references, with which a few
+    bytes stand for any number of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "references (*) are not supported", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: ARG002
         mapping = super().construct_mapping(node, deep=True)
@@ -62,10 +70,8 @@ _FlowDumper.add_representer(
 
 def parse(text: str, where: str) -> Any:
     """The YAML document in ``text``; :class:`BadProfile` names ``where`` and the line of what is wrong."""
-    try:
+    with refusing(lambda reason: BadProfile(f"{where} is not valid YAML ({reason})")):
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise BadProfile(f"{where} is not valid YAML ({' '.join(str(error).split())[:200]})") from None
 
 
 def write(value: Any) -> str:
@@ -89,12 +95,12 @@ def to_plain(value: Any) -> Any:
 def build(kind: type[T], data: Any, where: str) -> T:
     """The dataclass ``kind`` from a mapping; :class:`BadProfile` names the key that is wrong."""
     if not isinstance(data, dict):
-        raise BadProfile(f"{where} must be a mapping, not {_show(data)}")
+        raise BadProfile(f"{where} must be a mapping, not {quoted(data)}")
     hints = get_type_hints(kind)
     known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise BadProfile(f"{where} has an unknown key {_show(key)}{_meant(str(key), list(known))}")
+            raise BadProfile(f"{where} has an unknown key {quoted(key)}{_meant(str(key), list(known))}")
     values = {}
     for name, each in known.items():
         if name in data:
@@ -111,7 +117,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _convert(options[0], value, where)
     if origin is Literal:
         if value not in arguments:
-            raise BadProfile(f"{where} must be one of {', '.join(map(str, arguments))}, not {_show(value)}")
+            raise BadProfile(f"{where} must be one of {', '.join(map(str, arguments))}, not {quoted(value)}")
         return value
     if origin is tuple:
         return tuple(_convert(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(_list(value, where)))
@@ -141,41 +147,36 @@ def _number(kind: type[float], value: Any, where: str) -> float:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not (whole or (kind is float and isinstance(value, float))):
         wanted = "a whole number" if kind is int else "a number; its unit is in its name"
-        raise BadProfile(f"{where} must be {wanted}, not {_show(value)}")
+        raise BadProfile(f"{where} must be {wanted}, not {quoted(value)}")
     if not 0 <= value <= 1e30:  # not a number is neither; whole numbers may be larger than any float
-        raise BadProfile(f"{where} must be a finite number, 0 or more, not {_show(value)}")
+        raise BadProfile(f"{where} must be a finite number, 0 or more, not {quoted(value)}")
     return kind(value)
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise BadProfile(f"{where} must be text, not {_show(value)}")
+        raise BadProfile(f"{where} must be text, not {quoted(value)}")
     return value
 
 
 def _flag(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
-        raise BadProfile(f"{where} must be true or false, not {_show(value)}")
+        raise BadProfile(f"{where} must be true or false, not {quoted(value)}")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise BadProfile(f"{where} must be a list, not {_show(value)}")
+        raise BadProfile(f"{where} must be a list, not {quoted(value)}")
     return value
 
 
 def _items(value: Any, where: str) -> list[tuple[Any, Any]]:
     if not isinstance(value, dict):
-        raise BadProfile(f"{where} must be a mapping, not {_show(value)}")
+        raise BadProfile(f"{where} must be a mapping, not {quoted(value)}")
     return list(value.items())
 
 
 def _meant(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f": did you mean {close[0]}? Units are part of the names" if close else f": it knows {', '.join(known)}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import Formats, Options, Progress, PromptShape
-from ...errors import BadInput
+from ...errors import BadInput, DoesNotFit
 from ...kv.budget import KvPlan, kv_plan
 from ...kv.cache import prompt_shape
 from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, StepLayer
@@ -76,7 +76,7 @@ def watch(
         options = Options(max_new_tokens=max_new_tokens)
         try:
             request = runtime.prepare([open_image(question.image)], questions.prompt(question), options)
-        except BadInput:
+        except (BadInput, DoesNotFit):
             continue
         method = Watched()
         shape = prompt_shape(len(request.prompt), request.prompt.spans)

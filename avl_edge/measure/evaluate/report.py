@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import BadInput, DoesNotFit
+from ...errors import BadInput, TooLarge
 from ...machine import device
 from ...serving.runtime import Runtime
 from .answers import Answer
@@ -35,7 +35,7 @@ def report(runtime: Runtime, questions: Questions, asked: Asked, metric: str) ->
     ``kl_to_full`` is the mean over answers of their KL per token, in nats (None where it was not asked).
     ``problems`` and ``unreachable`` name the questions and settings that were left out.
 
-    Raises :class:`DoesNotFit` or :class:`BadInput` where nothing is left.
+    Raises :class:`TooLarge` or :class:`BadInput` where nothing is left.
     """
     _check_any(asked)
     reference = asked.answers.get(REFERENCE, {})
@@ -55,7 +55,7 @@ def report(runtime: Runtime, questions: Questions, asked: Asked, metric: str) ->
 
 def _check_any(asked: Asked) -> None:
     if not asked.answers:
-        raise DoesNotFit(next(iter(asked.unreachable.values())))
+        raise TooLarge(next(iter(asked.unreachable.values())))
     if not any(asked.answers.values()):
         problem = asked.problems[0]
         raise BadInput(f"no question could be asked ({problem.where}: {problem.reason})")

@@ -56,7 +56,7 @@ class EvaluationRun:
             missing = [setting for setting in asked.answers if (setting, index) not in self._log]
             try:
                 full, requests = self._prepare(question, questions.prompt(question), missing, asked)
-            except BadInput as error:
+            except (BadInput, DoesNotFit) as error:
                 asked.problems.append(Problem(question.where, str(error)))
             else:
                 self._answer(index, full, requests)
@@ -71,7 +71,7 @@ class EvaluationRun:
     ) -> tuple[Request | None, dict[Setting, Request]]:
         """Full attention's request, and that of each of ``settings`` that this question allows; nothing for none.
 
-        Raises :class:`BadInput` where the question cannot be asked.
+        Raises :class:`BadInput` or :class:`DoesNotFit` where the question cannot be asked.
         """
         if not settings:
             return None, {}

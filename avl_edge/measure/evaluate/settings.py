@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ...config import KvShape, Options, PromptShape, require
+from ...kv.budget import KvPlan, kv_plan
 from ...kv.layout import check
-from ...kv.methods import Choice, candidates
+from ...kv.methods import Choice, Method, candidates
 from ...kv.methods.notation import parse
 from ...kv.quality import at_share
 
@@ -41,11 +42,19 @@ class Setting:
     def options(self, prompt: PromptShape, shape: KvShape, max_new_tokens: int) -> Options:
         """Greedy decoding with the parameters that keep the share for this prompt.
 
+        Raises :class:`TooLarge` when the method cannot hold so little.
+        """
+        plan = self.plan(prompt, shape, 0)
+        parameters = asdict(plan.method)
+        return Options(self.name, parameters, plan.formats, max_new_tokens=max_new_tokens)
+
+    def plan(self, prompt: PromptShape, shape: KvShape, steps: int) -> KvPlan[Method]:
+        """What the parameters that keep the share hold of this prompt and ``steps`` decode steps after it.
+
         Raises :class:`DoesNotFit` when the method cannot hold so little.
         """
         plan = at_share(self._ladder(), self.kv_fraction, prompt, shape, self.method)
-        parameters = asdict(plan.method)
-        return Options(self.name, parameters, plan.formats, max_new_tokens=max_new_tokens)
+        return kv_plan(plan.method, plan.formats, shape, prompt, steps)
 
     def check(self, shape: KvShape) -> None:
         """:class:`BadInput` where rows of ``shape`` cannot be stored in this setting's formats."""

@@ -21,7 +21,7 @@ from ...kv.methods import H2O, Avl, FastV, Full, Method, Streaming
 from ...machine import allocator
 from ...model import checkpoint
 from ...model.network import Llava
-from ...model.sampler import Sampler
+from ...model.sampling import Sampler
 from ...model.sizes import ModelShape, shape_of_spec
 from ...model.spec import read_spec
 from ...request import ImageSpan, Prompt

@@ -21,7 +21,7 @@ class Rope:
             raise BadModel(f"RoPE scaling {kind!r} is not supported: it must be one of {', '.join(ROPE_TYPES)}")
         try:
             self._frequencies, self._magnitude = ROPE_TYPES[kind](head_dim, parameters)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise BadModel(f"RoPE scaling {kind!r} lacks a parameter or has a wrong one: {error}") from None
         if not (torch.isfinite(self._frequencies).all() and (self._frequencies > 0).all() and self._magnitude > 0):
             raise BadModel(f"RoPE scaling {kind!r} gives frequencies that are not positive: check {dict(parameters)}")

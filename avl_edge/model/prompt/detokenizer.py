@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
+from ...errors import BadModel, refusing
+
 _REPLACEMENT = "\ufffd"
 
 
@@ -47,6 +49,11 @@ class Detokenizer:
         """What was held back; nothing follows it. A second call returns ""."""
         return self._give_out(self._decode(self._context + self._new)) if self._new else ""
 
+    @property
+    def pending(self) -> str:
+        """What :meth:`finish` would return now."""
+        return self._decode(self._context + self._new)[self._context_length :] if self._new else ""
+
     def _give_out(self, text: str) -> str:
         final = text[self._context_length :]
         self._context, self._new = self._new, []
@@ -54,4 +61,6 @@ class Detokenizer:
         return final
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with refusing(lambda reason: BadModel(f"the model's tokenizer failed: {reason}")):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ...config import read_json
-from ...errors import BadModel
+from ...errors import BadModel, quoted, shortened
 
 _CLIP: dict[str, Any] = {
     "do_resize": True,
@@ -33,6 +33,7 @@ _SIGLIP: dict[str, Any] = _CLIP | {
     "image_mean": (0.5, 0.5, 0.5),
     "image_std": (0.5, 0.5, 0.5),
 }
+_MOST_LENGTH = 4096
 # What a key that a settings file leaves out means for each kind of processor. A flag that is null is off.
 _DEFAULTS = {"CLIPImageProcessor": _CLIP, "LlavaImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
 
@@ -88,6 +89,9 @@ class ImageProcessorConfig:
         if kind != "LlavaImageProcessor" and reader.flag("do_pad") and settings.get("pad_size"):
             raise BadModel(f"{where}: pad_size is not supported for {kind}")
         resize, normalize = reader.flag("do_resize"), reader.flag("do_normalize")
+        pads = kind == "LlavaImageProcessor" and reader.flag("do_pad")
+        if pads and not resize:
+            raise BadModel(f"{where}: do_pad without do_resize would keep squares at full size: set do_resize")
         return cls(
             resize=reader.size("size") if resize else None,
             resample=reader.resample() if resize else Image.Resampling.BICUBIC,
@@ -96,7 +100,7 @@ class ImageProcessorConfig:
             mean=reader.channels("image_mean") if normalize else None,
             std=reader.channels("image_std", positive=True) if normalize else None,
             convert_rgb=reader.flag("do_convert_rgb"),
-            pad_to_square=kind == "LlavaImageProcessor" and reader.flag("do_pad"),
+            pad_to_square=pads,
         )
 
 
@@ -104,7 +108,8 @@ def _kind(settings: Mapping[str, Any], where: str) -> str:
     declared = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "LlavaImageProcessor"
     kind = str(declared).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _DEFAULTS:
-        raise BadModel(f"{where}: image processor {declared} is not supported, only {', '.join(sorted(_DEFAULTS))}")
+        known = ", ".join(sorted(_DEFAULTS))
+        raise BadModel(f"{where}: image processor {shortened(str(declared), 60)} is not supported, only {known}")
     return kind
 
 
@@ -116,7 +121,7 @@ class _Reader:
     where: str
 
     def _bad(self, key: str, wanted: str) -> BadModel:
-        return BadModel(f"{self.where}: {key} must be {wanted}, not {self.settings[key]!r}")
+        return BadModel(f"{self.where}: {key} must be {wanted}, not {quoted(self.settings[key])}")
 
     def flag(self, key: str) -> bool:
         if not isinstance(self.settings[key], bool | None):
@@ -168,4 +173,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 16
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_LENGTH

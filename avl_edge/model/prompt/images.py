@@ -1,35 +1,56 @@
 """From a path, bytes or a Pillow picture to an RGB picture, or to one sentence that says why not.
 
-Pictures come from people and from the network, so everything that can be refused by the header is refused before
-a decoder runs, and only the decoder of the recognised format is ever tried.
+Pictures come from people and from the network, so what would cost memory or time is refused by the file's size and its
+headers before a decoder runs, and only the decoder of the recognised format is ever tried. What was checked is what is
+decoded: a file is read once, as it is at that moment.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ...errors import BadImage, BadInput
-from .headers import SUPPORTED, declared_size, identify
+from ...config import format_size, read_bytes
+from ...errors import BadImage, BadInput, reason, refusing
+from .headers import MOST_PARTS, SUPPORTED, Header, exif_is_sound, identify, read_header
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+ImageSource: TypeAlias = os.PathLike[str] | bytes | Image.Image
+"""A string is none: what comes from a client must not name a file by being passed on."""
 
+MAX_BYTES = 256 * 2**20
+"""Of a file: a BMP of :data:`MAX_PIXELS` with four bytes each."""
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 100
+MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
+"""Pixels times scans of a progressive JPEG, each of which costs 0.6 ns. A file of 12 MP may have 85; encoders write
+10."""
+MAX_METADATA_BYTES = 8 * 2**20
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _HEAD_BYTES = 64
 _USE = "use JPEG, PNG, WebP or BMP"
 
 
 def check_sources(images: Sequence[ImageSource]) -> None:
-    """Raise BadInput for anything but a list of pictures: a path is a sequence too, of letters."""
+    """Raise BadInput for anything but a list of pictures, each a path, bytes or a Pillow image."""
     if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
         raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
+    for image in images:
+        _check_source(image)
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -38,17 +59,23 @@ def open_image(source: ImageSource) -> Image.Image:
     ``source`` is a path, the bytes of a file, or a Pillow image (which is left as it is). Transparency is dropped,
     not blended; a colour key stays in ``info["transparency"]`` for `preprocess`.
 
-    Raises BadImage, naming the source, if it is missing, unreadable, damaged, animated, not JPEG, PNG, WebP or BMP,
-    larger than MAX_PIXELS pixels, or longer than MAX_ASPECT_RATIO times its width (or the other way round).
+    Raises BadInput for a string, and BadImage, naming the source, if it is missing, unreadable, damaged, animated, not
+    JPEG, PNG, WebP or BMP, larger than MAX_BYTES or MAX_PIXELS, or longer than MAX_ASPECT_RATIO times its width (or the
+    other way round), or would take a decoder too long.
     """
+    _check_source(source)
     if isinstance(source, Image.Image):
         return _convert(source, _picture_name(source), in_place=False)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), "the picture")
-    if not isinstance(source, str | os.PathLike):
-        raise BadImage(f"a picture must be a path, bytes or a Pillow image, not {type(source).__name__}")
-    with _open_file(source) as file:
-        return _decode(file, f"'{os.fspath(source)}'")
+        return _decode(source, "the picture")
+    return _decode(_read(Path(source)), f"'{os.fspath(source)}'")
+
+
+def _check_source(source: object) -> None:
+    if isinstance(source, str):
+        raise BadInput("a picture cannot be given as a string: for a file give pathlib.Path(...), or give its bytes")
+    if not isinstance(source, bytes | os.PathLike | Image.Image):
+        raise BadImage(f"a picture must be a pathlib.Path, bytes or a Pillow image, not {type(source).__name__}")
 
 
 def _picture_name(image: Image.Image) -> str:
@@ -56,44 +83,51 @@ def _picture_name(image: Image.Image) -> str:
     return f"'{filename}'" if filename else "the picture"
 
 
-def _open_file(source: str | os.PathLike[str]) -> BinaryIO:
-    name = os.fspath(source)
-    if not name:
-        raise BadImage("the path of the picture is empty: give the path of a JPEG, PNG, WebP or BMP file")
-    if re.match(r"(https?|ftp|data):", name):
-        raise BadImage(f"'{name[:80]}' is an address, not a file: download the picture and give its path")
-    path = Path(name)
+def _read(path: Path) -> bytes:
+    name = os.fspath(path)
     try:
         if path.is_dir():
             raise BadImage(f"'{name}' is a directory: give the path of one picture in it")
         if path.exists() and not path.is_file():
             raise BadImage(f"'{name}' is not a regular file: save the picture to a file first")
-        return path.open("rb")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise _too_many_bytes(f"'{name}'")
+            return _read_bounded(file, f"'{name}'")
     except FileNotFoundError:
         raise BadImage(f"'{name}' does not exist: check the path of the picture") from None
     except PermissionError:
         raise BadImage(f"'{name}' cannot be read: check its permissions") from None
     except (OSError, ValueError) as error:
-        raise BadImage(f"{name!r} cannot be opened: {_clean(error)}") from None
+        raise BadImage(f"{name!r} cannot be opened: {reason(error)}") from None
 
 
-def _decode(file: BinaryIO, name: str) -> Image.Image:
-    head = file.read(_HEAD_BYTES)
-    kind = identify(head)
+def read_stream(file: BinaryIO) -> bytes:
+    """All of a stream that a picture comes from, such as standard input; BadImage beyond MAX_BYTES."""
+    return _read_bounded(file, "the picture")
+
+
+def _read_bounded(file: BinaryIO, name: str) -> bytes:
+    content = read_bytes(file, MAX_BYTES)
+    if content is None:
+        raise _too_many_bytes(name)
+    return content
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    if len(content) > MAX_BYTES:
+        raise _too_many_bytes(name)
+    kind = identify(content[:_HEAD_BYTES])
     if kind not in SUPPORTED:
-        raise BadImage(_refusal(head, kind, name))
-    size = declared_size(file, kind)
-    if size is None or 0 in size:
+        raise BadImage(_refusal(content, kind, name))
+    header = read_header(content, kind)
+    if header is None or 0 in (header.width, header.height):
         raise BadImage(f"{name} is damaged: its {kind} header is incomplete; save or download it again")
-    _check_size(size, name)
-    try:
-        with Image.open(file, formats=[kind]) as image:
-            _check_single_frame(image, name)
-            return _convert(image, name, in_place=True)
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged data
-        raise _damaged(name, error) from None
+    _check_size((header.width, header.height), name)
+    _check_cost(header, name)
+    with _whatever_decoders_raise(name), Image.open(io.BytesIO(content), formats=[kind]) as image:
+        _check_single_frame(image, name)
+        return _convert(image, name, in_place=True)
 
 
 def _refusal(head: bytes, kind: str | None, name: str) -> str:
@@ -118,6 +152,35 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         )
 
 
+def _too_many_bytes(name: str) -> BadImage:
+    return BadImage(f"{name} is too large: more than {format_size(MAX_BYTES)}; save it as a JPEG")
+
+
+def _check_cost(header: Header, name: str) -> None:
+    """What a decoder would be busy with for long, though the picture is no larger than others."""
+    scanned = header.width * header.height * header.scans
+    if scanned > MAX_SCANNED_PIXELS:
+        raise BadImage(
+            f"{name} is a JPEG of {header.scans} scans over {header.width} x {header.height} pixels, which takes too "
+            f"long to decode: save it as a baseline JPEG"
+        )
+    if header.parts > MOST_PARTS:
+        raise BadImage(f"{name} is a file of more than {MOST_PARTS} parts: save it again")
+    if header.metadata > MAX_METADATA_BYTES:
+        raise BadImage(
+            f"{name} has {format_size(header.metadata)} of metadata, more than {format_size(MAX_METADATA_BYTES)}: save "
+            f"it without"
+        )
+    if header.run_lengths:
+        raise BadImage(f"{name} is a BMP in run lengths, which is not supported: save it uncompressed")
+    _check_exif(header.exif, name)
+
+
+def _check_exif(exif: bytes, name: str) -> None:
+    if not exif_is_sound(exif):
+        raise BadImage(f"{name} is damaged: its EXIF data is larger than the file; save it without")
+
+
 def _check_single_frame(image: Image.Image, name: str) -> None:
     # A JPEG of several frames is a camera's MPO: a still with its preview or second eye, and the first frame counts.
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -125,39 +188,36 @@ def _check_single_frame(image: Image.Image, name: str) -> None:
 
 
 def _convert(image: Image.Image, name: str, *, in_place: bool) -> Image.Image:
-    """Loaded, upright and RGB; in place, a large picture is not copied more often than it must be.
+    """Loaded, upright and RGB; unless ``in_place`` a picture of its own.
 
     The size is checked here too: a header may differ from what its decoder found.
     """
     if 0 in image.size:
         raise BadImage(f"{name} has no pixels: {image.width} x {image.height}")
     _check_size(image.size, name)
-    try:
+    with _whatever_decoders_raise(name):
         image.load()
-        upright = _upright(image, in_place)
-        if isinstance(upright.info.get("transparency"), bytes):
+        _check_exif(_exif_of(image), name)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        if turn is not None:
+            image = image.transpose(turn)
+        elif not in_place:
+            image = image.copy()
+        if isinstance(image.info.get("transparency"), bytes):
             # One opacity per palette entry has no meaning in RGB; without it Pillow converts without a warning.
-            del upright.info["transparency"]
-        return upright if upright.mode == "RGB" else upright.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged data
-        raise _damaged(name, error) from None
+            del image.info["transparency"]
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _upright(image: Image.Image, in_place: bool) -> Image.Image:
-    if not in_place:
-        return ImageOps.exif_transpose(image)
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+def _exif_of(image: Image.Image) -> bytes:
+    """The EXIF data that :meth:`Image.getexif` would read of what came with the file."""
+    raw = image.info.get("Raw profile type exif")
+    if "exif" not in image.info and isinstance(raw, str):
+        return bytes.fromhex("".join(raw.split("\n")[3:]))
+    exif = image.info.get("exif", b"")
+    return exif if isinstance(exif, bytes) else b""
 
 
-def _damaged(name: str, error: Exception) -> BadImage:
-    return BadImage(f"{name} is damaged and cannot be decoded ({_clean(error)}): save or download it again")
-
-
-def _clean(error: Exception) -> str:
-    """The error's text on one line, without the names and addresses of Python objects."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    text = re.sub(r"<[^<>]*\b0x[0-9a-fA-F]+[^<>]*>", "the data", text)
-    return " ".join(re.sub(r"0x[0-9a-fA-F]{6,}", "", text).split())[:200]
+def _whatever_decoders_raise(name: str) -> AbstractContextManager[None]:
+    """Decoders raise whatever they like on damaged data."""
+    return refusing(lambda why: BadImage(f"{name} is damaged and cannot be decoded ({why}): save or download it again"))

@@ -12,18 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ...errors import BadImage
 from .image_config import ImageProcessorConfig
+from .images import MAX_PIXELS
 
+MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
+_BAND_PIXELS = 1 << 20
 _WHITE = (255, 255, 255, 255)
 
 
 def preprocess(image: Image.Image, config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
     """float32 ``[3, height, width]``, contiguous, of a Pillow picture of any mode; ``config.output_size`` if fixed."""
     rgb = _on_white(image) if config.convert_rgb else image.convert("RGB")
-    if config.pad_to_square:
-        rgb = _pad_to_square(rgb, config.mean)
+    _check_size(rgb.size, config)
     if config.resize is not None:
-        rgb = rgb.resize(_target_size(rgb.size, config.resize), config.resample)
+        rgb = _resize(rgb, config.resize, config)
     pixels = np.asarray(rgb)
     if config.crop is not None:
         pixels = _crop_centre(pixels, config.crop)
@@ -44,16 +47,42 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
 
 
-def _pad_to_square(image: Image.Image, mean: tuple[float, float, float] | None) -> Image.Image:
-    """The picture in the middle of a square of the mean colour, as LLaVA 1.5 was trained with."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    red, green, blue = mean or (0.0, 0.0, 0.0)
-    square = Image.new("RGB", (side, side), (int(red * 255), int(green * 255), int(blue * 255)))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+def _check_size(size: tuple[int, int], config: ImageProcessorConfig) -> None:
+    """A few pixels of a long and narrow picture become many by padding, or by resizing its shortest edge."""
+    if config.resize is None:
+        return
+    side = max(size)
+    width, height = _target_size((side, side) if config.pad_to_square else size, config.resize)
+    # Padded, the picture's own rows are resized at the square's width, then all rows at the target's.
+    worked_on = side * max(size[1], width) if config.pad_to_square else width * height
+    if worked_on > MAX_RESIZED_PIXELS:
+        becomes = f"pads it to {side} x {side}" if config.pad_to_square else f"makes it {width} x {height}"
+        raise BadImage(
+            f"the picture is too narrow for this model, which {becomes}: it has {size[0]} x {size[1]} pixels; crop it "
+            f"or scale it down"
+        )
+
+
+def _resize(image: Image.Image, size: int | tuple[int, int], config: ImageProcessorConfig) -> Image.Image:
+    """Resized to ``size``; where ``config`` pads, in the middle of a square of the mean colour.
+
+    Pillow resizes along rows, then along columns, and rounds in between. So the square's rows can come in bands, and no
+    more than a band of it ever exists; the bytes are the same.
+    """
+    if not config.pad_to_square or image.width == image.height:
+        return image.resize(_target_size(image.size, size), config.resample)
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    red, green, blue = (int(value * 255) for value in config.mean or (0.0, 0.0, 0.0))
+    width, height = _target_size((side, side), size)
+    narrow = Image.new("RGB", (width, side), (red, green, blue))
+    step = max(1, _BAND_PIXELS // side)
+    for begin in range(top, top + image.height, step):
+        end = min(begin + step, top + image.height)
+        band = Image.new("RGB", (side, end - begin), (red, green, blue))
+        band.paste(image.crop((0, begin - top, image.width, end - top)), (left, 0))
+        narrow.paste(band.resize((width, end - begin), config.resample), (0, begin))
+    return narrow.resize((width, height), config.resample)
 
 
 def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...config import read_json
-from ...errors import BadInput, BadModel
+from ...errors import BadInput, BadModel, TooLarge, quoted
 from ...request import ImageSpan, Prompt
 from ..spec import ModelSpec
 from .detokenizer import Detokenizer
@@ -19,6 +19,10 @@ from .preprocess import digest, preprocess
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
 from .text_tokenizer import TextTokenizer
+
+CHARACTERS_PER_TOKEN = 64
+"""No text of more characters than this for each token of the context is tokenized. Words have 2 to 5 a token; tokens of
+more characters are runs of one."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Processor:
     image_token_id: int
     image_token: str
     tokens_per_image: int
+    context: int
     eos_token_ids: frozenset[int]
 
     @classmethod
@@ -40,6 +45,7 @@ class Processor:
             directory,
             image_token_id=spec.image_token_id,
             tokens_per_image=spec.tokens_per_image,
+            context=spec.text.context,
             vocab_size=spec.text.vocab_size,
             image_size=spec.vision.image_size,
         )
@@ -51,13 +57,15 @@ class Processor:
         *,
         image_token_id: int,
         tokens_per_image: int,
+        context: int,
         vocab_size: int,
         image_size: int | None = None,
     ) -> Processor:
         """Reads the processor's files and checks them against the model.
 
-        ``vocab_size`` is the number of rows of the embedding, ``image_size`` the edge in pixels of the square that
-        the vision tower takes (None: not checked). Raises BadModel for files that are missing, broken or mismatched.
+        ``context`` is the model's, in tokens, ``vocab_size`` the number of rows of the embedding, ``image_size`` the
+        edge in pixels of the square that the vision tower takes (None: not checked). Raises BadModel for files that are
+        missing, broken or mismatched.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -75,6 +83,7 @@ class Processor:
             image_token_id=image_token_id,
             image_token=image_token,
             tokens_per_image=tokens_per_image,
+            context=context,
             eos_token_ids=read_eos_token_ids(directory, text, vocab_size),
         )
 
@@ -88,13 +97,18 @@ class Processor:
         """The token ids of a turn with that many images, and where each image stands (digests still empty).
 
         Each image stands as ``tokens_per_image`` placeholder ids. Raises BadInput for a prompt that is empty or holds
-        special tokens, BadModel if the chat template fails. No picture is touched.
+        special tokens, TooLarge for more images or text than the context can hold, which is said before anything is
+        tokenized, BadModel if the chat template fails. No picture is touched.
         """
-        self._check_text("prompt", prompt)
+        texts = {"prompt": prompt} if system is None else {"prompt": prompt, "system text": system}
+        for what, text in texts.items():
+            if not isinstance(text, str):
+                raise BadInput(f"the {what} must be a string, not {type(text).__name__}")
+        self._check_room(images, sum(map(len, texts.values())))
+        for what, text in texts.items():
+            self._check_text(what, text)
         if not prompt.strip():
             raise BadInput("the prompt is empty: ask something about the picture")
-        if system is not None:
-            self._check_text("system text", system)
         token_ids = self._tokenize(images, prompt, system)
         starts = self._image_starts(token_ids, images)
         return token_ids, tuple(ImageSpan("", start, self.tokens_per_image) for start in starts)
@@ -125,9 +139,20 @@ class Processor:
         """A new one for each sequence."""
         return Detokenizer(self.text.tokenizer, self.text.special)
 
+    def _check_room(self, images: int, characters: int) -> None:
+        least = images * self.tokens_per_image
+        if least >= self.context:
+            raise TooLarge(
+                f"{images} images take {least} tokens, but the model's context ends at {self.context}: give fewer"
+            )
+        most = CHARACTERS_PER_TOKEN * (self.context - least)
+        if characters >= most:
+            raise TooLarge(
+                f"the prompt has {characters} characters, {images} images beside it, but the model's context ends at "
+                f"{self.context} tokens, for which {most} characters are more than any text has: ask a shorter question"
+            )
+
     def _check_text(self, what: str, text: str) -> None:
-        if not isinstance(text, str):
-            raise BadInput(f"the {what} must be a string, not {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -141,6 +166,7 @@ class Processor:
         written = text.count(self.image_token)
         if written != images:
             raise BadInput(f"the chat template wrote {written} image placeholders for {images} images")
+        self._check_room(images, len(text) - images * len(self.image_token))
         return self.text.encode(text.replace(self.image_token, self.image_token * self.tokens_per_image))
 
     def _image_starts(self, token_ids: tuple[int, ...], images: int) -> list[int]:
@@ -161,10 +187,12 @@ def _image_token(directory: Path, text: TextTokenizer, image_token_id: int) -> s
     if actual != placeholder:
         raise BadModel(
             f"{directory}: the model takes token {image_token_id} as the image placeholder, but the tokenizer has "
-            f"{actual!r} there, and {placeholder!r} as token {text.tokenizer.token_to_id(str(placeholder))}"
+            f"{quoted(actual)} there, and {quoted(placeholder)} as token {text.tokenizer.token_to_id(str(placeholder))}"
         )
     if text.tokenizer.encode(placeholder, add_special_tokens=False).ids != [image_token_id]:
-        raise BadModel(f"{directory}: the tokenizer splits the image placeholder {placeholder!r} into several tokens")
+        raise BadModel(
+            f"{directory}: the tokenizer splits the image placeholder {quoted(placeholder)} into several tokens"
+        )
     return str(placeholder)
 
 

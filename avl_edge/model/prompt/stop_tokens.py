@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import read_json
-from ...errors import BadModel
+from ...errors import BadModel, quoted
 from .text_tokenizer import TextTokenizer
 
 
@@ -30,5 +30,5 @@ def _checked(value: Any, directory: Path, vocab_size: int) -> frozenset[int]:
     ids = value if isinstance(value, list) else [value]
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size:
-            raise BadModel(f"{directory}: eos_token_id {i!r} is no token id of a vocabulary of {vocab_size}")
+            raise BadModel(f"{directory}: eos_token_id {quoted(i)} is no token id of a vocabulary of {vocab_size}")
     return frozenset(ids)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
 from ...config import read_json, read_text
-from ...errors import BadModel
+from ...errors import BadModel, refusing
+from .sandbox import BUDGET, Sandbox
 
 Message = dict[str, Any]
 _PROBE = "probe text"
+_MOST_BETWEEN, _MOST_FORMAT = 16, 256
+_STEPS_PER_CHARACTER, _STEPS_PER_IMAGE = 8, 1000  # a template looks at each several times
 
 
 class ChatTemplate(Protocol):
@@ -50,10 +51,11 @@ class JinjaTemplate:
         self._variables = dict(variables)
         self._placeholder = placeholder
         self._where = where
-        try:
-            self._template = _environment().from_string(source)
-        except Exception as error:  # a template is foreign code
-            raise self._failed(error) from None
+        self._sandbox = Sandbox(
+            {"tojson": _tojson}, {"raise_exception": _raise_exception, "strftime_now": strftime_now}
+        )
+        with self._refusing():
+            self._template = self._sandbox.compiled(source)
         self._content_is_list = self._choose_content()
 
     def render(self, images: int, prompt: str, system: str | None) -> str:
@@ -63,12 +65,10 @@ class JinjaTemplate:
     def _render(self, images: int, prompt: str, system: str | None, as_list: bool) -> str:
         messages = [self._message("system", 0, system, as_list)] if system else []
         messages.append(self._message("user", images, prompt, as_list))
-        try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._variables
-            )
-        except Exception as error:  # a template is foreign code
-            raise self._failed(error) from None
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        budget = BUDGET + _STEPS_PER_IMAGE * images + _STEPS_PER_CHARACTER * (len(prompt) + len(system or ""))
+        with self._refusing():
+            return self._sandbox.render(self._template, given | self._variables, budget)
 
     def _message(self, role: str, images: int, text: str, as_list: bool) -> Message:
         if not as_list:
@@ -91,10 +91,21 @@ class JinjaTemplate:
             f"the chat template in {self._where} does not write {self._placeholder} once and the prompt for one image"
         )
 
-    def _failed(self, error: Exception) -> BadModel:
-        line = getattr(error, "lineno", None)
-        place = f", line {line}" if line else ""
-        return BadModel(f"the chat template in {self._where}{place} failed: {str(error) or type(error).__name__}")
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A template is foreign code, which fails as it likes."""
+        line = None
+
+        def failed(reason: str) -> BadModel:
+            place = f", line {line}" if line else ""
+            return BadModel(f"the chat template in {self._where}{place} failed: {reason}")
+
+        with refusing(failed):
+            try:
+                yield
+            except Exception as error:
+                line = getattr(error, "lineno", None)
+                raise
 
 
 def open_template(directory: Path, variables: Mapping[str, str], placeholder: str) -> ChatTemplate:
@@ -125,26 +136,6 @@ def _default_source(content: Any, path: Path) -> str:
     return content
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's text for training; here its body is rendered as it stands."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -152,7 +143,10 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON; jinja's own filter escapes for HTML."""
+    """Plain JSON; jinja's own filter escapes for HTML. What stands between any two values has to be short."""
+    between = [*(separators or ()), indent if isinstance(indent, str) else " " * min(indent or 0, _MOST_BETWEEN + 1)]
+    if any(len(each) > _MOST_BETWEEN for each in between):
+        raise TemplateError(f"tojson puts at most {_MOST_BETWEEN} characters between two values")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -161,5 +155,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def strftime_now(form: str) -> str:
-    """The date and time of now, as templates ask for it."""
+    """The date and time of now, as templates ask for it. A long format may ask for any number of characters."""
+    if len(form) > _MOST_FORMAT:
+        raise TemplateError(f"a date's format has at most {_MOST_FORMAT} characters")
     return datetime.now().strftime(form)

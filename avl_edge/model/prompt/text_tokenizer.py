@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ...config import read_json, read_text
-from ...errors import BadModel
+from ...config import TOKENIZER_BYTES, read_json, read_text
+from ...errors import BadInput, BadModel, refusing
 
 
 @dataclass(frozen=True)
@@ -30,42 +32,53 @@ class TextTokenizer:
         tokenizer = _load(directory / "tokenizer.json")
         config = read_json(directory / "tokenizer_config.json") or {}
         named = _named_tokens(directory, config)
-        try:
+        settings = directory / "tokenizer_config.json"
+        with refusing(lambda reason: BadModel(f"{settings} describes its tokens wrongly: {reason}")):
             _add_tokens(tokenizer, config, named)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise BadModel(f"{directory / 'tokenizer_config.json'} describes its tokens wrongly: {error}") from None
         _check_ids(tokenizer, vocab_size, directory)
         special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         return cls(tokenizer, named, special)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a whole prompt. What the tokenizer adds around a text is left out if BOS is there already."""
+        """Token ids of a whole prompt. What the tokenizer adds around a text is left out if BOS is there already.
+
+        Raises BadInput for a special token that the text does not spell: a normalizer may turn other spellings into
+        one. BadModel where the tokenizer fails.
+        """
         bos = self.named.get("bos_token")
         has_bos = bos is not None and text.startswith(bos)
-        return tuple(self.tokenizer.encode(text, add_special_tokens=not has_bos).ids)
+        with refusing(lambda reason: BadModel(f"the model's tokenizer failed: {reason}")):
+            encoding = self.tokenizer.encode(text, add_special_tokens=not has_bos)
+        ids: list[int] = encoding.ids
+        added = encoding.special_tokens_mask
+        came_out = Counter(self.special[i] for i, own in zip(ids, added, strict=True) if i in self.special and not own)
+        spelled = self._spelled(text)
+        for token, count in came_out.items():
+            # The unknown token is what any unknown character becomes.
+            if count > spelled[token] and token != self.named.get("unk_token"):
+                raise BadInput(
+                    f"the prompt contains {token} in another spelling, which the model reserves for itself: remove it"
+                )
+        return tuple(ids)
+
+    def _spelled(self, text: str) -> Counter[str]:
+        """How often each special token stands in a text, the longest where several begin."""
+        tokens = sorted(filter(None, self.special.values()), key=len, reverse=True)
+        return Counter(re.findall("|".join(map(re.escape, tokens)), text) if tokens else ())
 
     def special_token_in(self, text: str) -> str | None:
-        """A special token that a text would smuggle in, or None.
-
-        The ids are searched too: a normalizer may turn other spellings into a special token. The unknown token is
-        what any unknown character becomes, so among the ids it is no sign.
-        """
-        for token in (*self.special.values(), *self.named.values()):
-            if token and token in text:
-                return token
-        unknown = self.named.get("unk_token")
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return next((self.special[i] for i in ids if i in self.special and self.special[i] != unknown), None)
+        """A special token that a text spells, or None."""
+        return next(
+            (token for token in (*self.special.values(), *self.named.values()) if token and token in text), None
+        )
 
 
 def _load(path: Path) -> Tokenizer:
-    text = read_text(path)
+    text = read_text(path, TOKENIZER_BYTES)
     if text is None:
         raise BadModel(f"{path} is missing: download the model's tokenizer.json")
-    try:
+    with refusing(lambda reason: BadModel(f"{path} is broken ({reason}): download it again")):
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises the bare class
-        raise BadModel(f"{path} is broken ({error}): download it again") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import read_json
-from ...errors import BadModel
+from ...errors import BadModel, quoted
 from ..pictures import AnyRes, Fixed, Merged, PictureRule
 from ..spec import ModelSpec, read_spec
 from .sizes import DecoderShape, ModelShape, VisionShape
@@ -131,8 +131,8 @@ def shape_of_checkpoint(directory: Path, name: str) -> ModelShape:
     spec = read_spec(directory)
     config = read_json(directory / "config.json") or {}
     dtype = config.get("dtype") or config.get("torch_dtype") or config["text_config"].get("dtype") or "float32"
-    if dtype not in _ITEM_BYTES:
-        raise BadModel(f"{directory}/config.json: dtype {dtype!r} is none of {', '.join(_ITEM_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise BadModel(f"{directory}/config.json: dtype {quoted(dtype)} is none of {', '.join(_ITEM_BYTES)}")
     return shape_of_spec(spec, name, _ITEM_BYTES[dtype])
 
 

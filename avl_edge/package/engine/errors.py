@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import AvlEdgeError, BadInput
+from ...errors import AvlEdgeError, BadInput, BadModel
 
 
 def rebuild(out: Path) -> str:
@@ -16,7 +16,7 @@ class BadRecipe(BadInput):
     """A recipe that cannot be read or that contradicts itself."""
 
 
-class BadPackage(BadInput):
+class BadPackage(BadModel):
     """A directory that holds no package, or one that is incomplete, damaged, tampered with or open to other users."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...config import parse_size
-from ...errors import BadInput
+from ...errors import BadInput, quoted
 from ...kv.layout import PAGE_ROWS
 from ...machine.profile import BadProfile
 from ...machine.profile.reader import parse
@@ -77,7 +77,7 @@ def find_recipe(name: str) -> Recipe:
         return read_recipe(Path(name))
     known = shipped_recipes()
     if name not in known:
-        raise BadRecipe(f"there is no recipe {name!r}: give one of {', '.join(known)}, or a recipe's file")
+        raise BadRecipe(f"there is no recipe {quoted(name)}: give one of {', '.join(known)}, or a recipe's file")
     return read_recipe(known[name])
 
 

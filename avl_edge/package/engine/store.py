@@ -49,7 +49,8 @@ class Package:
         """The path of a file; :class:`BadPackage` for one that the package does not have."""
         if name not in self.manifest.files:
             raise BadPackage(f"{self.directory.parent} has no {name}: {rebuild(self.directory.parent)}")
-        assert name in self._checked, "the package was opened for other files"
+        if name not in self._checked:
+            raise KeyError(f"{name} was not verified: the package was opened for other files")
         return self.directory / name
 
     def __enter__(self) -> Package:

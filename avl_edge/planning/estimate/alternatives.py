@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from ...config import format_size
-from ...errors import BadInput, DoesNotFit
+from ...errors import BadInput, TooLarge
 from ...machine.profile import DeviceProfile, PowerMode, short
 from ...model.sizes import KNOWN, PRECISIONS, ModelShape, Precision
 from .estimate import Estimate, estimates, first_fit
@@ -39,7 +39,7 @@ class Alternative:
         return f"{self.option} ({self.outcome})"
 
 
-class Refused(DoesNotFit):
+class Refused(TooLarge):
     """A request that no setting makes fit. ``reason`` says why, ``alternatives`` what would, the cheapest first."""
 
     def __init__(self, reason: str, alternatives: tuple[Alternative, ...]) -> None:

@@ -1,0 +1,90 @@
+"""Texts of ``avl-edge eval``: perplexity instead of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..config import format_size, require
+from ..errors import DoesNotFit
+from ..machine import device
+from ..measure.evaluate import Setting
+from ..measure.perplexity import TEXT, WindowLayout, measure, plans_of, read_windows, report
+from ..model.checkpoint import load_weights, stored_dtype
+from ..model.network import Llava
+from ..model.prompt import Processor
+from ..model.spec import read_spec
+from .options import checkpoint_of
+from .progress import progress
+
+
+def files_of(data: str) -> list[Path]:
+    """The files that ``text:FILE,FILE`` names."""
+    return [Path(name.strip()) for name in data.removeprefix(TEXT).split(",") if name.strip()]
+
+
+def text_document(
+    data: str, model: str, settings: Sequence[Setting], layout: WindowLayout, windows: int
+) -> dict[str, Any]:
+    """The evaluation of ``windows`` windows of each text; :class:`BadInput` or :class:`DoesNotFit` where there is
+    none."""
+    directory = checkpoint_of(model)
+    spec = read_spec(directory)
+    require(
+        layout.length <= spec.text.context,
+        f"a window of {layout.length} tokens is longer than this model's context of {spec.text.context}",
+    )
+    read = read_windows(files_of(data), Processor.of(spec, directory).text, layout, windows)
+    dtype = stored_dtype(directory)
+    shape = spec.text.kv_shape(dtype.itemsize)
+    for setting in settings:
+        setting.check(shape)
+    plans, left_out = plans_of(settings, layout, shape)
+    if len(left_out) == len(settings):
+        raise DoesNotFit(next(iter(left_out.values())))
+    _check_memory(len(read) * sum(plan.peak_bytes for plan in plans.values()))
+    with progress("loading") as loading:
+        network = Llava(spec, load_weights(directory, loading))
+    with progress("decoding") as decoding:
+        scores = measure(network, read, layout, plans, decoding)
+    about = {"model": directory.absolute().name, "dtype": str(dtype).removeprefix("torch.")}
+    return {**about, **report(read, layout, scores, left_out)}
+
+
+def _check_memory(needed: int) -> None:
+    usable = device.probe("/").memory.usable_bytes
+    if usable is not None and needed > usable:
+        raise DoesNotFit(
+            f"the rows of all windows in all settings take {format_size(needed)}, and {format_size(usable)} are free: "
+            "name fewer --methods, or lower --windows or --window"
+        )
+
+
+def text_table(document: Mapping[str, Any]) -> Table:
+    """A row per setting."""
+    image = f", of which {document['as_image']} are held as an image's" if document["as_image"] else ""
+    title = (
+        f"{len(document['texts'])} texts, {document['windows']} windows of {document['window']} tokens: "
+        f"{document['tokens']} predicted after prompts of {document['prompt']}{image}"
+    )
+    note = "change: of perplexity, from full's; KL: from full's, nats per token; same: likeliest token as full's"
+    table = Table(title=title, caption=note, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    for name in ("KV", "perplexity", "change", "KL", "same", "bytes/row", "stored", "read"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in document["results"]:
+        table.add_row(
+            row["method"],
+            f"{row['kv_fraction']:.1%}",
+            f"{row['perplexity']:.4g}",
+            f"{row['perplexity_change']:+.2%}",
+            f"{row['kl_to_full']:.4f}",
+            f"{row['same_token']:.1%}",
+            f"{row['bytes_per_row']:.0f}",
+            f"{row['bytes_stored_fraction']:.1%}",
+            "-" if row["bytes_read_fraction"] is None else f"{row['bytes_read_fraction']:.1%}",
+        )
+    return table
