@@ -55,7 +55,8 @@ def test_smoothed_keys_are_attended_as_they_were(seed: int, count: int, bias: fl
     smoothing = Smoothing.fit(keys, torch.arange(count), 2 * count, angles)
     torch.testing.assert_close(smoothing.original(smoothing.keys(keys)), keys)
     torch.testing.assert_close(weights(smoothing.query(query), smoothing.keys(keys)), weights(query, keys))
-    assert bool((smoothing.scale <= 1).all()) and bool((smoothing.scale >= 2.0**-6).all())
+    assert bool((smoothing.scale <= 1).all())
+    assert bool((smoothing.scale >= 2.0**-6).all())
 
 
 @given(_seeds, _formats, st.integers(16, 90), st.floats(-60, 60))
@@ -85,6 +86,7 @@ def test_what_is_no_number_stays_in_its_channel() -> None:
     clean = Smoothing.fit(keys, torch.arange(20), 40, angles)
     keys[3, 1, 5] = float("nan")
     smoothing = Smoothing.fit(keys, torch.arange(20), 40, angles)
-    assert bool(smoothing.center.isfinite().all()) and bool(smoothing.scale.isfinite().all())
+    assert bool(smoothing.center.isfinite().all())
+    assert bool(smoothing.scale.isfinite().all())
     assert torch.equal(smoothing.center[0], clean.center[0])
     assert torch.equal(smoothing.scale[0], clean.scale[0])
