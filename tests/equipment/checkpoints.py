@@ -69,6 +69,7 @@ class CheckpointSpec:
     strategy: Literal["default", "full"] = "default"
     tied: bool = False
     attention_bias: bool = False  # Llama only; Qwen2 always has biases on q, k and v
+    heavy_keys: bool = False  # as real Qwen2's: by its bias, two channels of each key head are 30 times the rest
     dtype: torch.dtype = torch.float32
     image_size: int = 56
     patch_size: int = 14
@@ -109,6 +110,7 @@ SPECS: dict[str, CheckpointSpec] = {
     "qwen2-gqa": CheckpointSpec("qwen2", kv_heads=2, seed=10),
     "qwen2-tied": CheckpointSpec("qwen2", heads=6, kv_heads=2, tied=True, feature_layer=-1, seed=11),
     "qwen2-dynamic": CheckpointSpec("qwen2", rope_scaling={"rope_type": "dynamic", "factor": 2.0}, seed=12),
+    "bias_heavy": CheckpointSpec("qwen2", kv_heads=2, heavy_keys=True, seed=15),
     "llama-bf16": CheckpointSpec("llama", kv_heads=2, dtype=torch.bfloat16, seed=13),
 }
 
@@ -203,6 +205,9 @@ def _text_config(spec: CheckpointSpec, tokenizer: PreTrainedTokenizerFast) -> Pr
     return Qwen2Config(**shared)
 
 
+_HEAVY = 30 * 1.5  # keys have a deviation of about 1.5
+
+
 def _draw_weights(model: LlavaForConditionalGeneration, spec: CheckpointSpec, special_ids: list[int]) -> None:
     rng = torch.Generator().manual_seed(spec.seed)
     for name, parameter in model.named_parameters():
@@ -218,6 +223,9 @@ def _draw_weights(model: LlavaForConditionalGeneration, spec: CheckpointSpec, sp
             # q and k are drawn wider: the logits of attention then have a deviation of about 2
             gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
             value = gain / math.sqrt(parameter[0].numel()) * noise
+        if spec.heavy_keys and name.endswith("k_proj.bias"):
+            # The pair that RoPE turns least: what it adds to a logit is nearly the same for all keys.
+            value.view(spec.kv_heads, 2, spec.head_dim // 2)[..., -1] = torch.tensor([_HEAVY, -_HEAVY])
         parameter.copy_(value)
     model.lm_head.weight[special_ids] *= 0.01
 
