@@ -152,7 +152,7 @@ def check_smoothing(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float
     query = torch.randn(4, KV_HEADS * shape.group, shape.head_dim, generator=generator)
     host = [each.to(dtype) for each in (query, key, center, scale.sigmoid())]
     ids = torch.tensor([2, -1, 0, 2], dtype=torch.int32)
-    own, (of_query, of_key, centers, scales) = ids.to(device), [each.to(device) for each in host]
+    own, (of_query, of_key, centers, scales) = ids.to(device), [each.to(device, copy=True) for each in host]
     pool = Pool(centers.data_ptr(), scales.data_ptr(), KV_HEADS, *(KV_HEADS * shape.head_dim, shape.head_dim) * 2)
     dut.kernels(shape).smooth(of_query.data_ptr(), of_key.data_ptr(), own.data_ptr(), len(ids), pool, stream)
     dut.accelerator.synchronize()
