@@ -52,7 +52,7 @@ class StoredRows:
         The keys are smoothed by what all of them are like, stored or not. A low-rank basis is fitted to all image rows
         that are stored, since any of them may come to need it.
         """
-        if cache.smooths_keys:
+        if not cache.begin and cache.rows.smoothing[layer] >= 0:
             self._begin_smoothing(cache, layer, keys, cache.positions(layer))
         ranks = [Format(each.format).basis_rows for each in stored if is_low_rank(each)]
         if ranks:
@@ -68,10 +68,10 @@ class StoredRows:
     def _begin_smoothing(
         self, cache: SequenceCache, layer: int, keys: Tensor, positions: npt.NDArray[np.int32]
     ) -> Smoothing:
-        """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in a row of the
-        cache."""
+        """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in the row that the
+        cache has for it."""
         smoothing = Smoothing.fit(keys, self._store.index(positions), cache.reach, self._angles)
-        ids = self._store.index(cache.rows.take_smoothing(layer))
+        ids = self._store.index(cache.rows.smoothing[layer : layer + 1])
         self._store.write(ids, smoothing.center[None], smoothing.scale[None])
         return smoothing
 
@@ -200,6 +200,7 @@ class StoredRows:
         ids = self._store.index(rows.text_ids)
         texts, values = self._store.read(ids)
         positions = np.concatenate([rows.image_positions, rows.text_positions])
+        cache.rows.take_smoothing(layer)
         smoothing = self._begin_smoothing(cache, layer, torch.cat([images, texts]), positions)
         self._store.write(ids, smoothing.keys(texts), values)
         return smoothing.keys(images)

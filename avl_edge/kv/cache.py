@@ -57,11 +57,7 @@ class SequenceCache:
         layers: int,
         rows: SequenceRows | None = None,
     ) -> None:
-        """``rows``: where they are not this sequence's alone. ``reach``: the most tokens that it may come to.
-
-        ``smooths_keys``: whether :meth:`store_prompt` is to come with a smoothing of the keys
-        (:mod:`avl_edge.kv.smoothing`), which rows of others have already.
-        """
+        """``rows``: where they are not this sequence's alone. ``reach``: the most tokens that it may come to."""
         shape = prompt_shape(length, spans)
         self.policy = plan.method.policy(shape, layers)
         self.formats = plan.formats
@@ -74,7 +70,7 @@ class SequenceCache:
         self.rows_full = 0
         self.bytes_read = 0
         self.has_one_tier = plan.method.peak_tiers(shape, 0, layers).secondary == 0
-        self.smooths_keys = rows is None and smoothing_rows(plan.formats) > 0
+        self._smooths_keys = rows is None and smoothing_rows(plan.formats) > 0
         self._evicted = [0] * layers
         nothing: tuple[object, ...] = (None,) * 4
         self._last_images: list[tuple[tuple[object, ...], list[Selected]]] = [(nothing, [])] * layers
@@ -130,6 +126,8 @@ class SequenceCache:
             kept.core[image],
             self.length - int(kept.stored.sum()),
         )
+        if self._smooths_keys:
+            self.rows.take_smoothing(layer)
         return self._to_write(rows, np.concatenate([np.flatnonzero(image), np.flatnonzero(text)]))
 
     def _to_write(self, rows: LayerRows, order: Index) -> list[Selected]:

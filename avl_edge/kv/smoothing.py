@@ -51,10 +51,10 @@ class Smoothing:
     def fit(cls, keys: Tensor, positions: Tensor, reach: int, angles: Angles) -> Smoothing:
         """That of a prompt's ``keys`` ``[m, H_kv, d]``, after RoPE at int64 ``positions`` ``[m]``, for a sequence of up
         to ``reach`` tokens."""
-        before = unrotate(keys.float(), *angles(positions))
+        before = unrotate(keys, *angles(positions))
         mean = before.mean(0)
         samples = torch.arange(_SAMPLES, device=keys.device) * (reach - 1) // (_SAMPLES - 1)
-        cos, sin = (each.float() for each in angles(samples))
+        cos, sin = (each.to(before.dtype) for each in angles(samples))
         low, high = torch.aminmax(rotate(mean.expand(len(samples), *mean.shape), cos, sin), dim=0)
         extent = (high - low) / 2 + _DEVIATIONS * _rotated_variance(before - mean, cos, sin).clamp(min=0).sqrt()
         # What is no number in a key must not spread: such a channel stays as it is.

@@ -19,6 +19,7 @@ from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.layout import Format
 from avl_edge.kv.methods import Avl
 from avl_edge.kv.pool import RowPool
+from avl_edge.kv.smoothing import Smoothing
 from avl_edge.kv.store import RowStore
 from avl_edge.request import ImageSpan
 
@@ -67,11 +68,13 @@ def life(monkeypatch: pytest.MonkeyPatch, formats: Formats, at_once: int) -> tup
         steps.append(counts.total())
     held = []
     for layer in range(SHAPE.layers):
+        smoothing = Smoothing(*store.read(torch.from_numpy(cache.rows.smoothing[layer : layer + 1]).long()))
         for each in cache.rows_to_read(layer):
             if "lowrank" in each.format:
                 held += store.read_records(torch.from_numpy(each.ids).long(), Format(each.format))
                 continue
-            held += store.read(torch.from_numpy(each.ids).long(), each.format)
+            keys, values = store.read(torch.from_numpy(each.ids).long(), each.format)
+            held += [smoothing.original(keys), values]
             error = torch.stack(held[-2:]) - truth[layer][:, each.positions]
             assert "lowrank" in str(formats) or error.abs().max() < 1, "no row has become another"
     return held, steps

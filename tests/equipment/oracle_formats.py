@@ -78,12 +78,12 @@ class Smoothing:
     @classmethod
     def of(cls, keys: Tensor, positions: list[int], reach: int, frequencies: Tensor) -> Smoothing:
         """From the keys ``[n, kv_heads, d]`` of a prompt at ``positions``, in a sequence of up to ``reach`` tokens."""
-        turn = torch.exp(1j * torch.tensor(positions)[:, None, None] * frequencies)
+        turn = _turns(positions, frequencies)[:, None]
         before = torch.complex(*keys.chunk(2, -1)) / turn
         mean = before.mean(0)
         carried, spread = [], torch.zeros(keys.shape[1:], dtype=torch.float64)
         for sample in range(128):
-            turn = torch.exp(1j * (sample * (reach - 1) // 127) * frequencies)
+            turn = _turns([sample * (reach - 1) // 127], frequencies)
             carried.append(_halves(mean * turn))
             spread += _halves((before - mean) * turn).square().mean(0) / 128
         low, high = torch.stack(carried).amin(0), torch.stack(carried).amax(0)
@@ -92,6 +92,11 @@ class Smoothing:
 
     def through(self, how: Callable[[Tensor, str], Tensor], keys: Tensor, name: str) -> Tensor:
         return how((keys - self.center) / self.scale, name) * self.scale + self.center
+
+
+def _turns(positions: list[int], frequencies: Tensor) -> Tensor:
+    """complex128 ``[n, d / 2]``; angles are float32 products, as every RoPE has them."""
+    return torch.exp(1j * (torch.tensor(positions).float()[:, None] * frequencies.float()).double())
 
 
 def _halves(numbers: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from avl_edge.kv.store import RowStore
 from tests.equipment import oracle_formats
 from tests.equipment.oracle_formats import packed
 
-LEVELS = {"int8": 127, "int4": 7}
+LEVELS = {"int8": 127, "int4": 8}  # of the largest magnitude
+OTHER_END = {"int8": 127, "int4": 7}
 LARGEST_SCALE = 65504.0  # of float16
 
 _packed_names = st.sampled_from(sorted(LEVELS))
@@ -47,7 +48,8 @@ def _grouped(rows: Tensor, name: str) -> Tensor:
 @settings(max_examples=200)
 @given(_packed_names, _shapes, st.integers(0, 2**31), st.floats(-12, 6).map(lambda power: 10.0**power))
 def test_the_error_is_at_most_half_a_step(name: str, shape: KvShape, seed: int, largest: float) -> None:
-    """A value is at most half a scale from what comes back. The largest may lie beyond what its rounded scale reaches,
+    """A value is at most half a scale from what comes back, or a whole one where int4 has no level for it: nearly as
+    large as the largest, and of the other sign. The largest may lie beyond what its rounded scale reaches,
     by as many halves of the spacing of float16 numbers as there are levels: more than half a scale only where the scale
     is subnormal."""
     rows = _rows(seed, (6, shape.kv_heads, shape.head_dim), largest)
@@ -57,11 +59,15 @@ def test_the_error_is_at_most_half_a_step(name: str, shape: KvShape, seed: int, 
     ideal = values.abs().amax(-1, keepdim=True) / LEVELS[name]
     scales = ideal.float().half().double()  # an fp16 number near the ideal one
     spacing = torch.exp2(torch.floor(torch.log2(ideal.clamp(min=2.0**-14))) - 10)
-    reach = torch.maximum(scales / 2, LEVELS[name] * spacing / 2) * (1 + 1e-4)
+    signed = torch.where(values.amax(-1, keepdim=True) >= -values.amin(-1, keepdim=True), 1, -1)
+    beyond = values * -signed > (OTHER_END[name] + 0.5) * scales * (1 - 1e-4)
+    steps = torch.where(beyond, scales, scales / 2)
+    rounded = LEVELS[name] * spacing / 2
+    reach = torch.where(beyond, steps + rounded, torch.maximum(steps, rounded)) * (1 + 1e-4)
     fits = ideal <= LARGEST_SCALE
     assert bool(((values - found).abs() <= reach)[fits.expand_as(values)].all())
     normal = ideal > 2.0**-14
-    assert bool(((values - found).abs() <= scales / 2 * (1 + 1e-4))[(fits & normal).expand_as(values)].all())
+    assert bool(((values - found).abs() <= steps * (1 + 1e-4))[(fits & normal).expand_as(values)].all())
     assert torch.equal(found == 0, (found == 0) | (values == 0)), "zero stays zero"
 
 
@@ -118,12 +124,12 @@ def test_records_lie_as_documented(shape: KvShape, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_zeros_stay_zero_and_huge_values_end_at_the_last_level(name: str) -> None:
+def test_zeros_stay_zero_and_huge_values_end_at_the_last_levels(name: str) -> None:
     rows = torch.zeros(1, 2, 4)
     rows[0, 1] = torch.tensor([1e30, -1e30, 1.0, float("inf")])
     back = decode(Format(name), encode(Format(name), rows), 2, 4)
-    end = LEVELS[name] * LARGEST_SCALE
-    assert back.tolist() == [[[0.0] * 4, [end, -end, 0.0, end]]]
+    end, other = LEVELS[name] * LARGEST_SCALE, OTHER_END[name] * LARGEST_SCALE
+    assert back.tolist() == [[[0.0] * 4, [end, -other, 0.0, end]]]
     tiny = torch.full((1, 1, 4), 1e-9)
     assert not decode(Format(name), encode(Format(name), tiny), 1, 4).any()
 

@@ -40,9 +40,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What :func:`rotate` made ``x`` ``[n, heads, head_dim]`` of, float32; the angles may have a magnitude."""
-    cos, sin = cos.float(), sin.float()
-    return rotate(x.float(), cos, -sin) / (cos.square() + sin.square())
+    """What :func:`rotate` made ``x`` ``[n, heads, head_dim]`` of, float32 (float64 for float64); the angles may have a
+    magnitude."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    return rotate(x.to(wide), cos, -sin) / (cos.square() + sin.square())
 
 
 def _plain(dim: int, parameters: Mapping[str, Any]) -> tuple[Tensor, float]:
