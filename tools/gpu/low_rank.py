@@ -122,9 +122,10 @@ def make_memory(dut: DeviceUnderTest, shape: KernelShape, counts: Sequence[Seque
             keys = (keys - center[owner].double()) / scale[owner].double()
         parts.append(Part("exact", keys, values, torch.arange(len(chosen), dtype=torch.int32), offsets))
     offsets = torch.tensor([0, *accumulate(n for of_part in counts for n in of_part)])
-    tables = [each.int().to(device) for each in (torch.cat(ids), offsets, positions, bases)]
+    tables = (torch.cat(ids), offsets, positions, bases, smoothing)
+    listed, offsets, positions, bases, smoothing = (each.int().to(device) for each in tables)
     keys, values = arenas.rows.to(device)
-    return Memory(parts, keys, values, *tables, angles.to(device), smoothing.int().to(device), scale)
+    return Memory(parts, keys, values, listed, offsets, positions, bases, angles.to(device), smoothing, scale)
 
 
 def _turned(keys: Tensor, angles: Tensor) -> Tensor:
