@@ -18,6 +18,7 @@
 // no dynamic shared memory. B sequences, P parts, H query and H_kv key/value heads, H = GROUP * H_kv, S >= 1 splits of
 // a part, and `capacity` >= the ends of all selections.
 //
+//   avl_smooth             (H_kv, B)                  new keys and queries, where a sequence smooths its keys
 //   avl_append             (rows, 2)                  writes new rows into their slots; per format
 //
 //   avl_scan               (H_kv, any, B)             logits by a coarse scan of keys alone; per format
@@ -57,6 +58,7 @@
 #include "nucleus.cuh"
 #include "pipeline.cuh"
 #include "prompt_scores.cuh"
+#include "smoothing.cuh"
 
 namespace {
 

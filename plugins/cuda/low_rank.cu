@@ -6,6 +6,8 @@
 //   key[n]   = RoPE(sum over r of c_k[n][r] * k[r], position[n])
 //   value[n] = sum over r of c_v[n][r] * v[r]
 //
+// Where a sequence smooths its keys, (key[n] - center) / scale stands for key[n] (smoothing.cuh).
+//
 // Keys are rebuilt, a few at a time, in registers: RoPE stands between them and a query that would be turned into the
 // basis once. Values are not: their coefficients are summed by weight, and the sums taken over the basis.
 //
@@ -108,6 +110,19 @@ __device__ __forceinline__ void rotate(const Row* angles, int piece, float (&key
     }
 }
 
+// A lane's piece of keys as their sequence stores others, by its center and scale; in float32, as they were rebuilt.
+__device__ __forceinline__ void smooth(const Row* center, const Row* scale, int piece, float (&keys)[kRows][kPiece]) {
+    float middle[kPiece], inverse[kPiece];
+    load_halves(center, piece, middle);
+    load_halves(scale, piece, inverse);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) inverse[i] = 1 / inverse[i];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) keys[row][i] = (keys[row][i] - middle[i]) * inverse[i];
+}
+
 // The logits of a tile's rows for every query head of a group, from their keys after RoPE.
 __device__ __forceinline__ void multiply(const Row* query, const float (&keys)[kRows][kPiece], int tile, int count,
                                          int capacity, float* logits) {
@@ -178,6 +193,7 @@ avl_attend_low_rank(const Row* __restrict__ query,      // [B, H, d]
                     const int* __restrict__ positions,  // [capacity], of the listed rows
                     const int* __restrict__ bases,      // [B, most], ids of exact rows: `rank` of each are read
                     const Row* __restrict__ angles,     // [context, 2, d / 2]: RoPE's cosines and sines by position
+                    const int* __restrict__ smoothing,  // [B], as avl_smooth has it; null where nobody's keys are
                     int key_row_stride, int key_head_stride,  // of exact rows, in elements; multiples of 8
                     int value_row_stride, int value_head_stride,
                     int capacity,
@@ -195,12 +211,14 @@ avl_attend_low_rank(const Row* __restrict__ query,      // [B, H, d]
     const int piece = min(lane % kLanes, kPieces - 1);  // of keys and values; past a row's end queries are zeros
     query += ((long long)sequence * heads + kv_head * GROUP) * HEAD_DIM;
     logits += (long long)kv_head * GROUP * capacity + begin;
+    const int smooths = smoothing ? smoothing[sequence] : -1;
 
     __shared__ Phases shared;
     __shared__ State softmax[GROUP];
 
     const Coefficients of_keys = {static_cast<const unsigned char*>(keys), rank, packed != 0};
     const Row* directions = static_cast<const Row*>(keys) + (long long)kv_head * key_head_stride;
+    const Row* scales = static_cast<const Row*>(values) + (long long)kv_head * value_head_stride;
     for (int tile = warp * kWarpRows; tile < split.count; tile += WARPS * kWarpRows) {
         float rebuilt[kRows][kPiece] = {};
         rebuild(split, tile, of_keys, directions, key_row_stride, shared.staged[warp], rebuilt);
@@ -210,6 +228,9 @@ avl_attend_low_rank(const Row* __restrict__ query,      // [B, H, d]
             const int position = split.positions[min(first + row, split.count - 1)];
             rotate(angles + (long long)position * HEAD_DIM, piece, rebuilt[row]);
         }
+        if (smooths >= 0)
+            smooth(directions + (long long)smooths * key_row_stride, scales + (long long)smooths * value_row_stride,
+                   piece, rebuilt);
         multiply(query, rebuilt, tile, split.count, capacity, logits);
     }
     __syncthreads();

@@ -93,6 +93,32 @@ bool decode() {
     return close("scores", expected_scores, scores, 1e-4) && good;
 }
 
+// New keys and queries of three sequences, of which the second smooths its keys.
+bool smoothing() {
+    const int batch = 3;
+    std::vector<Row> query = random_rows(batch * kHeads * HEAD_DIM), keys = random_rows(batch * kRow);
+    const std::vector<Row> old_query = query, old_keys = keys, centers = random_rows(2 * kRow);
+    std::vector<Row> scales = random_rows(2 * kRow);
+    for (Row& scale : scales) scale.bits = (unsigned short)pack(Row{}, 0.5f + std::fabs(widened(scale)), 0);
+    const std::vector<int> rows = {-1, 1, -1};
+    run("avl_smooth", {kKvHeads, unsigned(batch), 1}, query.data(), keys.data(), rows.data(), kRow, HEAD_DIM, kRow,
+        HEAD_DIM, centers.data(), scales.data());
+    std::vector<double> expected;
+    std::vector<float> found;
+    for (int i = 0; i < batch * kRow; ++i) {
+        const double center = widened(centers[kRow + i % kRow]), scale = widened(scales[kRow + i % kRow]);
+        expected.push_back(i / kRow == 1 ? (widened(old_keys[i]) - center) / scale : widened(old_keys[i]));
+        found.push_back(widened(keys[i]));
+    }
+    for (int i = 0; i < batch * kHeads * HEAD_DIM; ++i) {
+        const int sequence = i / (kHeads * HEAD_DIM), head = i / HEAD_DIM % kHeads / GROUP;
+        const double scale = sequence == 1 ? widened(scales[kRow + head * HEAD_DIM + i % HEAD_DIM]) : 1;
+        expected.push_back(widened(old_query[i]) * scale);
+        found.push_back(widened(query[i]));
+    }
+    return close("smoothed", expected, found, 4e-3);
+}
+
 bool choice() {
     const Selection own;
     const int batch = own.batch, capacity = own.capacity, most = 5;
@@ -161,6 +187,6 @@ bool prompt() {
 }  // namespace
 
 int main() {
-    const bool good = decode() & choice();
+    const bool good = decode() & choice() & smoothing();
     return prompt() && good ? 0 : 1;
 }

@@ -10,6 +10,7 @@
 // Launches a kernel over a grid of (x, y, z) blocks and waits for it. `arguments` are the addresses of its arguments.
 // Returns 0, or 1 for a name that is none of the kernels.
 extern "C" int avl_launch(const char* kernel, unsigned x, unsigned y, unsigned z, int backwards, void** arguments) {
+    KERNEL(avl_smooth);
     KERNEL(avl_append);
     KERNEL(avl_attend);
     KERNEL(avl_scan);

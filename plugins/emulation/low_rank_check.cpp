@@ -16,6 +16,7 @@ struct Case {
     int batch = int(offsets.size()) - 1, capacity = offsets.back();
     std::vector<int> rows = std::vector<int>(capacity), positions = rows, bases = std::vector<int>(batch * kRank);
     std::vector<Row> query = random_rows(batch * kHeads * HEAD_DIM), angles = random_rows(kContext * HEAD_DIM);
+    std::vector<int> smoothing;            // the first row that is no direction of a basis read, or none
     std::vector<unsigned char> arenas[2];  // keys and values: two bases, then records
 
     explicit Case(bool packed) : packed(packed) {
@@ -29,6 +30,11 @@ struct Case {
             rows[i] = (begin_of_records() + int(generator() % pool) * record) / 16;
             positions[i] = int(generator() % kContext);
         }
+        for (int i = 0; i < kRow; ++i) {  // a scale is no small number
+            Row* scale = reinterpret_cast<Row*>(arenas[1].data()) + kRank * kRow + i;
+            scale->bits = (unsigned short)pack(Row{}, 0.5f + std::fabs(widened(*scale)), 0);
+        }
+        for (int b = 0; b < batch; ++b) smoothing.push_back(b % 2 ? -1 : kRank);
         for (int b = 0; b < batch; ++b)
             for (int r = 0; r < kRank; ++r) bases[b * kRank + r] = b % 2 * kStored + r;
     }
@@ -68,7 +74,11 @@ struct Case {
         const int pair = i % (HEAD_DIM / 2), half = HEAD_DIM / 2;
         const Row* turn = &angles[positions[at] * HEAD_DIM];
         const double sign = i < half ? -1 : 1, other = element(0, sequence, at, head, (i + half) % HEAD_DIM);
-        return element(0, sequence, at, head, i) * widened(turn[pair]) + sign * other * widened(turn[pair + half]);
+        const double turned =
+            element(0, sequence, at, head, i) * widened(turn[pair]) + sign * other * widened(turn[pair + half]);
+        if (smoothing[sequence] < 0) return turned;
+        const size_t place = (size_t(smoothing[sequence]) * kRow + head * HEAD_DIM + i) * sizeof(Row);
+        return (turned - widened(read<Row>(&arenas[0][place]))) / widened(read<Row>(&arenas[1][place]));
     }
 };
 
@@ -80,7 +90,7 @@ bool decode(bool packed) {
     const int *begins = own.offsets.data(), *ends = begins + 1;
     run("avl_attend_low_rank", {kKvHeads, kSplits, unsigned(batch)}, own.query.data(), own.arenas[0].data(),
         own.arenas[1].data(), own.rows.data(), begins, ends, own.positions.data(), own.bases.data(), own.angles.data(),
-        kRow, HEAD_DIM, kRow, HEAD_DIM, capacity, 0, kSplits, kRank, kRank, int(packed), sums.data(), states.data(),
+        own.smoothing.data(), kRow, HEAD_DIM, kRow, HEAD_DIM, capacity, 0, kSplits, kRank, kRank, int(packed), sums.data(), states.data(),
         logits.data());
 
     std::vector<double> expected(out.size());

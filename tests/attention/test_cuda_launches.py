@@ -103,17 +103,21 @@ def test_low_rank_formats_share_a_kernel_and_bring_their_bases() -> None:
     workspace = Workspace.of(kernels.shape, 2, 8, 5, 1000, scores=False, parts=3, low_rank=True)
     assert workspace.bytes >= workspace.logits + 4 * 8 * 1000
     bases = Bases(ids=300, rank=9, positions=400, angles=500)
-    step = Step(1, 2, 3, 1000, Lists.of(5, 8, 2, 1000, formats), 7, bases=bases)
+    step = Step(1, 2, 3, 1000, Lists.of(5, 8, 2, 1000, formats), 7, bases=bases, smoothing=600)
     kernels.step(step, POOL, workspace, 4096, 99)
-    assert [launch[0] for launch in modules["exact"].launches] == ["avl_append", "avl_attend", "avl_merge"]
+    names = ["avl_smooth", "avl_append", "avl_attend", "avl_merge"]
+    assert [launch[0] for launch in modules["exact"].launches] == names
+    smooth = modules["exact"].launches[0]
+    strides = [("i", number) for number in (512, 128, 1024, 256)]
+    assert smooth[1:] == ((4, 2, 1), 128, 99, [("p", 1), ("p", 2), ("p", 600), *strides, ("p", 100), ("p", 200)])
     packed, plain = modules[LOW_RANK].launches
     assert packed[:4] == ("avl_attend_low_rank", (4, 5, 2), 128, 99)
-    inputs = [("p", number) for number in (1, 100, 200, 5, 16, 20, 400, 300, 500)]
+    inputs = [("p", number) for number in (1, 100, 200, 5, 16, 20, 400, 300, 500, 600)]
     numbers = [("i", number) for number in (512, 128, 1024, 256, 1000, 5, 15, 9, 3, 1)]
     results = [("p", 4096 + place) for place in (workspace.sums, workspace.states, workspace.logits)]
     assert packed[4] == [*inputs, *numbers, *results]
-    assert plain[4][14:19] == [("i", number) for number in (10, 15, 9, 9, 0)]
-    assert modules["exact"].launches[1][4][-1] == ("p", None), "exact rows leave no logits that nobody asks for"
+    assert plain[4][15:20] == [("i", number) for number in (10, 15, 9, 9, 0)]
+    assert modules["exact"].launches[2][4][-1] == ("p", None), "exact rows leave no logits that nobody asks for"
 
 
 @given(

@@ -42,10 +42,18 @@ def kernels(shared_folder: Path) -> Callable[[Shape], Kernels]:
 
 
 def make_low_rank(
-    shape: Shape, name: str, counts: Sequence[int], kv_heads: int, seed: int, pool: int = 30, most: int = 0
+    shape: Shape,
+    name: str,
+    counts: Sequence[int],
+    kv_heads: int,
+    seed: int,
+    pool: int = 30,
+    most: int = 0,
+    smooths: bool = False,
 ) -> LowRankPart:
     """Random records of a format, listed ``counts`` times by each sequence, over a basis for each sequence; ``most``
-    ids of it stand in the table. All bytes that are no listed record, no basis and no coefficient are those of a NaN.
+    ids of it stand in the table. Where the keys are to be smoothed, those of all sequences but the last are. All bytes
+    that are no listed record, no basis, no smoothing and no coefficient are those of a NaN.
     """
     random, form, batch = torch.Generator().manual_seed(seed), Format(name), len(counts)
     rank, read, width = form.basis_rows, form.read_rank, kv_heads * shape.dim
@@ -53,12 +61,18 @@ def make_low_rank(
     step, exact = size // UNIT + 1, batch * rank + 3
     first = exact * width * 2 // UNIT + 1
     chosen = torch.randint(pool, (sum(counts),), generator=random)
-    bases = torch.randperm(exact, generator=random)[: batch * rank].view(batch, rank)
+    places = torch.randperm(exact, generator=random)
+    bases, free = places[: batch * rank].view(batch, rank), places[batch * rank :]
+    smoothing = torch.tensor([int(free[b % 3]) if b < batch - 1 else -1 for b in range(batch)], dtype=torch.int32)
     arenas = []
-    for _ in range(2):
+    for kind in ("keys", "values"):
         arena = torch.full(((first + pool * step) * UNIT,), 255, dtype=torch.uint8)
         directions = torch.randn(batch, read, width, generator=random) * read**-0.5
         arena[: exact * width * 2].view(exact, -1)[bases[:, :read]] = directions.to(shape.dtype).view(torch.uint8)
+        if smooths:  # a center in the keys, a scale in the values
+            own = torch.randn(3, width, generator=random)
+            own = own if kind == "keys" else own.sigmoid()
+            arena[: exact * width * 2].view(exact, -1)[free] = own.to(shape.dtype).view(torch.uint8)
         coefficients = torch.randn(pool, rank, generator=random)
         if form.packs_coefficients:
             scales = (torch.rand(pool, 1, generator=random) / 64).half()
@@ -73,7 +87,8 @@ def make_low_rank(
     table[:, :read] = bases[:, :read]
     offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
     rows = (first + chosen * step).int()
-    return LowRankPart(name, *arenas, rows, offsets, positions, table, angles(shape))
+    used = smoothing if smooths else None
+    return LowRankPart(name, *arenas, rows, offsets, positions, table, angles(shape), used)
 
 
 def angles(shape: Shape) -> Tensor:
@@ -85,7 +100,7 @@ def angles(shape: Shape) -> Tensor:
 
 def dense(part: LowRankPart, shape: Shape, kv_heads: int) -> Part:
     """The listed rows as exact ones in float64, each with a row of its own."""
-    form, width = Format(part.format), kv_heads * shape.dim
+    form = Format(part.format)
     rank, listed, found = form.read_rank, part.rows.long() * UNIT, []
     owners = torch.repeat_interleave(torch.arange(len(part.bases)), part.offsets.diff())
     for arena in (part.keys, part.values):
@@ -94,13 +109,24 @@ def dense(part: LowRankPart, shape: Shape, kv_heads: int) -> Part:
             coefficients = arena[listed[:, None] + 2 + torch.arange(rank)].view(torch.int8).double() * scales
         else:
             coefficients = arena[listed[:, None] + torch.arange(2 * rank)].view(shape.dtype).double()
-        exact = arena[: len(arena) // (2 * width) * 2 * width].view(shape.dtype).view(-1, kv_heads, shape.dim)
-        bases = exact[part.bases[:, :rank].long()].double()
+        bases = _exact_rows(arena, shape, kv_heads)[part.bases[:, :rank].long()].double()
         found.append(torch.einsum("nr,nrhd->nhd", coefficients, bases[owners]))
     turns = torch.complex(*part.angles[part.positions.long()].double().unbind(1))[:, None]
     turned = torch.complex(*found[0].split(shape.dim // 2, -1)) * turns
     keys = torch.cat([turned.real, turned.imag], -1)
+    if part.smoothing is not None:
+        for row, own in zip(part.smoothing.tolist(), keys.tensor_split(part.offsets[1:-1].long()), strict=True):
+            if row >= 0:
+                center, scale = (_exact_rows(arena, shape, kv_heads)[row] for arena in (part.keys, part.values))
+                own -= center.double()
+                own /= scale.double()
     return Part("exact", keys, found[1], torch.arange(len(listed), dtype=torch.int32), part.offsets)
+
+
+def _exact_rows(arena: Tensor, shape: Shape, kv_heads: int) -> Tensor:
+    """The whole arena as rows ``[n, H_kv, d]``."""
+    row_bytes = 2 * kv_heads * shape.dim
+    return arena[: len(arena) // row_bytes * row_bytes].view(shape.dtype).view(-1, kv_heads, shape.dim)
 
 
 def check_parts(
@@ -111,15 +137,16 @@ def check_parts(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["lowrank:70", "lowrank:17@5+int8"])
+@pytest.mark.parametrize(("name", "smooths"), [("lowrank:70", False), ("lowrank:17@5+int8", True)])
 def test_counts_at_the_borders_of_tiles_and_splits(
-    kernels: Callable[[Shape], Kernels], shape: Shape, name: str
+    kernels: Callable[[Shape], Kernels], shape: Shape, name: str, smooths: bool
 ) -> None:
     """Empty selections, one row, and whole tiles of a warp and of a block, and a row less or more."""
     turn = 2 * shape.tile * shape.warps  # a warp rebuilds two tiles at once
     counts = [0, 1, 2 * shape.tile - 1, 2 * shape.tile + 1, turn, 0, 2 * turn + 1]
     kv_heads = 3 if shape.dim < 40 else 2
-    part, query = make_low_rank(shape, name, counts, kv_heads, seed=1), make_query(shape, len(counts), kv_heads, seed=2)
+    part = make_low_rank(shape, name, counts, kv_heads, seed=1, smooths=smooths)
+    query = make_query(shape, len(counts), kv_heads, seed=2)
     out, scores = kernels(shape).attend_parts(query, [part], kv_heads, splits=2)
     check_parts(shape, query, [part], kv_heads, out, scores)
     assert not out[[0, 5]].any()
@@ -143,7 +170,9 @@ def test_any_ranks_beside_any_formats(kernels: Callable[[Shape], Kernels], data:
         read = data.draw(st.integers(1, rank), "read")
         name = f"lowrank:{rank}@{read}" + "+int8" * data.draw(st.booleans(), "packed")
         more = data.draw(st.integers(0, 9), "more of a basis")
-        parts.append(make_low_rank(shape, name, data.draw(counts, name), kv_heads, seed - number, most=read + more))
+        drawn, smooths = data.draw(counts, name), data.draw(st.booleans(), "smooths")
+        sizes = {"most": read + more, "smooths": smooths}
+        parts.append(make_low_rank(shape, name, drawn, kv_heads, seed - number, **sizes))
     query = make_query(shape, batch, kv_heads, seed, data.draw(st.sampled_from((0.1, 1.0, 6.0)), "sharpness"))
     out, scores = kernels(shape).attend_parts(query, parts, kv_heads, splits=data.draw(st.integers(1, 3), "splits"))
     check_parts(shape, query, parts, kv_heads, out, scores)

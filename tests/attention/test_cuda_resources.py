@@ -60,7 +60,7 @@ def test_compiles_for_the_device_without_spills(
 ) -> None:
     macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", of_format(format_)]
     ptx, used = _device_build(architecture, macros, tmp_path)
-    assert len(used) == 10
+    assert len(used) == 11
     assert all(kernel["spills"] == 0 for kernel in used.values()), used
     attend = ptx[ptx.index(".entry avl_attend") :].split(".entry", 2)[1]
     assert attend.count("cp.async.cg.shared.global" if format_ == "exact" else "cp.async.ca.shared.global") >= 8

@@ -115,6 +115,25 @@ class ReferenceModule:
             read = decode(self._format, self._records(pointer, rows, kv_heads)[ids], kv_heads, self._dim)
         return read.double().repeat_interleave(self._group, 1)
 
+    def avl_smooth(self, grid: Grid, *a: Argument) -> None:
+        query, new_keys, smoothing, *strides, keys, values = a
+        kv_heads, batch, _ = grid
+        ids = at(smoothing, torch.int32, batch)
+        own = torch.nonzero(ids >= 0)[:, 0]
+        center, scale = self._smoothing(keys, values, ids[own], kv_heads, strides)
+        for_keys = at(new_keys, self._dtype, batch, kv_heads, self._dim)
+        for_keys[own] = (for_keys[own] - center) / scale
+        asked = at(query, self._dtype, batch, kv_heads * self._group, self._dim)
+        asked[own] *= scale.repeat_interleave(self._group, 1)
+
+    def _smoothing(
+        self, keys: Argument, values: Argument, ids: Tensor, kv_heads: int, strides: Sequence[Argument]
+    ) -> tuple[Tensor, Tensor]:
+        """Centers and scales ``[n, H_kv, d]``."""
+        pools = ((keys, strides[:2]), (values, strides[2:]))
+        center, scale = (self._pool(pool, ids, kv_heads, *stride)[ids.long()] for pool, stride in pools)
+        return center, scale
+
     def avl_append(self, grid: Grid, *a: Argument) -> None:
         new_keys, new_values, slots, kv_heads, *strides, keys, values = a
         ids, heads = at(slots, torch.int32, grid[0]), int(kv_heads.value or 0)
@@ -139,7 +158,7 @@ class ReferenceModule:
         self._attend(grid, read, query, begins, ends, capacity, first, all_splits, sums, states, logits)
 
     def avl_attend_low_rank(self, grid: Grid, *a: Argument) -> None:
-        query, keys, values, rows, begins, ends, positions, bases, angles, *numbers, sums, states, logits = a
+        query, keys, values, rows, begins, ends, positions, bases, angles, smoothing, *numbers, sums, states, logits = a
         *strides, capacity, first, all_splits, most, n_rank, packed = numbers
         rank, half = int(n_rank.value or 0), self._dim // 2
         assert logits.value, "low-rank rows need logits in any case"
@@ -157,7 +176,13 @@ class ReferenceModule:
                 dense.append(torch.einsum("nr,rhd->nhd", found, directions).repeat_interleave(self._group, 1))
             turns = at(angles, self._dtype, int(of_tokens.max()) + 1, 2, 1, half)[of_tokens].double()
             rotated = torch.complex(*dense[0].split(half, -1)) * torch.complex(*turns.unbind(1))
-            return [torch.cat([rotated.real, rotated.imag], -1), dense[1]]
+            turned = torch.cat([rotated.real, rotated.imag], -1)
+            own = at(smoothing, torch.int32, grid[2])[b : b + 1] if smoothing.value else torch.tensor([-1])
+            if own[0] >= 0:
+                both = self._smoothing(keys, values, own, grid[0], strides)
+                center, scale = (each.double().repeat_interleave(self._group, 1) for each in both)
+                turned = (turned - center) / scale
+            return [turned, dense[1]]
 
         self._attend(grid, read, query, begins, ends, capacity, first, all_splits, sums, states, logits)
 

@@ -102,12 +102,13 @@ class LowRankPart(Part):
     """Low-rank rows: records in arenas of bytes, in which exact rows lie too.
 
     ``positions`` int32 ``[total]`` of the listed rows; ``bases`` int32 ``[B, most]``, exact rows; ``angles``
-    ``[context, 2, d / 2]``.
+    ``[context, 2, d / 2]``; ``smoothing`` int32 ``[B]``, exact rows.
     """
 
     positions: Tensor
     bases: Tensor
     angles: Tensor
+    smoothing: Tensor | None = None
 
 
 class Kernels:
@@ -182,7 +183,8 @@ class Kernels:
                 positions = torch.full((capacity,), 2**30, dtype=torch.int32)
                 first = sum(each.rows.numel() for each in parts[:number])
                 positions[first : first + part.rows.numel()] = part.positions
-                name, lists, form = "avl_attend_low_rank", (positions, part.bases, part.angles), Format(part.format)
+                name, form = "avl_attend_low_rank", Format(part.format)
+                lists = (positions, part.bases, part.angles, part.smoothing)
                 ranks = (part.bases.shape[1], form.read_rank, int(form.packs_coefficients))
                 strides = (kv_heads * dim, dim) * 2
             wanted = logits if scores or lists else None

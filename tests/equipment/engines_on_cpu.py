@@ -125,6 +125,8 @@ class GraphRunner:
                 written = np.flatnonzero(own >= 0)
                 for kind in ("key", "value"):
                     new = outputs[f"{kind}.{layer}"][written]
+                    if kind == "key" and "smoothing" in inputs:
+                        new = _smoothed(new, inputs["smoothing"][layer, written], inputs)
                     if name == "exact":
                         _at(at[f"pool_{kind}s"], pools[f"pool_{kind}s"], dims)[own[written]] = new
                         continue
@@ -148,6 +150,15 @@ class GraphContext:
             assert self._bound in (None, (dims, addresses)), "what was recorded is bound otherwise"
         self._bound = dict(dims), dict(addresses)
         self._runner.run(self._profile, dims, addresses)
+
+
+def _smoothed(keys: Array, ids: Array, inputs: Mapping[str, Array]) -> Array:
+    """What the graph gives its attention in the place of ``keys`` ``[n, H_kv, d]``, by the smoothing rows ``[n]``."""
+    has_one = (ids >= 0)[:, None, None]
+    center = np.where(has_one, inputs["pool_keys"][ids], keys.dtype.type(0))
+    scale = np.where(has_one, inputs["pool_values"][ids], keys.dtype.type(1))
+    smoothed: Array = (keys - center) / scale
+    return smoothed
 
 
 def _at(address: int, binding: Binding, dims: Mapping[str, int]) -> Array:

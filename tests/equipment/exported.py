@@ -80,6 +80,7 @@ class Exported:
             "slots": np.full((text.layers, sum(lengths)), -1, dtype=np.int32),
             "rows": np.zeros((text.layers, 0), dtype=np.int32),
             "row_offsets": np.zeros((text.layers, len(prompts) + 1), dtype=np.int32),
+            "smoothing": np.full((text.layers, sum(lengths)), -1, dtype=np.int32),
             "score_queries": np.array(queries, dtype=np.int32),
             **_pool_feeds(*np.zeros((2, 1, text.kv_heads, text.head_dim), dtype=self.dtype)),
         }
@@ -98,28 +99,39 @@ class Exported:
         rows: Array,
         offsets: Array,
         pool: tuple[Array, Array],
+        smoothing: Array | None = None,
     ) -> dict[str, Array]:
-        """A step with the tables of all layers."""
-        batch = len(token_ids)
+        """A step with the tables of all layers; without ``smoothing`` keys are as the model makes them."""
+        batch, text = len(token_ids), self.spec.text
+        if smoothing is None:
+            smoothing = np.full((text.layers, batch), -1, dtype=np.int32)
         feeds = {
             "token_ids": np.array(token_ids, dtype=np.int32),
-            "features": np.zeros((1, self.spec.text.hidden_size), dtype=self.dtype),
+            "features": np.zeros((1, text.hidden_size), dtype=self.dtype),
             "feature_rows": np.full(batch, -1, dtype=np.int32),
             "positions": np.array(positions, dtype=np.int32),
             "token_offsets": np.arange(batch + 1, dtype=np.int32),
             "slots": slots,
             "rows": rows,
             "row_offsets": offsets,
+            "smoothing": smoothing,
             "score_queries": np.array([-1], dtype=np.int32),
             **_pool_feeds(*pool),
         }
         return {**feeds, **self._all_survive(batch)}
 
     def repeat(
-        self, token_ids: Sequence[int], positions: Sequence[int], recorded: Recorded, texts: Sequence[str], parts: int
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        recorded: Recorded,
+        caches: Sequence[SequenceCache],
+        parts: int,
     ) -> dict[str, Array]:
-        """One step as the torch backend was seen to do it, in so many parts, the lists of all layers made equally long.
-        ``texts``: the format of each sequence's new row."""
+        """One step as the torch backend was seen to do it for ``caches``, in so many parts, the lists of all layers
+        made equally long."""
+        texts = [cache.formats.text for cache in caches]
+        smoothing = np.stack([cache.rows.smoothing for cache in caches], axis=1)
         lists = [layer.lists(parts) for layer in recorded.layers]
         room = max(len(rows) for rows, _ in lists) + 3
         # What fills the room is a row that holds no numbers at all: nobody may read it.
@@ -128,7 +140,7 @@ class Exported:
         rows = np.stack([np.pad(rows, (0, room - len(rows)), constant_values=filler) for rows, _ in lists])
         offsets = np.stack([offsets for _, offsets in lists])
         pool = recorded.keys.numpy(), recorded.values.numpy()
-        return self.step_feeds(token_ids, positions, slots, rows, offsets, pool)
+        return self.step_feeds(token_ids, positions, slots, rows, offsets, pool, smoothing)
 
 
 def _pool_feeds(keys: Array, values: Array) -> dict[str, Array]:

@@ -76,9 +76,18 @@ class Wrong(ReferenceModule):
 
     def a_low_rank_part_is_left_out(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_attend_low_rank":
-            splits, heads = int(arguments[15].value or 0), grid[0] * self._group
-            first = int(arguments[14].value or 0)
-            at(arguments[20], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
+            splits, heads = int(arguments[16].value or 0), grid[0] * self._group
+            first = int(arguments[15].value or 0)
+            at(arguments[21], torch.float32, grid[2], splits, heads, 2)[:, first] = torch.tensor([-3e38, 0.0])
+
+    def a_query_is_not_smoothed(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_smooth":
+            at(arguments[0], self._dtype, grid[1], grid[0] * self._group, self._dim)[0, -1] += 1
+
+    def all_keys_are_smoothed(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
+        if kernel == "avl_smooth":
+            is_smoothed = at(arguments[2], torch.int32, grid[1]) >= 0
+            at(arguments[1], self._dtype, grid[1], grid[0], self._dim)[~is_smoothed] /= 2
 
     def a_scale_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_append" and not self._format.is_exact:

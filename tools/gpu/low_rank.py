@@ -1,4 +1,4 @@
-"""Low-rank rows of several ranks beside exact ones in one softmax: against float64.
+"""Low-rank rows of several ranks beside exact ones in one softmax, keys smoothed or not: against float64.
 
 The reference rebuilds the same records over the same bases and turns keys as complex numbers, so that what is compared
 is the kernel's arithmetic and not the formats' rounding.
@@ -32,7 +32,8 @@ _CONTEXT, _RANK = 500, 80
 class Memory:
     """Rows of all :data:`FORMATS` in two arenas; what is no row that is read, is a NaN in any of them.
 
-    ``parts`` are the listed rows in float64 on the CPU, for references; the others are on the device.
+    ``parts`` are the listed rows in float64 on the CPU, for references, and so is ``scale`` ``[B, H_kv, d]``, by which
+    queries are smoothed, in the rows' type; the others are on the device.
     """
 
     parts: list[Part]
@@ -43,6 +44,8 @@ class Memory:
     positions: Tensor
     bases: Tensor
     angles: Tensor
+    smoothing: Tensor
+    scale: Tensor
 
     @property
     def pool(self) -> Pool:
@@ -87,12 +90,17 @@ def make_memory(dut: DeviceUnderTest, shape: KernelShape, counts: Sequence[Seque
     """``counts`` rows for each format and sequence, of a few that there are; a basis for each sequence."""
     device, dtype, batch, some = dut.accelerator.device, row_type(shape), len(counts[0]), 50
     random = torch.Generator().manual_seed(seed)
-    arenas = Arenas(shape, batch * _RANK + 6 * some)
+    arenas = Arenas(shape, batch * _RANK + 6 * some + 1)
     directions = torch.randn(2, batch * _RANK, KV_HEADS, shape.head_dim, generator=random).to(dtype)
     bases = arenas.put_exact(directions)[torch.randperm(batch * _RANK, generator=random)].view(batch, _RANK)
     rope = Rope(shape.head_dim, {"rope_type": "default", "rope_theta": 10000.0})
     angles = torch.cat(rope.angles(torch.arange(_CONTEXT), dtype), 1)[..., : shape.head_dim // 2].contiguous()
     positions = torch.randint(_CONTEXT, (sum(map(sum, counts)),), generator=random)
+    smoothed = (torch.arange(batch) % 2 == 1)[:, None, None]
+    rows = torch.randn(2, 1, KV_HEADS, shape.head_dim, generator=random).to(dtype)
+    rows[1].sigmoid_()
+    smoothing = torch.where(smoothed.flatten(), arenas.put_exact(rows), -1)
+    center, scale = torch.where(smoothed, rows[0], 0), torch.where(smoothed, rows[1], 1)
     parts, ids = [], []
     for name, of_part in zip(FORMATS, counts, strict=True):
         chosen = torch.randint(some, (sum(of_part),), generator=random)
@@ -107,14 +115,17 @@ def make_memory(dut: DeviceUnderTest, shape: KernelShape, counts: Sequence[Seque
             records = torch.stack([encode_coefficients(form, each, dtype) for each in own])
             ids.append(arenas.put(records)[chosen])
             read = torch.stack([decode_coefficients(form, each, dtype)[chosen, : form.read_rank] for each in records])
-            of_rows = bases[torch.repeat_interleave(torch.arange(batch), offsets.diff()), : form.read_rank]
+            owner = torch.repeat_interleave(torch.arange(batch), offsets.diff())
+            of_rows = bases[owner, : form.read_rank]
             keys, values = torch.einsum("anr,anrhd->anhd", read.double(), arenas.rows[:, of_rows].double())
             keys = _turned(keys, angles[positions[before : before + len(chosen)]])
+            keys = (keys - center[owner].double()) / scale[owner].double()
         parts.append(Part("exact", keys, values, torch.arange(len(chosen), dtype=torch.int32), offsets))
     offsets = torch.tensor([0, *accumulate(n for of_part in counts for n in of_part)])
-    rows, offsets, positions, bases = (each.int().to(device) for each in (torch.cat(ids), offsets, positions, bases))
+    tables = (torch.cat(ids), offsets, positions, bases, smoothing)
+    listed, offsets, positions, bases, smoothing = (each.int().to(device) for each in tables)
     keys, values = arenas.rows.to(device)
-    return Memory(parts, keys, values, rows, offsets, positions, bases, angles.to(device))
+    return Memory(parts, keys, values, listed, offsets, positions, bases, angles.to(device), smoothing, scale)
 
 
 def _turned(keys: Tensor, angles: Tensor) -> Tensor:
@@ -135,6 +146,7 @@ def check_shape(dut: DeviceUnderTest, shape: KernelShape, splits: int = 3) -> di
     out, scores = _step(dut, shape, memory, query, splits)
     again, _ = _step(dut, shape, memory, query, splits)
     require(torch.equal(out, again), f"{shape}: low-rank rows give other numbers the second time")
+    query *= memory.scale.repeat_interleave(shape.group, 1)
     worst, worst_score = compare(shape, query, memory.parts, out, scores, "low-rank")
     return {"low_rank_out_max": worst, "low_rank_scores_max": worst_score}
 
@@ -147,11 +159,11 @@ def _step(
     sizes = (shape, batch, heads, splits, capacity)
     space = Workspace.of(*sizes, scores=True, parts=len(FORMATS), low_rank=True)
     scratch = torch.full((space.bytes,), 255, dtype=torch.uint8, device=device)  # all ones are a NaN
-    own = query.to(device)
+    own, keys = query.to(device, copy=True), torch.zeros(batch, KV_HEADS, shape.head_dim).to(device, query.dtype)
     out, scores = torch.full_like(own, torch.nan), torch.full((capacity,), torch.nan, device=device)
     lists = Lists.of(memory.rows.data_ptr(), memory.offsets.data_ptr(), batch, capacity, FORMATS)
-    pointers = (own.data_ptr(), 0, 0, 0, lists, out.data_ptr(), scores.data_ptr())
-    step = Step(*pointers, written=(), bases=memory.step_bases)
+    pointers = (own.data_ptr(), keys.data_ptr(), 0, 0, lists, out.data_ptr(), scores.data_ptr())
+    step = Step(*pointers, written=(), bases=memory.step_bases, smoothing=memory.smoothing.data_ptr())
     dut.kernels(shape).step(step, memory.pool, space, scratch.data_ptr(), dut.accelerator.stream())
     dut.accelerator.synchronize()
     return out.cpu(), scores.cpu()

@@ -1,4 +1,5 @@
-"""Rows of every format in one softmax, new rows packed, and the choice of rows within a step: against float64.
+"""Rows of every format in one softmax, new rows smoothed and packed, and the choice of rows within a step: against
+float64.
 
 References decode the same records, so that what is compared is the kernels' arithmetic and not the formats' rounding.
 """
@@ -142,6 +143,30 @@ def check_packing(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     return {}
 
 
+def check_smoothing(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
+    """New keys and queries are smoothed in place as torch does it, bit for bit; a sequence without smoothing keeps its
+    own."""
+    device, dtype, stream = dut.accelerator.device, row_type(shape), dut.accelerator.stream()
+    row, generator = (KV_HEADS, shape.head_dim), torch.Generator().manual_seed(8)
+    center, scale, key = (torch.randn(4, *row, generator=generator) for _ in range(3))
+    query = torch.randn(4, KV_HEADS * shape.group, shape.head_dim, generator=generator)
+    host = [each.to(dtype) for each in (query, key, center, scale.sigmoid())]
+    ids = torch.tensor([2, -1, 0, 2], dtype=torch.int32)
+    own, (of_query, of_key, centers, scales) = ids.to(device), [each.to(device, copy=True) for each in host]
+    pool = Pool(centers.data_ptr(), scales.data_ptr(), KV_HEADS, *(KV_HEADS * shape.head_dim, shape.head_dim) * 2)
+    dut.kernels(shape).smooth(of_query.data_ptr(), of_key.data_ptr(), own.data_ptr(), len(ids), pool, stream)
+    dut.accelerator.synchronize()
+    query, key, center, scale = host
+    kept = ids < 0
+    center, scale = center[ids].masked_fill(kept[:, None, None], 0), scale[ids].masked_fill(kept[:, None, None], 1)
+    for what, got, expected in (
+        ("key", of_key, (key - center) / scale),
+        ("query", of_query, query * scale.repeat_interleave(shape.group, 1)),
+    ):
+        require(torch.equal(got.cpu(), expected), f"{shape}: a {what} is not smoothed as torch does it")
+    return {}
+
+
 def check_choice(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     """The weights of a scan of keys of every format against float64, and the rows that are chosen by them against the
     policy's own choice; each sequence scans one format."""
@@ -195,7 +220,7 @@ def _nucleus(weights: Tensor, share: float, most: int) -> list[int]:
     return [int(dut) for dut in np.flatnonzero(policy.pick_core(weights.numpy()))]
 
 
-CHECKS = (check_mixture, check_packing, check_choice)
+CHECKS = (check_mixture, check_packing, check_smoothing, check_choice)
 
 
 def check_shape(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:

@@ -76,13 +76,15 @@ class Kernels:
     # One layer of a decode step
 
     def step(self, step: Step, pool: Pool, workspace: Workspace, address: int, stream: int) -> None:
-        """Write the new rows into their slots, choose rows where ``step.scan`` says so, attend, and score where
-        ``step.scores`` is given.
+        """Smooth queries and new keys where ``step.smoothing`` is given, write the new rows into their slots, choose
+        rows where ``step.scan`` says so, attend, and score where ``step.scores`` is given.
 
         ``address``: ``workspace.bytes`` of device memory. Exact rows take three launches, four with scores; another
         format one more, low-rank ones too, and one where new rows are written in it; a scan three, and one for each
-        format.
+        format; smoothing one.
         """
+        if step.smoothing:
+            self.smooth(step.query, step.new_keys, step.smoothing, step.lists.batch, pool, stream)
         self.append_parts(step, pool, stream)
         if step.scan is not None:
             self._choose(step, step.scan, pool, workspace, address, stream)
@@ -107,7 +109,10 @@ class Kernels:
         for part, format_ in enumerate(lists.formats):
             if reader(format_) == LOW_RANK:
                 assert step.bases is not None, "low-rank rows come with their bases"
-                self.attend_low_rank(step.query, pool, lists, part, step.bases, splits, sums, states, logits, stream)
+                results = (sums, states, logits)
+                self.attend_low_rank(
+                    step.query, pool, lists, part, step.bases, step.smoothing, splits, *results, stream
+                )
             else:
                 wanted = logits if step.scores else 0
                 self.attend(step.query, pool, lists, part, splits, sums, states, wanted, stream)
@@ -129,6 +134,12 @@ class Kernels:
         self.log_sums(logits, candidates, heads, log_sums, stream)
         self.scores(logits, log_sums, candidates, heads, weights, stream)
         self.nucleus(weights, scan, step.lists, stream)
+
+    def smooth(self, query: int, new_keys: int, smoothing: int, batch: int, pool: Pool, stream: int) -> None:
+        """avl_smooth: row ``query`` ``[batch, H, d]`` and ``new_keys`` ``[batch, H_kv, d]`` smoothed in place, by
+        ``smoothing`` as in :class:`Step`."""
+        grid, numbers = (pool.kv_heads, batch, 1), _i(*pool.strides)
+        self._launch("avl_smooth", grid, stream, _p(query, new_keys, smoothing), numbers, _pool(pool))
 
     def append(
         self, new_keys: int, new_values: int, slots: int, rows: int, pool: Pool, stream: int, format_: str = "exact"
@@ -172,16 +183,18 @@ class Kernels:
         lists: Lists,
         part: int,
         bases: Bases,
+        smoothing: int,
         splits: int,
         sums: int,
         states: int,
         logits: int,
         stream: int,
     ) -> None:
-        """avl_attend_low_rank: as :meth:`attend` for a low-rank part, whose ``logits`` it needs in any case."""
+        """avl_attend_low_rank: as :meth:`attend` for a low-rank part, whose ``logits`` it needs in any case;
+        ``smoothing`` as in :class:`Step`."""
         format_ = Format(lists.formats[part])
         inputs = (*_p(query), *_pool(pool), *_p(lists.rows, *lists.part(part)))
-        rebuilt_with = _p(bases.positions, bases.ids, bases.angles)
+        rebuilt_with = _p(bases.positions, bases.ids, bases.angles, smoothing)
         numbers = _i(*pool.strides, lists.capacity, part * splits, len(lists.formats) * splits)
         ranks = _i(bases.rank, format_.read_rank, format_.packs_coefficients)
         grid, results = (pool.kv_heads, splits, lists.batch), _p(sums, states, logits)

@@ -142,7 +142,9 @@ class Step:
     of each new token's row in the part of its format, negative: none; ``lists``: what each sequence reads, its new
     token's row among them; ``out`` row ``[B, H, d]``, zeros for a sequence that reads nothing; ``scores`` float32
     ``[capacity]``, or 0 where nobody asks; ``written``: the formats in which there are new rows; ``scan``: where rows
-    are chosen within the step; ``bases``: where parts are low-rank.
+    are chosen within the step; ``bases``: where parts are low-rank; ``smoothing`` int32 ``[B]``: the exact rows by
+    which queries and new keys are smoothed, in place (:mod:`avl_edge.kv.smoothing`), negative: none, or 0 where no
+    sequence has one.
     """
 
     query: int
@@ -155,6 +157,7 @@ class Step:
     written: tuple[str, ...] = ("exact",)
     scan: Scan | None = None
     bases: Bases | None = None
+    smoothing: int = 0
 
 
 @dataclass(frozen=True)

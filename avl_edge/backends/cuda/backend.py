@@ -175,9 +175,12 @@ def _settle(step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, l
 
 def _reads(cache: SequenceCache, layers: range) -> Reads:
     """What a sequence reads in the step that has begun."""
+    smoothing = cache.rows.smoothing
     scanned = [cache.rows_to_scan(layer)[0] for layer in layers] if cache.picks_core else []
     if not any(len(each.ids) for each in scanned):  # of a text alone there is nothing to choose
         rows = [cache.rows_to_read(layer) for layer in layers]
-        return Reads(rows, cache.formats.text, basis=[cache.rows.layers[layer].basis for layer in layers])
+        basis = [cache.rows.layers[layer].basis for layer in layers]
+        return Reads(rows, cache.formats.text, basis=basis, smoothing=smoothing)
     share, most = cache.nucleus
-    return Reads([[cache.text_rows(layer)] for layer in layers], cache.formats.text, scanned, share, most)
+    text = [[cache.text_rows(layer)] for layer in layers]
+    return Reads(text, cache.formats.text, scanned, share, most, smoothing=smoothing)

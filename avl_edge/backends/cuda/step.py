@@ -84,6 +84,7 @@ class DecodeStep(RecordedStep):
             written=bucket.written,
             scan=scan,
             bases=self._bases(layer),
+            smoothing=address(tables.device_smoothing[layer]) if bucket.smooths else 0,
         )
         stream = self._accelerator.stream()
         self._kernels.step(step, self._pool, self._workspace, address(self._scratch), stream)

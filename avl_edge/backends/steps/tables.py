@@ -1,6 +1,7 @@
 """What a decode step has to know from the host: one block of int32, copied once per step.
 
     tokens [B] | positions [B] | limits [B * 2] | slots [L, P * B] | offsets [L, P * B + 1] | rows [L, capacity]
+    smoothing [L, B]
     and where rows are scanned:  listed [L, P * B] | of_scanned [L, P * B + 1] | scanned [L, scanned]
     and where rows are low-rank:   row_positions [L, capacity] | bases [L, B * rank]
 
@@ -16,7 +17,7 @@ list has room behind ``listed`` for those that the device puts there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ Ints = npt.NDArray[np.int32]
 _SMALLEST = 256
 _WHOLE = 2**30
 _EMPTY: Ints = np.empty(0, dtype=np.int32)
+_NONE: Ints = np.array([-1], dtype=np.int32)
 _NO_ROWS = Selected("", _EMPTY.astype(np.int64), _EMPTY, _EMPTY)
 
 
@@ -39,7 +41,8 @@ _NO_ROWS = Selected("", _EMPTY.astype(np.int64), _EMPTY, _EMPTY)
 class Reads:
     """What one sequence reads in a step: ``rows[layer]``, and of ``scanned[layer]``, which are of one format, at most
     ``most`` rows that hold ``share`` of their coarse weight (1: always as many as that). ``text`` is the format of its
-    new row; ``basis[layer]`` what it has for low-rank rows."""
+    new row; ``basis[layer]`` what it has for low-rank rows; ``smoothing`` ``[L]`` the rows by which its keys are
+    smoothed, -1: none, or ``[1]`` where no layer has one."""
 
     rows: Sequence[Sequence[Selected]]
     text: str = "exact"
@@ -47,6 +50,7 @@ class Reads:
     share: float = 1
     most: int = 0
     basis: Sequence[Ints] = ()
+    smoothing: Ints = field(default_factory=lambda: _NONE)
 
     def room(self, layer: int) -> int:
         """Rows that may be chosen."""
@@ -57,7 +61,7 @@ class Reads:
 class Bucket:
     """What a recorded step is made for: ``batch`` sequences, ``capacity`` listed rows in a layer, with ``scores`` or
     without; the ``formats`` of its rows, those of new ones (``written``), and of those that are scanned
-    (``scanned_formats``), for which there is room for ``scanned``."""
+    (``scanned_formats``), for which there is room for ``scanned``; whether any sequence ``smooths`` its keys."""
 
     batch: int
     capacity: int
@@ -66,6 +70,7 @@ class Bucket:
     written: tuple[str, ...] = ("exact",)
     scanned: int = 0
     scanned_formats: tuple[str, ...] = ()
+    smooths: bool = False
 
     @property
     def rank(self) -> int:
@@ -94,6 +99,7 @@ class Bucket:
             in_order(written),
             room_for(scanned) if scanned else 0,
             in_order(scanned_formats) if scanned else (),
+            any((each.smoothing >= 0).any() for each in reads),
         )
 
 
@@ -117,7 +123,7 @@ class StepTables:
         self.bucket, self._layers, self._range = bucket, layers, range(layers)
         batch, lists = bucket.batch, len(bucket.formats) * bucket.batch
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
-        widths += [(layers, bucket.capacity)]
+        widths += [(layers, bucket.capacity), (layers, batch)]
         widths += [(layers, lists), (layers, lists + 1), (layers, bucket.scanned)] if bucket.scanned else []
         widths += [(layers, bucket.capacity), (layers, batch * bucket.rank)] if bucket.rank else []
         strides = [width if dense else _aligned(width, 4) for _, width in widths]
@@ -134,13 +140,14 @@ class StepTables:
 
         self._host.zero_()
         host = [table.numpy() for table in tables(self._host)]
-        self._tokens, self._positions, self._limits, self._slots, self.offsets, self._rows = host[:6]
+        self._tokens, self._positions, self._limits, self._slots, self.offsets, self._rows, self._smoothing = host[:7]
         tokens, positions, limits, self.device_slots, self.device_offsets, self.device_rows, *rest = tables(
             self._device
         )
+        self.device_smoothing, *rest = rest
         self.device_tokens, self.device_positions, self.device_limits = tokens[0], positions[0], limits[0]
         if bucket.scanned:
-            self._listed, self.of_scanned, self._scanned = host[6:9]
+            self._listed, self.of_scanned, self._scanned = host[7:10]
             self.device_listed, self.device_of_scanned, self.device_scanned = rest[:3]
         if bucket.rank:
             self._row_positions, self._bases = host[-2:]
@@ -162,7 +169,9 @@ class StepTables:
         self._tokens[0, :count], self._tokens[0, count:] = tokens, 0
         self._positions[0, :count], self._positions[0, count:] = positions, 0
         self._slots.fill(-1)
+        self._smoothing.fill(-1)
         for number, each in enumerate(reads):
+            self._smoothing[:, number] = each.smoothing
             self._slots[:, formats.index(each.text) * batch + number] = slots[:, number]
         lists = [self._lists([each.rows[layer] for each in reads]) for layer in self._range]
         if self.bucket.scanned:

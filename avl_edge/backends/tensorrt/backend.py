@@ -156,7 +156,7 @@ class EngineBackend:
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
         layers = range(self.engines.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
-        reads = [Reads([cache.rows_to_read(layer) for layer in layers], cache.formats.text) for cache in caches]
+        reads = [_reads(cache, layers) for cache in caches]
         step = self.steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
         with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
@@ -173,5 +173,12 @@ class EngineBackend:
         recipe, context = self.engines.recipe, self.engines.spec.text.context
         found = Bucket.of(reads, scores)
         batch, capacity = min(found.batch, recipe.sequences), min(found.capacity, recipe.sequences * context)
-        # What formats are written is not asked: an engine's step has a slot in each.
-        return replace(found, batch=batch, capacity=capacity, formats=parts_of(found.formats), written=())
+        # What formats are written is not asked, nor whose keys are smoothed: an engine's step has a place for each.
+        formats = parts_of(found.formats)
+        return replace(found, batch=batch, capacity=capacity, formats=formats, written=(), smooths=False)
+
+
+def _reads(cache: SequenceCache, layers: range) -> Reads:
+    """What a sequence reads in the step that has begun."""
+    rows = [cache.rows_to_read(layer) for layer in layers]
+    return Reads(rows, cache.formats.text, smoothing=cache.rows.smoothing)

@@ -88,6 +88,7 @@ def buffers(
         names.SLOTS: torch.full((text.layers, parts * length), -1, dtype=torch.int32, device=device),
         names.ROWS: table(listed.rows),
         names.ROW_OFFSETS: table(listed.offsets),
+        names.SMOOTHING: table(np.repeat(cache.rows.smoothing[:, None], length, axis=1)),
         names.SCORE_QUERIES: table(queries),
         names.PINNED: table(~is_image),
         **pool_of(store),

@@ -36,6 +36,7 @@ class EngineStep(RecordedStep):
             names.SLOTS: tables.device_slots,
             names.ROWS: tables.device_rows,
             names.ROW_OFFSETS: tables.device_offsets,
+            names.SMOOTHING: tables.device_smoothing,
             names.SCORE_QUERIES: fixed(*nobody) if bucket.scores else fixed(),
             names.PINNED: fixed(*[0] * batch),
             **pool_of(store),

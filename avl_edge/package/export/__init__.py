@@ -24,6 +24,7 @@ bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value 
 | in | slots | L, P * T | int32 |
 | in | rows | L, N | int32 |
 | in | row_offsets | L, P * B + 1 | int32 |
+| in | smoothing | L, T | int32 |
 | in | score_queries | W | int32 |
 | in | pinned | T | int32 |
 | in | survivors | 1 | int64 |
@@ -45,7 +46,11 @@ bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value 
 - With P = 1 rows are exact. An exact row's id is its number in ``pool_keys`` and ``pool_values``; a packed row's is
   where its record begins (:mod:`avl_edge.kv.formats`), in units, in the same memory, which ``pool_key_words`` and
   ``pool_value_words`` show once more: they are bound to the same addresses. A decoder whose rows are too small to be
-  packed has no words, and dimensions T and B + 1 for P * T and P * B + 1.
+  packed has no words, no ``smoothing``, and dimensions T and B + 1 for P * T and P * B + 1.
+- ``smoothing[l, t]`` is the exact row by which the keys of token t's sequence are smoothed in layer l, -1 where they
+  are not (:mod:`avl_edge.kv.smoothing`): attention takes (key - center) / scale for the token's key, center and scale
+  that row of ``pool_keys`` and of ``pool_values``, and query * scale for its query. So smoothed keys go into slots,
+  while ``key.N`` is as the model makes it, whatever ``smoothing`` says.
 - ``feature_rows[t]`` is the row of ``features`` that stands in the place of token t's embedding, -1 for text. Both are
   looked up for every token: F is at least 1, also without an image, and an image's ids are ids of the vocabulary.
 - ``slots[l, p * T + t]`` is the pool row of part p's format that token t takes in layer l, handed out before the step,

@@ -13,6 +13,7 @@ from ...model.spec import ModelSpec, TextSpec
 PIXELS, FEATURES = "pixels", "features"
 TOKEN_IDS, FEATURE_ROWS, POSITIONS, TOKEN_OFFSETS = "token_ids", "feature_rows", "positions", "token_offsets"
 SLOTS, ROWS, ROW_OFFSETS = "slots", "rows", "row_offsets"
+SMOOTHING = "smoothing"
 SCORE_QUERIES, PINNED, SURVIVORS = "score_queries", "pinned", "survivors"
 POOL_KEYS, POOL_VALUES = "pool_keys", "pool_values"
 POOL_KEY_WORDS, POOL_VALUE_WORDS = "pool_key_words", "pool_value_words"
@@ -71,6 +72,7 @@ def decoder_bindings(spec: ModelSpec, dtype: str, prune_after: int | None) -> Bi
         Binding(SLOTS, (layers, "P * T" if packs else "T"), "int32"),
         Binding(ROWS, (layers, "N"), "int32"),
         Binding(ROW_OFFSETS, (layers, "P * B + 1" if packs else "B + 1"), "int32"),
+        *((Binding(SMOOTHING, (layers, "T"), "int32"),) if packs else ()),
         Binding(SCORE_QUERIES, ("W",), "int32"),
         *((Binding(PINNED, ("T",), "int32"), Binding(SURVIVORS, (1,), "int64")) if prune else ()),
         Binding(POOL_KEYS, ("R", *row), dtype),

@@ -22,6 +22,7 @@ class _Flow:
     cos: str
     sin: str
     slots: str
+    smoothing: str
     token_offsets: str
     score_queries: str
 
@@ -29,7 +30,8 @@ class _Flow:
 def build_decoder(graph: Graph, spec: TextSpec, prune_after: int | None) -> None:
     """Add the nodes from ``token_ids`` to ``logits``; attention is one node a layer."""
     cos, sin = _angles(graph, spec)
-    flow = _Flow(_embed(graph, spec), cos, sin, names.SLOTS, names.TOKEN_OFFSETS, names.SCORE_QUERIES)
+    lists = (names.SLOTS, names.SMOOTHING, names.TOKEN_OFFSETS, names.SCORE_QUERIES)
+    flow = _Flow(_embed(graph, spec), cos, sin, *lists)
     row_scores = []
     for layer in range(spec.layers):
         graph.scope = f"layer.{layer}/"
@@ -37,7 +39,7 @@ def build_decoder(graph: Graph, spec: TextSpec, prune_after: int | None) -> None
         row_scores.append(graph.add("Unsqueeze", rows, graph.constant([0])))
         flow = replace(flow, hidden=hidden)
         if layer == prune_after:
-            flow = _prune(graph, flow, tokens)
+            flow = _prune(graph, spec, flow, tokens)
     graph.scope = "head/"
     graph.add("Concat", *row_scores, axis=0, name=names.ROW_SCORES)
     ends = graph.add("Slice", flow.token_offsets, graph.constant([1]), graph.constant([2**31 - 1]), graph.constant([0]))
@@ -73,12 +75,15 @@ def _angles(graph: Graph, spec: TextSpec) -> tuple[str, str]:
 def _layer(graph: Graph, spec: TextSpec, layer: int, flow: _Flow) -> tuple[str, str, str]:
     """The layer's output, the scores of the rows and those of the tokens."""
     name, size = f"text.layers.{layer}", spec.hidden_size
+    formats = names.row_formats(spec, graph.dtype)
     query, key, value = _project(graph, spec, layer, flow)
+    if len(formats) > 1:
+        query, key = _smooth(graph, spec, layer, flow, query, key)
     own = {"query": query, "key": key, "value": value, names.SLOTS: flow.slots}
     own |= {names.TOKEN_OFFSETS: flow.token_offsets, names.SCORE_QUERIES: flow.score_queries}
     attended, rows, tokens = graph.add_many(
         OPERATOR,
-        [own.get(name, name) for name in inputs(names.row_formats(spec, graph.dtype))],
+        [own.get(name, name) for name in inputs(formats)],
         [f"attended.{layer}", f"row_scores.{layer}", names.TOKEN_SCORES.format(layer)],
         domain=DOMAIN,
         layer=layer,
@@ -106,6 +111,22 @@ def _project(graph: Graph, spec: TextSpec, layer: int, flow: _Flow) -> tuple[str
     return query, key, heads("v", spec.kv_heads, names.VALUE.format(layer))
 
 
+def _smooth(graph: Graph, spec: TextSpec, layer: int, flow: _Flow, query: str, key: str) -> tuple[str, str]:
+    """Query and key as stored keys are met and stored, where a token's sequence smooths its keys."""
+    row = graph.add("Gather", flow.smoothing, graph.constant(layer), axis=0)
+    has_one = graph.add("GreaterOrEqual", row, graph.constant(0, "int32"))
+    has_one = graph.add("Unsqueeze", has_one, graph.constant([1, 2]))
+    first = graph.add("Max", row, graph.constant(0, "int32"))  # which may be anything where there is none
+    center, scale = (
+        graph.add("Where", has_one, graph.add("Gather", pool, first, axis=0), graph.constant(nothing, graph.dtype))
+        for pool, nothing in ((names.POOL_KEYS, 0.0), (names.POOL_VALUES, 1.0))
+    )
+    key = graph.add("Div", graph.add("Sub", key, center), scale)
+    by_key = graph.constant([-1, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim])
+    scaled = graph.add("Mul", graph.add("Reshape", query, by_key), graph.add("Unsqueeze", scale, graph.constant([2])))
+    return graph.add("Reshape", scaled, graph.constant([-1, spec.heads, spec.head_dim])), key
+
+
 def _rotate(graph: Graph, spec: TextSpec, x: str, flow: _Flow, output: str | None = None) -> str:
     half = spec.head_dim // 2
     first, second = graph.add_many("Split", [x, graph.constant([half, half])], [f"{x}/first", f"{x}/second"], axis=-1)
@@ -120,7 +141,7 @@ def _mlp(graph: Graph, spec: TextSpec, name: str, x: str) -> str:
     return linear(graph, f"{name}.down_proj", gated, size, inner, bias=bias)
 
 
-def _prune(graph: Graph, flow: _Flow, token_scores: str) -> _Flow:
+def _prune(graph: Graph, spec: TextSpec, flow: _Flow, token_scores: str) -> _Flow:
     """Let the survivors go on: gather what has a row per token, and count anew what points at tokens."""
     last = graph.add("Gather", token_scores, graph.constant(0), axis=0)
     # Weights are at most 1: a pinned token stands above every other.
@@ -132,11 +153,13 @@ def _prune(graph: Graph, flow: _Flow, token_scores: str) -> _Flow:
     order, _ = graph.add_many("TopK", [ascending, names.SURVIVORS], ["prune/order", "prune/ignored"], axis=0, largest=0)
     kept = graph.add("Cast", order, to=graph.onnx.TensorProto.INT32, name=names.KEPT)
     hidden, cos, sin = (graph.add("Gather", rows, kept, axis=0) for rows in (flow.hidden, flow.cos, flow.sin))
+    packs = len(names.row_formats(spec, graph.dtype)) > 1
     return _Flow(
         hidden,
         cos,
         sin,
         slots=_slots_of(graph, flow.slots, kept),
+        smoothing=graph.add("Gather", flow.smoothing, kept, axis=1) if packs else flow.smoothing,
         token_offsets=_renumber(graph, flow.token_offsets, kept),
         score_queries=_renumber(graph, flow.score_queries, kept),
     )
