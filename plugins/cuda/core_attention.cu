@@ -8,8 +8,8 @@
 //   out[h]    = sum over r of p[h][r] * value[r]
 //   scores[r] = mean over h of p[h][r]                                  (when asked)
 //
-// Rows of several formats share one softmax. Each format has these kernels, compiled with -DKEYS and -DVALUES, and its own
-// avl_attend reads what the batch selects of it, a *part*: partial results of all parts and their splits stand side by
+// Rows of several formats share one softmax. Each format has these kernels, compiled with -DKEYS and -DVALUES, and its
+// own avl_attend reads what the batch selects of it, a *part*: partial results of all parts and their splits stand side by
 // side in one workspace, and one avl_merge joins them. Parts come one after the other in one list of ids: sequence b
 // reads of part p the rows begins[p * B + b] to ends[p * B + b] - 1 of it. The avl_attend of low-rank parts is another
 // kernel, in low_rank.cu.
