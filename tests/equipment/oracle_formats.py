@@ -135,7 +135,10 @@ class Layer:
         keys_in, *others = name.split("/")
         self.values[positions] = packed(self.values[positions], *others or [name])
         through = self.smoothing.through if self.smoothing else lambda how, keys, name: how(keys, name)
-        self.keys[positions], self.coarse_keys[positions] = through(packed, keys, keys_in), through(coarse, keys, keys_in)
+        self.keys[positions], self.coarse_keys[positions] = (
+            through(packed, keys, keys_in),
+            through(coarse, keys, keys_in),
+        )
 
 
 def attention(

@@ -141,7 +141,7 @@ def test_avl_with_packed_tiers_equals_the_oracle(
         ("mistral-wide", 1, TierFormats("exact", "int4", "int4"), (100, 50, 50)),
         ("llama-bias", 2, TierFormats("int8", "int4", "int4"), (60, 60, 95)),
         ("llama-mha", 2, TierFormats("int4", "exact", "exact"), (90, 20, 100)),
-        ("qwen2-gqa", 1, TierFormats("int8/int4", "int8/int4", "int8/int4"), (100, 40, 70)),
+        ("mistral-wide", 1, TierFormats("int8/int4", "int8/int4", "int8/int4"), (100, 50, 50)),
     ],
 )
 def test_coarse_keys_equal_the_oracle(

@@ -325,4 +325,3 @@ def _p(*addresses: int) -> tuple[Argument, ...]:
 
 def _i(*numbers: int) -> tuple[Argument, ...]:
     return tuple(ctypes.c_int32(number) for number in numbers)
-

@@ -22,8 +22,8 @@ class Part:
         format: "exact", "int8", "int4" or "int8/int4".
         keys: exact: [R, H_kv, d] of the query's dtype, any strides while the last dimension is contiguous; packed: the
             arena, uint8 [bytes], contiguous, in which rows are records as :mod:`avl_edge.kv.formats` encodes them.
-        values: likewise, as large as the keys; but of a format that names two as far behind the keys in their arena as a
-            key's record is long, where a row is one record.
+        values: likewise, as large as the keys; of "int8/int4" what `keys` is from the end of the first key's record on:
+            there a row is one record, the value right behind the key.
         rows: [total] int32 on the CPU: row numbers in [0, R), or where records begin, in units of
             :data:`~avl_edge.kv.layout.UNIT` bytes. A row may serve several sequences.
         offsets: [B + 1] int32 on the CPU; sequence b attends rows[offsets[b]:offsets[b + 1]] of this part.
