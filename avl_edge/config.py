@@ -44,7 +44,8 @@ class Formats:
 
     ``exact`` is the model's own dtype, ``int8`` about half of it and ``int4`` about 28 %; ``int8/int4`` has keys in
     int8 and values in int4; ``lowrank:R`` keeps R coefficients of K and V each (AttentionPack), ``lowrank:R+int8``
-    keeps them in int8, and ``lowrank:R@r`` reads only the first r of them. Text grows by single rows, so it has no low-rank format.
+    keeps them in int8, and ``lowrank:R@r`` reads only the first r of them. Text grows by single rows, so it has no
+    low-rank format.
     """
 
     text: str = "exact"

@@ -5,9 +5,9 @@ and head. int4: q from -8 to 7, one scale per row and group of dimensions, which
 of largest magnitude (of two, of the positive one), as llama.cpp's Q4_0: sixteen levels, where a symmetric code has
 fifteen. The error is at most half a step, and at the other end of int4's range a whole one; or 127 (8) times 2^-25
 where the scale is too small for full precision. Values beyond the largest scale become the largest there are; a NaN
-makes NaNs of all values that share its scale. Nibbles are stored without sign, q + 128 and q + 8. In each head's d/2 bytes, byte j holds dimension j in its low half and dimension j +
-d/2 in its high half. Of an int8 row all high nibbles come first: they alone are the row at 16 levels, which is what a
-coarse scan of the keys reads.
+makes NaNs of all values that share its scale. Nibbles are stored without sign, q + 128 and q + 8. In each head's d/2
+bytes, byte j holds dimension j in its low half and dimension j + d/2 in its high half. Of an int8 row all high nibbles
+come first: they alone are the row at 16 levels, which is what a coarse scan of the keys reads.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class ImageSession:
     the last question that is on its way has ended.
 
     The options that the session was made with hold for its questions too, but for ``kv_budget``: that is what the
-    session's own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int8/int4, int4) as far as it
-    asks. A device's profile that the runtime follows plans no image sessions: give a budget.
+    session's own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int8/int4, int4) as
+    far as it asks. A device's profile that the runtime follows plans no image sessions: give a budget.
     """
 
     def __init__(

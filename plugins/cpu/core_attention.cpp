@@ -128,7 +128,7 @@ template <class Format, int Dim> struct Avx512 {
 
 template <class Passes, class Format, int Dim> Reader reader_of(int dim) {
     using Row = Row<Format, Dim, false>;
-    Reader made{Passes::multiply, nullptr, Row::prefetch, std::max(1, kSlice / Row::head_bytes(dim)), Row::order(dim)};
+    Reader made{Passes::multiply, nullptr, std::max(1, kSlice / Row::head_bytes(dim)), Row::order(dim)};
     if constexpr (!std::is_same_v<Format, Coarse>) made.add = Passes::add;  // values are never scanned
     return made;
 }
@@ -162,10 +162,11 @@ Reader reader_for(int format, int dim) {
 }
 
 // A part as the batch will read it; its query is filled in later.
-Source source_of(const Step& step, const Part& part) {
+Source source_of(const Step& step, const Part& part, bool sums) {
     return {{part.keys, part.key_row, part.key_head, step.kv_heads, step.dim},
             {part.values, part.value_row, part.value_head, step.kv_heads, step.dim},
-            reader_for(part.key_format, step.dim), reader_for(part.value_format, step.dim), nullptr};
+            reader_for(part.key_format, step.dim), reader_for(part.value_format, step.dim),
+            sums && part.key_format == part.value_format, nullptr};
 }
 
 // 0, or EINVAL where offsets do not rise from 0 to the number of ids, or ERANGE where an id leads outside its pool.
@@ -182,7 +183,7 @@ int refusal(const Part& part, int batch) {
 int cut(Step& step, const Call& call, const Part* parts) {
     for (int p = 0; p < call.parts; ++p) {
         if (const int status = refusal(parts[p], call.batch)) return status;
-        step.sources.push_back(source_of(step, parts[p]));
+        step.sources.push_back(source_of(step, parts[p], call.out != nullptr));
         step.total += int(parts[p].listed);
         step.most = std::max(step.most, std::min(step.sources.back().block(), step.kv_heads) * step.group);
     }

@@ -73,7 +73,7 @@ template <class Row, int Block> INLINE inline void multiply_keys(
             for (int ahead = r + kAhead; ahead < r + kAhead + rows; ++ahead) {
                 const int value = ahead - split.count;  // the last keys call up the first values
                 if (value < 0) Row::prefetch(source.keys, split.rows[ahead], one);
-                else if (step.sums && value < split.count) source.value_reader.prefetch(source.values, split.rows[value], one);
+                else if (source.alike && value < split.count) Row::prefetch(source.values, split.rows[value], one);
             }
             each_heads<Block>(step.group, [&](int head, auto size) INLINE {
                 Four products[size];
@@ -169,6 +169,9 @@ template <class Row, int Block> INLINE inline void sum_values(
     const Step& step, const Split& split, const Item& item, const Weights& weights) {
     const int begin = item.heads.begin * step.group, end = item.heads.end * step.group;
     std::fill(step.sums_at(item.split, begin), step.sums_at(item.split, end), 0.0f);
+    const Source& source = step.sources[split.part];
+    for (int ahead = 0; !source.alike && ahead < std::min(kAhead, split.count); ++ahead)
+        Row::prefetch(source.values, split.rows[ahead], item.heads);
     int r = 0;
     for (; r + Row::summed <= split.count; r += Row::summed)
         add_rows<Row::summed, Block, Row>(step, split, item, weights, r);

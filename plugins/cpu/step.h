@@ -43,13 +43,13 @@ struct Weights {  // of an item: logits, then exponentials relative to their spl
 struct Reader {  // how keys or values of a format are attended
     void (*multiply)(const Step&, const Item&, const Weights&);  // keys: an item's logits, and their exponentials
     void (*add)(const Step&, const Item&, const Weights&);       // values: the sums of an item
-    void (*prefetch)(const Arena&, int64_t id, const Heads&);
     int block;               // key/value heads of an item, at most
     std::vector<int> order;  // where each dimension is among them; empty where all are in place
 };
 struct Source {  // a part, ready to be read
     Arena keys, values;
     Reader key_reader, value_reader;
+    bool alike;          // whether values will be read, in the format of the keys: then these call up the first of them
     const float* query;  // [batch, heads, dim], in the order of the keys
 
     int block() const { return std::min(key_reader.block, value_reader.block); }  // key/value heads of an item

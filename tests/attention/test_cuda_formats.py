@@ -168,7 +168,7 @@ def test_a_scan_gives_the_coarse_weights(kernels: Callable[[Shape], Kernels], sh
     names = SHAPES[shape]
     last = len(names) - 1
     owners = [0, *range(len(names)), last, last]  # of each sequence: the part that it scans
-    sizes = [1, 5, 33, shape.tile * shape.warps * 2 + 1, 0, 9]
+    sizes = [1, 5, 33, shape.tile * shape.warps * 2 + 1, 21, 0, 9]
     parts = [
         make_part(
             shape, name, [n if owner == number else 0 for owner, n in zip(owners, sizes, strict=False)], 2, number
