@@ -19,7 +19,7 @@ from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
 from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import SCORES
-from tools.gpu.packed import KV_HEADS, Memory, make_memory, wide
+from tools.gpu.packed import KV_HEADS, Memory, arenas_of, make_memory, wide
 from tools.gpu.report import Skipped
 
 LAYER, LAYERS = 1, 3
@@ -66,9 +66,7 @@ class Call:
         batch, made = len(self.counts), []
         for part, name in enumerate(list(FORMATS)[: len(self.slots)]):
             own = offsets[part * batch : (part + 1) * batch + 1]
-            keys, values = self.memory.keys.cpu(), self.memory.values.cpu()
-            if part:
-                keys, values = (arena.view(torch.uint8).flatten() for arena in (keys, values))
+            keys, values = arenas_of(name, torch.stack([self.memory.keys.cpu(), self.memory.values.cpu()]))
             made.append(Part(name, keys, values, rows[int(own[0]) : int(own[-1])], own - own[0]))
         return made
 
@@ -154,14 +152,16 @@ def _is_written(call: Call) -> bool:
     """Packed rows as the pool packs them, in their values."""
     right = True
     for part, own in zip(call.parts(), call.slots.cpu(), strict=True):
-        for arena, new in ((part.keys, call.inputs[1]), (part.values, call.inputs[2])):
+        form = Format(part.format)
+        sides = ((part.keys, form.keys, call.inputs[1]), (part.values, form.values, call.inputs[2]))
+        for arena, kind, new in sides:
             for slot, row in zip(own[own >= 0].tolist(), new.cpu()[own >= 0], strict=True):
                 if part.format == "exact":
                     right &= torch.equal(arena[slot], row)
                     continue
-                record = encode(Format(part.format), row[None])
+                record = encode(kind, row[None])
                 stored = arena[UNIT * slot :][: record.shape[1]][None]
-                right &= torch.equal(*(decode(Format(part.format), each, *row.shape) for each in (stored, record)))
+                right &= torch.equal(*(decode(kind, each, *row.shape) for each in (stored, record)))
     return right
 
 
