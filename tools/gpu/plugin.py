@@ -24,7 +24,7 @@ from tools.gpu.report import Skipped
 
 LAYER, LAYERS = 1, 3
 SHAPE = KernelShape(128, 4, "Half")
-COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90])
+COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90], [17, 9, 4])
 """Rows of each format that three sequences read, in a step new ones among them."""
 STEP, QUESTIONS = (1, 1, 1), (9, 2, 30)
 """New tokens of each sequence: with a slot in a step; without one in a prompt, and more than a block takes."""
@@ -124,7 +124,7 @@ def _call(dut: DeviceUnderTest, parts: int, counts: Sequence[int]) -> Call:
     offsets, rows = memory.offsets[: parts * batch + 1], memory.rows.clone()
     slots = torch.full((parts, tokens), -1, dtype=torch.int32, device=device)
     for b in range(batch if counts == STEP else 0):
-        part = b % parts
+        part = (parts - 1 - b) % parts
         slots[part, b] = rows[int(offsets[part * batch + b + 1]) - 1] = _unread(memory, part)[b]
     generator = torch.Generator().manual_seed(0)
     heads = KV_HEADS * SHAPE.group
