@@ -45,7 +45,7 @@ def test_a_case_for_each_format(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadInput, match="'int5' must be one of exact, int8, int4"):
+    with pytest.raises(BadInput, match="'int5' must be one of exact, int8, int8/int4, int4"):
         Case(1, 4, 2, 8, 50, 0.3, "float32", "int5")
     with pytest.raises(BadInput, match="size 7 cannot be packed"):
         Case(1, 4, 2, 7, 50, 0.3, "float32", "int8")
