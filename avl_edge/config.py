@@ -36,16 +36,17 @@ class KvShape:
         return 2 * self.kv_heads * self.head_dim * self.itemsize
 
 
-_FORMAT = re.compile(r"exact|int8|int4|lowrank:[1-9][0-9]{0,4}(@[1-9][0-9]{0,4})?(\+int8)?")
+_FORMAT = re.compile(r"exact|int8|int8/int4|int4|lowrank:[1-9][0-9]{0,4}(@[1-9][0-9]{0,4})?(\+int8)?")
 
 
 @dataclass(frozen=True)
 class Formats:
     """In which format the rows of each tier are stored (see :mod:`avl_edge.kv.formats`).
 
-    ``exact`` is the model's own dtype, ``int8`` about half of it and ``int4`` about 28 %; ``lowrank:R`` keeps R
-    coefficients of K and V each (AttentionPack), ``lowrank:R+int8`` keeps them in int8, and ``lowrank:R@r`` reads only
-    the first r of them. Text grows by single rows, so it has no low-rank format.
+    ``exact`` is the model's own dtype, ``int8`` about half of it and ``int4`` about 28 %; ``int8/int4`` has keys in
+    int8 and values in int4; ``lowrank:R`` keeps R coefficients of K and V each (AttentionPack), ``lowrank:R+int8``
+    keeps them in int8, and ``lowrank:R@r`` reads only the first r of them. Text grows by single rows, so it has no
+    low-rank format.
     """
 
     text: str = "exact"
@@ -56,9 +57,10 @@ class Formats:
         for tier, name in self.by_tier().items():
             require(
                 isinstance(name, str) and _FORMAT.fullmatch(name) is not None,
-                f"the {tier} format must be exact, int8, int4, lowrank:R or lowrank:R+int8, not {name!r}",
+                f"the {tier} format must be exact, int8, int8/int4, int4, lowrank:R or lowrank:R+int8, not {name!r}",
             )
-        require(not self.text.startswith("lowrank"), "text rows cannot be low-rank: choose exact, int8 or int4")
+        low_rank = self.text.startswith("lowrank")
+        require(not low_rank, "text rows cannot be low-rank: choose exact, int8, int8/int4 or int4")
 
     def by_tier(self) -> dict[str, str]:
         return {"text": self.text, "core": self.core, "secondary": self.secondary}

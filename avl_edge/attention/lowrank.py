@@ -111,7 +111,7 @@ class LowRankRows:
         pairs = zip((self._before_rope(keys, positions), values), self._store.read(basis), strict=True)
         found = [coefficients(rows.flatten(1), base.flatten(1)) for rows, base in pairs]
         records = [encode_coefficients(format_, each, keys.dtype) for each in found]
-        self._store.write_records(ids, records[0], records[1])
+        self._store.write_records(ids, format_, records[0], records[1])
 
     def read(self, format_: Format, ids: Tensor, basis: Tensor, positions: Tensor) -> Rows:
         """Rows to attend: by as many directions as the format reads. Keys are rebuilt, values are not."""

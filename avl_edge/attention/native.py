@@ -31,9 +31,9 @@ DIRECTORY = Path(__file__).resolve().parent
 CALL = struct.Struct("3P7if")
 """The addresses of query, out and scores, 0 for none; parts, batch, heads, kv heads, head size, a number of FORMATS,
 threads; scale."""
-PART = struct.Struct("4P6qi4x")
+PART = struct.Struct("4P6q2i")
 """The addresses of keys, values, rows and offsets; the strides of a row's and of a head's keys, then of its values;
-id limit, listed ids; a number of FORMATS."""
+id limit, listed ids; the numbers of FORMATS of keys and of values."""
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "coarse int8": 5}
 
 

@@ -19,7 +19,7 @@ SAMPLING = "Sampling options"
 METHOD = "Method options"
 MEMORY = "Memory options"
 OUTPUT = "Output options"
-FORMATS = "exact, int8, int4, lowrank:R or lowrank:R+int8"
+FORMATS = "exact, int8, int8/int4, int4, lowrank:R or lowrank:R+int8"
 
 Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
 Threads: TypeAlias = Annotated[
@@ -103,7 +103,9 @@ KvFormat: TypeAlias = Annotated[
 ]
 TextFormat: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Of text rows: exact, int8 or int4.", show_default="as --kv-format", rich_help_panel=MEMORY),
+    typer.Option(
+        help="Of text rows: exact, int8, int8/int4 or int4.", show_default="as --kv-format", rich_help_panel=MEMORY
+    ),
 ]
 CoreFormat: TypeAlias = Annotated[
     str | None, typer.Option(help="Of core rows.", show_default="as --kv-format", rich_help_panel=MEMORY)

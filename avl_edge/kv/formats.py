@@ -1,4 +1,4 @@
-"""Rows as bytes: the records of the packed formats, and back. The layout is :mod:`avl_edge.kv.layout`'s.
+"""Keys or values as bytes: the records of the packed formats, and back. The layout is :mod:`avl_edge.kv.layout`'s.
 
 A value is q * scale, and the scale is float16, rounded before q is taken. int8: q from -127 to 127, one scale per row
 and head. int4: q from -8 to 7, one scale per row and group of dimensions, which has the sign that makes -8 of the value

@@ -4,6 +4,11 @@ The pool is two arenas, one for keys and one for values, cut into pages of :data
 A page serves one format at a time. In the ``exact`` format a row's id is its number, so that an arena is a plain tensor
 of rows. A packed row is a *record* of bytes, as long in the arena of keys as in that of values; its id is where the
 record begins, in units of :data:`UNIT` bytes, so that a kernel needs no other address.
+
+Where keys and values have formats of their own, as in ``int8/int4``, their records differ in length, and side by side
+in two arenas they would leave a part of one unused. So there a row is one record, the values' right behind the keys',
+in either arena: values lie right behind keys in memory, and ids count on from the one into the other. A kernel finds
+both at the same id as ever, from two other addresses: where the memory begins, and as far behind as a key is long.
 """
 
 from __future__ import annotations
@@ -12,6 +17,9 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import Formats, KvShape, require
 from ..errors import BadInput
@@ -28,9 +36,25 @@ def groups(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """A format by name: ``exact``, ``int8``, ``int4``, ``lowrank:R`` or ``lowrank:R@r``, these also with ``+int8``."""
+    """A format by name: ``exact``, ``int8``, ``int4``, ``int8/int4`` (keys and values), ``lowrank:R`` or
+    ``lowrank:R@r``, these also with ``+int8``."""
 
     name: str
+
+    @cached_property
+    def keys(self) -> Format:
+        """In which the keys are: itself, but for a format that names two."""
+        return Format(self.name.partition("/")[0])
+
+    @cached_property
+    def values(self) -> Format:
+        """In which the values are."""
+        return Format(self.name.rpartition("/")[2])
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether keys and values have formats of their own, and a row is one record of both."""
+        return "/" in self.name
 
     @property
     def is_exact(self) -> bool:
@@ -55,7 +79,7 @@ class Format:
         return self.name.endswith("+int8")
 
     def record_bytes(self, shape: KvShape) -> int:
-        """Bytes of one packed row in one arena.
+        """Bytes of one packed row's key, or of its value; a mixed format has none, but those of its two.
 
         int8: a scale per head, then the high and the low nibbles of all values; int4: a scale per group, then the
         nibbles; low rank: R coefficients in the model's dtype, or in int8 a scale and a byte each. Scales are float16.
@@ -77,7 +101,9 @@ class Format:
         heads, dim = shape.kv_heads, shape.head_dim
         if self.is_exact:
             return shape.row_bytes // 2
-        return padded(2 * heads) + padded(heads * dim // 2) if self.name == "int8" else self.record_bytes(shape)
+        if self.keys.name == "int8":
+            return padded(2 * heads) + padded(heads * dim // 2)
+        return self.keys.record_bytes(shape)
 
     @property
     def is_packed(self) -> bool:
@@ -106,23 +132,47 @@ def padded(count: int) -> int:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of one format in a page: row ``slot`` of page ``page`` has the id page * page_step + slot * row_step."""
+    """Rows of one format in a page.
+
+    ``rows`` is how many, ``row_bytes`` what each weighs, K and V together. Their ids are one run, of which a page's
+    begins at page * page_step and the next row's is row_step on; or two runs of half the rows each, the second in the
+    other arena, arena_step on.
+    """
 
     format: Format
     rows: int
     row_bytes: int
     page_step: int
     row_step: int
+    run: int
+    arena_step: int
+
+    def ids(self, pages: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Ids of the rows in ``slots`` of ``pages``, which are broadcast together."""
+        run, row = np.divmod(slots, self.run)
+        ids: npt.NDArray[np.int64] = pages * self.page_step + run * self.arena_step + row * self.row_step
+        return ids
+
+    def places(self, ids: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Pages and slots of rows: what :meth:`ids` made these ids of."""
+        run, rest = np.divmod(ids.astype(np.int64), self.arena_step)
+        pages, steps = np.divmod(rest, self.page_step)
+        return pages, run * self.run + steps // self.row_step
 
 
 @lru_cache(maxsize=256)
-def packing(format_: Format, shape: KvShape) -> Packing:
-    """How rows of ``format_`` lie in the pages of a pool for rows of ``shape``. ``row_bytes`` is K and V together."""
+def packing(format_: Format, shape: KvShape, pool_pages: int = 1) -> Packing:
+    """How rows of ``format_`` lie in the pages of a pool of ``pool_pages`` for rows of ``shape``; how many there are
+    changes ids alone."""
     if format_.is_exact:
-        return Packing(format_, PAGE_ROWS, shape.row_bytes, PAGE_ROWS, 1)
+        return Packing(format_, PAGE_ROWS, shape.row_bytes, PAGE_ROWS, 1, PAGE_ROWS, max(pool_pages, 1) * PAGE_ROWS)
     half_page = page_bytes(shape) // 2
-    record = format_.record_bytes(shape)
-    return Packing(format_, half_page // record, 2 * record, half_page // UNIT, record // UNIT)
+    keys, values = format_.keys.record_bytes(shape), format_.values.record_bytes(shape)
+    step = keys + values if format_.is_mixed else keys
+    run = half_page // step
+    rows = 2 * run if format_.is_mixed else run
+    units = half_page // UNIT
+    return Packing(format_, rows, keys + values, units, step // UNIT, run, max(pool_pages, 1) * units)
 
 
 def page_bytes(shape: KvShape) -> int:
@@ -164,5 +214,5 @@ def check(formats: Formats, shape: KvShape) -> None:
                 f"the {tier} format {name} asks for more directions than there are: rows have {width}, and no more can "
                 f"be read than are stored",
             )
-        smaller = format_.record_bytes(shape) * 2 < shape.row_bytes
+        smaller = packing(format_, shape).row_bytes < shape.row_bytes
         require(smaller, f"the {tier} format {name} would be no smaller than this model's rows: give another one")

@@ -21,7 +21,7 @@ from ..kv.layout import UNIT, Format
 
 _CACHES = 2**28
 """Bytes, beyond what any processor's caches hold."""
-FORMATS = ("exact", "int8", "int4")
+FORMATS = ("exact", "int8", "int8/int4", "int4")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -49,7 +49,7 @@ class Case:
         require(self.format in FORMATS, f"format {self.format!r} must be one of {', '.join(FORMATS)}")
         packable = self.format == "exact" or self.head_dim % 2 == 0
         require(packable, f"rows of heads of size {self.head_dim} cannot be packed: it is odd")
-        ids = self.batch * self.rows * max(1, self.record_bytes // UNIT)
+        ids = self.batch * self.rows * max(1, self.record_step // UNIT)
         require(ids < 2**31, f"{self.batch} * {self.rows} rows are more than a pool can number")
 
     @property
@@ -61,14 +61,19 @@ class Case:
     def bytes(self) -> int:
         """Derived: all rows as the pool has them and as torch likes them, and the selected ones gathered twice."""
         row = 2 * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
-        packed = 2 * self.batch * self.rows * self.record_bytes
+        packed = self.batch * self.rows * sum(self.record_bytes)
         return 2 * self.batch * (self.rows + self.core_rows) * row + packed + _CACHES
 
     @property
-    def record_bytes(self) -> int:
+    def record_bytes(self) -> tuple[int, int]:
         """Bytes of a packed row's keys, and of its values; 0 for exact ones."""
-        shape = KvShape(1, self.kv_heads, self.head_dim, DTYPES[self.dtype].itemsize)
-        return 0 if self.format == "exact" else Format(self.format).record_bytes(shape)
+        form, shape = Format(self.format), KvShape(1, self.kv_heads, self.head_dim, DTYPES[self.dtype].itemsize)
+        return (0, 0) if form.is_exact else (form.keys.record_bytes(shape), form.values.record_bytes(shape))
+
+    @property
+    def record_step(self) -> int:
+        """Bytes from a packed row to the next."""
+        return sum(self.record_bytes) if Format(self.format).is_mixed else self.record_bytes[0]
 
 
 def machine() -> dict[str, Any]:
@@ -149,17 +154,24 @@ def _native(
     scale, (keys, values) = case.head_dim**-0.5, pools
     if case.format == "exact":
         return partial(attend, query, keys, values, ids.int(), offsets, scale)
-    begins = (ids * (case.record_bytes // UNIT)).int()
-    part = Part(case.format, _packed(case, keys), _packed(case, values), begins, offsets)
+    begins = (ids * (case.record_step // UNIT)).int()
+    part = Part(case.format, *_packed(case, keys, values), begins, offsets)
     return partial(attend_parts, query, [part], case.kv_heads, scale)
 
 
-def _packed(case: Case, rows: Tensor) -> Tensor:
+def _packed(case: Case, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as records, one after the other; few at a time, since on the way they are in float32."""
-    arena = torch.empty(len(rows), case.record_bytes, dtype=torch.uint8)
-    for some, into in zip(torch.split(rows, 64), torch.split(arena, 64), strict=True):
-        into.copy_(encode(Format(case.format), some))
-    return arena.flatten()
+    form, (key, value) = Format(case.format), case.record_bytes
+    if form.is_mixed:
+        memory = torch.empty(len(keys), key + value, dtype=torch.uint8)
+        sides, arenas = (memory[:, :key], memory[:, key:]), (memory.flatten(), memory.flatten()[key:])
+    else:
+        sides = (torch.empty(len(keys), key, dtype=torch.uint8), torch.empty(len(keys), value, dtype=torch.uint8))
+        arenas = (sides[0].flatten(), sides[1].flatten())
+    for own, rows, side in zip((form.keys, form.values), (keys, values), sides, strict=True):
+        for some, into in zip(torch.split(rows, 64), torch.split(side, 64), strict=True):
+            into.copy_(encode(own, some))
+    return arenas
 
 
 def _slice(rows: Tensor, into: Tensor, ids: Tensor, *shape: int) -> Tensor:

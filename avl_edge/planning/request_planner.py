@@ -20,7 +20,7 @@ from .device_watcher import DeviceState
 
 DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
-PACKED = (Formats("int8", "int8", "int8"), Formats("int4", "int4", "int4"))
+PACKED = tuple(Formats(name, name, name) for name in ("int8", "int8/int4", "int4"))
 """What an image session's budget tries after exact rows: packing loses less than anything else (docs/quality.md)."""
 
 

@@ -38,8 +38,8 @@ class ImageSession:
     the last question that is on its way has ended.
 
     The options that the session was made with hold for its questions too, but for ``kv_budget``: that is what the
-    session's own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int4) as far as it
-    asks. A device's profile that the runtime follows plans no image sessions: give a budget.
+    session's own rows may take, and without ``formats`` or a preset they are packed (exact, int8, int8/int4, int4) as
+    far as it asks. A device's profile that the runtime follows plans no image sessions: give a budget.
     """
 
     def __init__(
@@ -221,5 +221,6 @@ def _stored(method: Method, name: str) -> float:
 def _require_one_format(formats: Formats) -> None:
     require(
         formats.core == formats.secondary and Format(formats.core).rank is None,
-        "a shared row is core for one question and secondary for another: give both one format, exact, int8 or int4",
+        "a shared row is core for one question and secondary for another: give both one format, exact, int8, int8/int4 "
+        "or int4",
     )

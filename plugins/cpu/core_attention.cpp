@@ -53,14 +53,14 @@ void merge(const Step& step, int index, float* row) {
     if (!step.sums) return;
     std::fill_n(row, step.dim, 0.0f);
     for (int s = begin; s < end;) {  // those of a part are summed in its order, in the place of its first
-        const Reader& reader = step.sources[step.splits[s].part].reader;
+        const std::vector<int>& order = step.sources[step.splits[s].part].value_reader.order;
         float *total = step.sums_at(s, head), share = step.peak[step.cell(s, head)];
         for (int i = 0; i < step.dim; ++i) total[i] *= share;
         for (const int part = step.splits[s++].part; s < end && step.splits[s].part == part; ++s) {
             const float *sums = step.sums_at(s, head), share = step.peak[step.cell(s, head)];
             for (int i = 0; i < step.dim; ++i) total[i] += share * sums[i];
         }
-        for (int i = 0; i < step.dim; ++i) row[i] += total[reader.order.empty() ? i : reader.order[i]];
+        for (int i = 0; i < step.dim; ++i) row[i] += total[order.empty() ? i : order[i]];
     }
 }
 
@@ -94,26 +94,53 @@ void write_out(int format, const float* from, void* to, int64_t begin, int64_t c
                   : convert(from, static_cast<Half*>(to) + begin, count);
 }
 
-template <class Format, int Dim> void baseline(const Step& step, const Item& item, const Weights& weights) {
-    attend<Format, Dim, 1>(step, item, weights);
-}
+// The two passes over an item's rows, for each instruction set.
+template <class Format, int Dim> struct Baseline {
+    static void multiply(const Step& step, const Item& item, const Weights& weights) {
+        weigh<Format, Dim, 1>(step, item, weights);
+    }
+    static void add(const Step& step, const Item& item, const Weights& weights) {
+        add_up<Format, Dim, 1>(step, item, weights);
+    }
+};
 #ifdef __x86_64__
-template <class Format, int Dim> __attribute__((target("avx2,fma")))
-void avx2(const Step& step, const Item& item, const Weights& weights) { attend<Format, Dim, 2>(step, item, weights); }
-template <class Format, int Dim> __attribute__((target("avx512bw,avx512vl,fma")))
-void avx512(const Step& step, const Item& item, const Weights& weights) { attend<Format, Dim, 4>(step, item, weights); }
+template <class Format, int Dim> struct Avx2 {
+    __attribute__((target("avx2,fma")))
+    static void multiply(const Step& step, const Item& item, const Weights& weights) {
+        weigh<Format, Dim, 2>(step, item, weights);
+    }
+    __attribute__((target("avx2,fma")))
+    static void add(const Step& step, const Item& item, const Weights& weights) {
+        add_up<Format, Dim, 2>(step, item, weights);
+    }
+};
+template <class Format, int Dim> struct Avx512 {
+    __attribute__((target("avx512bw,avx512vl,fma")))
+    static void multiply(const Step& step, const Item& item, const Weights& weights) {
+        weigh<Format, Dim, 4>(step, item, weights);
+    }
+    __attribute__((target("avx512bw,avx512vl,fma")))
+    static void add(const Step& step, const Item& item, const Weights& weights) {
+        add_up<Format, Dim, 4>(step, item, weights);
+    }
+};
 #endif
 
-template <class Format, int Dim> Reader reader(int dim) {
+template <class Passes, class Format, int Dim> Reader reader_of(int dim) {
     using Row = Row<Format, Dim, false>;
-    auto work = baseline<Format, Dim>;
+    Reader made{Passes::multiply, nullptr, std::max(1, kSlice / Row::head_bytes(dim)), Row::order(dim)};
+    if constexpr (!std::is_same_v<Format, Coarse>) made.add = Passes::add;  // values are never scanned
+    return made;
+}
+
+template <class Format, int Dim> Reader reader(int dim) {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-        work = wide ? avx512<Format, Dim> : avx2<Format, Dim>;
+        return wide ? reader_of<Avx512<Format, Dim>, Format, Dim>(dim) : reader_of<Avx2<Format, Dim>, Format, Dim>(dim);
     }
 #endif
-    return {work, std::max(1, kSlice / Row::head_bytes(dim)), Row::order(dim)};
+    return reader_of<Baseline<Format, Dim>, Format, Dim>(dim);
 }
 
 // Compiled apart for the sizes that many models have; each one costs the compiler ten seconds.
@@ -135,10 +162,11 @@ Reader reader_for(int format, int dim) {
 }
 
 // A part as the batch will read it; its query is filled in later.
-Source source_of(const Step& step, const Part& part) {
+Source source_of(const Step& step, const Part& part, bool sums) {
     return {{part.keys, part.key_row, part.key_head, step.kv_heads, step.dim},
             {part.values, part.value_row, part.value_head, step.kv_heads, step.dim},
-            reader_for(part.format, step.dim), nullptr};
+            reader_for(part.key_format, step.dim), reader_for(part.value_format, step.dim),
+            sums && part.key_format == part.value_format, nullptr};
 }
 
 // 0, or EINVAL where offsets do not rise from 0 to the number of ids, or ERANGE where an id leads outside its pool.
@@ -155,10 +183,9 @@ int refusal(const Part& part, int batch) {
 int cut(Step& step, const Call& call, const Part* parts) {
     for (int p = 0; p < call.parts; ++p) {
         if (const int status = refusal(parts[p], call.batch)) return status;
-        step.sources.push_back(source_of(step, parts[p]));
-        const Reader& reader = step.sources.back().reader;
+        step.sources.push_back(source_of(step, parts[p], call.out != nullptr));
         step.total += int(parts[p].listed);
-        step.most = std::max(step.most, std::min(reader.block, step.kv_heads) * step.group);
+        step.most = std::max(step.most, std::min(step.sources.back().block(), step.kv_heads) * step.group);
     }
     for (int b = 0; b < call.batch; ++b) {
         for (int p = 0, entry = 0; p < call.parts; entry += int(parts[p++].listed)) {
@@ -169,7 +196,7 @@ int cut(Step& step, const Call& call, const Part* parts) {
         step.first.push_back(int(step.splits.size()));
     }
     for (int s = 0; s < int(step.splits.size()); ++s)
-        for (int block = step.sources[step.splits[s].part].reader.block, head = 0; head < step.kv_heads; head += block)
+        for (int block = step.sources[step.splits[s].part].block(), head = 0; head < step.kv_heads; head += block)
             step.items.push_back({s, {head, std::min(head + block, step.kv_heads)}});
     return 0;
 }
@@ -186,18 +213,18 @@ template <class Work> void parallel(int items, int threads, const Work& work) {
     std::min(items, threads) > 1 ? GOMP_parallel(body, &team, threads, 0) : body(&team);
 }
 
-// The query as floats, then in the order of each source's reader, one after the other.
+// The query as floats, then in the order of each source's keys, one after the other.
 void order_query(Step& step, const Call& call, float* to) {
     const int64_t rows = int64_t(call.batch) * call.heads;
     const float* const wide = to;
     read_query(call.format, call.query, to, rows * call.dim);
     to += rows * call.dim;
     for (Source& source : step.sources) {
-        const Reader& reader = source.reader;
-        source.query = reader.order.empty() ? wide : to;
-        if (reader.order.empty()) continue;
+        const std::vector<int>& order = source.key_reader.order;
+        source.query = order.empty() ? wide : to;
+        if (order.empty()) continue;
         for (int64_t row = 0; row < rows; ++row, to += call.dim)
-            for (int i = 0; i < call.dim; ++i) to[reader.order[i]] = wide[row * call.dim + i];
+            for (int i = 0; i < call.dim; ++i) to[order[i]] = wide[row * call.dim + i];
     }
 }
 
@@ -212,7 +239,7 @@ struct Scratch {
           seat(std::max(call.scores ? 0 : step.most * kSplit, call.dim)),
           cells(step.cell(step.first[call.batch], 0)) {
         for (const Source& source : step.sources)
-            query += source.reader.order.empty() ? 0 : int64_t(call.batch) * call.heads * call.dim;
+            query += source.key_reader.order.empty() ? 0 : int64_t(call.batch) * call.heads * call.dim;
         floats.reset(new float[query + weights + seat * threads + cells * (call.out ? step.dim + 2 : 2)]);
     }
     float* kept() const { return floats.get() + query; }  // [heads, total], where there are scores
@@ -230,7 +257,9 @@ void run(Step& step, const Call& call, int threads) {
         const Split& split = step.splits[item.split];
         float* kept = scratch.kept() + int64_t(item.heads.begin) * step.group * step.total + split.entry;
         const Weights own = call.scores ? Weights{kept, step.total} : Weights{scratch.of_seat(at), kSplit};
-        step.sources[split.part].reader.work(step, item, own);
+        const Source& source = step.sources[split.part];
+        source.key_reader.multiply(step, item, own);
+        if (step.sums) source.value_reader.add(step, item, own);
     });
     parallel(call.batch * call.heads, threads, [&](int i, int at) {
         merge(step, i, scratch.of_seat(at));

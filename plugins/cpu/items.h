@@ -73,7 +73,7 @@ template <class Row, int Block> INLINE inline void multiply_keys(
             for (int ahead = r + kAhead; ahead < r + kAhead + rows; ++ahead) {
                 const int value = ahead - split.count;  // the last keys call up the first values
                 if (value < 0) Row::prefetch(source.keys, split.rows[ahead], one);
-                else if (step.sums && value < split.count) Row::prefetch(source.values, split.rows[value], one);
+                else if (source.alike && value < split.count) Row::prefetch(source.values, split.rows[value], one);
             }
             each_heads<Block>(step.group, [&](int head, auto size) INLINE {
                 Four products[size];
@@ -169,24 +169,30 @@ template <class Row, int Block> INLINE inline void sum_values(
     const Step& step, const Split& split, const Item& item, const Weights& weights) {
     const int begin = item.heads.begin * step.group, end = item.heads.end * step.group;
     std::fill(step.sums_at(item.split, begin), step.sums_at(item.split, end), 0.0f);
+    const Source& source = step.sources[split.part];
+    for (int ahead = 0; !source.alike && ahead < std::min(kAhead, split.count); ++ahead)
+        Row::prefetch(source.values, split.rows[ahead], item.heads);
     int r = 0;
     for (; r + Row::summed <= split.count; r += Row::summed)
         add_rows<Row::summed, Block, Row>(step, split, item, weights, r);
     for (; r < split.count; ++r) add_rows<1, Block, Row>(step, split, item, weights, r);
 }
 
-// One item.
+// An item's keys.
 template <class Format, int Dim, int Block>
-INLINE inline void attend(const Step& step, const Item& item, const Weights& weights) {
-    using Row = Row<Format, Dim, Block == kOneRegister>;
+INLINE inline void weigh(const Step& step, const Item& item, const Weights& weights) {
     const Split& split = step.splits[item.split];
     const int begin = item.heads.begin * step.group, heads = item.heads.end * step.group - begin;
-    multiply_keys<Row, Block>(step, split, item.heads, weights);
+    multiply_keys<Row<Format, Dim, Block == kOneRegister>, Block>(step, split, item.heads, weights);
     for (int head = 0; head < heads; ++head) {
         const int64_t cell = step.cell(item.split, begin + head);
         exponentiate(weights.of(head), split.count, step.peak[cell], step.mass[cell]);
     }
-    if constexpr (!std::is_same_v<Format, Coarse>)  // values are never scanned
-        if (step.sums) sum_values<Row, Block>(step, split, item, weights);
+}
+
+// Its values, once its keys were read.
+template <class Format, int Dim, int Block>
+INLINE inline void add_up(const Step& step, const Item& item, const Weights& weights) {
+    sum_values<Row<Format, Dim, Block == kOneRegister>, Block>(step, step.splits[item.split], item, weights);
 }
 }  // namespace

@@ -18,14 +18,14 @@ struct Call {
 };
 
 // Rows of one format that the batch attends: of sequence b, those that rows[offsets[b]] ... rows[offsets[b + 1] - 1]
-// name. `format` is a query's, or 3 for int8, 4 for int4 and 5 for a coarse scan of int8. Exact rows have strides, in
+// name. A format is a query's, or 3 for int8, 4 for int4 and 5 for a coarse scan of int8. Exact rows have strides, in
 // elements; of packed ones an id is where a record begins, in units of 16 bytes. There are `listed` ids, each below
 // `id_limit`.
 struct Part {
     const void *keys, *values;
     const int32_t *rows, *offsets;
     int64_t key_row, key_head, value_row, value_head, id_limit, listed;
-    int32_t format;
+    int32_t key_format, value_format;
 };
 
 namespace {
@@ -40,15 +40,19 @@ struct Weights {  // of an item: logits, then exponentials relative to their spl
 
     float* of(int head) const { return first + head * stride; }  // counted from the item's first query head
 };
-struct Reader {  // how rows of a format are attended
-    void (*work)(const Step&, const Item&, const Weights&);
-    int block;               // key/value heads of an item
+struct Reader {  // how keys or values of a format are attended
+    void (*multiply)(const Step&, const Item&, const Weights&);  // keys: an item's logits, and their exponentials
+    void (*add)(const Step&, const Item&, const Weights&);       // values: the sums of an item
+    int block;               // key/value heads of an item, at most
     std::vector<int> order;  // where each dimension is among them; empty where all are in place
 };
 struct Source {  // a part, ready to be read
     Arena keys, values;
-    Reader reader;
-    const float* query;  // [batch, heads, dim], in the reader's order
+    Reader key_reader, value_reader;
+    bool alike;          // whether values will be read, in the format of the keys: then these call up the first of them
+    const float* query;  // [batch, heads, dim], in the order of the keys
+
+    int block() const { return std::min(key_reader.block, value_reader.block); }  // key/value heads of an item
 };
 
 struct Step {

@@ -2,7 +2,8 @@
 //
 // kTeam neighbouring lanes, a team, hold the elements of a head in 16-byte pieces, in turn. Rows that are packed come
 // in pieces whose elements stand elsewhere in the head (rows.cuh); only what is compiled with -DPACKED knows of them. A
-// format is its number among exact, int8 and int4.
+// format is its number among exact, int8, int4 and int8/int4: keys in the one, values in the other, of which a row is
+// one record in the memory of all keys and values.
 
 #pragma once
 
@@ -70,15 +71,28 @@ struct Column {
         return piece * kPiece + i;
     }
 
-    // A piece of one head: of the keys, or the values, of the pool and of the new tokens.
-    __device__ __forceinline__ void load(const void* pool, const Row* tokens, int kv_heads, int kv_head, int piece,
-                                         float (&to)[kPiece]) const {
+    // A piece of one head: of the keys of the pool and of the new tokens.
+    __device__ __forceinline__ void load_key(const void* pool, const Row* tokens, int kv_heads, int kv_head, int piece,
+                                             float (&to)[kPiece]) const {
+#ifdef PACKED
+        if (format == 1 || format == 3) return load_packed<Int8>(pool, kv_heads, kv_head, piece, to);
+        if (format == 2) return load_packed<Int4>(pool, kv_heads, kv_head, piece, to);
+#endif
+        load_exact(pool, tokens, kv_heads, kv_head, piece, to);
+    }
+
+    // The same of the values; `keys` are those of the pool.
+    __device__ __forceinline__ void load_value([[maybe_unused]] const void* keys, const void* pool, const Row* tokens,
+                                               int kv_heads, int kv_head, int piece, float (&to)[kPiece]) const {
 #ifdef PACKED
         if (format == 1) return load_packed<Int8>(pool, kv_heads, kv_head, piece, to);
         if (format == 2) return load_packed<Int4>(pool, kv_heads, kv_head, piece, to);
+        if (format == 3) {
+            const void* behind = static_cast<const unsigned char*>(keys) + Record<Int8>::bytes(kv_heads);
+            return load_packed<Int4>(behind, kv_heads, kv_head, piece, to);
+        }
 #endif
-        const Row* from = format == kNew ? tokens : static_cast<const Row*>(pool);
-        load_piece(from + ((long long)index * kv_heads + kv_head) * HEAD_DIM + piece * kPiece, to);
+        load_exact(pool, tokens, kv_heads, kv_head, piece, to);
     }
 
     // A piece of a query whose elements are to meet those.
@@ -93,8 +107,13 @@ struct Column {
         load_piece(query + piece * kPiece, to);
     }
 
-#ifdef PACKED
 private:
+    __device__ __forceinline__ void load_exact(const void* pool, const Row* tokens, int kv_heads, int kv_head,
+                                               int piece, float (&to)[kPiece]) const {
+        const Row* from = format == kNew ? tokens : static_cast<const Row*>(pool);
+        load_piece(from + ((long long)index * kv_heads + kv_head) * HEAD_DIM + piece * kPiece, to);
+    }
+#ifdef PACKED
     template <class Code>
     __device__ __forceinline__ void load_packed(const void* pool, int kv_heads, int kv_head, int piece,
                                                 float (&to)[kPiece]) const {
@@ -150,14 +169,14 @@ struct Head {
                 load_piece(from + piece * kPiece, parts[m]);
     }
 
-    // A head of a column, and of a query that is to meet it.
+    // A column's key, and a query that is to meet it.
     __device__ __forceinline__ void load(const Column& from, const void* pool, const Row* tokens, int kv_heads,
                                          int kv_head, bool there) {
         clear();
 #pragma unroll
         for (int m = 0; m < kMine; ++m)
             if (const int piece = m * kTeam + lane_of_team(); there && piece < kPieces)
-                from.load(pool, tokens, kv_heads, kv_head, piece, parts[m]);
+                from.load_key(pool, tokens, kv_heads, kv_head, piece, parts[m]);
     }
     __device__ __forceinline__ void load_query(const Column& like, const Row* query, bool there) {
         clear();

@@ -8,8 +8,8 @@
 //   out[h]    = sum over r of p[h][r] * value[r]
 //   scores[r] = mean over h of p[h][r]                                  (when asked)
 //
-// Rows of several formats share one softmax. Each format has these kernels, compiled with -DFORMAT, and its own
-// avl_attend reads what the batch selects of it, a *part*: partial results of all parts and their splits stand side by
+// Rows of several formats share one softmax. Each format has these kernels, compiled with -DKEYS and -DVALUES, and its
+// own avl_attend reads what the batch selects of it, a *part*: partial results of all parts and their splits stand side by
 // side in one workspace, and one avl_merge joins them. Parts come one after the other in one list of ids: sequence b
 // reads of part p the rows begins[p * B + b] to ends[p * B + b] - 1 of it. The avl_attend of low-rank parts is another
 // kernel, in low_rank.cu.
@@ -43,14 +43,17 @@
 // single instructions. (A model with another factor than 1 / sqrt(d) scales its query projection.)
 //
 // Compiled by NVRTC or nvcc, for compute capability 8.0 and later, once per shape and format: -DHEAD_DIM= a multiple of
-// 8 up to 256, -DGROUP= 1 to 8 query heads per key/value head, -DROW=Half or -DROW=Bfloat, -DFORMAT=Exact, Int8 or
-// Int4. It includes only files beside it. plugins/emulation compiles the same text as C++ and runs it on a CPU, where
+// 8 up to 256, -DGROUP= 1 to 8 query heads per key/value head, -DROW=Half or -DROW=Bfloat, -DKEYS= and -DVALUES=Exact,
+// Int8 or Int4. It includes only files beside it. plugins/emulation compiles the same text as C++ and runs it on a CPU, where
 // the tests compare its numbers with float64 and look for races. None of it has run on a GPU yet: still to be tried on
 // one are the few lines of PTX in device.cuh, which the emulation replaces, and the speed, hence the choices of WARPS,
 // STAGES, UNROLL and S.
 
-#ifndef FORMAT
-#define FORMAT Exact
+#ifndef KEYS
+#define KEYS Exact
+#endif
+#ifndef VALUES
+#define VALUES KEYS
 #endif
 
 #include "append.cuh"
@@ -62,12 +65,13 @@
 
 namespace {
 
-using Whole = Reading<FORMAT>::Whole;
-using Coarse = Reading<FORMAT>::Coarse;
+using Keys = Reading<KEYS>::Whole;
+using Values = Reading<VALUES>::Whole;
+using Coarse = Reading<KEYS>::Coarse;
 
 constexpr int kScanBlocks = 2;  // as kMergeBlocks
 
-static_assert(sizeof(Scratch<Whole>) * WARPS <= 48 * 1024, "static shared memory ends at 48 KB");
+static_assert(sizeof(Scratch<Keys, Values>) * WARPS <= 48 * 1024, "static shared memory ends at 48 KB");
 
 }  // namespace
 
@@ -82,14 +86,15 @@ avl_append(const Row* __restrict__ new_keys,    // [rows, H_kv, d], contiguous, 
            int kv_heads,
            int key_row_stride, int key_head_stride,  // of exact rows, in elements; multiples of 8, as all strides
            int value_row_stride, int value_head_stride,
-           void* __restrict__ keys,             // Exact: Row [R, H_kv, d], 16-byte aligned, as all pointers;
-           void* __restrict__ values) {         // packed: the bytes in which rows are records
+           void* __restrict__ keys,             // Exact: Row [R, H_kv, d], 16-byte aligned, as all pointers; packed:
+           void* __restrict__ values) {         // the bytes in which rows are records, values as ids count them too
     const int slot = slots[blockIdx.x];
     if (slot < 0) return;
-    const bool second = blockIdx.y == 1;
-    const Row* from = (second ? new_values : new_keys) + (long long)blockIdx.x * kv_heads * HEAD_DIM;
-    Writer<FORMAT>::write(from, kv_heads, second ? values : keys, slot, second ? value_row_stride : key_row_stride,
-                          second ? value_head_stride : key_head_stride);
+    const long long from = (long long)blockIdx.x * kv_heads * HEAD_DIM;
+    if (blockIdx.y == 0)
+        Writer<KEYS>::write(new_keys + from, kv_heads, keys, slot, key_row_stride, key_head_stride);
+    else
+        Writer<VALUES>::write(new_values + from, kv_heads, values, slot, value_row_stride, value_head_stride);
 }
 
 // One block: one split of one sequence's rows, for one key/value head and the query heads that share it.
@@ -115,17 +120,17 @@ avl_attend(const Row* __restrict__ query,       // [B, H, d]
     const int count = min(per_split, total - split * per_split);
     const int lane = lane_index(), warp = warp_index(), piece = lane % kLanes;
 
-    __shared__ Scratch<Whole> scratch[WARPS];
+    __shared__ Scratch<Keys, Values> scratch[WARPS];
     const int own = min(piece, kPieces - 1);  // lanes past a row's end copy nothing, from inside of it
-    const Whole key_reader(keys, gridDim.x, kv_head, own, key_row_stride, key_head_stride);
-    const Whole value_reader(values, gridDim.x, kv_head, own, value_row_stride, value_head_stride);
-    Pipeline<Whole> pipeline(scratch[warp], key_reader, value_reader, rows + begin, count);
+    const Keys key_reader(keys, gridDim.x, kv_head, own, key_row_stride, key_head_stride);
+    const Values value_reader(values, gridDim.x, kv_head, own, value_row_stride, value_head_stride);
+    Pipeline<Keys, Values> pipeline(scratch[warp], key_reader, value_reader, rows + begin, count);
 
     float queries[GROUP][kPiece];
 #pragma unroll
     for (int head = 0; head < GROUP; ++head)
-        load_query<Whole>(query + ((long long)sequence * heads + kv_head * GROUP + head) * HEAD_DIM, piece,
-                          queries[head]);
+        load_query<Keys>(query + ((long long)sequence * heads + kv_head * GROUP + head) * HEAD_DIM, piece,
+                         queries[head]);
 
     Softmax softmax;
     int stage = 0;
@@ -137,7 +142,7 @@ avl_attend(const Row* __restrict__ query,       // [B, H, d]
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             float key[kPiece];
-            key_reader.widen(Whole::take(scratch[warp].ring[stage][0][u]), key);
+            key_reader.widen(Keys::take(scratch[warp].ring[stage].keys[u]), key);
 #pragma unroll
             for (int head = 0; head < GROUP; ++head) products[u][head] = dot(queries[head], key);
         }
@@ -156,7 +161,7 @@ avl_attend(const Row* __restrict__ query,       // [B, H, d]
                         logits[(long long)(kv_head * GROUP + head) * capacity + begin + entry(tile, u)] =
                             products[u][head];
         }
-        softmax.add(products, here, value_reader, scratch[warp].ring[stage][1]);
+        softmax.add(products, here, value_reader, scratch[warp].ring[stage].values);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 
@@ -167,7 +172,7 @@ avl_attend(const Row* __restrict__ query,       // [B, H, d]
         for (int head = 0; head < GROUP; ++head)
 #pragma unroll
             for (int i = 0; i < kPiece; ++i)
-                scratch[warp].part.sums[head][Whole::dimension(lane, i)] = softmax.sums[head][i];
+                scratch[warp].part.sums[head][Values::dimension(lane, i)] = softmax.sums[head][i];
     }
     if (lane == 0) {
 #pragma unroll

@@ -15,7 +15,7 @@
 //
 // So a block goes over its rows twice: for their logits, which it leaves in the workspace, and, once it knows their
 // peak, for the coefficients of their values. Ranks are numbers of a launch. Sizes, splits and the order of sums are as
-// in core_attention.cu, and it is compiled as that is, once for all low-rank formats, without -DFORMAT.
+// in core_attention.cu, and it is compiled as that is, once for all low-rank formats, without -DKEYS.
 
 #include "pipeline.cuh"
 

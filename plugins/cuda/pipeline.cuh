@@ -54,9 +54,15 @@ __device__ __forceinline__ int rows_per_split(int count, int splits) {
 // The entry of a list that load `u` of the tile at `first` brings to this lane.
 __device__ __forceinline__ int entry(int first, int u) { return first + u * kRowsAtOnce + lane_index() / kLanes; }
 
+// A tile in shared memory.
+template <class Keys, class Values> struct Tile {
+    typename Keys::Load keys[UNROLL];
+    typename Values::Load values[UNROLL];
+};
+
 // The ring of one warp; once that is drained, the warp's part of the result.
-template <class Reader> union Scratch {
-    typename Reader::Load ring[STAGES][2][UNROLL];  // stage, keys or values, load
+template <class Keys, class Values> union Scratch {
+    Tile<Keys, Values> ring[STAGES];
     struct {
         float sums[GROUP][HEAD_DIM];
         State states[GROUP];
@@ -64,9 +70,9 @@ template <class Reader> union Scratch {
 };
 
 // What a warp reads: rows[0] to rows[count - 1], every WARPS-th tile from its own on.
-template <class Reader> class Pipeline {
+template <class Keys, class Values> class Pipeline {
 public:
-    __device__ __forceinline__ Pipeline(Scratch<Reader>& scratch, const Reader& keys, const Reader& values,
+    __device__ __forceinline__ Pipeline(Scratch<Keys, Values>& scratch, const Keys& keys, const Values& values,
                                         const int* rows, int count)
         : ring(scratch.ring), keys(keys), values(values), rows(rows), count(count), tile(warp_index() * kTile) {
         load_ids();
@@ -79,9 +85,9 @@ public:
     __device__ __forceinline__ void fetch(int stage) {
         if (tile < count) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) keys.copy(ring[stage][0][u], ids[u], is_there(u));
+            for (int u = 0; u < UNROLL; ++u) keys.copy(ring[stage].keys[u], ids[u], is_there(u));
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) values.copy(ring[stage][1][u], ids[u], is_there(u));
+            for (int u = 0; u < UNROLL; ++u) values.copy(ring[stage].values[u], ids[u], is_there(u));
         }
         commit_copies();
         tile += WARPS * kTile;
@@ -97,8 +103,9 @@ private:
         for (int u = 0; u < UNROLL; ++u) ids[u] = entry(tile, u) < count ? rows[entry(tile, u)] : 0;
     }
 
-    typename Reader::Load (*ring)[2][UNROLL];
-    const Reader keys, values;
+    Tile<Keys, Values>* ring;
+    const Keys keys;
+    const Values values;
     const int* rows;
     const int count;
     int tile;         // the first entry of the tile to fetch next

@@ -36,8 +36,7 @@ def compile_for(compiler: nvrtc.Nvrtc, architecture: str, shape: KernelShape, fo
     options = ("--ptxas-options=-v", *shape.options)
     if format_ == LOW_RANK:
         return compiler.compile(source.read(source.LOW_RANK), source.LOW_RANK, architecture, options)
-    of_format = f"-DFORMAT={FORMATS[format_]}"
-    return compiler.compile(source.read(), source.NAME, architecture, (*options, of_format))
+    return compiler.compile(source.read(), source.NAME, architecture, (*options, *FORMATS[format_]))
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:

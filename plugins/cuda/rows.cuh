@@ -100,6 +100,7 @@ template <class Code> struct Record {
     __device__ __forceinline__ static int plane(int number, int kv_heads) {
         return padded(2 * kv_heads * kGroups) + number * padded(kv_heads * HEAD_DIM / 2);
     }
+    __device__ __forceinline__ static int bytes(int kv_heads) { return plane(Code::kPlanes, kv_heads); }
     __device__ __forceinline__ static int word(int number, int kv_heads, int head, int piece) {
         return plane(number, kv_heads) + head * (HEAD_DIM / 2) + piece * (kPiece / 2);
     }

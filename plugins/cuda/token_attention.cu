@@ -7,8 +7,8 @@
 //   avl_token_join     (t)                           after avl_merge, in a step: a token without a slot sees itself
 //   avl_token_sums     (ceil(N / kThreads))          after avl_scores, in a step: the second line of row_scores
 //
-// t tokens of B sequences, one of each in a step, N row ids in lists of P formats (exact, int8, int4), part by part, H
-// query and H_kv key/value heads, H = GROUP * H_kv; a block has 32 * WARPS threads and no dynamic shared memory. Grids
+// t tokens of B sequences, one of each in a step, N row ids in lists of P formats (exact, int8, int4, int8/int4), part
+// by part, H query and H_kv key/value heads, H = GROUP * H_kv; a block has 32 * WARPS threads and no dynamic shared memory. Grids
 // follow from the shapes alone, counts are read from the offsets in device memory, nothing is allocated and no sum
 // depends on the order of blocks: a CUDA graph may hold all of it.
 //
@@ -120,8 +120,8 @@ avl_token_attend(const Row* __restrict__ query,         // [t, H, d]
                 Column from = {kNew, begin + column - listed};
                 if (column < columns && piece < kPieces) {
                     if (column < listed) from = lists[column];
-                    from.load(pool_keys, key, kv_heads, kv_head, piece, keys);
-                    from.load(pool_values, value, kv_heads, kv_head, piece, values);
+                    from.load_key(pool_keys, key, kv_heads, kv_head, piece, keys);
+                    from.load_value(pool_keys, pool_values, value, kv_heads, kv_head, piece, values);
                 }
 #pragma unroll
                 for (int e = 0; e < kPiece; ++e) {

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int kKvHeads = 2, kHeads = kKvHeads * GROUP, kRow = kKvHeads * HEAD_DIM;
-constexpr bool kExact = std::is_same_v<FORMAT, Exact>, kInt8 = std::is_same_v<FORMAT, Int8>;
+constexpr bool kExact = std::is_same_v<KEYS, Exact>, kInt8 = std::is_same_v<KEYS, Int8>;
 constexpr int kGroupOf = kExact || kInt8 ? HEAD_DIM : std::gcd(HEAD_DIM, 32), kScales = kKvHeads * HEAD_DIM / kGroupOf;
 
 constexpr int whole_units(int bytes) { return (bytes + 15) / 16 * 16; }

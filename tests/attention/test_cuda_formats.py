@@ -28,10 +28,10 @@ from tests.equipment.emulated_kernels import Kernels, Shape
 from tests.equipment.emulated_parts import check, compiled, make_part, make_query, record_bytes, wide
 
 SHAPES = {
-    Shape(64, 1, torch.float16): ("exact", "int8", "int4"),
+    Shape(64, 1, torch.float16): ("exact", "int8", "int4", "int8/int4"),
     Shape(80, 4, torch.bfloat16): ("int8", "int4"),
     Shape(96, 2, torch.float16, warps=1): ("int4",),
-    Shape(128, 8, torch.float16, warps=1): ("int8",),
+    Shape(128, 8, torch.float16, warps=1): ("int8", "int8/int4"),
     Shape(256, 2, torch.bfloat16, warps=1): ("int4",),
 }
 SMALL = next(iter(SHAPES))
@@ -117,34 +117,38 @@ def test_a_nan_in_a_selected_row_is_not_hidden(kernels: Callable[[Shape], Kernel
 def test_append_packs_as_the_pool_does(kernels: Callable[[Shape], Kernels], shape: Shape, name: str) -> None:
     """Bit for bit, at the borders of what the format holds too; and nothing but the records is touched."""
     kv_heads, count, form = 3, 8, Format(name)
+    kinds = (form.keys, form.values)
     largest, tiny = torch.finfo(shape.dtype).max, torch.finfo(shape.dtype).tiny
     rows = torch.randn(2, count, kv_heads, shape.dim, generator=torch.Generator().manual_seed(7))
     rows *= torch.tensor([1, 1e-6, 1e3, 1, 0, 1, 1e-3, 1])[:, None, None]
     rows[0, 0, 0, 0], rows[0, 1, 1, 3], rows[1, 2, 2, -1] = largest, tiny, -largest
     rows[0, 3, 1, 5], rows[1, 5, 0, 2], rows[0, 6, 2, 8] = math.inf, math.nan, -0.0
     keys, values = rows.to(shape.dtype)
-    size = record_bytes(name, shape, kv_heads)
-    step = size // UNIT + 1
+    sizes = [record_bytes(kind.name, shape, kv_heads) for kind in kinds]
+    step = (sum(sizes) if form.is_mixed else sizes[0]) // UNIT + 1
     slots = torch.tensor([5, -1, 0, 3, 7, 1, -1, 2], dtype=torch.int32)
     slots = torch.where(slots < 0, slots, slots * step + 1)
-    arenas = [torch.full(((9 * step + 1) * UNIT,), 77, dtype=torch.uint8) for _ in range(2)]
+    memories = [torch.full(((9 * step + 1) * UNIT,), 77, dtype=torch.uint8) for _ in range(1 if form.is_mixed else 2)]
+    arenas = (memories[0], memories[0][sizes[0] :] if form.is_mixed else memories[1])
     numbers = (kv_heads, 0, 0, 0, 0)
     kernels(shape).launch("avl_append", (count, 2), keys, values, slots, *numbers, *arenas, format_=name)
-    for arena, new in zip(arenas, (keys, values), strict=True):
-        written = torch.zeros(len(arena), dtype=torch.bool)
+    untouched = [torch.ones(len(memory), dtype=torch.bool) for memory in memories]
+    free = (untouched[0], untouched[0][sizes[0] :] if form.is_mixed else untouched[1])
+    for arena, own_free, new, kind, size in zip(arenas, free, (keys, values), kinds, sizes, strict=True):
         for row, slot in enumerate(slots.tolist()):
             if slot < 0:
                 continue
-            begin, expected = slot * UNIT, encode(form, new[row : row + 1])
-            written[begin : begin + size] = True
+            begin, expected = slot * UNIT, encode(kind, new[row : row + 1])
+            own_free[begin : begin + size] = False
             got = arena[begin : begin + size][None]
             assert torch.equal(
-                decode(form, got, kv_heads, shape.dim).isnan(), decode(form, expected, kv_heads, shape.dim).isnan()
+                decode(kind, got, kv_heads, shape.dim).isnan(), decode(kind, expected, kv_heads, shape.dim).isnan()
             )
-            for section, length in sections(name, shape, kv_heads):
+            for section, length in sections(kind.name, shape, kv_heads):
                 if not new[row].isnan().any():
                     assert torch.equal(got[:, section : section + length], expected[:, section : section + length])
-        assert (arena[~written] == 77).all(), "written outside of a record"
+    for memory, own_free in zip(memories, untouched, strict=True):
+        assert (memory[own_free] == 77).all(), "written outside of a record"
 
 
 def sections(name: str, shape: Shape, kv_heads: int) -> list[tuple[int, int]]:
@@ -164,7 +168,7 @@ def test_a_scan_gives_the_coarse_weights(kernels: Callable[[Shape], Kernels], sh
     names = SHAPES[shape]
     last = len(names) - 1
     owners = [0, *range(len(names)), last, last]  # of each sequence: the part that it scans
-    sizes = [1, 5, 33, shape.tile * shape.warps * 2 + 1, 0, 9]
+    sizes = [1, 5, 33, shape.tile * shape.warps * 2 + 1, 21, 0, 9]
     parts = [
         make_part(
             shape, name, [n if owner == number else 0 for owner, n in zip(owners, sizes, strict=False)], 2, number

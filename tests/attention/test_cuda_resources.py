@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from avl_edge.attention.cuda import FORMATS, LOW_RANK, NoCuda, digest, nvrtc, source
-from tests.equipment.emulated_kernels import PLUGINS, of_format
+from tests.equipment.emulated_kernels import PLUGINS
 
 try:
     NVRTC: nvrtc.Nvrtc | None = nvrtc.find()
@@ -58,7 +58,7 @@ def _device_build(
 def test_compiles_for_the_device_without_spills(
     tmp_path: Path, architecture: str, dim: int, group: int, row: str, format_: str
 ) -> None:
-    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", of_format(format_)]
+    macros = [f"-DHEAD_DIM={dim}", f"-DGROUP={group}", f"-DROW={row}", *FORMATS[format_]]
     ptx, used = _device_build(architecture, macros, tmp_path)
     assert len(used) == 11
     assert all(kernel["spills"] == 0 for kernel in used.values()), used

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from avl_edge.attention.cuda import LOW_RANK
-from tests.equipment.emulated_kernels import COMPILER, PLUGINS, Shape, compile_emulation, of_format
+from avl_edge.attention.cuda import FORMATS, LOW_RANK
+from tests.equipment.emulated_kernels import COMPILER, PLUGINS, Shape, compile_emulation
 
 
 def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGINS) -> subprocess.CompletedProcess[str]:
@@ -18,7 +18,7 @@ def _sanitized(folder: Path, sanitizer: str, format_: str, plugins: Path = PLUGI
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
     options = ["-O0", "-g1", f"-fsanitize={sanitizer}", *Shape(80, 2, torch.float16).macros]
-    source, more = ("low_rank_check.cpp", []) if format_ == LOW_RANK else ("check.cpp", [of_format(format_)])
+    source, more = ("low_rank_check.cpp", ()) if format_ == LOW_RANK else ("check.cpp", FORMATS[format_])
     program = compile_emulation(source, folder / sanitizer, *options, *more, plugins=plugins)
     # Without a fixed layout of memory the thread sanitizer of older compilers does not start on newer kernels.
     fixed = [setarch, "-R"] if sanitizer == "thread" and (setarch := shutil.which("setarch")) else []

@@ -28,6 +28,7 @@ from tests.equipment.packed_parts import (
     expected_of,
     half_steps,
     logit_error,
+    side_of,
     store,
     unpacked,
 )
@@ -97,14 +98,15 @@ def test_one_row_comes_out_as_it_is_decoded(attention: Callable[..., Any], name:
     """All products that unpack a value are exact, so a row that has all the attention is the decoder's, bit for bit."""
     stored = store(name, [1, 0, 1], 3, dim)
     out, scores = attention(torch.randn(3, 6, dim), [stored.part], 3, 1.0, scores=True)
-    rows = decode(Format(name), encode(Format(name), stored.values), 3, dim).repeat_interleave(2, 1)
+    form = Format(name).values
+    rows = decode(form, encode(form, stored.values), 3, dim).repeat_interleave(2, 1)
     assert torch.equal(out, torch.stack([rows[0], torch.zeros_like(rows[0]), rows[1]]))
     assert scores[0].tolist() == [1, 1]
 
 
 @needs_native
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128])
-@pytest.mark.parametrize("names", [["int8"], ["int4"], ["exact", "int8", "int4"]])
+@pytest.mark.parametrize("names", [["int8"], ["int4"], ["int8/int4"], ["exact", "int8", "int8/int4", "int4"]])
 def test_near_the_rows_that_were_stored(names: list[str], dim: int) -> None:
     """With every logit off by at most e, a weight is off by a factor of at most exp(2 e), numerator and denominator.
 
@@ -119,8 +121,9 @@ def test_near_the_rows_that_were_stored(names: list[str], dim: int) -> None:
     out, scores = attend_parts(query, parts, 4, scale, scores=True)
     expected, expected_scores = expected_of(query, keys, values, offsets, scale)
     magnitude, _ = expected_of(query, keys, [np.abs(each) for each in values], offsets, scale)
-    key_steps = np.concatenate([half_steps(name, each.keys) for name, each in zip(names, stored, strict=True)])
-    value_steps = np.concatenate([half_steps(name, each.values) for name, each in zip(names, stored, strict=True)])
+    named = list(zip(names, stored, strict=True))
+    key_steps = np.concatenate([half_steps(side_of(name), each.keys) for name, each in named])
+    value_steps = np.concatenate([half_steps(side_of(name, values=True), each.values) for name, each in named])
     growth = np.exp(2 * logit_error(query[0], key_steps, scale)) - 1
     assert growth.max() < 0.5  # or the bound would say nothing
     bound = value_steps.max(0).repeat(2, 0) + growth[:, None] * magnitude[0] + ABSOLUTE
@@ -133,7 +136,12 @@ def test_near_the_rows_that_were_stored(names: list[str], dim: int) -> None:
 @needs_native
 @pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (4, 64), (3, 80), (5, 96), (3, 20)])
 def test_same_bits_in_any_batch_and_with_any_threads(kv_heads: int, dim: int) -> None:
-    counts = {"exact": [30, 0, 1, 200], "int8": [129, 0, 300, 0], "int4": [0, 0, 128, 257]}
+    counts = {
+        "exact": [30, 0, 1, 200],
+        "int8": [129, 0, 300, 0],
+        "int8/int4": [7, 130, 0, 31],
+        "int4": [0, 0, 128, 257],
+    }
     parts = [store(name, each, kv_heads, dim).part for name, each in counts.items()]
     query, threads = torch.randn(4, 2 * kv_heads, dim), torch.get_num_threads()
 
@@ -182,7 +190,7 @@ def test_no_rows_give_zeros(attention: Callable[..., Any]) -> None:
     out, scores = attention(query, parts, 4, 1.0, scores=True)
     assert out.shape == query.shape
     assert not out.any()
-    assert [len(each) for each in scores] == [0, 0, 0]
+    assert [len(each) for each in scores] == [0] * len(FORMATS)
     assert attention(query, parts, 4, 1.0)[1] is None
 
 
@@ -196,7 +204,7 @@ def test_a_broken_scale_is_seen(attention: Callable[..., Any]) -> None:
     assert out[0, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_records_end_within_the_arena(attention: Callable[..., Any], name: str) -> None:
     query, record = torch.randn(1, 4, 64), Format(name).record_bytes(KvShape(1, 4, 64, 2))
@@ -223,10 +231,30 @@ def test_records_end_within_the_arena(attention: Callable[..., Any], name: str) 
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
+def test_records_of_a_key_and_a_value_end_within_the_memory(attention: Callable[..., Any]) -> None:
+    shape, query = KvShape(1, 4, 64, 2), torch.randn(1, 4, 64)
+    key, value = Format("int8").record_bytes(shape), Format("int4").record_bytes(shape)
+    memory = torch.zeros(3 * (key + value), dtype=torch.uint8)
+
+    def run(row: int, size: int) -> Tensor:
+        rows = torch.tensor([0, row], dtype=torch.int32)
+        out: Tensor = attention(
+            query, [Part("int8/int4", memory[:size], memory[key:size], rows, offsets_of([2]))], 4, 1.0
+        )[0]
+        return out
+
+    last = 2 * (key + value) // UNIT
+    assert run(last, len(memory)).isfinite().all()
+    for row, size in ((last + 1, len(memory)), (-1, len(memory)), (last, len(memory) - 1), (0, key)):
+        with pytest.raises(IndexError, match=f"outside the int8/int4 arena of {size} bytes"):
+            run(row, size)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_arguments_are_checked(attention: Callable[..., Any]) -> None:
     query, part = torch.randn(1, 4, 64), store("int8", [3], 4, 64).part
     for wrong, message in (
-        (replace(part, format="lowrank:8"), "exact, int8 or int4"),
+        (replace(part, format="lowrank:8"), "exact, int8, int8/int4, int4, not"),
         (replace(part, keys=part.keys.float()), "one dtype"),
         (replace(part, keys=part.keys[:-16]), "does not fit"),
         (replace(part, keys=part.keys.view(-1, 16)), "does not fit"),

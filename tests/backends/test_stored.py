@@ -25,7 +25,11 @@ from avl_edge.request import ImageSpan
 
 SHAPE = KvShape(layers=6, kv_heads=2, head_dim=32, itemsize=4)
 LENGTH, SPANS, STEPS = 60, (ImageSpan("", 2, 50),), 5
-FORMATS = [Formats("exact", "exact", "int4"), Formats("int8", "int8", "int4"), Formats("exact", "int4", "lowrank:8")]
+FORMATS = [
+    Formats("exact", "exact", "int4"),
+    Formats("int8/int4", "int8", "int8/int4"),
+    Formats("exact", "int4", "lowrank:8"),
+]
 
 
 def no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:

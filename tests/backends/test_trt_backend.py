@@ -94,7 +94,8 @@ PACKED = {
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [*(("llama-gqa-full", what) for what in PACKED), ("qwen2-outliers", "int4"), ("qwen2-outliers", "mixed")]
+    ("name", "what"),
+    [*(("llama-gqa-full", what) for what in PACKED), *(("qwen2-outliers", what) for what in ("int4", "mixed"))],
 )
 def test_answers_over_packed_rows_are_those_of_the_cpu(
     package: Packages, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, what: str

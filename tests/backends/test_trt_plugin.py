@@ -24,12 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avl_edge.attention.cuda import FORMATS
-from avl_edge.kv.formats import encode
-from avl_edge.kv.layout import UNIT, Format, groups, padded
+from avl_edge.kv.layout import Format, groups, padded
 from avl_edge.package.export.core_attention import DOMAIN, OPERATOR, OUTPUTS, reference_function
 from tests import ROOT
 from tests.equipment.emulated_kernels import COMPILER
-from tests.equipment.trt_calls import SHAPES, Call, Shape, inputs_of, make_call, run_call
+from tests.equipment.trt_calls import SHAPES, Call, Shape, inputs_of, make_call, records_of, run_call
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -90,20 +89,22 @@ def check(shape: Shape, call: Call, found: Call) -> None:
         np.testing.assert_allclose(rows, expected["row_scores"][:, :listed], atol=1e-5, rtol=0)
         np.testing.assert_allclose(found["token_scores"], expected["token_scores"], atol=2e-5, rtol=0)
     slots = call["slots"][1].view(-1, len(call["query"]))
-    for name, new in (("pool_keys", "key"), ("pool_values", "value")):
-        expected_pool, got = call[name].clone(), found[name].clone()
-        for format_, own in zip(FORMATS, slots, strict=False):
-            for row, slot in zip(call[new][own >= 0], own[own >= 0].tolist(), strict=True):
-                if format_ == "exact":
-                    expected_pool[slot] = row
-                else:
-                    for pool in (expected_pool, got):  # what pads a record may be anything
-                        record = pool.view(torch.uint8).flatten()[UNIT * slot :]
-                        pads = padding(format_, *row.shape)
-                        record[: len(pads)] = torch.where(pads, 0, record[: len(pads)])
-                    record = expected_pool.view(torch.uint8).flatten()[UNIT * slot :]
-                    record[: len(pads)] = encode(Format(format_), row[None])[0]
-        assert torch.equal(got.view(torch.uint8), expected_pool.view(torch.uint8)), "other rows than those with a slot"
+    pool, got = (torch.stack([each["pool_keys"], each["pool_values"]]) for each in (call, found))
+    expected_bytes, bytes_ = (each.view(torch.uint8).flatten() for each in (pool, got))
+    for format_, own in zip(FORMATS, slots, strict=False):
+        for token in torch.nonzero(own >= 0)[:, 0].tolist():
+            slot, key, value = int(own[token]), call["key"][token], call["value"][token]
+            if format_ == "exact":
+                pool[:, slot] = torch.stack([key, value])
+                continue
+            kinds = Format(format_).keys.name, Format(format_).values.name
+            records = records_of(format_, slot, key, value, len(bytes_) // 2)
+            for kind, (begin, record) in zip(kinds, records, strict=True):
+                expected_bytes[begin : begin + len(record)] = record
+                pads = padding(kind, *key.shape)  # which may be anything
+                for each in (expected_bytes, bytes_):
+                    each[begin : begin + len(record)][pads] = 0
+    assert torch.equal(bytes_, expected_bytes), "other rows than those with a slot"
 
 
 def padding(format_: str, heads: int, dim: int) -> torch.Tensor:
@@ -122,7 +123,7 @@ def padding(format_: str, heads: int, dim: int) -> torch.Tensor:
         st.lists(st.integers(1, 9), min_size=1, max_size=3),
         st.lists(st.integers(18, 30), min_size=1, max_size=1),  # more tokens than a block takes
     ),
-    parts=st.integers(1, 3),
+    parts=st.integers(1, 4),
     backwards=st.booleans(),
     seed=st.integers(0, 2**31),
 )

@@ -205,7 +205,6 @@ def _text_config(spec: CheckpointSpec, tokenizer: PreTrainedTokenizerFast) -> Pr
     return Qwen2Config(**shared)
 
 
-
 def _draw_weights(model: LlavaForConditionalGeneration, spec: CheckpointSpec, special_ids: list[int]) -> None:
     rng = torch.Generator().manual_seed(spec.seed)
     for name, parameter in model.named_parameters():

@@ -97,22 +97,29 @@ class ReferenceModule:
         strides = (int(row.value or 0), int(head.value or 0), 1)
         return at(pointer, self._dtype, size, kv_heads, self._dim, strides=strides)
 
-    def _records(self, pointer: Argument, rows: Tensor, kv_heads: int) -> Tensor:
+    def _records(self, pointer: Argument, form: Format, rows: Tensor, kv_heads: int) -> Tensor:
         """A record of the arena at every unit up to the last row that is named."""
-        size = self._format.record_bytes(KvShape(1, kv_heads, self._dim, 2))
+        size = form.record_bytes(KvShape(1, kv_heads, self._dim, 2))
         return at(pointer, torch.uint8, int(rows.max()) + 1 if rows.numel() else 0, size, strides=(UNIT, 1))
 
     def _read(
-        self, pointer: Argument, rows: Tensor, kv_heads: int, strides: Sequence[Argument], *, coarse: bool = False
+        self,
+        pointer: Argument,
+        form: Format,
+        rows: Tensor,
+        kv_heads: int,
+        strides: Sequence[Argument],
+        *,
+        coarse: bool = False,
     ) -> Tensor:
         """Rows [n, H, d] in float64, a key/value head for each query head."""
         ids = rows.long()
-        if self._format.is_exact:
+        if form.is_exact:
             read = self._pool(pointer, rows, kv_heads, *strides)[ids]
-        elif coarse and self._format.name == "int8":
-            read = decode_coarse(self._records(pointer, rows, kv_heads)[ids], kv_heads, self._dim)
+        elif coarse and form.name == "int8":
+            read = decode_coarse(self._records(pointer, form, rows, kv_heads)[ids], kv_heads, self._dim)
         else:
-            read = decode(self._format, self._records(pointer, rows, kv_heads)[ids], kv_heads, self._dim)
+            read = decode(form, self._records(pointer, form, rows, kv_heads)[ids], kv_heads, self._dim)
         return read.double().repeat_interleave(self._group, 1)
 
     def avl_smooth(self, grid: Grid, *a: Argument) -> None:
@@ -140,20 +147,24 @@ class ReferenceModule:
         assert grid[1] == 2
         kept = torch.nonzero(ids >= 0)[:, 0]
         assert len(set(ids[kept].tolist())) == len(kept), "two new rows go into one slot"
-        for new, pool, stride in ((new_keys, keys, strides[:2]), (new_values, values, strides[2:])):
+        sides = (
+            (new_keys, keys, self._format.keys, strides[:2]),
+            (new_values, values, self._format.values, strides[2:]),
+        )
+        for new, pool, form, stride in sides:
             rows = at(new, self._dtype, grid[0], heads, self._dim)[kept]
             if self._format.is_exact:
                 self._pool(pool, ids[kept], heads, *stride)[ids[kept].long()] = rows
             else:
-                self._records(pool, ids[kept], heads)[ids[kept].long()] = encode(self._format, rows)
+                self._records(pool, form, ids[kept], heads)[ids[kept].long()] = encode(form, rows)
 
     def avl_attend(self, grid: Grid, *a: Argument) -> None:
         query, keys, values, rows, begins, ends, *strides, capacity, first, all_splits, sums, states, logits = a
-        pools = ((keys, strides[:2]), (values, strides[2:]))
+        pools = ((keys, self._format.keys, strides[:2]), (values, self._format.values, strides[2:]))
 
         def read(_: int, begin: int, end: int) -> list[Tensor]:
             ids = at(rows, torch.int32, end)[begin:]
-            return [self._read(pool, ids, grid[0], stride) for pool, stride in pools]
+            return [self._read(pool, form, ids, grid[0], stride) for pool, form, stride in pools]
 
         self._attend(grid, read, query, begins, ends, capacity, first, all_splits, sums, states, logits)
 
@@ -213,7 +224,8 @@ class ReferenceModule:
         query, keys, rows, begins, ends, *strides, capacity, logits = a
         (kv_heads, _, batch), room = grid, int(capacity.value or 0)
         for b, (begin, end) in enumerate(_bounds(begins, ends, batch)):
-            wide = self._read(keys, at(rows, torch.int32, room)[begin:end], kv_heads, strides, coarse=True)
+            ids = at(rows, torch.int32, room)[begin:end]
+            wide = self._read(keys, self._format.keys, ids, kv_heads, strides, coarse=True)
             own = at(query, self._dtype, batch, kv_heads * self._group, self._dim)[b].double()
             products = torch.einsum("hd,rhd->hr", own, wide) / math.sqrt(self._dim) * math.log2(math.e)
             at(logits, torch.float32, len(own), room)[:, begin:end] = products.float()

@@ -67,8 +67,8 @@ class Shape:
 
     def library(self, folder: Path, format_: str = "exact") -> Path:
         """The kernels of a row format, or of all low-rank ones."""
-        source, options = ("low_rank_driver.cpp", []) if format_ == LOW_RANK else ("driver.cpp", [of_format(format_)])
-        library = folder / f"{self}-{self.warps}-{format_}.so"
+        source, options = ("low_rank_driver.cpp", ()) if format_ == LOW_RANK else ("driver.cpp", FORMATS[format_])
+        library = folder / f"{self}-{self.warps}-{file_name(format_)}.so"
         return compile_emulation(source, library, "-shared", "-fPIC", *self.macros, *options)
 
     def load(self, folder: Path, format_: str = "exact") -> ctypes.CDLL:
@@ -88,9 +88,9 @@ SHAPES = (
 )
 
 
-def of_format(name: str) -> str:
-    """The macro that selects a row format."""
-    return f"-DFORMAT={FORMATS[name]}"
+def file_name(format_: str) -> str:
+    """What a library is called after."""
+    return format_.replace("/", "+")
 
 
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -41,16 +41,19 @@ def make_part(shape: Shape, name: str, counts: Sequence[int], kv_heads: int, see
     keys[unread] = values[unread] = math.nan
     if name == "exact":
         return Part(name, keys, values, chosen, offsets)
-    size = record_bytes(name, shape, kv_heads)
-    step = size // UNIT + 1
-    arenas = []
-    for rows in (keys, values):
-        arena = torch.full(((pool * step + 1) * UNIT,), 255, dtype=torch.uint8)
-        records = arena[UNIT:].view(pool, step * UNIT)
-        records[:, :size] = encode(Format(name), rows)
+    form, sections = Format(name), []
+    for own, rows in ((form.keys, keys), (form.values, values)):
+        records = encode(own, rows)
         records[unread] = 255
-        arenas.append(arena)
-    return Part(name, *arenas, chosen * step + 1, offsets)
+        sections.append(records)
+    key_bytes = sections[0].shape[1]
+    groups = [torch.cat(sections, 1)] if form.is_mixed else sections  # records in one memory, or in two
+    step = groups[0].shape[1] // UNIT + 1
+    arenas = [torch.full(((pool * step + 1) * UNIT,), 255, dtype=torch.uint8) for _ in groups]
+    for arena, records in zip(arenas, groups, strict=True):
+        arena[UNIT:].view(pool, step * UNIT)[:, : records.shape[1]] = records
+    values_begin = arenas[0][key_bytes:] if form.is_mixed else arenas[1]
+    return Part(name, arenas[0], values_begin, chosen * step + 1, offsets)
 
 
 def make_query(shape: Shape, batch: int, kv_heads: int, seed: int, sharpness: float = 1) -> Tensor:

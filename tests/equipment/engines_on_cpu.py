@@ -21,8 +21,9 @@ import torch
 from avl_edge import Options, Result, Runtime
 from avl_edge.attention.cuda import FORMATS
 from avl_edge.backends.tensorrt.kernels import digest
+from avl_edge.config import KvShape
 from avl_edge.kv.formats import encode
-from avl_edge.kv.layout import Format
+from avl_edge.kv.layout import UNIT, Format
 from avl_edge.package.engine import DECODER_ENGINE, STEP, Job, Plugin, Recipe, build
 from avl_edge.package.export import DECODER, VISION, Binding, Bindings
 from tests.conftest import Checkpoints
@@ -130,9 +131,15 @@ class GraphRunner:
                     if name == "exact":
                         _at(at[f"pool_{kind}s"], pools[f"pool_{kind}s"], dims)[own[written]] = new
                         continue
-                    words = _at(at[f"pool_{kind}_words"], pools[f"pool_{kind}_words"], dims)
-                    records = encode(Format(name), torch.from_numpy(new)).numpy().view(np.int32)
-                    for slot, record in zip(own[written], records, strict=True):
+                    # Both arenas are one memory, from the words of the keys on.
+                    words = _at(at["pool_key_words"], pools["pool_key_words"], {**dims, "U": 2 * dims["U"]})
+                    form, first = Format(name), 0
+                    if kind == "value":
+                        shape = KvShape(1, *new.shape[1:], 2)
+                        first = form.keys.record_bytes(shape) // UNIT if form.is_mixed else dims["U"]
+                    side = form.keys if kind == "key" else form.values
+                    records = encode(side, torch.from_numpy(new)).numpy().view(np.int32)
+                    for slot, record in zip(own[written] + first, records, strict=True):
                         words[slot : slot + len(record) // 4] = record.reshape(-1, 4)
 
 

@@ -40,7 +40,7 @@ NAME = "packed_rows_oracle"
 
 @dataclass(frozen=True)
 class TierFormats:
-    """``exact``, ``int8`` or ``int4`` for each tier."""
+    """``exact``, ``int8`` or ``int4`` for each tier, or that of keys and that of values, as in ``int8/int4``."""
 
     text: str = "exact"
     core: str = "exact"
@@ -153,9 +153,13 @@ class Layer:
         if not positions:
             return
         keys = self.keys[positions]
-        self.values[positions] = packed(self.values[positions], name)
+        keys_in, *others = name.split("/")
+        self.values[positions] = packed(self.values[positions], *others or [name])
         through = self.smoothing.through if self.smoothing else lambda how, keys, name: how(keys, name)
-        self.keys[positions], self.coarse_keys[positions] = through(packed, keys, name), through(coarse, keys, name)
+        self.keys[positions], self.coarse_keys[positions] = (
+            through(packed, keys, keys_in),
+            through(coarse, keys, keys_in),
+        )
 
 
 def attention(

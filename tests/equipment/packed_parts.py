@@ -20,7 +20,7 @@ from tests.equipment.decode_attention import offsets_of
 
 Array = npt.NDArray[Any]
 
-PACKED = ["int8", "int4"]
+PACKED = ["int8", "int8/int4", "int4"]
 FORMATS = ["exact", *PACKED]
 PAGES = 40
 
@@ -40,24 +40,30 @@ class Stored:
 
 def store(name: str, counts: list[int], kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Stored:
     """Random rows at random places of random pages, with noise in all bytes between them."""
-    shape = KvShape(1, kv_heads, dim, dtype.itemsize)
-    pack, total = packing(Format(name), shape), sum(counts)
-    pages = max(PAGES, -(-total // pack.rows))
-    slots = torch.randperm(pages * pack.rows)[:total]
-    ids = slots // pack.rows * pack.page_step + slots % pack.rows * pack.row_step
+    form, total = Format(name), sum(counts)
+    shape = KvShape(1, kv_heads, dim, 8)  # of which a packed row is always smaller
+    pages = max(PAGES, -(-total // packing(form, shape).rows))
+    pack = packing(form, shape, pages)
+    slots = torch.randperm(pages * pack.rows)[:total].numpy()
+    ids = torch.from_numpy(pack.ids(*np.divmod(slots, pack.rows)))
     rows = torch.randn(2, total, kv_heads, dim).to(dtype)
-    arenas = []
-    for each in rows:
-        if pack.format.is_exact:
-            arena = torch.full((pages * pack.rows, kv_heads, dim), math.nan, dtype=dtype)
-            arena[ids] = each
-        else:
-            arena = torch.randint(256, (pages * page_bytes(shape) // 2,), dtype=torch.uint8)
-            for begin, record in zip((ids * UNIT).tolist(), encode(pack.format, each) if total else [], strict=True):
+    if form.is_exact:
+        keys, values = torch.full((2, pages * pack.rows, kv_heads, dim), math.nan, dtype=dtype)
+        keys[ids], values[ids] = rows
+    else:
+        memory = torch.randint(256, (pages * page_bytes(shape),), dtype=torch.uint8)
+        keys, values = memory, memory[form.keys.record_bytes(shape) :]
+        if not form.is_mixed:
+            keys, values = memory.chunk(2)
+        for arena, each, new in zip((keys, values), (form.keys, form.values), rows, strict=True):
+            for begin, record in zip((ids * UNIT).tolist(), encode(each, new) if total else [], strict=True):
                 arena[begin : begin + len(record)] = record
-        arenas.append(arena)
-    part = Part(name, arenas[0], arenas[1], ids.int(), offsets_of(counts))
-    return Stored(part, rows[0].float(), rows[1].float())
+    return Stored(Part(name, keys, values, ids.int(), offsets_of(counts)), rows[0].float(), rows[1].float())
+
+
+def side_of(name: str, *, values: bool = False) -> str:
+    """What keys, or values, are stored in."""
+    return name.split("/")[-1 if values else 0]
 
 
 def unpacked(part: Part, source: Tensor, kv_heads: int, dim: int, *, coarse: bool = False) -> Array:
@@ -65,7 +71,8 @@ def unpacked(part: Part, source: Tensor, kv_heads: int, dim: int, *, coarse: boo
     if part.format == "exact":
         rows: Array = source[part.rows.long()].double().numpy()
         return rows
-    groups = 1 if part.format == "int8" else dim // math.gcd(dim, 32)
+    name = side_of(part.format, values=source is part.values)
+    groups = 1 if name == "int8" else dim // math.gcd(dim, 32)
     planes = UNIT * math.ceil(2 * kv_heads * groups / UNIT)
     size, arena = kv_heads * dim // 2, source.numpy()
     head, i = np.indices((kv_heads, dim))
@@ -75,7 +82,7 @@ def unpacked(part: Part, source: Tensor, kv_heads: int, dim: int, *, coarse: boo
         record = arena[UNIT * begin :]
         scale = record[: 2 * kv_heads * groups].view(np.float16).astype(float)[head * groups + i * groups // dim]
         first = (record[planes + byte] >> shift & 15).astype(float)
-        if part.format == "int4":
+        if name == "int4":
             row[:] = (first - 8) * scale
         elif coarse:
             row[:] = (16 * first + 8 - 128) * scale
@@ -112,7 +119,7 @@ def expected_of(
 
 
 def half_steps(name: str, rows: Tensor) -> Array:
-    """How far a value may be from what is stored of it, [n, kv_heads, d]: half a step.
+    """How far a value may be from what int8 or int4 stores of it, [n, kv_heads, d]: half a step.
 
     A step is the largest value of the head, or of the group, over 127 or 7, and rounded to float16, by up to 2^-11 of
     it. The largest value itself may be clamped where its step was rounded down: by 2^-11 of it, less than half a step.

@@ -24,7 +24,7 @@ from avl_edge.serving.scheduler import Request, Running, Scheduler
 from tests.equipment.random_methods import LAYERS
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=4)
-SIZE = {"exact": 0, "int8": 1, "int4": 2}
+SIZE = {"exact": 0, "int8": 1, "int8/int4": 2, "int4": 3}
 
 Ids = npt.NDArray[np.int32]
 Rows = tuple[Tensor, Tensor]

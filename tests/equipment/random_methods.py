@@ -10,7 +10,7 @@ from avl_edge.config import Formats
 from avl_edge.kv.methods import H2O, Avl, Coarse, Distinct, FastV, Full, Method, Streaming
 
 LAYERS = 3
-NAMES = ("exact", "int8", "int4")
+NAMES = ("exact", "int8", "int8/int4", "int4")
 
 
 def methods() -> st.SearchStrategy[Method]:

@@ -19,7 +19,7 @@ from avl_edge.config import KvShape
 from avl_edge.kv.formats import encode
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.package.export.core_attention import INPUTS, OUTPUTS, WORDS
-from tests.equipment.emulated_kernels import compile_emulation, of_format
+from tests.equipment.emulated_kernels import compile_emulation, file_name
 
 STREAM = 7
 GUARD = 64
@@ -56,13 +56,13 @@ class Shape:
         return ("exact",) if self.dtype == "float32" else tuple(FORMATS)
 
     def library(self, folder: Path, kernels: str) -> Path:
-        return folder / f"{kernels} {self.head_dim}-{self.group}-{self.dtype}-{self.warps}.so"
+        return folder / f"{file_name(kernels)} {self.head_dim}-{self.group}-{self.dtype}-{self.warps}.so"
 
     def compile(self, folder: Path, *options: str, formats: Sequence[str] = ()) -> None:
         """All libraries, into ``folder``: one for each row format, or some of them, and those of many tokens."""
         formats, options = formats or self.formats, ("-shared", "-fPIC", *options)
         for name in formats:
-            macros = (*self.core.options, of_format(name))
+            macros = (*self.core.options, *FORMATS[name])
             compile_emulation("driver.cpp", self.library(folder, name), *macros, *options)
         for name, more in (("tokens", ()), ("packed tokens", (PACKED,)))[: len(formats)]:
             macros = (*self.tokens.options, *more)
@@ -120,30 +120,44 @@ class Arenas:
     def __init__(self, shape: Shape, kv_heads: int, parts: int, random: torch.Generator) -> None:
         self._shape, self._kv_heads, self.formats = shape, kv_heads, list(FORMATS)[:parts]
         row = kv_heads * shape.head_dim * shape.torch_dtype.itemsize
-        sizes = [row if name == "exact" else self.record_bytes(name) for name in self.formats]
+        sizes = [row if name == "exact" else self._row_bytes(name) for name in self.formats]
         self._step = [-(-size // row) for size in sizes]
         self._first, self.rows = [0] * parts, 0
         for part in torch.randperm(parts, generator=random).tolist():
             self._first[part], self.rows = self.rows, self.rows + SLOTS * self._step[part]
         self._units = row // UNIT
         memory = torch.full((2, self.rows * row), 255, dtype=torch.uint8)
-        size = (2, self.rows, kv_heads, shape.head_dim)
-        self.keys, self.values = memory.view(shape.torch_dtype).view(size)
+        self.pool = memory.view(shape.torch_dtype).view(2, self.rows, kv_heads, shape.head_dim)
+        self.keys, self.values = self.pool
+        self._bytes = memory.flatten()
 
-    def record_bytes(self, name: str) -> int:
-        return Format(name).record_bytes(KvShape(1, self._kv_heads, self._shape.head_dim, 2))
+    def record_bytes(self, form: Format) -> int:
+        return form.record_bytes(KvShape(1, self._kv_heads, self._shape.head_dim, 2))
+
+    def _row_bytes(self, name: str) -> int:
+        """What a row takes of the arena in which it begins."""
+        form = Format(name)
+        return self.record_bytes(form.keys) + (self.record_bytes(form.values) if form.is_mixed else 0)
 
     def id_of(self, part: int, place: int) -> int:
         row = self._first[part] + place * self._step[part]
         return row if part == 0 else row * self._units
 
     def write(self, part: int, place: int, key: Tensor, value: Tensor) -> None:
-        for arena, new in ((self.keys, key), (self.values, value)):
-            if part == 0:
-                arena[self.id_of(part, place)] = new
-            else:
-                record = encode(Format(self.formats[part]), new[None])[0]
-                arena.view(torch.uint8).flatten()[UNIT * self.id_of(part, place) :][: len(record)] = record
+        if part == 0:
+            self.pool[:, self.id_of(part, place)] = torch.stack([key, value])
+            return
+        for at, record in records_of(self.formats[part], self.id_of(part, place), key, value, len(self._bytes) // 2):
+            self._bytes[at : at + len(record)] = record
+
+
+def records_of(name: str, row: int, key: Tensor, value: Tensor, arena: int) -> list[tuple[int, Tensor]]:
+    """A packed row's two records, of ``[H_kv, d]`` each, and at which byte of the pool they begin: arenas of ``arena``
+    bytes, values behind keys."""
+    form = Format(name)
+    records = encode(form.keys, key[None])[0], encode(form.values, value[None])[0]
+    behind = len(records[0]) if form.is_mixed else arena
+    return [(UNIT * row, records[0]), (UNIT * row + behind, records[1])]
 
 
 def make_call(shape: Shape, kind: str, counts: Sequence[int], seed: int, parts: int = 1) -> Call:
@@ -248,7 +262,9 @@ class Placed:
     @classmethod
     def of(cls, call: Call) -> Placed:
         memory = Memory()
-        inputs = inputs_of({name: memory.place(call[name]) for name in INPUTS})
+        pool = memory.place(torch.stack([call["pool_keys"], call["pool_values"]]))  # values lie right behind keys
+        pools = dict(zip(("pool_keys", "pool_values"), pool, strict=True))
+        inputs = inputs_of({name: pools[name] if name in pools else memory.place(call[name]) for name in INPUTS})
         tokens, room = call["query"].shape[0], call["rows"].shape[1]
         outputs = [
             memory.unwritten(*call["query"].shape, dtype=call["query"].dtype),

@@ -62,7 +62,7 @@ _fixed = st.fixed_dictionaries(
 )
 
 
-_names = st.sampled_from(["exact", "int8", "int4"])
+_names = st.sampled_from(["exact", "int8", "int8/int4", "int4"])
 _formats = st.one_of(st.just(Formats()), st.builds(Formats, _names, _names, _names))
 
 

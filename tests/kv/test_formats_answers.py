@@ -71,7 +71,13 @@ MODELS = ["llama-mha", "qwen2-gqa", "mistral-wide", "llama-bias", "qwen2-outlier
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "tiers", [TierFormats("int8", "int8"), TierFormats("exact", "int4"), TierFormats("int4", "int8")]
+    "tiers",
+    [
+        TierFormats("int8", "int8"),
+        TierFormats("exact", "int4"),
+        TierFormats("int4", "int8"),
+        TierFormats("int8/int4", "int8/int4"),
+    ],
 )
 def test_full_attention_over_packed_rows_equals_the_oracle(
     checkpoint: Checkpoints, name: str, tiers: TierFormats
@@ -151,6 +157,7 @@ def test_avl_with_packed_tiers_equals_the_oracle(
         ("mistral-wide", 1, TierFormats("exact", "int4", "int4"), (100, 50, 50)),
         ("llama-bias", 2, TierFormats("int8", "int4", "int4"), (60, 60, 95)),
         ("llama-mha", 2, TierFormats("int4", "exact", "exact"), (90, 20, 100)),
+        ("mistral-wide", 1, TierFormats("int8/int4", "int8/int4", "int8/int4"), (100, 50, 50)),
     ],
 )
 def test_coarse_keys_equal_the_oracle(

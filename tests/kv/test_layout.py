@@ -14,7 +14,17 @@ from avl_edge.kv.layout import PAGE_ROWS, UNIT, Format, check, groups, packing, 
 
 @pytest.mark.parametrize(
     "name",
-    ["exact", "int8", "int4", "lowrank:1", "lowrank:64", "lowrank:512+int8", "lowrank:64@16", "lowrank:8@8+int8"],
+    [
+        "exact",
+        "int8",
+        "int8/int4",
+        "int4",
+        "lowrank:1",
+        "lowrank:64",
+        "lowrank:512+int8",
+        "lowrank:64@16",
+        "lowrank:8@8+int8",
+    ],
 )
 def test_names_of_formats(name: str) -> None:
     assert Formats(core=name, secondary=name).by_tier() == {"text": "exact", "core": name, "secondary": name}
@@ -24,20 +34,34 @@ def test_names_of_formats(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "int9", "INT8", "int8 ", "exact+int8", "lowrank", "lowrank:", "lowrank:0", "lowrank:-3", "lowrank:a", 8],
+    [
+        "",
+        "int9",
+        "INT8",
+        "int8 ",
+        "exact+int8",
+        "lowrank",
+        "lowrank:",
+        "lowrank:0",
+        "lowrank:-3",
+        "lowrank:a",
+        "int4/int8",
+        "int8/",
+        8,
+    ],
 )
 @pytest.mark.parametrize("tier", ["text", "core", "secondary"])
 def test_names_of_no_format_are_one_clear_line(tier: str, name: object) -> None:
     with pytest.raises(BadInput) as refusal:
         Formats(**{tier: name})  # type: ignore[arg-type]
     message = str(refusal.value)
-    assert message.startswith(f"the {tier} format must be exact, int8, int4, lowrank:R")
+    assert message.startswith(f"the {tier} format must be exact, int8, int8/int4, int4, lowrank:R")
     assert message.endswith(f"not {name!r}")
     assert "\n" not in message
 
 
 def test_text_is_never_low_rank() -> None:
-    with pytest.raises(BadInput, match="text rows cannot be low-rank: choose exact, int8 or int4"):
+    with pytest.raises(BadInput, match="text rows cannot be low-rank: choose exact, int8, int8/int4 or int4"):
         Formats("lowrank:8", "lowrank:8", "lowrank:8")
 
 
@@ -60,7 +84,9 @@ def test_sizes_of_records_by_hand() -> None:
     shape = KvShape(32, 32, 128, 2)
     assert (Format("int8").record_bytes(shape), Format("int4").record_bytes(shape)) == (64 + 4096, 256 + 2048)
     assert (Format("exact").coarse_bytes(shape), Format("int4").coarse_bytes(shape)) == (8192, 256 + 2048)
-    assert Format("int8").coarse_bytes(shape) == 64 + 2048
+    assert Format("int8").coarse_bytes(shape) == Format("int8/int4").coarse_bytes(shape) == 64 + 2048
+    mixed = packing(Format("int8/int4"), shape)
+    assert (mixed.row_bytes, mixed.rows) == (64 + 4096 + 256 + 2048, 2 * 20)
     assert page_bytes(shape) == PAGE_ROWS * 2 * 8192
     assert [packing(Format(name), shape).rows for name in ("exact", "int8", "int4")] == [16, 31, 56]
     # Groups of what divides the head; sections in whole units.
@@ -74,23 +100,31 @@ def test_sizes_of_records_by_hand() -> None:
         KvShape, st.just(2), st.integers(1, 9), st.integers(1, 100).map(lambda half: 2 * half), st.sampled_from([2, 4])
     ),
     st.integers(1, 5),
+    st.sampled_from(["exact", "int8", "int8/int4", "int4", "lowrank:2+int8"]),
 )
-def test_rows_of_a_format_never_overlap(shape: KvShape, pages: int) -> None:
-    """The bytes of every slot of every page, in one arena: each within its own page, none twice."""
-    half_page = page_bytes(shape) // 2
-    for name in ("exact", "int8", "int4"):
-        pack = packing(Format(name), shape)
-        size = pack.row_bytes // 2
-        unit = shape.row_bytes // 2 if name == "exact" else UNIT
-        taken = np.zeros(pages * half_page, dtype=np.int64)
-        for page in range(pages):
-            for slot in range(pack.rows):
-                begin = (page * pack.page_step + slot * pack.row_step) * unit
-                assert page * half_page <= begin
-                assert begin + size <= (page + 1) * half_page
-                taken[begin : begin + size] += 1
-        assert taken.max(initial=0) <= 1
-        assert name == "exact" or size % UNIT == 0
-        assert half_page - pack.rows * size < max(size, 1), "another row would fit"
-        if name == "exact":
-            assert taken.min() == 1
+def test_rows_of_a_format_never_overlap(shape: KvShape, pages: int, name: str) -> None:
+    """The bytes of every slot of every page, keys and values: each within its own page, none twice.
+
+    The pool's memory is the keys' arena, then that of the values; a page is a piece of each.
+    """
+    half_page, form = page_bytes(shape) // 2, Format(name)
+    pack = packing(form, shape, pages)
+    sides = [shape.row_bytes // 2] * 2 if form.is_exact else [f.record_bytes(shape) for f in (form.keys, form.values)]
+    assert sum(sides) == pack.row_bytes
+    page, slot = (each.flatten() for each in np.indices((pages, pack.rows)))
+    ids = pack.ids(page, slot)
+    assert all(map(np.array_equal, pack.places(ids), (page, slot)))
+    begins = ids * (shape.row_bytes // 2 if form.is_exact else UNIT)
+    taken = np.zeros(2 * pages * half_page, dtype=np.int64)
+    behind = sides[0] if form.is_mixed else pages * half_page
+    for side, size in zip((begins, begins + behind), sides, strict=True):
+        first, last = side // half_page, (side + size - 1) // half_page
+        assert np.array_equal(first, last)
+        assert np.array_equal(first % pages, page)
+        for begin in side.tolist():
+            taken[begin : begin + size] += 1
+    assert taken.max(initial=0) <= 1
+    free = half_page - taken.reshape(2, pages, half_page).sum(2)
+    assert (free < (pack.row_bytes if form.is_mixed else max(sides))).all(), "another row would fit"
+    assert form.is_exact or not any(size % UNIT for size in sides)
+    assert not form.is_exact or not free.any()

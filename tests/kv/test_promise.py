@@ -47,7 +47,7 @@ def requests(draw: st.DrawFn) -> tuple[list[int], str, Options]:
     tokens = draw(st.integers(1, 10))
     formats = None
     if draw(st.booleans()):
-        text, core, secondary = (draw(st.sampled_from(["exact", "int8", "int4"])) for _ in range(3))
+        text, core, secondary = (draw(st.sampled_from(["exact", "int8", "int8/int4", "int4"])) for _ in range(3))
         formats = Formats(text, core, core if method == "coarse" else secondary)
     return images, prompt, Options(method, parameters, formats, kv_budget=budget, max_new_tokens=tokens)
 

@@ -26,7 +26,7 @@ def test_packed_rows_are_the_rows_that_torch_attends(name: str) -> None:
     query, (part,), kv_heads, _ = ways["native"][0].args
     _, *torchs = ways["contiguous"][0].args
     for arena, rows in zip((part.keys, part.values), torchs, strict=True):
-        records = arena.view(-1, UNIT)[part.rows[:, None] + torch.arange(case.record_bytes // UNIT)].flatten(1)
+        records = arena.view(-1, UNIT)[part.rows[:, None] + torch.arange(case.record_step // UNIT)].flatten(1)
         apart = decode(Format(name), records, kv_heads, 64).unflatten(0, (2, -1)).transpose(1, 2)
         step = rows.abs().max() / (127 if name == "int8" else 7) * (1 + 2**-11)
         assert (apart - rows).abs().max() <= step / 2 + 1e-6  # what float32 adds to values of up to 8
@@ -34,9 +34,9 @@ def test_packed_rows_are_the_rows_that_torch_attends(name: str) -> None:
 
 
 def test_a_case_for_each_format(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_app(["bench", "attention", *SMALL, "--formats", "exact,int8,int4", "--json"]) == 0
+    assert run_app(["bench", "attention", *SMALL, "--formats", "exact,int8,int8/int4,int4", "--json"]) == 0
     cases = json.loads(capsys.readouterr().out)["cases"]
-    assert [case["format"] for case in cases] == ["exact", "int8", "int4"]
+    assert [case["format"] for case in cases] == ["exact", "int8", "int8/int4", "int4"]
     assert all(ms > 0 for case in cases for ms in case["ms"].values())
     assert run_app(["bench", "attention", *SMALL, "--formats", "exact,int4"]) == 0
     _, exact, packed = capsys.readouterr().out.splitlines()
@@ -45,7 +45,7 @@ def test_a_case_for_each_format(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadInput, match="'int5' must be one of exact, int8, int4"):
+    with pytest.raises(BadInput, match="'int5' must be one of exact, int8, int8/int4, int4"):
         Case(1, 4, 2, 8, 50, 0.3, "float32", "int5")
     with pytest.raises(BadInput, match="size 7 cannot be packed"):
         Case(1, 4, 2, 7, 50, 0.3, "float32", "int8")

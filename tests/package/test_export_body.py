@@ -59,49 +59,54 @@ def session_of(graph: Any, functions: Sequence[Any] = ()) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-class Arena:
-    """Keys or values as a pool holds them: exact rows, and records in the same memory."""
+class Pool:
+    """Keys and values as a pool holds them, ``[2, R, H_kv, d]``: exact rows, and records in the same memory."""
 
     def __init__(self, memory: Array) -> None:
         self.rows = memory.copy()
-        self._heads, self._dim = memory.shape[1:]
+        self._heads, self._dim = memory.shape[2:]
 
     @property
     def units(self) -> Array:
         return self.rows.reshape(-1).view(np.uint8).reshape(-1, UNIT)
 
-    def _of_record(self, format_: str, ids: Sequence[int]) -> Array:
-        """The units of records, ``[n, units]``."""
-        size = Format(format_).record_bytes(KvShape(1, self._heads, self._dim, 4))
-        return np.array(ids, dtype=np.int64)[:, None] + np.arange(size // UNIT)
+    def _records(self, format_: str, ids: Sequence[int]) -> list[tuple[Format, Array]]:
+        """The formats of keys and of values, and the units of their records, ``[n, units]``."""
+        form, shape = Format(format_), KvShape(1, self._heads, self._dim, 4)
+        key, value = (each.record_bytes(shape) // UNIT for each in (form.keys, form.values))
+        first, behind = np.array(ids, dtype=np.int64)[:, None], key if form.is_mixed else len(self.units) // 2
+        return [(form.keys, first + np.arange(key)), (form.values, first + behind + np.arange(value))]
 
-    def write(self, format_: str, row: int, content: Array) -> None:
+    def write(self, format_: str, row: int, *content: Array) -> None:
+        """A key and a value ``[H_kv, d]``."""
         if format_ == "exact":
-            self.rows[row] = content
-        else:
-            record = encode(Format(format_), torch.from_numpy(content[None]))
-            self.units[self._of_record(format_, [row])] = record.view(1, -1, UNIT).numpy()
+            self.rows[:, row] = content
+            return
+        for (form, units), new in zip(self._records(format_, [row]), content, strict=True):
+            self.units[units] = encode(form, torch.from_numpy(new[None])).view(1, -1, UNIT).numpy()
 
     def read(self, format_: str, ids: Sequence[int]) -> Array:
+        """``[2, n, H_kv, d]``."""
         if format_ == "exact":
-            return self.rows[ids].astype(np.float64)
-        units = self._of_record(format_, ids)
-        records = torch.from_numpy(self.units[units].reshape(len(ids), units.shape[1] * UNIT))
-        return decode(Format(format_), records, self._heads, self._dim).double().numpy()
+            return self.rows[:, ids].astype(np.float64)
+        sides = []
+        for form, units in self._records(format_, ids):
+            records = torch.from_numpy(self.units[units].reshape(len(ids), units.shape[1] * UNIT))
+            sides.append(decode(form, records, self._heads, self._dim).double().numpy())
+        return np.stack(sides)
 
 
 def attention_by_hand(feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
     """What the node is documented to do, one token at a time, in float64."""
     query, key, value = (feeds[name].astype(np.float64) for name in ("query", "key", "value"))
     rows, row_offsets, slots = feeds["rows"][1], feeds["row_offsets"][1], feeds["slots"][1]
-    arenas = [Arena(feeds[name]) for name in ("pool_keys", "pool_values")]
+    pool = Pool(np.stack([feeds["pool_keys"], feeds["pool_values"]]))
     batch = len(feeds["token_offsets"]) - 1
     parts = list(zip(FORMATS, slots.reshape(-1, len(query)), row_offsets[:-1].reshape(-1, batch), strict=False))
     for format_, own, _ in parts:
         for t, slot in enumerate(own):
-            for arena, new in zip(arenas, ("key", "value"), strict=True):
-                if slot >= 0:
-                    arena.write(format_, slot, feeds[new][t])
+            if slot >= 0:
+                pool.write(format_, slot, feeds["key"][t], feeds["value"][t])
     group, homeless = query.shape[1] // key.shape[1], slots.reshape(-1, len(query)).max(0) < 0
     attended, row_scores, token_scores = np.zeros_like(query), np.zeros((2, len(rows))), np.zeros((2, len(query)))
     for b, (first, last) in enumerate(zip(*_bounds(feeds["token_offsets"]), strict=True)):
@@ -109,7 +114,7 @@ def attention_by_hand(feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
         for part, (format_, _, begins) in enumerate(parts):
             places += range(begins[b], row_offsets[part * batch + b + 1])
             ids = rows[begins[b] : row_offsets[part * batch + b + 1]].tolist()
-            listed.append(np.stack([arena.read(format_, ids) for arena in arenas]))
+            listed.append(pool.read(format_, ids))
         held = np.concatenate(listed, axis=1)
         for t in range(first, last):
             tokens = [u for u in range(first, t + 1) if homeless[u]]
@@ -179,7 +184,7 @@ def choose_rows(
 @given(
     shape=st.sampled_from(list(SHAPES)),
     sequences=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9), st.booleans()), min_size=1, max_size=4),
-    count=st.integers(1, 3),
+    count=st.integers(1, len(FORMATS)),
     room=st.integers(0, 4),
     queries=st.lists(st.integers(-1, 23), max_size=6),
     seed=st.integers(0, 10**6),
@@ -205,7 +210,7 @@ def test_reference_body(
         name: 3 * (STORED + FRESH) * int(at) for name, at in zip(parts, random.permutation(len(parts)), strict=True)
     }
     size = 3 * (STORED + FRESH) * len(parts) + 1
-    pools = [Arena(np.full((size, kv_heads, dim), np.nan, dtype=np.float32)) for _ in range(2)]
+    pool = Pool(np.full((2, size, kv_heads, dim), np.nan, dtype=np.float32))
 
     def id_of(name: str, place: int) -> int:
         row = first_of[name] + 3 * place
@@ -213,8 +218,7 @@ def test_reference_body(
 
     for name in parts:
         for place in places[name][:STORED]:
-            for pool in pools:
-                pool.write(name, id_of(name, place), draw(kv_heads, dim))
+            pool.write(name, id_of(name, place), *draw(2, kv_heads, dim))
     token_offsets = np.cumsum([0, *(tokens for tokens, _, _ in sequences)], dtype=np.int32)
     total = int(token_offsets[-1])
     slots, lists = choose_rows(random, sequences, places, id_of)
@@ -225,8 +229,8 @@ def test_reference_body(
         "query": draw(total, heads, dim),
         "key": draw(total, kv_heads, dim),
         "value": draw(total, kv_heads, dim),
-        "pool_keys": pools[0].rows,
-        "pool_values": pools[1].rows,
+        "pool_keys": pool.rows[0],
+        "pool_values": pool.rows[1],
         # Another layer's lists lie before this one's.
         "rows": np.stack([np.zeros_like(rows), rows]),
         "row_offsets": np.stack([np.zeros_like(row_offsets), row_offsets]),
@@ -235,7 +239,7 @@ def test_reference_body(
         "score_queries": np.array([query for query in queries if query < total], dtype=np.int32),
     }
     if len(formats) > 1:
-        feeds |= {name: pool.units.view(np.int32) for name, pool in zip(WORDS, pools, strict=True)}
+        feeds |= dict(zip(WORDS, np.split(pool.units.view(np.int32), 2), strict=True))
     for ours, expected in zip(SHAPES[shape].run(None, feeds), attention_by_hand(feeds), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
@@ -243,7 +247,7 @@ def test_reference_body(
 def packed_session(format_: str, heads: int, dim: int) -> Any:
     """What is read of records, and what is left of rows that are packed, each a graph's output."""
     nodes = Nodes()
-    rows = PackedRows(nodes, format_, heads, dim)
+    rows = PackedRows(nodes, Format(format_), "key", heads, dim)
     outputs = {"read": rows.read("words", "ids"), "packed": rows.packed("rows")}
     for name, output in outputs.items():
         nodes.add("Identity", output, name=name)
@@ -255,7 +259,7 @@ def packed_session(format_: str, heads: int, dim: int) -> Any:
 
 PACKED = {
     (name, heads, dim): packed_session(name, heads, dim)
-    for name in list(FORMATS)[1:]
+    for name in ("int8", "int4")
     for heads, dim in ((1, 8), (3, 2), (2, 40), (5, 64))
 }
 

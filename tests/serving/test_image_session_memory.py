@@ -31,7 +31,7 @@ def test_budgets_are_kept_apart(runtime: Runtime) -> None:
             assert kv.bytes_budget is None
             assert kv.bytes_shared == stats.bytes_stored
             found.append(stats.formats["core"])
-    assert found == ["exact", "int8", "int4"]
+    assert found == ["exact", "int8", "int8/int4"]
     with pytest.raises(DoesNotFit, match=r"does not hold the \d+ tokens of the session") as refusal:
         runtime.open_images(IMAGES, Options(kv_budget=1000))
     least = _smallest(refusal.value)

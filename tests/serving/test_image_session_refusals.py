@@ -34,7 +34,10 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
         (Options(method="avl", parameters={"secondary": 60, "prefill_keep": 100}), "give avl with prefill_keep=100"),
         (Options(method="avl", parameters={"secondary": 60, "by_values": 1}), "give avl with prefill_keep=100"),
         (Options(method="coarse", parameters={"by_mass": 1}), "give coarse with by_mass=0"),
-        (Options(formats=Formats("exact", "lowrank:8", "lowrank:8")), "give both one format, exact, int8 or int4"),
+        (
+            Options(formats=Formats("exact", "lowrank:8", "lowrank:8")),
+            "give both one format, exact, int8, int8/int4 or int4",
+        ),
         (Options(formats=Formats("exact", "int8", "int4")), "give both one format"),
         (Options(preset="paper"), "the preset paper stores rows for one question alone"),
         (Options(preset="best"), "there is no preset"),

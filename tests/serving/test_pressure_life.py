@@ -111,7 +111,7 @@ def test_under_pressure_to_the_end_a_request_gives_all_it_can_and_still_ends(
         harness.check()
     assert harness.escalate() is Action.HOLD
     assert not cache_of(sequence).can_evict
-    assert sequence.pressure.demotions == actions.count(Action.DEMOTE) <= 2
+    assert sequence.pressure.demotions == actions.count(Action.DEMOTE) <= 3
     assert (sequence.pressure.rows_evicted > 0) == (Action.EVICT in actions)
     while harness.left[sequence]:
         harness.step(sequence)
@@ -125,7 +125,7 @@ def test_a_lease_shrinks_to_what_may_still_come_and_others_get_the_rest() -> Non
     first = harness.admit(request)
     assert first is not None
     assert harness.admit(request) is None
-    assert [harness.escalate(), harness.escalate(), harness.escalate()] == [Action.DEMOTE, Action.DEMOTE, Action.HOLD]
+    assert [harness.escalate() for _ in range(4)] == [*[Action.DEMOTE] * 3, Action.HOLD]
     assert cache_of(first).formats == Formats("exact", "int4", "int4")
     packed = kv_plan(Full(), Formats("exact", "int4", "int4"), SHAPE, PromptShape(4, 60, 4), 8)
     assert cache_of(first).rows.lease.limit == packed.pages < request.plan.pages / 2

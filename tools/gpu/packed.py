@@ -48,27 +48,48 @@ def make_memory(dut: DeviceUnderTest, shape: KernelShape, counts: Sequence[Seque
     device, dtype = dut.accelerator.device, row_type(shape)
     generator = torch.Generator().manual_seed(seed)
     size, most = KV_HEADS * shape.head_dim * dtype.itemsize, max(max(map(sum, counts)), 1)
-    keys, values = (torch.full((3 * most, size), 255, dtype=torch.uint8) for _ in range(2))
+    both = torch.full((2, len(FORMATS) * most, size), 255, dtype=torch.uint8)  # values lie right behind keys
     ids = []
     for number, (name, of_part) in enumerate(zip(FORMATS, counts, strict=True)):
         rows = torch.randn(2, most, KV_HEADS, shape.head_dim, generator=generator).to(dtype)
         own = number * most + torch.arange(most)  # of the places of exact rows, of which each packed row takes one
-        for arena, new in zip((keys, values), rows, strict=True):
-            bytes_ = new.flatten(1).view(torch.uint8) if name == "exact" else encode(Format(name), new)
-            arena[own, : bytes_.shape[1]] = bytes_
+        _put(both, own, name, rows)
         chosen = own[torch.randint(most, (sum(of_part),), generator=generator)]
         ids.append((chosen if name == "exact" else chosen * (size // UNIT)).int())
     starts = [torch.tensor([0, *accumulate(of_part)], dtype=torch.int32) for of_part in counts]
-    arenas = [(each.view(dtype).view(3 * most, KV_HEADS, shape.head_dim), each.flatten()) for each in (keys, values)]
+    rows_of = both.view(dtype).view(2, -1, KV_HEADS, shape.head_dim)
     parts = [
-        Part(name, arenas[0][name != "exact"], arenas[1][name != "exact"], own, start)
-        for name, own, start in zip(FORMATS, ids, starts, strict=True)
+        Part(name, *arenas_of(name, rows_of), own, start) for name, own, start in zip(FORMATS, ids, starts, strict=True)
     ]
-    on_device = [arena[0].to(device) for arena in arenas]
+    on_device = rows_of.to(device)
     offsets = torch.tensor([0, *accumulate(n for of_part in counts for n in of_part)], dtype=torch.int32)
     strides = KV_HEADS * shape.head_dim, shape.head_dim
     pool = Pool(on_device[0].data_ptr(), on_device[1].data_ptr(), KV_HEADS, *strides, *strides)
     return Memory(parts, on_device[0], on_device[1], torch.cat(ids).to(device), offsets.to(device), pool)
+
+
+def _put(both: Tensor, places: Tensor, name: str, rows: Tensor) -> None:
+    """Write keys and values ``[2, n, H_kv, d]`` into places of exact rows, of which ``both`` has ``[2, R, bytes]``."""
+    form = Format(name)
+    if form.is_exact:
+        both[:, places] = rows.flatten(2).view(torch.uint8)
+        return
+    keys, values = encode(form.keys, rows[0]), encode(form.values, rows[1])
+    if form.is_mixed:
+        keys = torch.cat([keys, values], 1)
+    else:
+        both[1, places, : values.shape[1]] = values
+    both[0, places, : keys.shape[1]] = keys
+
+
+def arenas_of(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as rows of a format lie in a pool ``[2, R, H_kv, d]``."""
+    form, memory = Format(name), rows.view(torch.uint8).flatten()
+    if form.is_exact:
+        return rows[0], rows[1]
+    if form.is_mixed:
+        return memory, memory[form.keys.record_bytes(KvShape(1, rows.shape[2], rows.shape[3], rows.itemsize)) :]
+    return memory[: len(memory) // 2], memory[len(memory) // 2 :]
 
 
 def wide(part: Part) -> Part:
@@ -78,11 +99,12 @@ def wide(part: Part) -> Part:
 
 
 def check_mixture(dut: DeviceUnderTest, shape: KernelShape, splits: int = 3) -> dict[str, float]:
-    """One softmax over rows of three formats: sequences with some of each, of one only, with none; borders of
+    """One softmax over rows of all formats: sequences with some of each, of one only, with none; borders of
     splits."""
     borders = border_counts(shape, splits)
     empty, few = [0] * len(borders), [3] * len(borders)
-    counts = [[*few, *borders, *empty, 0], [*borders, *empty, *few, 0], [*empty, *few, *borders, 0]]
+    turns = [few, borders, empty, few]
+    counts = [[*turns[at], *turns[at - 1], *turns[at - 2], *turns[at - 3], 0] for at in range(len(FORMATS))]
     memory, batch, heads = make_memory(dut, shape, counts, seed=1), len(counts[0]), KV_HEADS * shape.group
     device, capacity, kernels = dut.accelerator.device, memory.rows.numel(), dut.kernels(shape)
     query = torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(2)).to(row_type(shape))
@@ -122,24 +144,27 @@ def check_packing(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     places = torch.tensor([8, -1, 0, 3, 7, -1, 4, 5, 6], dtype=torch.int32)
     on_device = new.to(device)
     for name in FORMATS.keys() - {"exact"}:
-        size = Format(name).record_bytes(KvShape(1, KV_HEADS, shape.head_dim, dtype.itemsize))
-        step = size + UNIT
-        arenas = torch.full((2, 9 * step), 77, dtype=torch.uint8, device=device)
+        form, kv_shape = Format(name), KvShape(1, KV_HEADS, shape.head_dim, dtype.itemsize)
+        sizes = [each.record_bytes(kv_shape) for each in (form.keys, form.values)]
+        step = (sum(sizes) if form.is_mixed else sizes[0]) + UNIT
+        arenas = torch.full((1 if form.is_mixed else 2, 9 * step), 77, dtype=torch.uint8, device=device)
         slots = torch.where(places < 0, places, places * (step // UNIT)).int().to(device)
-        pool = Pool(arenas[0].data_ptr(), arenas[1].data_ptr(), KV_HEADS, 0, 0, 0, 0)
+        pool = Pool(arenas[0].data_ptr(), arenas[-1].data_ptr(), KV_HEADS, 0, 0, 0, 0)
         pointers = (on_device[0].data_ptr(), on_device[1].data_ptr(), slots.data_ptr(), count)
         dut.kernels(shape).append(*pointers, pool, dut.accelerator.stream(), name)
         dut.accelerator.synchronize()
-        records = arenas.cpu().view(2, 9, step)
-        for arena, rows in zip(records, new, strict=True):
-            kept = places >= 0
-            got, expected = arena[places[kept].long()][:, :size], encode(Format(name), rows[kept])
-            same = torch.equal(*(decode(Format(name), each, KV_HEADS, shape.head_dim) for each in (got, expected)))
+        records, kept = arenas.cpu().view(-1, 9, step), places >= 0
+        begins = (0, sizes[0] if form.is_mixed else 0)
+        for arena, own, rows, begin, size in zip(
+            (records[0], records[-1]), (form.keys, form.values), new, begins, sizes, strict=True
+        ):
+            got, expected = arena[places[kept].long()][:, begin : begin + size], encode(own, rows[kept])
+            same = torch.equal(*(decode(own, each, KV_HEADS, shape.head_dim) for each in (got, expected)))
             require(same, f"{shape}: rows are not packed in {name} as the pool packs them")
-            unwritten = torch.ones(9, dtype=torch.bool)
-            unwritten[places[kept].long()] = False
-            clean = bool((arena[:, size:] == 77).all() and (arena[unwritten] == 77).all())
-            require(clean, f"{shape}: packing in {name} wrote outside of its records")
+        unwritten = torch.ones(9, dtype=torch.bool)
+        unwritten[places[kept].long()] = False
+        clean = bool((records[:, :, step - UNIT :] == 77).all() and (records[:, unwritten] == 77).all())
+        require(clean, f"{shape}: packing in {name} wrote outside of its records")
     return {}
 
 
@@ -171,7 +196,7 @@ def check_choice(dut: DeviceUnderTest, shape: KernelShape) -> dict[str, float]:
     """The weights of a scan of keys of every format against float64, and the rows that are chosen by them against the
     policy's own choice; each sequence scans one format."""
     sizes = [1, 40, 333, 0, 2, 97]
-    counts = [[n if b % 3 == part else 0 for b, n in enumerate(sizes)] for part in range(len(FORMATS))]
+    counts = [[n if b % len(FORMATS) == part else 0 for b, n in enumerate(sizes)] for part in range(len(FORMATS))]
     memory, batch, heads = make_memory(dut, shape, counts, seed=4), len(sizes), KV_HEADS * shape.group
     device, scanned, room = dut.accelerator.device, memory.rows.numel(), 20
     query = 2 * torch.randn(batch, heads, shape.head_dim, generator=torch.Generator().manual_seed(5))

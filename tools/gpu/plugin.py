@@ -19,12 +19,12 @@ from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
 from tools.gpu.dut import DeviceUnderTest, require, row_type
 from tools.gpu.numerics import SCORES
-from tools.gpu.packed import KV_HEADS, Memory, make_memory, wide
+from tools.gpu.packed import KV_HEADS, Memory, arenas_of, make_memory, wide
 from tools.gpu.report import Skipped
 
 LAYER, LAYERS = 1, 3
 SHAPE = KernelShape(128, 4, "Half")
-COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90])
+COUNTS = ([1, 40, 333], [25, 64, 2], [3, 1, 90], [17, 9, 4])
 """Rows of each format that three sequences read, in a step new ones among them."""
 STEP, QUESTIONS = (1, 1, 1), (9, 2, 30)
 """New tokens of each sequence: with a slot in a step; without one in a prompt, and more than a block takes."""
@@ -66,9 +66,7 @@ class Call:
         batch, made = len(self.counts), []
         for part, name in enumerate(list(FORMATS)[: len(self.slots)]):
             own = offsets[part * batch : (part + 1) * batch + 1]
-            keys, values = self.memory.keys.cpu(), self.memory.values.cpu()
-            if part:
-                keys, values = (arena.view(torch.uint8).flatten() for arena in (keys, values))
+            keys, values = arenas_of(name, torch.stack([self.memory.keys.cpu(), self.memory.values.cpu()]))
             made.append(Part(name, keys, values, rows[int(own[0]) : int(own[-1])], own - own[0]))
         return made
 
@@ -126,7 +124,7 @@ def _call(dut: DeviceUnderTest, parts: int, counts: Sequence[int]) -> Call:
     offsets, rows = memory.offsets[: parts * batch + 1], memory.rows.clone()
     slots = torch.full((parts, tokens), -1, dtype=torch.int32, device=device)
     for b in range(batch if counts == STEP else 0):
-        part = b % parts
+        part = (parts - 1 - b) % parts
         slots[part, b] = rows[int(offsets[part * batch + b + 1]) - 1] = _unread(memory, part)[b]
     generator = torch.Generator().manual_seed(0)
     heads = KV_HEADS * SHAPE.group
@@ -154,14 +152,16 @@ def _is_written(call: Call) -> bool:
     """Packed rows as the pool packs them, in their values."""
     right = True
     for part, own in zip(call.parts(), call.slots.cpu(), strict=True):
-        for arena, new in ((part.keys, call.inputs[1]), (part.values, call.inputs[2])):
+        form = Format(part.format)
+        sides = ((part.keys, form.keys, call.inputs[1]), (part.values, form.values, call.inputs[2]))
+        for arena, kind, new in sides:
             for slot, row in zip(own[own >= 0].tolist(), new.cpu()[own >= 0], strict=True):
                 if part.format == "exact":
                     right &= torch.equal(arena[slot], row)
                     continue
-                record = encode(Format(part.format), row[None])
+                record = encode(kind, row[None])
                 stored = arena[UNIT * slot :][: record.shape[1]][None]
-                right &= torch.equal(*(decode(Format(part.format), each, *row.shape) for each in (stored, record)))
+                right &= torch.equal(*(decode(kind, each, *row.shape) for each in (stored, record)))
     return right
 
 

@@ -23,9 +23,14 @@ from .store import CubinStore
 DTYPES = {"float16": "Half", "bfloat16": "Bfloat"}
 """By the name that torch and safetensors use: the type of rows, queries and results."""
 
-FORMATS = {"exact": "Exact", "int8": "Int8", "int4": "Int4"}
-"""The row formats that have kernels of their own, in the order in which a step's parts stand, and their names in the
-source."""
+FORMATS = {
+    "exact": ("-DKEYS=Exact", "-DVALUES=Exact"),
+    "int8": ("-DKEYS=Int8", "-DVALUES=Int8"),
+    "int4": ("-DKEYS=Int4", "-DVALUES=Int4"),
+    "int8/int4": ("-DKEYS=Int8", "-DVALUES=Int4"),
+}
+"""The row formats that have kernels of their own, in the order in which a step's parts stand, and how they are
+compiled."""
 LOW_RANK = "lowrank"
 """The kernel that all low-rank formats share; their parts stand behind the others'."""
 
@@ -91,7 +96,7 @@ def cubin(
     """The kernels of a :func:`reader` as a module for one architecture; as :func:`compiled`."""
     if format_ == LOW_RANK:
         return compiled(source.LOW_RANK, arch, shape.options, newest, folder)
-    return compiled(source.NAME, arch, (*shape.options, f"-DFORMAT={FORMATS[format_]}"), newest, folder)
+    return compiled(source.NAME, arch, (*shape.options, *FORMATS[format_]), newest, folder)
 
 
 def compiled(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 
+from ...config import KvShape
 from ...kv.layout import Format
 from .compile import LOW_RANK, KernelShape, cubin, reader
 from .driver import Argument, Gpu, Module
@@ -139,7 +140,7 @@ class Kernels:
         """avl_smooth: row ``query`` ``[batch, H, d]`` and ``new_keys`` ``[batch, H_kv, d]`` smoothed in place, by
         ``smoothing`` as in :class:`Step`."""
         grid, numbers = (pool.kv_heads, batch, 1), _i(*pool.strides)
-        self._launch("avl_smooth", grid, stream, _p(query, new_keys, smoothing), numbers, _pool(pool))
+        self._launch("avl_smooth", grid, stream, _p(query, new_keys, smoothing), numbers, _p(pool.keys, pool.values))
 
     def append(
         self, new_keys: int, new_values: int, slots: int, rows: int, pool: Pool, stream: int, format_: str = "exact"
@@ -149,9 +150,8 @@ class Kernels:
         if rows:
             grid = (rows, 2, 1)
             numbers = _i(pool.kv_heads, *pool.strides)
-            self._launch(
-                "avl_append", grid, stream, _p(new_keys, new_values, slots), numbers, _pool(pool), format_=format_
-            )
+            arenas = self._arenas(pool, format_)
+            self._launch("avl_append", grid, stream, _p(new_keys, new_values, slots), numbers, arenas, format_=format_)
 
     def attend(
         self,
@@ -170,7 +170,7 @@ class Kernels:
         Writes its share of float32 ``sums`` ``[B, P * S, H, d]``, ``states`` ``[B, P * S, H, 2]`` and, unless it is 0,
         ``logits`` ``[H, capacity]``.
         """
-        inputs = (*_p(query), *_pool(pool), *_p(lists.rows, *lists.part(part)))
+        inputs = (*_p(query), *self._arenas(pool, lists.formats[part]), *_p(lists.rows, *lists.part(part)))
         numbers = _i(*pool.strides, lists.capacity, part * splits, len(lists.formats) * splits)
         grid = (pool.kv_heads, splits, lists.batch)
         results = _p(sums, states, logits)
@@ -193,7 +193,7 @@ class Kernels:
         """avl_attend_low_rank: as :meth:`attend` for a low-rank part, whose ``logits`` it needs in any case;
         ``smoothing`` as in :class:`Step`."""
         format_ = Format(lists.formats[part])
-        inputs = (*_p(query), *_pool(pool), *_p(lists.rows, *lists.part(part)))
+        inputs = (*_p(query, pool.keys, pool.values), *_p(lists.rows, *lists.part(part)))
         rebuilt_with = _p(bases.positions, bases.ids, bases.angles, smoothing)
         numbers = _i(*pool.strides, lists.capacity, part * splits, len(lists.formats) * splits)
         ranks = _i(bases.rank, format_.read_rank, format_.packs_coefficients)
@@ -307,6 +307,15 @@ class Kernels:
         sizes = _i(n, heads, queries, summed)
         self._launch("avl_prompt_scores", grid, stream, _p(logits, log_sums), sizes, _p(last, total))
 
+    def _arenas(self, pool: Pool, format_: str) -> tuple[Argument, ...]:
+        """Where ids of a format count from, for keys and for values: of records of both from one address, and behind a
+        key."""
+        form = Format(format_)
+        if not form.is_mixed:
+            return _p(pool.keys, pool.values)
+        key_bytes = form.keys.record_bytes(KvShape(1, pool.kv_heads, self.shape.head_dim, 2))
+        return _p(pool.keys, pool.keys + key_bytes)
+
     def _warps_to_blocks(self, warps: int) -> int:
         return -(-warps // self.shape.warps)
 
@@ -329,7 +338,3 @@ def _p(*addresses: int) -> tuple[Argument, ...]:
 
 def _i(*numbers: int) -> tuple[Argument, ...]:
     return tuple(ctypes.c_int32(number) for number in numbers)
-
-
-def _pool(pool: Pool) -> tuple[Argument, ...]:
-    return _p(pool.keys, pool.values)

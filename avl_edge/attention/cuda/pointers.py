@@ -23,7 +23,7 @@ def aligned(count: int) -> int:
 class Pool:
     """Where rows lie: ``keys`` and ``values``, row ``[R, H_kv, d]`` each; strides in elements, multiples of 8.
 
-    Packed rows are records in the same memory, which has no gaps then."""
+    Packed rows are records in the same memory, which has no gaps then, and in which values lie right behind keys."""
 
     keys: int
     values: int

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...config import KvShape
 from ...kv.layout import UNIT, Format
 
-PACKED = ("int8", "int4")
+PACKED = ("int8", "int8/int4", "int4")
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Part:
     """Rows of one format that a batch attends.
 
     Attributes:
-        format: "exact", "int8" or "int4".
+        format: "exact", "int8", "int4" or "int8/int4".
         keys: exact: [R, H_kv, d] of the query's dtype, any strides while the last dimension is contiguous; packed: the
             arena, uint8 [bytes], contiguous, in which rows are records as :mod:`avl_edge.kv.formats` encodes them.
-        values: likewise, as large as the keys.
+        values: likewise, as large as the keys; of "int8/int4" what `keys` is from the end of the first key's record on:
+            there a row is one record, the value right behind the key.
         rows: [total] int32 on the CPU: row numbers in [0, R), or where records begin, in units of
             :data:`~avl_edge.kv.layout.UNIT` bytes. A row may serve several sequences.
         offsets: [B + 1] int32 on the CPU; sequence b attends rows[offsets[b]:offsets[b + 1]] of this part.
@@ -43,16 +44,23 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=64)
-def record_bytes(name: str, kv_heads: int, dim: int) -> int:
-    """Bytes of a record of keys, or of values, in a packed format."""
-    return Format(name).record_bytes(KvShape(1, kv_heads, dim, 1))
+def record_bytes(name: str, kv_heads: int, dim: int) -> tuple[int, int]:
+    """Bytes of a record of keys, and of one of values, in a packed format."""
+    form, shape = Format(name), KvShape(1, kv_heads, dim, 1)
+    return form.keys.record_bytes(shape), form.values.record_bytes(shape)
 
 
 def id_limit(part: Part, kv_heads: int, dim: int) -> int:
     """How many ids a row of this part can have: 0 ... this - 1. A record has to end within its arena."""
     if part.format == "exact":
         return part.keys.shape[0]
-    return max(0, (part.keys.numel() - record_bytes(part.format, kv_heads, dim)) // UNIT + 1)
+    key, value = record_bytes(part.format, kv_heads, dim)
+    return max(0, min(part.keys.numel() - key, part.values.numel() - value) // UNIT + 1)
+
+
+def same_shape(part: Part) -> bool:
+    """Whether keys and values have the shapes that they have in one pool."""
+    return part.keys.shape == part.values.shape or Format(part.format).is_mixed
 
 
 def check(query: Tensor, part: Part, kv_heads: int) -> list[int]:
@@ -62,10 +70,10 @@ def check(query: Tensor, part: Part, kv_heads: int) -> list[int]:
         fits = keys.dim() == 3 and keys.shape[1:] == (kv_heads, dim)
     elif part.format in PACKED:
         fits = keys.dim() == 1 and dim % 2 == 0 and keys.is_contiguous()
-        fits = fits and values.is_contiguous()
+        fits = fits and values.dim() == 1 and values.is_contiguous()
     else:
-        raise ValueError(f"a part is exact, {' or '.join(PACKED)}, not {part.format!r}")
-    if not fits or keys.shape != values.shape or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"a part is one of exact, {', '.join(PACKED)}, not {part.format!r}")
+    if not fits or not same_shape(part) or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
             f"query {list(query.shape)} does not fit {part.format} keys {list(keys.shape)}, "
             f"values {list(values.shape)} of {kv_heads} heads"

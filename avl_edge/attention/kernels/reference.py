@@ -46,10 +46,10 @@ def attend_parts_reference(
     weights = tuple(torch.empty(part.rows.numel(), dtype=dtype, device=device) for part in parts)
     for b in range(batch):
         spans = [slice(bound[b], bound[b + 1]) for bound in bounds]
-        keys = [_gather(part, part.keys, span, wide) for part, span in zip(parts, spans, strict=True)]
+        keys = [_keys(part, span, wide) for part, span in zip(parts, spans, strict=True)]
         if not sum(map(len, keys)):
             continue
-        values = [_gather(part, part.values, span, wide) for part, span in zip(parts, spans, strict=True)]
+        values = [_values(part, span, wide) for part, span in zip(parts, spans, strict=True)]
         softmax = torch.einsum("kgd,rkd->kgr", wide[b], torch.cat(keys)).softmax(-1)
         out[b] = torch.einsum("kgr,rkd->kgd", softmax, torch.cat(values))
         means = torch.split(softmax.mean((0, 1)), [len(each) for each in keys])
@@ -66,24 +66,33 @@ def coarse_weights_reference(query: Tensor, part: Part, kv_heads: int, scale: fl
     wide = query.to(accumulator(query.dtype)).view(batch, kv_heads, heads // kv_heads, dim) * scale
     weights = torch.empty(part.rows.numel(), dtype=wide.dtype, device=query.device)
     for b, (begin, end) in enumerate(pairwise(bounds)):
-        keys = _gather(part, part.keys, slice(begin, end), wide, coarse=True)
+        keys = _keys(part, slice(begin, end), wide, coarse=True)
         weights[begin:end] = torch.einsum("kgd,rkd->kgr", wide[b], keys).softmax(-1).mean((0, 1))
     return weights
 
 
-def _gather(part: Part, source: Tensor, span: slice, query: Tensor, *, coarse: bool = False) -> Tensor:
-    """The rows of a span of a part's list, [n, H_kv, d], from its keys or values, in the dtype of query [B, H_kv, ...].
+def _keys(part: Part, span: slice, query: Tensor, *, coarse: bool = False) -> Tensor:
+    """The keys of a span of a part's list, [n, H_kv, d], in the dtype of query [B, H_kv, ...].
 
-    `coarse`: int8 rows by their high nibbles alone.
+    `coarse`: int8 keys by their high nibbles alone.
     """
+    return _gather(part, part.keys, Format(part.format).keys, span, query, coarse)
+
+
+def _values(part: Part, span: slice, query: Tensor) -> Tensor:
+    return _gather(part, part.values, Format(part.format).values, span, query)
+
+
+def _gather(part: Part, source: Tensor, form: Format, span: slice, query: Tensor, coarse: bool = False) -> Tensor:
+    """The rows of a span of a part's list from one of its arenas, in the format that they have there."""
     kv_heads, dim = query.shape[1], query.shape[3]
     ids = part.rows[span].to(source.device)
     if not len(ids):
         return query.new_empty(0, kv_heads, dim)
-    if part.format == "exact":
+    if form.is_exact:
         return source.index_select(0, ids).to(query.dtype)
-    every_record = (id_limit(part, kv_heads, dim), record_bytes(part.format, kv_heads, dim))
+    every_record = (id_limit(part, kv_heads, dim), record_bytes(form.name, kv_heads, dim)[0])
     records = source.as_strided(every_record, (UNIT, 1)).index_select(0, ids)
-    if coarse and part.format == "int8":
+    if coarse and form.name == "int8":
         return decode_coarse(records, kv_heads, dim).to(query.dtype)
-    return decode(Format(part.format), records, kv_heads, dim).to(query.dtype)
+    return decode(form, records, kv_heads, dim).to(query.dtype)

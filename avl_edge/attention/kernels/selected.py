@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...kv.layout import Format
 from .. import native
-from .parts import PACKED, Part, id_limit
+from .parts import PACKED, Part, id_limit, same_shape
 from .reference import attend_parts_reference, coarse_weights_reference
 
 _EXACT = {getattr(torch, name): native.FORMATS[name] for name in ("float32", "bfloat16", "float16")}
+_PACKED = {name: [native.FORMATS[each.name] for each in (Format(name).keys, Format(name).values)] for name in PACKED}
+"""The numbers of keys' and of values' formats."""
 
 
 def attend(
@@ -151,12 +154,12 @@ def _run(
 def _is_readable(part: Part, dtype: torch.dtype, batch: int, kv_heads: int, dim: int) -> bool:
     """Whether the kernel can read a part beside such a query, if its offsets and ids are right."""
     keys, values, rows, offsets = part.keys, part.values, part.rows, part.offsets
-    if keys.shape != values.shape or keys.dtype != values.dtype:
+    if not same_shape(part) or keys.dtype != values.dtype:
         return False
     if part.format == "exact":
         fits = keys.dtype == dtype and keys.shape[1:] == (kv_heads, dim) and keys.stride(2) == values.stride(2) == 1
     else:
-        fits = part.format in PACKED and keys.dtype == torch.uint8 and keys.dim() == 1 and dim % 2 == 0
+        fits = part.format in PACKED and keys.dtype == torch.uint8 and keys.dim() == values.dim() == 1 and dim % 2 == 0
         fits = fits and keys.is_contiguous() and values.is_contiguous()
     return (
         fits
@@ -175,7 +178,9 @@ def _describe(part: Part, kv_heads: int, dim: int, coarse: bool) -> bytes:
     """A readable part as the library takes it."""
     keys, values, rows, exact = part.keys, part.values, part.rows, part.format == "exact"
     strides = (*keys.stride()[:2], *values.stride()[:2]) if exact else (0, 0, 0, 0)
-    name = "coarse int8" if coarse and part.format == "int8" else part.format
+    key_format, value_format = (_EXACT[keys.dtype],) * 2 if exact else _PACKED[part.format]
+    if coarse and key_format == native.FORMATS["int8"]:
+        key_format = native.FORMATS["coarse int8"]
     return native.PART.pack(
         keys.data_ptr(),
         values.data_ptr(),
@@ -184,5 +189,6 @@ def _describe(part: Part, kv_heads: int, dim: int, coarse: bool) -> bytes:
         *strides,
         id_limit(part, kv_heads, dim),
         rows.numel(),
-        _EXACT[keys.dtype] if exact else native.FORMATS[name],
+        key_format,
+        value_format,
     )

@@ -14,7 +14,7 @@ from ..layout import check, smoothing_rows
 from .rows import Ids
 from .sequence import LayerRows, Mask, Moved, SequenceRows
 
-_SMALLER = {"exact": "int8", "int8": "int4"}
+_SMALLER = {"exact": "int8", "int8": "int8/int4", "int8/int4": "int4"}
 
 Names = dict[str, str | None]
 """A layer's formats by tier; None: the rows of that tier are between two formats."""
@@ -23,7 +23,7 @@ Names = dict[str, str | None]
 def smaller_formats(formats: Formats, one_tier: bool, shape: KvShape) -> Formats | None:
     """``formats`` with secondary rows one format smaller, or all image rows where they are of ``one_tier``.
 
-    exact becomes int8 and int8 becomes int4. None: there is no smaller one, or none that these rows can take.
+    exact becomes int8, this int8/int4, and this int4. None: there is no smaller one, or none that these rows can take.
     """
     name = _SMALLER.get(formats.core if one_tier else formats.secondary)
     while name is not None:

@@ -87,7 +87,7 @@ class RowPool:
 
     def packing(self, format_: str) -> Packing:
         """How rows of a format lie in this pool's pages."""
-        return packing(Format(format_), self.shape)
+        return packing(Format(format_), self.shape, self.pages)
 
     def lease(self, limit: int) -> Lease:
         """Set ``limit`` pages aside; :class:`Busy` when they are not there."""
@@ -115,7 +115,7 @@ class RowPool:
             self._take_pages(-(-(count - len(free)) // pack.rows), lease, pack, free)
         ids: Ids = np.array(free[len(free) - count :][::-1], dtype=np.int32)
         del free[len(free) - count :]
-        pages, slots = _places(ids, pack)
+        pages, slots = pack.places(ids)
         self._taken[pages, slots] = True
         self._charge(pages, lease, count * pack.row_bytes)
         return ids
@@ -128,13 +128,13 @@ class RowPool:
         self._widen(pack.rows)
         self._dirty[pages] = True
         self._owners.update(dict.fromkeys(pages.tolist(), (lease, pack)))
-        rows = pages[:, None] * pack.page_step + np.arange(pack.rows - 1, -1, -1) * pack.row_step
+        rows = pack.ids(pages[:, None], np.arange(pack.rows - 1, -1, -1))
         free[:0] = rows.flatten().tolist()  # under those that were free before, the lowest on top
 
     def release(self, ids: Ids, lease: Lease, format_: str = "exact") -> None:
         """Give rows of a lease back; they are free at once."""
         pack = self.packing(format_)
-        pages, slots = _places(ids, pack)
+        pages, slots = pack.places(ids)
         if not np.all(self._taken[pages, slots]):
             raise PoolExhausted("a row was freed twice")
         self._taken[pages, slots] = False
@@ -152,7 +152,7 @@ class RowPool:
         """``lease`` holds nothing in ``pages`` any more; they go back to the pool."""
         free = lease.free.get(pack.format.name)
         if pages and free:
-            lease.free[pack.format.name] = [row for row in free if row // pack.page_step not in pages]
+            lease.free[pack.format.name] = _of_pages(free, pack, set(lease.rows) - pages)
         for page in sorted(pages, reverse=True):
             del lease.rows[page]
             del self._owners[page]
@@ -190,16 +190,16 @@ class RowPool:
         kept = -(-sum(lease.rows[page] for page in pages) // pack.rows)
         leaving = np.array(sorted(pages[kept:]), dtype=np.int64)
         at, slots = np.nonzero(self._taken[leaving, : pack.rows])
-        before = (leaving[at] * pack.page_step + slots * pack.row_step).astype(np.int32)
+        before = pack.ids(leaving[at], slots).astype(np.int32)
         stays, free = set(pages[:kept]), lease.free.get(format_, [])
-        after: Ids = np.array([row for row in free if row // pack.page_step in stays][: len(before)], dtype=np.int32)
+        after: Ids = np.array(_of_pages(free, pack, stays)[: len(before)], dtype=np.int32)
         if len(after) != len(before):
             raise PoolExhausted("a lease has lost count of its free rows")
         if len(before):
             taken = set(after.tolist())
             lease.free[format_] = [row for row in free if row not in taken]
-            self._taken[_places(after, pack)] = True
-            self._charge(_places(after, pack)[0], lease, len(after) * pack.row_bytes)
+            self._taken[pack.places(after)] = True
+            self._charge(pack.places(after)[0], lease, len(after) * pack.row_bytes)
             self.release(before, lease, format_)
         return before, after
 
@@ -239,7 +239,7 @@ class RowPool:
         for page, (lease, pack) in self._owners.items():
             slots = np.flatnonzero(~self._taken[page, : pack.rows])[::-1]
             free = lease.free.setdefault(pack.format.name, [])
-            free += (page * pack.page_step + slots * pack.row_step).tolist()
+            free += pack.ids(np.array(page), slots).tolist()
         unused = sorted(set(range(self.pages)) - self._owners.keys(), reverse=True)
         self._free[: len(unused)] = unused
         self._free_count = len(unused)
@@ -251,7 +251,7 @@ class RowPool:
         for format_, ids in owner.held():
             pack = self.packing(format_)
             self._widen(pack.rows)
-            pages, slots = _places(ids, pack)
+            pages, slots = pack.places(ids)
             self._taken[pages, slots] = True
             self._charge(pages, lease, len(ids) * pack.row_bytes)
             self._owners.update(dict.fromkeys(pages.tolist(), (lease, pack)))
@@ -266,7 +266,7 @@ class RowPool:
             own = np.zeros_like(counted)
             for format_, ids in owner.held():
                 pack = self.packing(format_)
-                where = _places(ids, pack)
+                where = pack.places(ids)
                 np.add.at(own, where, 1)
                 pages.update(where[0].tolist())
                 weight += len(ids) * pack.row_bytes
@@ -291,12 +291,12 @@ class RowPool:
     def _check_free(self, lease: Lease) -> None:
         for format_, rows in lease.free.items():
             assert len(set(rows)) == len(rows), "a row is free twice"
-            pages, slots = _places(np.array(rows, dtype=np.int32), self.packing(format_))
+            pages, slots = self.packing(format_).places(np.array(rows, dtype=np.int32))
             assert all(self._owners[page][0] is lease for page in pages.tolist()), "a free row lies in another's page"
             assert not np.any(self._taken[pages, slots]), "a held row is free"
 
 
-def _places(ids: Ids, pack: Packing) -> tuple[Index, Index]:
-    """Pages and slots of rows, int64."""
-    pages, steps = np.divmod(ids.astype(np.int64), pack.page_step)
-    return pages, steps // pack.row_step
+def _of_pages(rows: list[int], pack: Packing, pages: set[int]) -> list[int]:
+    """Those of ``rows`` that lie in ``pages``."""
+    of = pack.places(np.array(rows, dtype=np.int32))[0].tolist()
+    return [row for row, page in zip(rows, of, strict=True) if page in pages]

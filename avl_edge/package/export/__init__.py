@@ -45,7 +45,8 @@ bytes in an arena of it, W score queries, M survivors; L layers, H_kv key/value 
   up to ``row_offsets[l, p * B + b + 1]``. What lies past the last offset is room: any id, read by nobody.
 - With P = 1 rows are exact. An exact row's id is its number in ``pool_keys`` and ``pool_values``; a packed row's is
   where its record begins (:mod:`avl_edge.kv.formats`), in units, in the same memory, which ``pool_key_words`` and
-  ``pool_value_words`` show once more: they are bound to the same addresses. A decoder whose rows are too small to be
+  ``pool_value_words`` show once more: they are bound to the same addresses. All values lie right behind all keys, so
+  that a record of both may begin in either (:mod:`avl_edge.kv.layout`). A decoder whose rows are too small to be
   packed has no words, no ``smoothing``, and dimensions T and B + 1 for P * T and P * B + 1.
 - ``smoothing[l, t]`` is the exact row by which the keys of token t's sequence are smoothed in layer l, -1 where they
   are not (:mod:`avl_edge.kv.smoothing`): attention takes (key - center) / scale for the token's key, center and scale

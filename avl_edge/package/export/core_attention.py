@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...kv.layout import Format
 from .graph import OPSET, Nodes
 from .packed_rows import PackedRows
 
@@ -79,7 +80,10 @@ class Body(Nodes):
         super().__init__()
         self.scope = "body/"  # a parser that inlines the function must not mix its names with the graph's
         self._heads, self._kv_heads, self._dim = heads, kv_heads, head_dim
-        self._packed = [PackedRows(self, name, kv_heads, head_dim) for name in formats[1:]]
+        self._packed = [
+            {kind: PackedRows(self, form, kind, kv_heads, head_dim) for kind in ("key", "value")}
+            for form in map(Format, formats[1:])
+        ]
 
     def build(self) -> None:
         rows, row_offsets, slots = (self._of_layer(name) for name in ("rows", "row_offsets", "slots"))
@@ -153,29 +157,31 @@ class Body(Nodes):
         named = self.add("And", named, self.add("Equal", self._column(row_part), self._row(slot_part)))
         written = self.add("Greater", self._count(named, 1), self.constant(0, "int32"))
         both = []
+        every = self.add("Concat", *WORDS, axis=0) if self._packed else ""  # values lie right behind keys
         for kind in ("key", "value"):
             new = self.add("Reshape", self.cast(kind, "float32"), self.constant([-1, self._kv_heads * self._dim]))
-            fresh = self.add("MatMul", self.cast(named, "float32"), self._in_slots(new, slots))
-            old = self._stored(kind, rows, row_part)
+            fresh = self.add("MatMul", self.cast(named, "float32"), self._in_slots(kind, new, slots))
+            old = self._stored(kind, every, rows, row_part)
             columns = self.add("Concat", self.add("Where", self._column(written), fresh, old), new, axis=0)
             both.append(self.add("Reshape", columns, self.constant([-1, self._kv_heads, self._dim])))
         return both[0], both[1]
 
-    def _in_slots(self, new: str, slots: str) -> str:
+    def _in_slots(self, kind: str, new: str, slots: str) -> str:
         """The new rows as each part would hold them, part by part."""
-        every = self.add("Concat", new, *(packed.packed(new) for packed in self._packed), axis=0)
+        every = self.add("Concat", new, *(packed[kind].packed(new) for packed in self._packed), axis=0)
         return self.add("Slice", every, self.constant([0]), self.add("Shape", slots), self.constant([0]))
 
-    def _stored(self, kind: str, rows: str, row_part: str) -> str:
+    def _stored(self, kind: str, every: str, rows: str, row_part: str) -> str:
         """Listed rows as the pool holds them, ``[N, H_kv * d]`` float32; zeros for room, which may name anything: a
-        weight of zero does not silence what is not a number."""
+        weight of zero does not silence what is not a number. ``every``: the words of the pool."""
         zero = self.constant(0, "int32")
         stored = self.constant(0.0, "float32")
         for part in range(1 + len(self._packed)):
             own = self.add("Equal", row_part, self.constant(part, "int32"))
             ids = self.add("Where", own, rows, zero)  # that of another format may lead out of this one's memory
             if part:
-                read = self._packed[part - 1].read(f"pool_{kind}_words", ids)
+                packed = self._packed[part - 1][kind]
+                read = packed.read(every if packed.is_mixed else f"pool_{kind}_words", ids)
             else:
                 read = self.cast(self.add("Gather", f"pool_{kind}s", ids, axis=0), "float32")
                 read = self.add("Reshape", read, self.constant([-1, self._kv_heads * self._dim]))

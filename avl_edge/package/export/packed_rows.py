@@ -18,19 +18,23 @@ _LAST_BITS = (2.0**-24, *(2.0 ** (exponent - 25) for exponent in range(1, 31)), 
 
 
 class PackedRows:
-    """One packed format of rows of ``heads`` heads of ``dim`` elements, as nodes that are added to ``nodes``."""
+    """The keys or the values of one packed format, of ``heads`` heads of ``dim`` elements, as nodes that are added to
+    ``nodes``; ``kind``: "key" or "value"."""
 
-    def __init__(self, nodes: Nodes, format_: str, heads: int, dim: int) -> None:
+    def __init__(self, nodes: Nodes, form: Format, kind: str, heads: int, dim: int) -> None:
         self._nodes, self._heads, self._dim = nodes, heads, dim
-        self._size = Format(format_).record_bytes(KvShape(1, heads, dim, 2))
-        self._planes, self._bias, self._bounds = (2, 128, (-127, 127)) if format_ == "int8" else (1, 8, (-8, 7))
-        self._groups = heads * (1 if format_ == "int8" else groups(dim))
+        shape, own = KvShape(1, heads, dim, 2), form.keys if kind == "key" else form.values
+        self.is_mixed = form.is_mixed
+        self._first = form.keys.record_bytes(shape) // UNIT if form.is_mixed and kind == "value" else 0
+        self._size = own.record_bytes(shape)
+        self._planes, self._bias, self._bounds = (2, 128, (-127, 127)) if own.name == "int8" else (1, 8, (-8, 7))
+        self._groups = heads * (1 if own.name == "int8" else groups(dim))
 
     def read(self, words: str, ids: str) -> str:
-        """The rows whose records begin at units ``ids``, int32 ``[n]``, of ``words``, int32 ``[U, 4]``: float32
-        ``[n, heads * dim]``."""
+        """The rows with ``ids``, int32 ``[n]``: float32 ``[n, heads * dim]``. ``words`` int32 ``[U, 4]``: the arena of
+        which ids count the units; of a format that names two all keys, then all values."""
         add, constant = self._nodes.add, self._nodes.constant
-        units = constant(list(range(self._size // UNIT)), "int32")
+        units = constant(list(range(self._first, self._first + self._size // UNIT)), "int32")
         at = add("Add", add("Unsqueeze", ids, constant([1])), units)
         record = add("Reshape", add("Gather", words, at, axis=0), constant([-1, self._size // _WORD]))
         begin, length = padded(2 * self._groups), padded(self._heads * self._dim // 2)
