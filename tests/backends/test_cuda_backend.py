@@ -24,7 +24,7 @@ from avl_edge.kv.methods import H2O, Avl, Coarse, Full, Method
 from avl_edge.kv.selection import Selected
 from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
-from tests.equipment.cuda_on_cpu import EmulatedModule, HostDevice, backend_for
+from tests.equipment.cuda_on_cpu import HostDevice, backend_for
 from tests.equipment.cuda_sides import (
     FORMATS_OF,
     METHODS,
@@ -39,6 +39,7 @@ from tests.equipment.cuda_sides import (
     run_both,
 )
 from tests.equipment.emulated_kernels import COMPILER, Shape
+from tests.equipment.emulated_module import EmulatedModule
 
 
 @pytest.mark.parametrize("method", METHODS)

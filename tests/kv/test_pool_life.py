@@ -29,18 +29,24 @@ Ids = npt.NDArray[np.int32]
 
 
 class Memory:
-    """Both arenas as one: whose row each byte was last written for, ``(owner, layer, position)`` as a number."""
+    """Both arenas, one behind the other: whose row each byte was last written for, ``(owner, layer, position)`` as a
+    number."""
 
     def __init__(self, pool: RowPool) -> None:
         self._pool = pool
         self._stamps: dict[tuple[int, int, int], int] = {}
-        self._bytes = np.full(pool.pages * pool.page_bytes // 2, -1, dtype=np.int64)
+        self._bytes = np.full(pool.pages * pool.page_bytes, -1, dtype=np.int64)
 
     def _places(self, ids: Ids, format_: str) -> npt.NDArray[np.int64]:
-        """The bytes of rows ``[n, bytes of a row]``: an exact one by its number, a packed one from where it begins."""
-        half_row = SHAPE.row_bytes // 2
-        unit, size = (half_row, half_row) if format_ == "exact" else (UNIT, Format(format_).record_bytes(SHAPE))
-        return ids.astype(np.int64)[:, None] * unit + np.arange(size)
+        """The bytes of rows ``[n, bytes of a row]``: an exact one by its number, a packed one from where it begins:
+        its key in one arena, its value in the other, or of a mixed format both in a row."""
+        half_row, form = SHAPE.row_bytes // 2, Format(format_)
+        unit = half_row if form.is_exact else UNIT
+        if form.is_mixed:
+            size = form.keys.record_bytes(SHAPE) + form.values.record_bytes(SHAPE)
+            return ids.astype(np.int64)[:, None] * unit + np.arange(size)
+        own = np.arange(half_row if form.is_exact else form.record_bytes(SHAPE))
+        return ids.astype(np.int64)[:, None] * unit + np.concatenate([own, own + len(self._bytes) // 2])
 
     def stamps(self, owner: object, layer: int, positions: Ids) -> npt.NDArray[np.int64]:
         keys = [(id(owner), layer, position) for position in positions.tolist()]
