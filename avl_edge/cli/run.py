@@ -19,8 +19,8 @@ from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
 from ..model.prompt import ImageSource
 from ..request import Result
+from ..serving.requests import Request
 from ..serving.runtime import Runtime
-from ..serving.scheduler import Request
 from . import several
 from .options import (
     MEMORY,

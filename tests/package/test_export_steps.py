@@ -85,7 +85,7 @@ def whole_steps(
         token_ids = random.integers(3, 300, len(caches)).tolist()
         recorded.begin()
         positions = [cache.length + cache.step for cache in caches]
-        expected = backend.decode(token_ids, caches).numpy()
+        expected = backend.decode(token_ids, caches).logits.numpy()
         texts = [cache.formats.text for cache in caches]
         out = exported.decode(exported.repeat(token_ids, positions, recorded, texts, parts))
         for number, layer in enumerate(recorded.layers):
