@@ -54,6 +54,7 @@ class Engine:
             deadline is None or (isinstance(deadline, int | float) and deadline > 0),
             f"a deadline is a number of seconds from now, above 0, not {deadline!r}",
         )
+        self._require_open()
         self._loop.scheduler.require_room(request)
         sequence = Running(request, Sampler(request.options), self._detokenizer(), priority)
         if deadline is not None:

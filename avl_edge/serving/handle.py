@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from functools import partial
 from typing import Protocol
 
-from ..errors import AvlEdgeError
 from ..kv.cache import SequenceCache
 from ..request import Result, TokenEvent
 from .requests import Request, Running
@@ -64,8 +63,8 @@ class Handle(AsyncIterator[TokenEvent]):
         except BaseException:
             self.cancel()
             raise
-        if event is None and (error := self._error()):
-            raise error
+        if event is None:
+            self._raise_failure()
         return event
 
     def events(self) -> Iterator[TokenEvent]:
@@ -81,9 +80,10 @@ class Handle(AsyncIterator[TokenEvent]):
         """
         if not self.wait(timeout):
             raise TimeoutError(f"the answer was not complete after {timeout:g} s")
-        if error := self._error():
-            raise error
-        return self._result()
+        self._raise_failure()
+        result = self._sequence.result
+        assert result is not None, "events end after the result is there"
+        return result
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, at most ``timeout`` seconds; whether it is there."""
@@ -106,15 +106,9 @@ class Handle(AsyncIterator[TokenEvent]):
             self.cancel()
             raise
 
-    def _error(self) -> AvlEdgeError | None:
-        """Made anew each time: nothing that is kept refers to who catches it."""
-        failure = self._sequence.failure
-        return failure.exception() if failure else None
-
-    def _result(self) -> Result:
-        result = self._sequence.result
-        assert result is not None, "events end after the result is there"
-        return result
+    def _raise_failure(self) -> None:
+        if self._sequence.failure:
+            raise self._sequence.failure.exception()  # kept in no variable: its trace has this frame
 
     def cancel(self) -> None:
         """End it, from any thread or finalizer; returns at once. Its result then says ``cancelled``."""
