@@ -6,7 +6,8 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -108,7 +109,7 @@ class Engine:
         if self._is_closed:
             raise EngineClosed("the runtime is closed: load another one")
         if self._thread is not None and not self._thread.is_alive():
-            raise EngineClosed("the engine's thread is in another process: load a runtime after the fork")
+            raise EngineClosed("the engine's thread is not in this process: load a runtime after the fork")
 
     @property
     def has_started(self) -> bool:
@@ -147,13 +148,13 @@ class Engine:
 
 
 def _answer(future: Future[T], function: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except BaseException as error:
-        future.set_exception(error)
-        del future, function  # the trace has this frame, and the future the error
+    with suppress(InvalidStateError):  # who waited has given up meanwhile
+        try:
+            if not future.done():
+                future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+            del future, function  # the trace has this frame, and the future the error
 
 
 def _serve(loop: EngineLoop) -> None:
@@ -163,6 +164,8 @@ def _serve(loop: EngineLoop) -> None:
     try:
         loop.run()
     finally:
+        if not loop.has_ended:  # nobody waits for ever, whatever came in between
+            loop.end(drain=False)
         atexit.unregister(shut_down)
 
 

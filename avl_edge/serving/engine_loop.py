@@ -68,12 +68,16 @@ class EngineLoop:
 
     def run(self) -> None:
         """The thread: until it was told to :meth:`end`."""
+        interrupt: BaseException | None = None
         while not self.has_ended:
             try:
+                if interrupt:
+                    _log.error("avl-edge: the engine's loop was interrupted, and goes on", exc_info=interrupt)
+                    interrupt = None
                 if not self.run_once() and not self.has_ended:
                     self.mailbox.wait()
             except BaseException as error:
-                _log.error("avl-edge: the engine's loop was interrupted, and goes on", exc_info=error)
+                interrupt = error
 
     def run_once(self, *, interruptible: bool = False) -> bool:
         """Hear what was asked, then run one layer of a prompt, or one token for everybody; False if there is nothing to
@@ -218,7 +222,7 @@ class EngineLoop:
         sequences = self._at_work
         if error and not sequences:
             _log.error("avl-edge: the engine's loop failed, and ends all requests", exc_info=error)
-            sequences = self.scheduler.requests
+            sequences = self._at_work = self.scheduler.requests
         self._break_off(sequences, [error] * len(sequences))
         self._at_work = ()
 
@@ -229,7 +233,8 @@ class EngineLoop:
     def add(self, sequence: Running) -> None:
         """Queue a request; what speaks against it is its own caller's to hear."""
         try:
-            self.scheduler.add(sequence)
+            if sequence.result is None:
+                self.scheduler.add(sequence)
         except Exception as error:
             self.finish(sequence, "error", error)
 

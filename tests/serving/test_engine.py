@@ -257,7 +257,7 @@ class TestClose:
         print(runtime.generate([], "How many?", Options(max_new_tokens=3)).result().finish_reason)
         """
         assert _python(program).splitlines() == [
-            "the engine's thread is in another process: load a runtime after the fork",
+            "the engine's thread is not in this process: load a runtime after the fork",
             "length",
         ]
 
