@@ -1,4 +1,4 @@
-"""Answers for many clients from one event loop: streamed, with a priority and a deadline, and given up when a client is.
+"""Answers for many clients from one event loop: streamed, with a deadline, and cancelled when a client leaves.
 
 python examples/service.py examples/cockpit.png "What is the speed?" "Which gear is it in?"
 """

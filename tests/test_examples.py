@@ -103,7 +103,7 @@ def test_together() -> None:
 def test_many_clients(name: str) -> None:
     questions = ["What is the speed?", "Which gear is it in?", "Is it freezing?"]
     lines = _python(f"examples/{name}.py", "examples/cockpit.png", *questions).splitlines()
-    assert sorted(lines[:3])[1].startswith(f"{sorted(questions)[1]} ")
+    assert {line.partition("?")[0] + "?" for line in lines[:3]} == set(questions)
     assert all(re.fullmatch(r".+\? .+  \(\d+ bytes at most\)", line) for line in lines[:3])
     assert lines[3:] == (["the client that left: cancelled"] if name == "service" else [])
 
