@@ -70,7 +70,8 @@ class Engine:
 
     def cancel_sequence(self, sequence: Running) -> None:
         """For handles: takes no lock, and never waits."""
-        self._loop.mailbox.post(partial(self._loop.cancel, sequence))
+        if not self._loop.has_ended:
+            self._loop.mailbox.post(partial(self._loop.cancel, sequence))
 
     def post(self, message: Callable[[], None]) -> None:
         """Have the engine's thread call ``message`` between two layers or steps, where it still runs. Takes no lock."""

@@ -93,7 +93,8 @@ class EngineLoop:
         self._guarded(self._only_hear, interruptible)
 
     def _guarded(self, work: Callable[[], bool], interruptible: bool) -> bool:
-        if self._at_work:  # an interrupt cut the last recovery short
+        if self._at_work:  # the last recovery was cut short: of nobody is it certain what he holds
+            self._at_work = tuple(dict.fromkeys((*self._at_work, *self.scheduler.requests)))
             self._recover(RuntimeError("the step was interrupted"))
         try:
             return work()
@@ -219,11 +220,10 @@ class EngineLoop:
 
     def _recover(self, error: BaseException | None) -> None:
         """After what came out of a turn; None: an interrupt, which is its own caller's."""
-        sequences = self._at_work
-        if error and not sequences:
+        if error and not self._at_work:
             _log.error("avl-edge: the engine's loop failed, and ends all requests", exc_info=error)
-            sequences = self._at_work = self.scheduler.requests
-        self._break_off(sequences, [error] * len(sequences))
+            self._at_work = self.scheduler.requests
+        self._break_off(self._at_work, [error] * len(self._at_work))
         self._at_work = ()
 
     def cancel(self, sequence: Running) -> None:
@@ -246,11 +246,13 @@ class EngineLoop:
             self._end()
 
     def _end(self) -> None:
-        for sequence in self.scheduler.requests:
-            self.finish(sequence, "cancelled")
-        self.backend, self.monitor = None, None
-        self._reset(0)
-        self.has_ended = True
+        try:
+            self._at_work = self.scheduler.requests
+            self._recover(None)
+        finally:
+            self.backend, self.monitor = None, None
+            self._reset(0)
+            self.has_ended = True
 
     def _result(self, sequence: Running, reason: str, *, broken: bool) -> Result:
         make = partial(
