@@ -238,6 +238,10 @@ class EngineLoop:
         except Exception as error:
             self.finish(sequence, "error", error)
 
+    def free_image_sessions(self) -> None:
+        """Free the rows of closed image sessions about which no question is on its way."""
+        self.scheduler.free_image_sessions()
+
     def end(self, *, drain: bool) -> None:
         """Take the loop to its end: at once, with every request cancelled, or once they have ended."""
         if drain:

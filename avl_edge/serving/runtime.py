@@ -259,12 +259,11 @@ class Runtime:
     def free_image_sessions(self, *, wait: bool = True) -> None:
         """Free the rows of closed image sessions about which no question is on its way; not to ``wait`` for it is what
         a finalizer may do."""
-        free = self._loop.scheduler.free_image_sessions
         if not wait:
-            self.engine.post(free)
+            self.engine.post(self._loop.free_image_sessions)
         elif self.engine.has_started:
             with suppress(EngineClosed):  # which freed everything
-                self.engine.call(free)
+                self.engine.call(self._loop.free_image_sessions)
 
     @property
     def kv_bytes_in_use(self) -> int:
