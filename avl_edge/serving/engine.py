@@ -40,8 +40,9 @@ class Engine:
         self._loop, self._detokenizer = loop, detokenizer
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        # Held for as long as a message takes to post, and by no finalizer: what is posted under it will be heard.
-        self._gate = threading.Lock()
+        # Held for as long as a message takes to post, and by no finalizer of ours: what is posted under it is heard.
+        # Somebody else's may close the engine, also in the middle of a post of the same thread.
+        self._gate = threading.RLock()
         weakref.finalize(self, loop.mailbox.post, partial(loop.end, drain=False)).atexit = False
 
     def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Handle:
