@@ -57,10 +57,10 @@ def test_finalizers_do_not_wait_for_a_step(runtime: Runtime) -> None:
     """Nor for anything else: the engine stands still until they are through."""
     session = runtime.open_images([IMAGE])
     session.load()
-    generations = [runtime.generate([IMAGE], PROMPT, LONG) for _ in range(2)]
-    next(generations[0])
     with stopped(runtime) as stop:
+        generations = [runtime.generate([IMAGE], PROMPT, LONG) for _ in range(2)]
         assert stop.reached.wait(LIMIT)
+        next(generations[0])
         del session
         generations.clear()
         gc.collect()
@@ -194,9 +194,8 @@ class TestClose:
         assert [each.finish_reason for each in generations] == ["length"] * 3
 
     def test_nobody_comes_in_while_it_waits(self, runtime: Runtime) -> None:
-        generation = runtime.generate([IMAGE], PROMPT, LONG)
-        next(generation)
         with stopped(runtime) as stop:
+            generation = runtime.generate([IMAGE], PROMPT, LONG)
             assert stop.reached.wait(LIMIT)
             closing = threading.Thread(target=lambda: runtime.close(drain=True))
             closing.start()

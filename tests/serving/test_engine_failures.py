@@ -52,8 +52,8 @@ def _is_empty(runtime: Runtime) -> bool:
 @contextmanager
 def _together(runtime: Runtime, options: Sequence[Options]) -> Iterator[list[Generation]]:
     """Requests that wait for the engine, which stands still until the block ends."""
-    first = _ask(runtime)
     with stopped(runtime) as stop:
+        first = _ask(runtime)
         assert stop.reached.wait(LIMIT)
         yield [_ask(runtime, each) for each in options]
     first.close()

@@ -41,8 +41,8 @@ class TestThreads:
         assert handle.result().token_ids == tuple(event.token_id for event in expected)
 
     def test_a_result_in_vain_leaves_it_on_its_way(self, runtime: Runtime) -> None:
-        handle = _submit(runtime)
         with stopped(runtime):
+            handle = _submit(runtime)
             with pytest.raises(TimeoutError, match=r"not complete after 0\.05 s"):
                 handle.result(timeout=0.05)
             assert handle.finish_reason is None
@@ -58,8 +58,8 @@ class TestThreads:
         assert found == [handle.result()] * 4
 
     def test_cancel_returns_at_once(self, runtime: Runtime) -> None:
-        handle = _submit(runtime, LONG)
         with stopped(runtime) as stop:
+            handle = _submit(runtime, LONG)
             assert stop.reached.wait(LIMIT)
             handle.cancel(), runtime.engine.cancel(handle)
             assert handle.finish_reason is None
@@ -68,8 +68,8 @@ class TestThreads:
         handle.cancel()
 
     def test_a_cancel_is_heard_between_two_layers_of_a_prompt(self, runtime: Runtime) -> None:
-        handle = _submit(runtime)
         with stopped(runtime, "begin_prefill") as stop:
+            handle = _submit(runtime)
             assert stop.reached.wait(LIMIT)
             handle.cancel()
         assert handle.result(LIMIT).token_ids == ()
@@ -79,10 +79,9 @@ class TestThreads:
     @pytest.mark.parametrize("wait", ["events", "result"])
     def test_an_interrupt_cancels_what_is_waited_for(self, runtime: Runtime, wait: str) -> None:
         """Ctrl-C comes to the main thread; the engine and who else is on its way do not notice."""
-        other, handle = _submit(runtime), _submit(runtime, LONG)
         with stopped(runtime) as stop:
+            other, handle = _submit(runtime), _submit(runtime, LONG)
             assert stop.reached.wait(LIMIT)
-            list(zip(range(0), handle.events(), strict=False))
             timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
             timer.start()
             with pytest.raises(KeyboardInterrupt):
@@ -178,12 +177,11 @@ class TestDeadlines:
     def test_who_is_late_ends_and_says_so(self, runtime: Runtime) -> None:
         """Its tokens until then are there; one who waits ends without any, and nobody else notices."""
         request = runtime.prepare([IMAGE], PROMPT, LONG)
-        late, other = runtime.submit(request, deadline=0.5), runtime.generate([IMAGE], PROMPT, SHORT)
-        next(late)
         with stopped(runtime) as stop:
+            late, other = runtime.submit(request, deadline=3.0), runtime.generate([IMAGE], PROMPT, SHORT)
             assert stop.reached.wait(LIMIT)
             waiting = runtime.submit(request, deadline=0.01)
-            time.sleep(0.6)
+            time.sleep(3.1)
         for each, has_tokens in ((late, True), (waiting, False)):
             with pytest.raises(DeadlineExceeded, match=r"the deadline passed after \d+ tokens of the answer: give"):
                 each.result(LIMIT)
