@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from avl_edge.serving.requests import Running
 from avl_edge.serving.schedule_policy import Advance, Decode
@@ -24,3 +25,7 @@ class PromptsFirst:
         if waiting:
             return Advance(waiting[0], sys.maxsize)
         return Decode(running) if running else None
+
+
+STEPPED: dict[str, Any] = {"threaded": False, "schedule": PromptsFirst()}
+"""For a runtime that is stepped by hand, and whose batches are those of the requests that were submitted together."""

@@ -26,7 +26,7 @@ from avl_edge.serving.schedule_policy import FirstComeFirstServed
 from tests.conftest import Checkpoints
 from tests.equipment.broken_backend import STAGES, before
 from tests.equipment.checkpoints import random_image
-from tests.equipment.prompts_first import PromptsFirst
+from tests.equipment.prompts_first import STEPPED
 from tests.equipment.slow_backend import LIMIT, stopped
 
 IMAGE, PROMPT = random_image(3, (120, 80)), "Describe the picture in detail."
@@ -102,7 +102,7 @@ def _until_error(generation: Generation) -> Iterator[object]:
 @pytest.mark.parametrize("name", ["detokenizer", "policy", "stop", "prompt"])
 def test_what_is_asked_for_one_request_ends_it_alone(checkpoint: Checkpoints, name: str) -> None:
     """Its text, its policy in a step and in its prompt, and the matching of its end."""
-    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=False, schedule=PromptsFirst())
+    runtime = Runtime.load(checkpoint("mistral-gqa"), **STEPPED)
     expected = _ask(runtime).result().token_ids
     generations = [_ask(runtime) for _ in range(3)]
     with pytest.MonkeyPatch.context() as patch:

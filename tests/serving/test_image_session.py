@@ -34,7 +34,7 @@ from tests.equipment.image_sessions import (
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import TierFormats
 from tests.equipment.oracle_shared_prefix import PrefixOracle
-from tests.equipment.prompts_first import PromptsFirst
+from tests.equipment.prompts_first import STEPPED
 from tests.equipment.recorder import Recorder
 
 
@@ -89,7 +89,7 @@ def test_a_question_is_answered_as_by_a_plain_request(
     checkpoint: Checkpoints, name: str, images: int, options: Options
 ) -> None:
     """The same tokens, the same rows in every tier of every layer after each step, the same rows read."""
-    runtime = Runtime.load(checkpoint(name, dtype=torch.float64), threaded=False, schedule=PromptsFirst())
+    runtime = Runtime.load(checkpoint(name, dtype=torch.float64), **STEPPED)
     with runtime.open_images(IMAGES[:images], options) as session:
         session.ask(FIRST).result()
         question, plain = session.ask(SECOND), runtime.generate(IMAGES[:images], SECOND, options)
