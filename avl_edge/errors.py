@@ -73,6 +73,22 @@ class PoolExhausted(AvlEdgeError):
     """The row pool or a lease was asked for more rows than it has: a fault of the caller's accounting."""
 
 
+class StepFailed(AvlEdgeError):
+    """A request whose computation failed; its cause says why. Others go on."""
+
+
+class DeadlineExceeded(AvlEdgeError):
+    """A request whose deadline passed before its answer was complete."""
+
+    http_status = 504
+
+
+class EngineClosed(AvlEdgeError):
+    """A request, or a question about one, for a runtime that was closed."""
+
+    http_status = 503
+
+
 @contextmanager
 def refusing(refusal: Callable[[str], AvlEdgeError]) -> Iterator[None]:
     """Where a library reads foreign data: what it raises becomes ``refusal`` of the reason, which is one short line.

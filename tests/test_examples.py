@@ -102,6 +102,15 @@ def test_together() -> None:
         assert int(counts[1]) <= 3_000_000
 
 
+@pytest.mark.parametrize("name", ["service", "threads"])
+def test_many_clients(name: str) -> None:
+    questions = ["What is the speed?", "Which gear is it in?", "Is it freezing?"]
+    lines = _python(f"examples/{name}.py", "examples/cockpit.png", *questions).splitlines()
+    assert {line.partition("?")[0] + "?" for line in lines[:3]} == set(questions)
+    assert all(re.fullmatch(r".+\? .+  \(\d+ bytes at most\)", line) for line in lines[:3])
+    assert lines[3:] == (["the client that left: cancelled"] if name == "service" else [])
+
+
 PROGRAMS = [
     pytest.param(body, id=f"{page.name}-{at}") for page in PAGES for at, body in enumerate(_blocks(page, "python"))
 ]

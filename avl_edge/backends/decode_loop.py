@@ -11,7 +11,8 @@ from ..kv.budget import KvPlan
 from ..kv.cache import SequenceCache
 from ..kv.methods import Method
 from ..request import Prompt
-from .base import Backend
+from .base import Backend, run_whole
+from .step_batch import StepResult
 
 
 class DecodeLoop:
@@ -27,7 +28,7 @@ class DecodeLoop:
 
     def encode(self, prompt: Prompt) -> Tensor | None:
         """Features ``[images, tokens, hidden]``; None for a prompt without pictures."""
-        return None if prompt.pixel_values is None else self.backend.encode_images(prompt.pixel_values)
+        return None if prompt.pixel_values is None else run_whole(self.backend.begin_encode(prompt.pixel_values))
 
     def add(self, prompt: Prompt, plan: KvPlan[Method]) -> SequenceCache:
         """One more sequence, whose prompt is still to be run; :class:`~avl_edge.errors.PoolExhausted` without room."""
@@ -37,15 +38,27 @@ class DecodeLoop:
 
     def prefill(self, prompt: Prompt, features: Tensor | None, plan: KvPlan[Method]) -> Tensor:
         """:meth:`add` a sequence and run its prompt: the last token's logits ``[vocabulary]``."""
-        return self.backend.prefill(prompt, features, self.add(prompt, plan))
+        return self.run(prompt, features, self.add(prompt, plan))
+
+    def run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+        """Run the prompt of a sequence that was added: the last token's logits ``[vocabulary]``."""
+        return run_whole(self.backend.begin_prefill(prompt, features, cache))
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
         """One step for every sequence, in their order: its newest token in, logits ``[sequences, vocabulary]`` out."""
-        return self.backend.decode(token_ids, self.caches)
+        logits = self._step(token_ids, greedy=False).logits
+        assert logits is not None, "a step that is not greedy gives logits"
+        return logits
 
     def decode_greedy(self, token_ids: Sequence[int]) -> list[int]:
         """As :meth:`decode`, but the likeliest token of each sequence."""
-        return self.backend.decode_greedy(token_ids, self.caches)
+        return list(self._step(token_ids, greedy=True).tokens)
+
+    def _step(self, token_ids: Sequence[int], *, greedy: bool) -> StepResult:
+        result = self.backend.decode(token_ids, self.caches, greedy=greedy)
+        for error in result.failures.values():
+            raise error
+        return result
 
     def __enter__(self) -> DecodeLoop:
         return self

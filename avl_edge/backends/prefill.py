@@ -15,6 +15,7 @@ from ..kv.pool.rows import Index
 from ..kv.shared_prefix import SharedPrefixCache
 from ..model.network import Llava
 from ..request import Prompt
+from .base import Layers
 from .stored import StoredRows, distances
 
 Attention = tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]
@@ -30,41 +31,46 @@ class Prefill:
         self._model, self._rows, self._score = model, rows, score
         self._scale = model.spec.text.head_dim**-0.5
 
-    @torch.inference_mode()
-    def run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+    def run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Layers:
         """The last token's logits ``[vocabulary]``, on the device, of the tokens from the cache's ``begin`` on: with
-        ``features`` of the prompt's pictures, or over the rows that a shared prefix stored of them."""
-        return self._model.decoder.logits(self._last(prompt, features, cache))[0]
-
-    @torch.inference_mode()
-    def run_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
-        """The same for a prompt that ends with its pictures, of which only the rows are wanted."""
-        self._last(prompt, features, cache)
-
-    def _last(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
-        """What the layers make of the last token, ``[1, hidden]``."""
+        ``features`` of the prompt's pictures, or over the rows that a shared prefix stored of them. Of a shared prefix,
+        which asks for no token, its last hidden state."""
         decoder, begin = self._model.decoder, cache.begin
         hidden = self._model.embed(prompt.token_ids[begin:], () if begin else prompt.spans, features)
+        del features  # they are in the embeddings now: nothing of them is held between two layers
         positions = torch.arange(begin, len(prompt), device=hidden.device)
         angles = decoder.angles(positions)
-        for index, layer in enumerate(decoder.layers):
-            query, key, value = layer.project(hidden, *angles)
-            if begin:
-                key, value = self._rows.after(cache, index, key, value)
-            attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
-            scores = (*self._attention(query, key, cache.prompt_queries(index)), distances(value, cache, index))
-            self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
-            attended = attended.transpose(0, 1)
-            if index == len(decoder.layers) - 1:  # of the last layer only the last token is read
-                hidden = layer.finish(hidden[-1:], attended[-1:])
-                break
-            hidden = layer.finish(hidden, attended)
-            survivors = cache.prune_prompt(index, *scores)
+        for index in range(len(decoder.layers)):
+            if index:
+                yield
+            hidden, survivors = self._layer(index, hidden, angles, cache)
             if survivors is not None:
-                chosen = torch.from_numpy(survivors).to(hidden.device)
-                hidden, positions = hidden[chosen], positions[chosen]
+                positions = positions[survivors]
                 angles = decoder.angles(positions)
-        return hidden
+        return hidden[0] if isinstance(cache, SharedPrefixCache) else decoder.logits(hidden)[0]
+
+    def _layer(
+        self, index: int, hidden: Tensor, angles: tuple[Tensor, Tensor], cache: SequenceCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """A layer's output ``[n, hidden]``, of the last one its last token's alone, and which of its tokens go on
+        (None: all)."""
+        decoder = self._model.decoder
+        layer = decoder.layers[index]
+        query, key, value = layer.project(hidden, *angles)
+        if cache.begin:
+            key, value = self._rows.after(cache, index, key, value)
+        attended = attend_prompt(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
+        scores = (*self._attention(query, key, cache.prompt_queries(index)), distances(value, cache, index))
+        self._rows.store_prompt(cache, index, cache.store_prompt(index, *scores), key, value)
+        attended = attended.transpose(0, 1)
+        if index == len(decoder.layers) - 1:
+            return layer.finish(hidden[-1:], attended[-1:]), None
+        hidden = layer.finish(hidden, attended)
+        survivors = cache.prune_prompt(index, *scores)
+        if survivors is None:
+            return hidden, None
+        chosen = torch.from_numpy(survivors).to(hidden.device)
+        return hidden[chosen], chosen
 
     def _attention(self, query: Tensor, key: Tensor, queries: Index | None) -> Attention:
         if queries is not None:

@@ -23,6 +23,8 @@ class Target(ABC):
 
     most_rows: int | None = None
     """Of a pool; None where its memory is the only bound."""
+    runs_prompts_whole = False
+    """Whether nobody else's step fits between two layers of a prompt."""
     cannot_give_back: str | None = None
     """Why rows cannot give memory back while requests run; None where they can."""
 

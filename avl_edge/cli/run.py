@@ -21,8 +21,8 @@ from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
 from ..model.prompt import ImageSource, read_stream
 from ..request import Result
+from ..serving.requests import Request
 from ..serving.runtime import Runtime
-from ..serving.scheduler import Request
 from . import several
 from .options import (
     MEMORY,

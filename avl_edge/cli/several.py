@@ -13,8 +13,8 @@ from ..kv.budget import first_within
 from ..model.prompt import ImageSource
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
+from ..serving.requests import Request
 from ..serving.runtime import Runtime
-from ..serving.scheduler import Request
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ..kv.pool import RowPool
 from ..machine.pressure import Monitor
 from ..model.features import FeatureCache
 from ..planning.device_watcher import DeviceWatcher
+from .engine import Engine
 from .scheduler import Scheduler
 
 
@@ -18,13 +19,14 @@ from .scheduler import Scheduler
 class RuntimeView:
     """What a runtime consists of at the moment that :attr:`avl_edge.Runtime.debug` was asked for.
 
-    These are the runtime's own objects, no copies. Look at them between two steps, and leave them as they are: who
-    changes them, or calls what does, breaks what was promised to requests. Which parts there are may change with any
-    version.
+    These are the runtime's own objects, no copies. Look at them between two steps, which is when ``engine.call`` calls
+    a function, and leave them as they are: who changes them, or calls what does, breaks what was promised to requests.
+    Which parts there are may change with any version.
 
-    ``backend`` computes; None before the weights are loaded, as ``rows`` and ``features`` are. ``scheduler`` has the
-    requests that are ``waiting`` and ``running``, and the ``prefixes`` of image sessions. ``pool`` says which rows are
-    whose (``check_integrity`` raises where its books are not in order), ``rows`` have their tensors in a ``store``.
+    ``engine`` runs them; one that is not threaded is stepped by ``engine.run_once``. ``backend`` computes; None before
+    the weights are loaded, as ``rows`` and ``features`` are. ``scheduler`` has the requests that are ``waiting`` and
+    ``running``, and the ``prefixes`` of image sessions. ``pool`` says which rows are whose (``check_integrity`` raises
+    where its books are not in order), ``rows`` have their tensors in a ``store``.
     Loading makes a scheduler and a pool of the asked size. ``features`` are those of pictures that were encoded lately.
     ``monitor`` polls the machine's memory for :meth:`~avl_edge.Runtime.keep_free`, ``device_watcher`` its profile for
     :meth:`~avl_edge.Runtime.follow`; None where nobody asked for that.
@@ -33,6 +35,7 @@ class RuntimeView:
     from the next step on, over the same rows, and every picture is encoded anew.
     """
 
+    engine: Engine
     backend: Backend | None
     scheduler: Scheduler
     pool: RowPool

@@ -18,15 +18,19 @@ from ..model.prompt import ImageSource, Processor, check_sources
 from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats, Prompt
 from .generation import Generation
-from .scheduler import Request, SharedPrefix
+from .requests import Request, SharedPrefix
+from .scheduler import SESSION_CLOSED
 
 
 class SessionRuntime(Protocol):
     """The runtime that an image session belongs to."""
 
+    @property
+    def home(self) -> object: ...
+
     def submit(self, request: Request) -> Generation: ...
 
-    def free_image_sessions(self) -> None: ...
+    def free_image_sessions(self, *, wait: bool = True) -> None: ...
 
 
 class ImageSession:
@@ -71,7 +75,7 @@ class ImageSession:
         token_ids, spans = processor.lay_out_images(len(images))
         planner.new_tokens(len(token_ids), options)
         plan = _plan_session(options, prompt_shape(len(token_ids), spans), planner)
-        prefix = SharedPrefix(processor.read(images, token_ids, spans), plan, runtime)
+        prefix = SharedPrefix(processor.read(images, token_ids, spans), plan, runtime.home)
         return cls(runtime, processor, planner, prefix, options)
 
     def load(self) -> ImageSessionStats:
@@ -99,7 +103,7 @@ class ImageSession:
         :class:`DoesNotFit` for what exceeds its budget.
         """
         prefix, planner, shape = self._prefix, self._planner, self._planner.shape
-        require(not prefix.is_closed, "the session is closed: open the pictures again to ask about them")
+        require(not prefix.is_closed, SESSION_CLOSED)
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
         token_ids, spans = self._processor.lay_out(len(prefix.prompt.spans), prompt)
         require(
@@ -162,7 +166,8 @@ class ImageSession:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self._prefix.is_closed = True
+        self._runtime.free_image_sessions(wait=False)
 
 
 def _head(prefix: SharedPrefix) -> PromptShape:

@@ -18,7 +18,8 @@ from ..kv.pool import RowPool
 from ..kv.pool.compaction import smaller_formats
 from ..machine.pressure import Action, Monitor
 from ..model.features import FeatureCache
-from .scheduler import Running, Scheduler
+from .requests import Running
+from .scheduler import Scheduler
 
 _log = logging.getLogger("avl_edge")
 
@@ -54,7 +55,8 @@ class MemoryPressureHandler:
         evictable: list[Running] = []
 
         def gives() -> tuple[bool, bool]:
-            running = [each for each in self._scheduler.running if self._rows and not each.admitted_cache.rows.borrows]
+            # Not those whose prompt is half-way: what they need in the end is not to be told from what they hold.
+            running = [each for each in self._scheduler.decoding if self._rows and not each.admitted_cache.rows.borrows]
             smaller.extend((each, formats) for each in running if (formats := self.smaller(each)))
             evictable.extend(each for each in running if each.admitted_cache.can_evict)
             return bool(smaller), bool(evictable)

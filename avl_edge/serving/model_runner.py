@@ -1,15 +1,23 @@
-"""What a step computes: a picture's features, a prompt's rows, the next token of each sequence."""
+"""What is computed for requests: a prompt layer by layer, then the next token of everybody who runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
-from ..backends.base import Backend
+from ..backends.base import Backend, ForwardTask
+from ..backends.step_batch import StepResult
 from ..model.features import FeatureCache
-from .scheduler import Running, Scheduler, SharedPrefix, Work
+from ..request import Prompt
+from .requests import Running, SharedPrefix
+from .scheduler import Scheduler
+
+T = TypeVar("T")
+Layers = Generator[None, None, T]
+"""Work that stops after each layer of the model; what it returns is its result."""
 
 
 class ModelRunner:
@@ -18,38 +26,56 @@ class ModelRunner:
     def __init__(self, backend: Backend, features: FeatureCache, scheduler: Scheduler) -> None:
         self._backend, self._features, self._scheduler = backend, features, scheduler
 
-    def next_tokens(self, work: Work) -> Iterator[int]:
-        """The next token of each sequence: sampled one by one as they are asked for, or chosen by the backend where
-        all are greedy."""
-        if work.prefill:
-            (sequence,) = work.sequences
-            return iter([sequence.sampler(self._prefill(sequence))])
-        tokens = [sequence.token_ids[-1] for sequence in work.sequences]
-        caches = [sequence.admitted_cache for sequence in work.sequences]
-        if all(sequence.sampler.greedy for sequence in work.sequences):
-            return iter(self._backend.decode_greedy(tokens, caches))
-        logits = self._backend.decode(tokens, caches)
-        return (sequence.sampler(own) for sequence, own in zip(work.sequences, logits, strict=True))
+    def prompt(self, sequence: Running) -> Layers[Tensor | None]:
+        """Admit a request and run its pictures and its prompt, before it the prefix of its image session where nobody
+        has yet: the last token's logits ``[vocabulary]``, None where it asks for no token."""
+        request = sequence.request
+        if request.prefix and not request.prefix.is_ready:
+            yield from self._prefix(sequence, request.prefix)
+        if request.max_new_tokens == 0:
+            return None
+        cache, features = self._scheduler.admit(sequence), None
+        if request.prefix is None:
+            features = yield from self._encode(request.prompt, sequence)
+        task = self._backend.begin_prefill(request.prompt, features, cache)
+        del features  # the task lets go of them after its first layer
+        return (yield from _run(task, sequence, "prefill_seconds"))
 
-    def _prefill(self, sequence: Running) -> Tensor:
-        """Admit a request and run its prompt: the last token's logits ``[vocabulary]``."""
-        prompt, cache = sequence.request.prompt, self._scheduler.admit(sequence)
-        start = time.perf_counter()
-        features = None if sequence.request.prefix else self._features(prompt)
-        encoded = time.perf_counter()
-        logits = self._backend.prefill(prompt, features, cache)
-        sequence.encode_seconds = encoded - start
-        sequence.prefill_seconds = time.perf_counter() - encoded
-        return logits
+    def _prefix(self, sequence: Running, prefix: SharedPrefix) -> Layers[None]:
+        """Admit the pictures of an image session and run them."""
+        cache = self._scheduler.admit_prefix(prefix, sequence)
+        prefix.encode_seconds = prefix.prefill_seconds = 0.0
+        features = yield from self._encode(prefix.prompt, prefix)
+        task = self._backend.begin_prefill(prefix.prompt, features, cache)
+        del features
+        yield from _run(task, prefix, "prefill_seconds")
+        prefix.is_ready, prefix.runner = True, None
+        yield
 
-    def prefill_prefix(self, prefix: SharedPrefix | None) -> None:
-        """Admit the pictures of an image session and run them, with the first question about it."""
-        if prefix is None or prefix.is_ready:
-            return
-        cache = self._scheduler.admit_prefix(prefix)
+    def _encode(self, prompt: Prompt, of: Running | SharedPrefix) -> Layers[Tensor | None]:
+        """Features ``[images, tokens, hidden]``; None for a prompt without pictures."""
+        if prompt.pixel_values is None:
+            return None
+        features = self._features.find(prompt)
+        if features is None:
+            features = yield from _run(self._backend.begin_encode(prompt.pixel_values), of, "encode_seconds")
+            yield
+        self._features.keep(prompt, features)
+        return features
+
+    def decode(self, sequences: Sequence[Running]) -> StepResult:
+        """One step for all of them; where all are greedy, the backend chooses the tokens."""
+        tokens = [sequence.token_ids[-1] for sequence in sequences]
+        caches = [sequence.admitted_cache for sequence in sequences]
+        return self._backend.decode(tokens, caches, greedy=all(sequence.sampler.greedy for sequence in sequences))
+
+
+def _run(task: ForwardTask, of: Running | SharedPrefix, spent: str) -> Layers[Tensor]:
+    """A task's result; the seconds that its layers take are added to that attribute."""
+    while True:
         start = time.perf_counter()
-        features = self._features(prefix.prompt)
-        prefix.encode_seconds = time.perf_counter() - start
-        self._backend.prefill_prefix(prefix.prompt, features, cache)
-        prefix.prefill_seconds = time.perf_counter() - start - prefix.encode_seconds
-        prefix.is_ready = True
+        result = task.advance(1)
+        setattr(of, spent, getattr(of, spent) + time.perf_counter() - start)
+        if result is not None:
+            return result
+        yield

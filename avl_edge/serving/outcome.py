@@ -7,14 +7,22 @@ from dataclasses import asdict, replace
 from ..config import KvShape
 from ..kv.cache import SequenceCache
 from ..request import KvStats, PressureStats, Result, Timings, Usage
-from .scheduler import Request, Running
+from .requests import Request, Running
 
 
 def result_of(
-    sequence: Running, reason: str, *, model: str, backend: str, shape: KvShape, load_ms: float, waited_ms: float
+    sequence: Running,
+    cache: SequenceCache | None,
+    reason: str,
+    *,
+    model: str,
+    backend: str,
+    shape: KvShape,
+    load_ms: float,
+    waited_ms: float,
 ) -> Result:
-    """The result of a request that ends now for ``reason``; it still holds its rows."""
-    request, cache = sequence.request, sequence.cache
+    """The result of a request that ends now for ``reason``; its ``cache`` still holds its rows."""
+    request = sequence.request
     images = sum(span.length for span in request.prompt.spans)
     method, formats = request.plan.method, cache.formats if cache else request.plan.formats
     return Result(

@@ -1,43 +1,36 @@
-"""The loop: schedule, forward, sample, emit."""
+"""What its users have of it: a model that answers, from its files to its end."""
 
 from __future__ import annotations
 
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
-from ..backends.base import Backend
 from ..backends.target import Target
 from ..backends.targets import open_target
 from ..config import Options, Progress, checked_options, require
-from ..errors import BadInput, BadModel, DoesNotFit
+from ..errors import BadInput, BadModel, EngineClosed
 from ..kv.cache import prompt_shape
-from ..kv.pool import RowPool
 from ..machine import allocator
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
-from ..model.features import FeatureCache
 from ..model.prompt import ImageSource, Processor, check_sources
-from ..model.sampling import Sampler
 from ..model.sizes import shape_of_checkpoint
 from ..model.spec import ModelSpec, read_spec
-from ..model.stop_strings import TextStream
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
-from ..request import Result
 from .debug import RuntimeView
+from .engine import Engine
+from .engine_loop import EngineLoop
 from .generation import Generation
 from .image_session import ImageSession
-from .memory_pressure import MemoryPressureHandler
-from .model_runner import ModelRunner
-from .outcome import result_of
-from .scheduler import NO_ROOM, Request, Running, Scheduler, Work
-
-_WAIT_SECONDS = 0.02
+from .requests import Request
+from .schedule_policy import FirstComeFirstServed, SchedulePolicy
+from .scheduler import SESSION_CLOSED
 
 
 class Runtime:
@@ -45,54 +38,69 @@ class Runtime:
 
     ``Runtime.load("demo")`` is ready to :meth:`generate`. :meth:`open` reads only the small files, so that
     :meth:`prepare` can check and plan (or refuse) a request before :meth:`load_weights` does any work.
-    One lock guards the loop: several threads may iterate their generations.
+    Any thread may ask; an :class:`~avl_edge.serving.engine.Engine` computes on one of its own. :meth:`close`, or
+    leaving it as a context manager, ends that.
     """
 
-    def __init__(self, name: str, target: Target, spec: ModelSpec, processor: Processor) -> None:
+    def __init__(
+        self,
+        name: str,
+        target: Target,
+        spec: ModelSpec,
+        processor: Processor,
+        *,
+        threaded: bool = True,
+        schedule: SchedulePolicy | None = None,
+    ) -> None:
         self.name = name
         self.spec = spec
         self.kv_shape = spec.text.kv_shape(target.dtype.itemsize)
-        self.load_ms = 0.0
         self._target = target
         self.planner = RequestPlanner(target, spec, self.kv_shape)
         self._processor = processor
-        self._lock = threading.RLock()
-        self._stepping = False
-        self._abandoned: deque[Running] = deque()
-        self._pool = RowPool(0, self.kv_shape)
-        self._backend: Backend | None = None
-        self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
-        self._features: FeatureCache | None = None
-        self._monitor: Monitor | None = None
+        steps = spec.text.layers if target.runs_prompts_whole else 1
+        schedule = schedule or FirstComeFirstServed(steps)
+        self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule)
+        self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
 
     @property
     def debug(self) -> RuntimeView:
         """The parts of the runtime as they are now, for tests, traces and tools."""
+        loop = self._loop
         return RuntimeView(
-            backend=self._backend,
-            scheduler=self._scheduler,
-            pool=self._pool,
-            rows=self._backend.rows if self._backend else None,
-            features=self._features,
-            monitor=self._monitor,
+            engine=self.engine,
+            backend=loop.backend,
+            scheduler=loop.scheduler,
+            pool=loop.pool,
+            rows=loop.backend.rows if loop.backend else None,
+            features=loop.features,
+            monitor=loop.monitor,
             device_watcher=self._watcher,
-            replace_backend=self._replace_backend,
+            replace_backend=lambda backend: self.engine.call(lambda: loop.use(backend)),
         )
 
-    def _replace_backend(self, backend: Backend) -> None:
-        with self._lock:
-            self._use(backend)
-
-    def _use(self, backend: Backend) -> None:
-        self._backend = backend
-        self._features = FeatureCache(lambda pixels: backend.encode_images(pixels))
+    @property
+    def home(self) -> object:
+        """What the requests about this runtime's image sessions name it by; it does not keep the runtime."""
+        return self._loop
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str] = "demo", *, device: str | None = None) -> Runtime:
+    def open(
+        cls,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        device: str | None = None,
+        threaded: bool = True,
+        schedule: SchedulePolicy | None = None,
+    ) -> Runtime:
         """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
         of a built package. ``device``: one of :data:`~avl_edge.backends.targets.TARGETS`, which raises what is wrong
-        with it; None takes tensorrt for a package, and the cpu for others."""
+        with it; None takes tensorrt for a package, and the cpu for others.
+
+        ``schedule`` says who is served when; None: first come, first served. Not ``threaded``, the model runs in the
+        one thread that asks, while it waits: for tests.
+        """
         given = DEMO if model == "demo" else Path(model)
         if not os.fspath(model) or not given.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
@@ -100,7 +108,8 @@ class Runtime:
         spec = read_spec(target.directory)
         target.check_model(spec)
         name = "demo" if model == "demo" else given.resolve().name
-        return cls(name, target, spec, Processor.of(spec, target.directory))
+        processor = Processor.of(spec, target.directory)
+        return cls(name, target, spec, processor, threaded=threaded, schedule=schedule)
 
     @classmethod
     def load(
@@ -115,10 +124,12 @@ class Runtime:
         follow_device: bool = False,
         target_ms_per_token: float | None = None,
         device_root: str | os.PathLike[str] = "/",
+        threaded: bool = True,
+        schedule: SchedulePolicy | None = None,
     ) -> Runtime:
         """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
         ``profile`` or the device; ``device_root`` is where both look at the machine."""
-        runtime = cls.open(model, device=device)
+        runtime = cls.open(model, device=device, threaded=threaded, schedule=schedule)
         profiles = (profile,) if isinstance(profile, DeviceProfile) else profile
         if reserve_bytes is not None:
             runtime.keep_free(reserve_bytes, root=device_root)
@@ -134,17 +145,31 @@ class Runtime:
 
         ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most.
         """
-        with self._lock:
-            if self._backend is not None:
-                raise BadInput("the weights are loaded already: open another Runtime for another pool")
-            allocator.bound()
-            start = time.perf_counter()
-            pages = self.planner.pool_pages(pool_bytes)
-            backend = self._target.load(self.spec, self.kv_shape, pages, progress)
-            self._pool = RowPool(pages, self.kv_shape)
-            self._scheduler = Scheduler(self._pool, self.kv_shape.layers)
-            self._use(backend)
-            self.load_ms = 1000 * (time.perf_counter() - start)
+        interrupted = threading.Event()
+
+        def report(done: int, total: int) -> None:
+            if interrupted.is_set():
+                raise EngineClosed("loading was interrupted")
+            if progress:
+                progress(done, total)
+
+        try:
+            self.engine.call(lambda: self._load(pool_bytes, report))
+        except BaseException:
+            interrupted.set()
+            raise
+
+    def _load(self, pool_bytes: int | None, progress: Progress) -> None:
+        if self._loop.backend is not None:
+            raise BadInput("the weights are loaded already: open another Runtime for another pool")
+        allocator.bound()
+        pages = self.planner.pool_pages(pool_bytes)
+        self._loop.load(lambda: self._target.load(self.spec, self.kv_shape, pages, progress), pages)
+
+    @property
+    def load_ms(self) -> float:
+        """How long the weights took to load, milliseconds."""
+        return self._loop.load_ms
 
     @property
     def can_keep_free(self) -> bool:
@@ -156,7 +181,7 @@ class Runtime:
         smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files,
         read between two steps, at most every ``every_ms`` (0: each time)."""
         require(self.can_keep_free, self._target.cannot_give_back or "")
-        self._monitor = Monitor(Limits(reserve_bytes), os.fspath(root), every_ms)
+        self._loop.monitor = Monitor(Limits(reserve_bytes), os.fspath(root), every_ms)
 
     def follow(
         self,
@@ -191,25 +216,29 @@ class Runtime:
         token_ids, spans = self._processor.lay_out(len(images), prompt)
         max_new_tokens = self.planner.new_tokens(len(token_ids), options)
         state = self._watcher.state() if self._watcher else None
-        pages = self._pool.pages or self.planner.pool_pages(None)
+        pages = self._loop.pool.pages or self.planner.pool_pages(None)
         plan = self.planner.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
         device = state.stats if state else None
         return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
 
-    def submit(self, request: Request) -> Generation:
-        """Queue a prepared request. Raises :class:`DoesNotFit` when even an empty pool could not hold it, and
-        :class:`BadInput` for a question about an image session that was closed, or is another runtime's."""
-        home = request.prefix.home if request.prefix else self
-        require(home is self, "the question is about an image session of another runtime: submit it there")
-        with self._lock:
-            if self._backend is None:
-                self.load_weights()
-        self._scheduler.require_room(request)
-        sampler = Sampler(request.options, request.prompt.token_ids)
-        sequence = Running(request, sampler, TextStream(self._processor.detokenizer(), request.options.stop_strings))
-        with self._lock:
-            self._scheduler.add(sequence)
-        return Generation(self, sequence)
+    def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Generation:
+        """Queue a prepared request; ``priority`` and ``deadline`` as
+        :meth:`~avl_edge.serving.engine.Engine.submit` says. Loads the weights if nobody did.
+
+        Raises :class:`DoesNotFit` when even an empty pool could not hold it, :class:`BadInput` for a question about an
+        image session that was closed, or is another runtime's, and :class:`EngineClosed`.
+        """
+        prefix = request.prefix
+        home = prefix.home if prefix else self.home
+        require(home is self.home, "the question is about an image session of another runtime: submit it there")
+        require(not (prefix and prefix.is_closed), SESSION_CLOSED)
+        if self._loop.backend is None:
+            self.engine.call(self._load_if_nobody_did)
+        return Generation(self.engine.submit(request, priority=priority, deadline=deadline))
+
+    def _load_if_nobody_did(self) -> None:
+        if self._loop.backend is None:
+            self._load(None, lambda *_: None)
 
     def generate(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Generation:
         """Ask about ``images`` (paths, bytes or Pillow images): an iterator of :class:`TokenEvent`.
@@ -227,124 +256,34 @@ class Runtime:
         """
         return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
 
-    def free_image_sessions(self) -> None:
-        """Free the rows of closed image sessions about which no question is on its way. In the middle of a step, at its
-        end."""
-        with self._lock:
-            if self._stepping:
-                return
-            try:
-                self._scheduler.free_image_sessions()
-            except BaseException:
-                self._scheduler.drop(())
-                raise
+    def free_image_sessions(self, *, wait: bool = True) -> None:
+        """Free the rows of closed image sessions about which no question is on its way; not to ``wait`` for it is what
+        a finalizer may do."""
+        if not wait:
+            self.engine.post(self._loop.free_image_sessions)
+        elif self.engine.has_started:
+            with suppress(EngineClosed):  # which freed everything
+                self.engine.call(self._loop.free_image_sessions)
 
     @property
     def kv_bytes_in_use(self) -> int:
-        """Bytes of all rows that requests hold now, each in its format."""
-        return self._pool.bytes_in_use
-
-    def step(self) -> bool:
-        """One prompt, or one token for everybody; False when there is nothing to do. Where nobody runs, and requests
-        wait for memory, a moment passes.
-
-        What fails in a step ends the requests of that step, each with its error for its own caller. An interrupt ends
-        them too, and goes on. Where nobody runs and open image sessions leave no room for who waits, the first of these
-        ends with :class:`DoesNotFit`.
-        """
-        with self._lock:
-            self._end_step()  # again, where an interrupt cut the last one's short
-            self._check_memory()
-            work = self._scheduler.next()
-            stuck = self._scheduler.stuck if work is None else None
-            if work:
-                self._run(work)
-            elif stuck:
-                self._break_off(Work((stuck,), prefill=True), DoesNotFit(NO_ROOM))
-        if not work and self.is_waiting:
-            time.sleep(_WAIT_SECONDS)
-            return True
-        return work is not None or stuck is not None
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether requests wait because memory is short."""
-        return self._scheduler.is_held and self._scheduler.waits
-
-    def _check_memory(self) -> None:
-        """Give memory back where it is short. A request that an error catches in the middle of it ends with it."""
-        if self._monitor is None:
-            return
-        self._stepping = True
+        """Bytes of all rows that requests hold now, each in its format. Waits for the layer or step that is running."""
+        if not self.engine.has_started:
+            return 0
         try:
-            rows = self._backend.rows if self._backend else None
-            handler = MemoryPressureHandler(self._monitor, self._pool, rows, self._scheduler, self._features)
-            handler.check(lambda sequence, error: self._break_off(Work((sequence,), False), error))
-        finally:
-            self._stepping = False  # before any call, at which an interrupt may fall
-            self._end_step()
+            return self.engine.call(lambda: self._loop.pool.bytes_in_use)
+        except EngineClosed:
+            return 0
 
-    def _run(self, work: Work) -> None:
-        self._stepping = True
-        try:
-            assert self._backend is not None, "nothing runs before the weights are loaded"
-            assert self._features is not None
-            model = ModelRunner(self._backend, self._features, self._scheduler)
-            first = work.sequences[0]
-            if work.prefill:
-                model.prefill_prefix(first.request.prefix)
-            if first.request.max_new_tokens == 0:
-                return self.finish(first, "stop")
-            for sequence, token in zip(work.sequences, model.next_tokens(work), strict=True):
-                if reason := sequence.push(token, self._processor.eos_token_ids):
-                    self.finish(sequence, reason)
-        except BaseException as error:
-            self._break_off(work, error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._stepping = False  # before any call, at which an interrupt may fall
-            self._end_step()
+    def close(self, *, drain: bool = False) -> None:
+        """Take no more requests, cancel those on their way, or wait for their ends with ``drain``, and free everything.
+        Closing twice is safe."""
+        self.engine.close(drain=drain)
 
-    def _end_step(self) -> None:
-        while self._abandoned:
-            self.finish(self._abandoned[0], "cancelled")
-            self._abandoned.popleft()
-        self.free_image_sessions()
+    def __enter__(self) -> Runtime:
+        return self
 
-    def _break_off(self, work: Work, error: BaseException) -> None:
-        try:
-            for sequence in work.sequences:
-                if sequence.result is None:
-                    sequence.error = error if isinstance(error, Exception) else None
-                    sequence.result = self._result(sequence, "error" if sequence.error else "cancelled")
-        finally:
-            self._scheduler.drop(work.sequences)
-
-    def finish(self, sequence: Running, reason: str) -> None:
-        """End a request for ``reason``: its result is fixed, its rows are free. Safe to call twice.
-
-        A generation that the garbage collector drops in the middle of a step ends when the step does.
-        """
-        with self._lock:
-            if self._stepping and reason == "cancelled":
-                self._abandoned.append(sequence)
-                return
-            if sequence.result is None:
-                sequence.result = self._result(sequence, reason)
-            try:
-                self._scheduler.remove(sequence)
-            except BaseException:
-                self._scheduler.drop((sequence,))
-                raise
-
-    def _result(self, sequence: Running, reason: str) -> Result:
-        return result_of(
-            sequence,
-            reason,
-            model=self.name,
-            backend=self._backend.name if self._backend else "",
-            shape=self.kv_shape,
-            load_ms=self.load_ms,
-            waited_ms=self._scheduler.waited_ms(sequence),
-        )
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

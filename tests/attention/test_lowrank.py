@@ -98,7 +98,7 @@ def test_with_a_direction_for_every_row_nothing_is_lost(
     parameters = {"secondary": 80, "core": 30, "refresh": 2} if method == "avl" else {}
     logits = []
     for each in (formats, exact):
-        runtime = Runtime.load(checkpoint(name))
+        runtime = Runtime.load(checkpoint(name), threaded=False)
         recorder = Recorder(runtime)
         runtime.generate([IMAGE], PROMPT, Options(method, parameters, each, max_new_tokens=12)).result()
         logits.append(torch.stack(recorder.logits))
@@ -108,7 +108,7 @@ def test_with_a_direction_for_every_row_nothing_is_lost(
 
 
 def test_every_byte_is_counted(checkpoint: Checkpoints) -> None:
-    runtime = Runtime.load(checkpoint("llama-mha"))
+    runtime = Runtime.load(checkpoint("llama-mha"), threaded=False)
     formats = Formats("exact", "lowrank:8", "lowrank:8@2")
     generation = runtime.generate([IMAGE], PROMPT, Options("attentionpack", {}, formats, max_new_tokens=5))
     for _ in generation:
@@ -138,6 +138,6 @@ def test_every_byte_is_counted(checkpoint: Checkpoints) -> None:
     ],
 )
 def test_ranks_that_cannot_be(checkpoint: Checkpoints, formats: tuple[str, str, str], message: str) -> None:
-    runtime = Runtime.open(checkpoint("llama-mha"))
+    runtime = Runtime.open(checkpoint("llama-mha"), threaded=False)
     with pytest.raises(BadInput, match=message):
         runtime.prepare([IMAGE], PROMPT, Options("attentionpack", {}, Formats(*formats)))

@@ -188,8 +188,8 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
     held = [[side.start(random_prompt(spec, seed)[0], Avl())[0] for seed in range(3)] for side in sides]
     tokens = [5, 6, 7]
     for _ in range(STEPS):
-        expected = sides[0].backend.decode(tokens, held[0]).argmax(-1).tolist()
-        tokens = sides[1].backend.decode_greedy(tokens, held[1])
+        expected = sides[0].backend.decode(tokens, held[0]).logits.argmax(-1).tolist()
+        tokens = sides[1].backend.decode(tokens, held[1], greedy=True).tokens
         assert tokens == expected
         assert len(tokens) == 3, "the bucket has four places"
 
@@ -217,7 +217,7 @@ def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: 
 def test_logits_are_the_callers_own(checkpoint: Checkpoints) -> None:
     _, ours, _ = both(checkpoint("llama-mha"))
     cache, _ = ours.start(random_prompt(ours.spec, 0)[0], Full())
-    first = ours.backend.decode([5], [cache])
+    first = ours.backend.decode([5], [cache]).logits
     before = first.clone()
     ours.backend.decode([6], [cache])
     assert torch.equal(first, before)

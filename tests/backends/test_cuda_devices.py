@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from avl_edge.attention.cuda import Kernels, KernelShape, Pool
+from avl_edge.backends.base import LayerTask, run_whole
 from avl_edge.backends.cuda.model import load_model
 from avl_edge.backends.cuda.step import DecodeStep, rope_table
 from avl_edge.backends.prefill import Prefill
@@ -86,10 +87,14 @@ class MetaSide(Side):
             self.model = load_model(spec, load_weights(directory), self.device.device)
         super().__init__(self, spec, self.model.dtype.itemsize, 1024)
         self.rows = StoredRows(RowStore(1024, self.shape, self.model.dtype, "meta"), self.model.decoder.angles)
-        prefill = Prefill(self.model, self.rows, self._score)
-        self.prefill, self.prefill_prefix = prefill.run, prefill.run_prefix
-        self.encode_images = self.model.encode_images
+        self._prefill = Prefill(self.model, self.rows, self._score)
         self.prompt, _ = random_prompt(spec, 0)
+
+    def begin_encode(self, pixels: np.ndarray) -> LayerTask:
+        return LayerTask(self.model.encode(pixels))
+
+    def begin_prefill(self, *arguments: Any) -> LayerTask:
+        return LayerTask(self._prefill.run(*arguments))
 
     @staticmethod
     def _score(query: Tensor, key: Tensor, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +184,7 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
                 model.decoder.embed(torch.zeros(2, dtype=torch.int32))
         assert all(output.device == device.device for output in step.outputs.values())
         pixels = np.zeros((1, 3, spec.vision.image_size, spec.vision.image_size), dtype=np.float32)
-        features = model.encode_images(pixels)
+        features = run_whole(LayerTask(model.encode(pixels)))
         assert features.shape == (1, spec.tokens_per_image, spec.text.hidden_size)
         span = ImageSpan("", 1, spec.tokens_per_image)
         embedded = model.embed((1,) * (spec.tokens_per_image + 3), (span,), features)

@@ -104,7 +104,7 @@ def test_neighbours_are_attended_by_the_kernels_as_without_low_rank_rows(checkpo
         _, ours, _ = both(directory)
         exact, _ = ours.start(random_prompt(ours.spec, 0)[0], Full())
         neighbour, _ = ours.start(random_prompt(ours.spec, 1)[0], *other)
-        logits.append([ours.backend.decode([5, 6], [exact, neighbour])[0] for _ in range(4)])
+        logits.append([ours.backend.decode([5, 6], [exact, neighbour]).logits[0] for _ in range(4)])
     assert all(torch.equal(got, expected) for got, expected in zip(*logits, strict=True))
 
 
@@ -114,6 +114,6 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
     held = [[side.start(random_prompt(side.spec, n)[0], *each)[0] for n, each in enumerate(kinds)] for side in sides]
     tokens = [5, 6, 7]
     for _ in range(6):
-        expected = sides[0].backend.decode(tokens, held[0]).argmax(-1).tolist()
-        tokens = sides[1].backend.decode_greedy(tokens, held[1])
+        expected = sides[0].backend.decode(tokens, held[0]).logits.argmax(-1).tolist()
+        tokens = sides[1].backend.decode(tokens, held[1], greedy=True).tokens
         assert tokens == expected

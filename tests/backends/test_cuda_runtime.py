@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 
 from avl_edge import BadInput, Formats, Options, Runtime
 from avl_edge.attention.cuda import Kernels, KernelShape, NoCuda
-from avl_edge.backends.cuda import CudaBackend
+from avl_edge.backends.steps import RecordedStep
 from avl_edge.cli import app, run_app
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.cuda_on_cpu import HostDevice, reference_kernels
 from tests.equipment.image_sessions import AVL, COARSE, FIRST, FULL, IMAGES, PROMPT_MEAN, SECOND, is_empty
+from tests.equipment.prompts_first import STEPPED
 
 PROMPT = "What is shown in this picture?"
 
@@ -37,7 +38,7 @@ def test_answers_are_those_of_the_cpu(checkpoint: Checkpoints, temperature: floa
     options = Options(method="full", max_new_tokens=12, temperature=temperature, seed=3)
     answers = []
     for device in ("cpu", "cuda"):
-        runtime = Runtime.load(directory, device=device)
+        runtime = Runtime.load(directory, device=device, **STEPPED)
         running = [runtime.generate([random_image(seed, 60)], PROMPT, options) for seed in range(3)]
         answers.append([generation.result() for generation in running])
     assert [each.token_ids for each in answers[0]] == [each.token_ids for each in answers[1]]
@@ -46,8 +47,8 @@ def test_answers_are_those_of_the_cpu(checkpoint: Checkpoints, temperature: floa
 
 @pytest.mark.usefixtures("gpu")
 def test_greedy_answers_are_chosen_on_the_device(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaBackend, "decode", lambda *_: pytest.fail("the logits came back"))
-    runtime = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
+    monkeypatch.setattr(RecordedStep, "logits", property(lambda _: pytest.fail("the logits came back")))
+    runtime = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda", **STEPPED)
     result = runtime.generate([], PROMPT, Options(method="full", max_new_tokens=5)).result()
     assert len(result.token_ids) == 5
 
@@ -67,7 +68,7 @@ def test_packed_answers_are_those_of_the_cpu(checkpoint: Checkpoints, options: O
     directory = checkpoint("llama-gqa-full", dtype=torch.float16)
     answers = []
     for device in ("cpu", "cuda"):
-        runtime = Runtime.load(directory, device=device)
+        runtime = Runtime.load(directory, device=device, **STEPPED)
         answers.append(runtime.generate([random_image(0, 60)], PROMPT, options).result())
     assert answers[0].token_ids == answers[1].token_ids
     assert answers[0].method == answers[1].method
@@ -89,7 +90,7 @@ def test_low_rank_answers_are_those_of_the_cpu(checkpoint: Checkpoints, method: 
     both = [Options(method=method, formats=formats, max_new_tokens=8), Options(method="full", max_new_tokens=8)]
     answers = []
     for device in ("cpu", "cuda"):
-        runtime = Runtime.load(directory, device=device)
+        runtime = Runtime.load(directory, device=device, **STEPPED)
         running = [runtime.generate([random_image(seed, 60)], PROMPT, own) for seed, own in enumerate(both)]
         answers.append([generation.result() for generation in running])
         assert is_empty(runtime)
@@ -110,7 +111,7 @@ def test_answers_about_a_prefix_are_those_of_the_cpu(checkpoint: Checkpoints, op
     directory = checkpoint("mistral-gqa", dtype=torch.float16)
     answers = []
     for device in ("cpu", "cuda"):
-        runtime = Runtime.load(directory, device=device)
+        runtime = Runtime.load(directory, device=device, **STEPPED)
         with runtime.open_images(IMAGES, options) as shared:
             plain = runtime.generate(IMAGES[:1], FIRST, FULL)
             questions = [shared.ask(FIRST), shared.ask(SECOND)]
@@ -124,7 +125,7 @@ def test_answers_about_a_prefix_are_those_of_the_cpu(checkpoint: Checkpoints, op
 @pytest.mark.usefixtures("gpu")
 def test_a_model_that_the_kernels_do_not_take_is_refused_when_it_is_opened(checkpoint: Checkpoints) -> None:
     with pytest.raises(BadInput, match="float16 or bfloat16, not float32: convert the checkpoint"):
-        Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float32), device="cuda")
+        Runtime.open(checkpoint("llama-gqa-full", dtype=torch.float32), device="cuda", **STEPPED)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -133,7 +134,7 @@ def test_a_reserve_of_the_profile_does_not_forbid_the_gpu(
 ) -> None:
     """Every board with a profile has a reserve by default; only one that was asked for is refused there."""
     command = import_module("avl_edge.cli.run")
-    loaded = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda")
+    loaded = Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), device="cuda", **STEPPED)
     monkeypatch.setattr(command, "reserve_bytes", lambda _: 1000)
     monkeypatch.setattr(command.Runtime, "open", lambda *_, **__: loaded)
     monkeypatch.setattr(command.Runtime, "load_weights", lambda *_, **__: None)
@@ -147,7 +148,7 @@ def test_without_a_gpu_the_command_ends_with_2(checkpoint: Checkpoints) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(NoCuda):
-        Runtime.load(checkpoint("llama-gqa-full"), device="cuda")
+        Runtime.load(checkpoint("llama-gqa-full"), device="cuda", **STEPPED)
     with pytest.raises(BadInput, match="no device 'tpu': choose one of cpu, cuda"):
-        Runtime.load(checkpoint("llama-gqa-full"), device="tpu")
+        Runtime.load(checkpoint("llama-gqa-full"), device="tpu", **STEPPED)
     assert CliRunner().invoke(app, ["run", "--prompt", "hi", "--device", "cuda"]).exit_code != 0

@@ -11,7 +11,7 @@ from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
 from avl_edge.model.spec import read_spec
-from avl_edge.serving.scheduler import Request
+from avl_edge.serving.requests import Request
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 

@@ -12,6 +12,8 @@ import torch
 
 from avl_edge import Formats, Options, Result, Runtime
 from avl_edge.attention.cuda import FORMATS
+from avl_edge.backends.base import run_whole
+from avl_edge.backends.steps import RecordedStep
 from avl_edge.backends.tensorrt.backend import EngineBackend
 from avl_edge.backends.tensorrt.kernels import digest
 from avl_edge.backends.tensorrt.runner import EngineFailed
@@ -23,6 +25,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from tests.equipment.engines_on_cpu import PROMPT, PRUNE_AFTER, RECIPE, SECOND, GraphRunner, Packages, answers, stand_in
+from tests.equipment.prompts_first import STEPPED
 from tools.gpu import engines
 from tools.gpu.dut import CheckFailed
 from tools.gpu.report import Skipped
@@ -56,8 +59,8 @@ def package(checkpoint: Checkpoints, tmp_path: Path) -> Packages:
 def test_answers_are_those_of_the_cpu(package: Packages, checkpoint: Checkpoints, name: str, method: str) -> None:
     """Token by token, with as many rows stored and read and as many refreshes."""
     options = METHODS[method]
-    built = Runtime.load(package(name))
-    expected = answers(Runtime.load(checkpoint(name, dtype=torch.float32)), options)
+    built = Runtime.load(package(name), **STEPPED)
+    expected = answers(Runtime.load(checkpoint(name, dtype=torch.float32), **STEPPED), options)
     found = answers(built, options)
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     for ours, oracle in zip(found, expected, strict=True):
@@ -67,10 +70,13 @@ def test_answers_are_those_of_the_cpu(package: Packages, checkpoint: Checkpoints
 
 
 def test_who_prunes_after_the_last_layer_prunes_nothing(package: Packages, checkpoint: Checkpoints) -> None:
-    built = Runtime.load(package(recipe=replace(RECIPE, prune_after="never")))
+    built = Runtime.load(package(recipe=replace(RECIPE, prune_after="never")), **STEPPED)
     last = built.spec.text.layers - 1
     options = Options(method="avl", parameters={"prune_layer": last, "prefill_keep": 60}, max_new_tokens=6)
-    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
+    expected = answers(
+        Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32), **STEPPED),
+        options,
+    )
     found = answers(built, options)
     assert [(each.token_ids, each.kv) for each in found] == [(each.token_ids, each.kv) for each in expected]
 
@@ -108,7 +114,10 @@ def test_answers_over_packed_rows_are_those_of_the_cpu(
     """
     monkeypatch.setattr("avl_edge.backends.tensorrt.target.decoder_formats", lambda *_: tuple(FORMATS))
     options = [replace(each, max_new_tokens=24) for each in PACKED[what] * (3 // len(PACKED[what]))]
-    runtimes = Runtime.load(package(name)), Runtime.load(checkpoint(name, dtype=torch.float32))
+    runtimes = (
+        Runtime.load(package(name), **STEPPED),
+        Runtime.load(checkpoint(name, dtype=torch.float32), **STEPPED),
+    )
     found, expected = (_each_its_own(runtime, options) for runtime in runtimes)
     assert [each.token_ids[:8] for each in found] == [each.token_ids[:8] for each in expected]
     assert sum(ours.token_ids == oracle.token_ids for ours, oracle in zip(found, expected, strict=True)) >= 2
@@ -125,8 +134,11 @@ def _each_its_own(runtime: Runtime, options: Sequence[Options]) -> list[Result]:
 def test_packed_rows_in_half_precision(package: Packages, checkpoint: Checkpoints) -> None:
     """As an engine serves them; the answers begin as the CPU's do."""
     options = Options(method="full", formats=Formats("int8", "int8", "int8"), max_new_tokens=6)
-    runtime = Runtime.load(package(dtype=torch.float16))
-    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16)), options)
+    runtime = Runtime.load(package(dtype=torch.float16), **STEPPED)
+    expected = answers(
+        Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), **STEPPED),
+        options,
+    )
     found = answers(runtime, options)
     assert [each.token_ids[0] for each in found] == [each.token_ids[0] for each in expected]
     assert [each.kv for each in found] == [each.kv for each in expected]
@@ -136,8 +148,11 @@ def test_packed_rows_in_half_precision(package: Packages, checkpoint: Checkpoint
 
 def test_sampled_answers_are_those_of_the_cpu(package: Packages, checkpoint: Checkpoints) -> None:
     options = Options(method="full", temperature=0.8, seed=5, max_new_tokens=6)
-    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
-    assert [each.token_ids for each in answers(Runtime.load(package()), options)] == [
+    expected = answers(
+        Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32), **STEPPED),
+        options,
+    )
+    assert [each.token_ids for each in answers(Runtime.load(package(), **STEPPED), options)] == [
         each.token_ids for each in expected
     ]
 
@@ -145,16 +160,19 @@ def test_sampled_answers_are_those_of_the_cpu(package: Packages, checkpoint: Che
 def test_half_precision(package: Packages, checkpoint: Checkpoints) -> None:
     """As the graphs compute it; the rows of the pool are as wide."""
     options = Options(method="avl", parameters={"prefill_keep": 100}, max_new_tokens=6)
-    runtime = Runtime.load(package(dtype=torch.float16))
+    runtime = Runtime.load(package(dtype=torch.float16), **STEPPED)
     assert runtime.kv_shape.itemsize == 2
-    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16)), options)
+    expected = answers(
+        Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float16), **STEPPED),
+        options,
+    )
     assert [each.token_ids for each in answers(runtime, options)] == [each.token_ids for each in expected]
 
 
 def test_a_step_is_recorded_once_for_each_bucket(package: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
     """And greedy tokens come back alone, without the logits."""
-    monkeypatch.setattr(EngineBackend, "decode", lambda *_: pytest.fail("the logits came back"))
-    runtime = Runtime.load(package())
+    monkeypatch.setattr(RecordedStep, "logits", property(lambda _: pytest.fail("the logits came back")))
+    runtime = Runtime.load(package(), **STEPPED)
     for _ in range(2):
         answers(runtime, Options(method="h2o", max_new_tokens=6))
     device = runtime.debug.backend.accelerator  # type: ignore[union-attr]
@@ -168,7 +186,7 @@ def test_a_step_is_recorded_once_for_each_bucket(package: Packages, monkeypatch:
 
 def test_a_recording_has_a_context_of_its_own(package: Packages) -> None:
     """Of which the contexts themselves see to it that nobody binds them anew; prompts share one."""
-    runtime = Runtime.load(package())
+    runtime = Runtime.load(package(), **STEPPED)
     decoder = runtime.debug.backend.engines.decoder  # type: ignore[union-attr]
     del decoder.contexts[:]
     for prompts in ((PROMPT,), (PROMPT, SECOND), (PROMPT, SECOND, PROMPT)) * 2:
@@ -193,12 +211,12 @@ class TestRowsThatDoNotArrive:
 
         monkeypatch.setattr(GraphRunner, "write_rows", write)
         with pytest.raises(EngineFailed, match=rf"layer {lost}'s new row is not in the pool: this TensorRT copies"):
-            Runtime.load(package())
+            Runtime.load(package(), **STEPPED)
 
     def test_where_an_earlier_program_left_the_same_rows(
         self, package: Packages, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        backend = Runtime.load(package()).debug.backend
+        backend = Runtime.load(package(), **STEPPED).debug.backend
         assert backend is not None
         backend.require_rows()  # type: ignore[attr-defined]
         monkeypatch.setattr(GraphRunner, "write_rows", lambda *_: None)
@@ -208,9 +226,14 @@ class TestRowsThatDoNotArrive:
 
 def test_more_sequences_than_a_step_has_room_for(package: Packages, checkpoint: Checkpoints) -> None:
     options = Options(method="full", max_new_tokens=6)
-    expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), options)
+    expected = answers(
+        Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32), **STEPPED),
+        options,
+    )
     for sequences, temperature in ((1, 0.0), (2, 0.0), (2, 0.7)):
-        runtime = Runtime.load(package(recipe=Recipe(sequences=sequences, prune_after="never", pool_rows=8192)))
+        runtime = Runtime.load(
+            package(recipe=Recipe(sequences=sequences, prune_after="never", pool_rows=8192)), threaded=False
+        )
         found = answers(runtime, Options(method="full", max_new_tokens=6, temperature=temperature))
         assert all(len(each.token_ids) == 6 for each in found)
         if not temperature:
@@ -218,12 +241,12 @@ def test_more_sequences_than_a_step_has_room_for(package: Packages, checkpoint: 
 
 
 def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Packages) -> None:
-    runtime = Runtime.load(package(recipe=Recipe(images=1, prune_after="never", pool_rows=8192)))
+    runtime = Runtime.load(package(recipe=Recipe(images=1, prune_after="never", pool_rows=8192)), **STEPPED)
     assert runtime.debug.backend is not None
     spec = runtime.spec.vision
     pixels = torch.randn(3, 3, spec.image_size, spec.image_size).numpy()
-    together = runtime.debug.backend.encode_images(pixels)
-    alone = [runtime.debug.backend.encode_images(pixels[at : at + 1]) for at in range(3)]
+    together = run_whole(runtime.debug.backend.begin_encode(pixels))
+    alone = [run_whole(runtime.debug.backend.begin_encode(pixels[at : at + 1])) for at in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 

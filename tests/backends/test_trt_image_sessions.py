@@ -34,6 +34,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from tests.equipment.engines_on_cpu import RECIPE, GraphRunner, Packages, stand_in
+from tests.equipment.prompts_first import STEPPED
 
 ROWS = {
     "exact": Formats(),
@@ -90,7 +91,10 @@ class Pairs:
     def __call__(
         self, name: str, images: int, method: Method, formats: Formats, dtype: torch.dtype = torch.float32
     ) -> tuple[PrefixSide, PrefixSide, GraphRunner, list[Prompt]]:
-        runtime, directory = Runtime.load(self._package(name, dtype=dtype)), self._checkpoint(name, dtype=dtype)
+        runtime, directory = (
+            Runtime.load(self._package(name, dtype=dtype), **STEPPED),
+            self._checkpoint(name, dtype=dtype),
+        )
         backend: Any = runtime.debug.backend
         spec, pages = read_spec(directory), runtime.debug.pool.pages
         model = Llava(spec, load_weights(directory))
@@ -180,7 +184,8 @@ def test_half_precision_is_as_close_as_its_rounding(pairs: Pairs, rows: str) -> 
         (theirs, expected), (own, got) = (side.start(prompt, Full(), formats) for side in (oracle, ours))
         token = int(expected.argmax())
         close(got, expected.float(), limit)
-        close(ours.backend.decode([token], [own]), oracle.backend.decode([token], [theirs]).float(), limit)
+        step, expected = ours.backend.decode([token], [own]).logits, oracle.backend.decode([token], [theirs]).logits
+        close(step, expected.float(), limit)
 
 
 def answers(runtime: Runtime, options: Options) -> list[Result]:
@@ -197,8 +202,8 @@ def answers(runtime: Runtime, options: Options) -> list[Result]:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_answers_are_those_of_the_cpu(package: Packages, checkpoint: Checkpoints, name: str, options: str) -> None:
     """Token by token, with as many rows stored and read and as many refreshes."""
-    expected = answers(Runtime.load(checkpoint(name, dtype=torch.float32)), OPTIONS[options])
-    found = answers(Runtime.load(package(name)), OPTIONS[options])
+    expected = answers(Runtime.load(checkpoint(name, dtype=torch.float32), **STEPPED), OPTIONS[options])
+    found = answers(Runtime.load(package(name), **STEPPED), OPTIONS[options])
     assert {each.backend for each in found} == {"tensorrt"}
     assert [(each.token_ids, each.kv) for each in found] == [(each.token_ids, each.kv) for each in expected]
 
@@ -212,8 +217,8 @@ def test_answers_over_packed_rows_are_those_of_the_cpu(
     """Where the last bit of two programs decides to which number a row is rounded, an answer may go its own way: one of
     four, and not at its beginning (see test_trt_backend)."""
     asked = replace(OPTIONS[options], formats=ROWS[rows])
-    expected = answers(Runtime.load(checkpoint("mistral-gqa", dtype=torch.float32)), asked)
-    found = answers(Runtime.load(package("mistral-gqa")), asked)
+    expected = answers(Runtime.load(checkpoint("mistral-gqa", dtype=torch.float32), **STEPPED), asked)
+    found = answers(Runtime.load(package("mistral-gqa"), **STEPPED), asked)
     assert [each.token_ids[:8] for each in found] == [each.token_ids[:8] for each in expected]
     assert sum(ours.token_ids == oracle.token_ids for ours, oracle in zip(found, expected, strict=True)) >= 3
     assert [each.kv for each in found] == [each.kv for each in expected]
@@ -221,19 +226,21 @@ def test_answers_over_packed_rows_are_those_of_the_cpu(
 
 def test_a_question_brings_its_own_tokens_alone(package: Packages, checkpoint: Checkpoints) -> None:
     """Together with its prefix it may be longer than the prompts that the package was built for."""
-    whole = Runtime.open(checkpoint("mistral-gqa"))
+    whole = Runtime.open(checkpoint("mistral-gqa"), **STEPPED)
     shared, asked = whole.open_images(IMAGES).stats.tokens, len(whole.prepare(IMAGES, SECOND).prompt)
-    runtime = Runtime.load(package("mistral-gqa", replace(RECIPE, prompt_tokens=shared)))
+    runtime = Runtime.load(package("mistral-gqa", replace(RECIPE, prompt_tokens=shared)), **STEPPED)
     assert shared < asked
     with pytest.raises(BadInput, match=f"the prompt takes {asked} tokens, .* built for {shared} and 2 images"):
         runtime.generate(IMAGES, SECOND, FULL)
-    expected = Runtime.load(checkpoint("mistral-gqa", dtype=torch.float32)).generate(IMAGES, SECOND, FULL).result()
+    expected = (
+        Runtime.load(checkpoint("mistral-gqa", dtype=torch.float32), **STEPPED).generate(IMAGES, SECOND, FULL).result()
+    )
     with runtime.open_images(IMAGES, FULL) as session:
         assert session.ask(SECOND).result().token_ids == expected.token_ids
 
 
 def test_a_shared_prefix_is_there_when_it_returns(package: Packages) -> None:
-    runtime: Any = Runtime.load(package("mistral-gqa"))
+    runtime: Any = Runtime.load(package("mistral-gqa"), **STEPPED)
     log = runtime.debug.backend.accelerator.log
     log.clear()
     with runtime.open_images(IMAGES, FULL) as session:
@@ -246,7 +253,7 @@ class TestRefused:
 
     @pytest.fixture
     def runtime(self, package: Packages) -> Runtime:
-        return Runtime.open(package("mistral-gqa", replace(RECIPE, images=1, prompt_tokens=60)))
+        return Runtime.open(package("mistral-gqa", replace(RECIPE, images=1, prompt_tokens=60)), **STEPPED)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -273,11 +280,11 @@ class TestRefused:
     def test_a_budget_packs_what_engines_read(self, package: Packages, checkpoint: Checkpoints) -> None:
         """Nobody asked for packed rows: those of a float32 engine stay exact, however small the budget."""
         for dtype, packs in ((torch.float32, False), (torch.float16, True)):
-            on_cpu = Runtime.open(checkpoint("qwen2-tied", dtype=dtype))
+            on_cpu = Runtime.open(checkpoint("qwen2-tied", dtype=dtype), **STEPPED)
             options = Options(kv_budget=on_cpu.open_images(IMAGES).peak_bytes * 8 // 10)
             packed = on_cpu.open_images(IMAGES, options).stats.formats
             assert packed["core"] != "exact"
-            runtime = Runtime.open(package("qwen2-tied", dtype=dtype))
+            runtime = Runtime.open(package("qwen2-tied", dtype=dtype), **STEPPED)
             if packs:
                 assert runtime.open_images(IMAGES, options).stats.formats == packed
                 continue
@@ -296,7 +303,7 @@ def test_an_older_package_is_refused_by_name(package: Packages, monkeypatch: pyt
         older.setattr(Binding, "__init__", init)
         out = package()
     with pytest.raises(Mismatch, match="was built for another form of the ONNX graphs"):
-        Runtime.open(out)
+        Runtime.open(out, **STEPPED)
 
 
 def test_several_prompts_of_the_command(

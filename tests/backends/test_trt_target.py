@@ -40,7 +40,7 @@ def package(checkpoint: Checkpoints, tmp_path: Path) -> Packages:
 
 def test_a_budget_takes_what_engines_serve(package: Packages) -> None:
     """The measured table puts packed rows first: nobody asked for those."""
-    runtime = Runtime.load(package())
+    runtime = Runtime.load(package(), threaded=False)
     whole = runtime.prepare([random_image(1, 60)], PROMPT, Options(max_new_tokens=6)).plan.peak_bytes
     request = runtime.prepare([random_image(1, 60)], PROMPT, Options(kv_budget=whole * 9 // 10, max_new_tokens=6))
     assert request.plan.formats == Formats()
@@ -50,7 +50,7 @@ def test_a_budget_takes_what_engines_serve(package: Packages) -> None:
 
 def test_a_budget_for_given_formats_takes_methods_that_engines_serve(package: Packages) -> None:
     """Only the formats were asked for: a method that prunes elsewhere, or picks within a step, is passed over."""
-    runtime = Runtime.open(package("qwen2-tied", dtype=torch.float16))
+    runtime = Runtime.open(package("qwen2-tied", dtype=torch.float16), threaded=False)
     images = [random_image(1, 60)]
     whole = runtime.prepare(images, PROMPT, Options(max_new_tokens=6)).plan.peak_bytes
     planned = 0
@@ -71,7 +71,7 @@ def test_a_budget_for_given_formats_takes_methods_that_engines_serve(package: Pa
 @pytest.mark.parametrize(("dtype", "formats"), [(torch.float16, "int4"), (torch.float32, "exact")])
 def test_lossless_is_what_engines_serve(package: Packages, dtype: torch.dtype, formats: str) -> None:
     """The preset's own setting picks rows within a step: the next best that stores every row stands in for it."""
-    runtime, options = Runtime.open(package("qwen2-tied", dtype=dtype)), Options(preset="lossless")
+    runtime, options = Runtime.open(package("qwen2-tied", dtype=dtype), threaded=False), Options(preset="lossless")
     request = runtime.prepare([random_image(1, 60)], PROMPT, options)
     asked = runtime.open_images([random_image(1, 60)], options).prepare(PROMPT)
     for plan in (request.plan, *asked.plans):
@@ -125,14 +125,14 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_engines_do_not_serve_is_refused_before_anything_is_loaded(package: Packages, what: str) -> None:
     options, message = REFUSED[what]
-    runtime = Runtime.open(package("qwen2-tied"))
+    runtime = Runtime.open(package("qwen2-tied"), threaded=False)
     with pytest.raises(BadInput, match=message):
         runtime.prepare([random_image(1, 60)], PROMPT, options) if options else runtime.keep_free(10)
 
 
 def test_sizes_that_the_package_was_not_built_for(package: Packages) -> None:
     out = package(recipe=Recipe(images=1, prompt_tokens=60, prune_after="never", pool_rows=160))
-    runtime = Runtime.open(out)
+    runtime = Runtime.open(out, threaded=False)
     for images, prompt in (([random_image(1, 60)] * 2, "hi"), ([], "word " * 70)):
         with pytest.raises(BadInput, match="the package was built for 60 and 1 images: ask for less"):
             runtime.prepare(images, prompt)
@@ -146,37 +146,39 @@ class TestOpen:
     def test_the_package_is_enough(self, package: Packages, checkpoint: Checkpoints, tmp_path: Path) -> None:
         """Nothing of the checkpoint is read any more: the tokenizer and the templates came along."""
         out = package()
-        expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32)), FULL)
+        expected = answers(Runtime.load(checkpoint("llama-gqa-full", dtype=torch.float32), threaded=False), FULL)
         (moved := tmp_path / "elsewhere").mkdir()
         moved = out.rename(moved / "model")
-        assert [each.token_ids for each in answers(Runtime.load(moved), FULL)] == [each.token_ids for each in expected]
-        assert Runtime.open(moved).name == "model"
+        assert [each.token_ids for each in answers(Runtime.load(moved, threaded=False), FULL)] == [
+            each.token_ids for each in expected
+        ]
+        assert Runtime.open(moved, threaded=False).name == "model"
 
     def test_device(self, package: Packages, checkpoint: Checkpoints) -> None:
         out = package()
-        assert Runtime.open(out, device="tensorrt").name == out.name
+        assert Runtime.open(out, device="tensorrt", threaded=False).name == out.name
         with pytest.raises(BadInput, match="is a package, whose engines run with --device tensorrt: for cpu give"):
-            Runtime.open(out, device="cpu")
+            Runtime.open(out, device="cpu", threaded=False)
         whole = checkpoint("llama-gqa-full")
         with pytest.raises(BadInput, match=f"is no package: build one with avl-edge build {whole} --out PACKAGE"):
-            Runtime.open(whole, device="tensorrt")
+            Runtime.open(whole, device="tensorrt", threaded=False)
         with pytest.raises(BadInput, match="no device '': choose one of cpu, cuda, tensorrt"):
-            Runtime.open(whole, device="")
+            Runtime.open(whole, device="", threaded=False)
         with pytest.raises(BadInput, match="no device 'tpu': choose one of cpu, cuda, tensorrt"):
-            Runtime.open(out, device="tpu")
+            Runtime.open(out, device="tpu", threaded=False)
 
     def test_without_its_manifest(self, package: Packages) -> None:
         """It is still no checkpoint, of which it would be said what it lacks."""
         out = package()
         (out / "manifest.json").unlink()
         with pytest.raises(BadPackage, match="holds no package: build one with avl-edge build MODEL --out"):
-            Runtime.open(out)
+            Runtime.open(out, threaded=False)
 
     def test_a_checkpoint_with_files_of_such_names_is_one(self, checkpoint: Checkpoints, tmp_path: Path) -> None:
         shutil.copytree(checkpoint("llama-gqa-full"), tmp_path / "model")
         for name in ("manifest.json", "lock"):
             (tmp_path / "model" / name).write_text("{}")
-        assert Runtime.open(tmp_path / "model").name == "model"
+        assert Runtime.open(tmp_path / "model", threaded=False).name == "model"
 
     @pytest.mark.parametrize("command", [["profile"], ["plan"], ["eval", "--kl"], ["build", "--out", "other"]])
     def test_what_reads_weights_asks_for_the_checkpoint(
@@ -193,7 +195,7 @@ class TestOpen:
         out = package()
         monkeypatch.setattr("avl_edge.backends.tensorrt.target.digest", lambda: "f" * 64)
         with pytest.raises(Mismatch, match="was built for another attention kernel"):
-            Runtime.open(out)
+            Runtime.open(out, threaded=False)
 
     @pytest.mark.parametrize("shapes", [{"images": 2, "cameras": 1}, {"images": 0}], ids=["a name", "a value"])
     def test_of_sizes_that_this_version_does_not_know(
@@ -204,29 +206,29 @@ class TestOpen:
             patch.setattr(Recipe, "__post_init__", lambda _: None)
             out = package()
         with pytest.raises(BadPackage, match=r"was built by avl-edge 1\.0, for sizes unknown here: rebuild it"):
-            Runtime.open(out)
+            Runtime.open(out, threaded=False)
 
     def test_of_another_form_of_the_graphs(self, package: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
         out = package()
         monkeypatch.setattr("avl_edge.package.export.decoder.names.SLOTS", "places")
         with pytest.raises(Mismatch, match="was built for another form of the ONNX graphs"):
-            Runtime.open(out)
+            Runtime.open(out, threaded=False)
 
     def test_damaged(self, package: Packages) -> None:
         """Small files are verified when it is opened, engines when they are loaded."""
         out = package()
         (built,) = out.glob("build-*")
-        runtime = Runtime.open(out)
+        runtime = Runtime.open(out, threaded=False)
         (built / "decoder.engine").write_bytes(b"an enginf")
         with pytest.raises(BadPackage, match=r"decoder\.engine was changed after it was built"):
             runtime.load_weights()
         (built / "tokenizer.json").write_bytes(b"{}")
         with pytest.raises(BadPackage, match=r"tokenizer\.json has 2 bytes instead of"):
-            Runtime.open(out)
+            Runtime.open(out, threaded=False)
 
     def test_built_anew_in_between(self, package: Packages) -> None:
         """Requests were checked against the sizes of the one that was opened."""
-        runtime = Runtime.open(package())
+        runtime = Runtime.open(package(), threaded=False)
         package(recipe=replace(RECIPE, prompt_tokens=100))
         with pytest.raises(BadInput, match="was built anew meanwhile: open it again"):
             runtime.load_weights()
@@ -235,7 +237,7 @@ class TestOpen:
         monkeypatch.setattr("avl_edge.package.engine.job.find_tensorrt", lambda: None)
         build(Job.of(checkpoint("llama-gqa-full"), RECIPE), tmp_path / "out", "1.0")
         with pytest.raises(Mismatch, match=r"holds ONNX graphs but no engines: .* on the device"):
-            Runtime.open(tmp_path / "out")
+            Runtime.open(tmp_path / "out", threaded=False)
 
 
 def test_command(package: Packages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

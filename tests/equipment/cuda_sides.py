@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from avl_edge.backends.base import run_whole
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan, plan_after
@@ -73,8 +74,8 @@ class Side:
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
         cache = self.admit(prompt, method, formats)
-        features = None if prompt.pixel_values is None else self.backend.encode_images(prompt.pixel_values)
-        return cache, self.backend.prefill(prompt, features, cache)
+        features = None if prompt.pixel_values is None else run_whole(self.backend.begin_encode(prompt.pixel_values))
+        return cache, run_whole(self.backend.begin_prefill(prompt, features, cache))
 
 
 class PrefixSide(Side):
@@ -85,7 +86,8 @@ class PrefixSide(Side):
         plan = kv_plan(method, formats, self.shape, prompt_shape(len(head), head.spans), 0)
         self.head, self.shared = head, SharedPrefixCache(self.pool, plan, len(head), head.spans, self.shape.layers)
         self.lent = [self.shared]
-        self.backend.prefill_prefix(head, self.backend.encode_images(head.pixel_values), self.shared)
+        features = run_whole(self.backend.begin_encode(head.pixel_values))
+        run_whole(self.backend.begin_prefill(head, features, self.shared))
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
         if prompt.token_ids[: len(self.head)] != self.head.token_ids:
@@ -93,7 +95,7 @@ class PrefixSide(Side):
         shape, shared = prompt_shape(len(prompt), prompt.spans), len(self.head)
         plan = plan_after(method, formats or Formats(), self.shape, shape, shared, STEPS * 2, None)
         cache = QuestionCache(self.shared, plan, len(prompt), prompt.spans)
-        return cache, self.backend.prefill(prompt, None, cache)
+        return cache, run_whole(self.backend.begin_prefill(prompt, None, cache))
 
 
 def prefixes(
@@ -139,7 +141,9 @@ def run_both(oracle: Side, ours: Side, requests: Sequence[Request], tolerance: f
                 caches.append(cache)
             close(started[1][1], started[0][1], tolerance)
             tokens.append(int(started[0][1].argmax()))
-        expected, got = (side.backend.decode(tokens, caches) for side, caches in zip((oracle, ours), held, strict=True))
+        expected, got = (
+            side.backend.decode(tokens, caches).logits for side, caches in zip((oracle, ours), held, strict=True)
+        )
         close(got, expected, tolerance)
         for theirs, own in zip(*held, strict=True):
             assert membership(own) == membership(theirs), turn

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from avl_edge.attention.cuda import FORMATS
 from avl_edge.attention.kernels import Part, attend_parts
+from avl_edge.backends.base import run_whole
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.config import Formats
 from avl_edge.kv.budget import kv_plan
@@ -281,6 +282,6 @@ def start(
     ]
     logits = []
     for prompt, cache in zip(prompts, caches, strict=True):
-        features = None if prompt.pixel_values is None else backend.encode_images(prompt.pixel_values)
-        logits.append(backend.prefill(prompt, features, cache).numpy())
+        features = None if prompt.pixel_values is None else run_whole(backend.begin_encode(prompt.pixel_values))
+        logits.append(run_whole(backend.begin_prefill(prompt, features, cache)).numpy())
     return backend, recorded, store, caches, logits

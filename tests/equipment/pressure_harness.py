@@ -20,7 +20,10 @@ from avl_edge.kv.store import RowStore
 from avl_edge.machine.pressure import Action
 from avl_edge.request import ImageSpan, Prompt
 from avl_edge.serving.memory_pressure import MemoryPressureHandler
-from avl_edge.serving.scheduler import Request, Running, Scheduler
+from avl_edge.serving.requests import Request, Running
+from avl_edge.serving.schedule_policy import Advance
+from avl_edge.serving.scheduler import Scheduler
+from tests.equipment.prompts_first import PromptsFirst
 from tests.equipment.random_methods import LAYERS
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=4)
@@ -66,7 +69,7 @@ class Harness:
         self.pool = RowPool(pages, SHAPE)
         self.store = RowStore(pages, SHAPE, torch.float32)
         self.rows = StoredRows(self.store, lambda positions: (positions, positions))
-        self.scheduler = Scheduler(self.pool, LAYERS)
+        self.scheduler = Scheduler(self.pool, LAYERS, PromptsFirst())
         self.monitor = ScriptedMonitor()
         self.handler = MemoryPressureHandler(self.monitor, self.pool, self.rows, self.scheduler)  # type: ignore[arg-type]
         self.known: dict[Running, list[dict[int, Rows]]] = {}
@@ -94,11 +97,12 @@ class Harness:
     def admit(self, request: Request) -> Running | None:
         sequence = Running(request, None, None)  # type: ignore[arg-type]
         self.scheduler.add(sequence)
-        work = self.scheduler.next()
-        if work is None or work.sequences != (sequence,) or not work.prefill:
+        choice = self.scheduler.next(0.0)
+        if not isinstance(choice, Advance) or choice.sequence is not sequence:
             self.scheduler.remove(sequence)
             return None
         cache, m = self.scheduler.admit(sequence), len(request.prompt)
+        self.scheduler.start(sequence)
         self.known[sequence] = [{} for _ in range(LAYERS)]
         for layer in range(LAYERS):
             keys, values = self._rows(m)

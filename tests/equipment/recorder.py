@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from avl_edge import Runtime
+from avl_edge.backends.base import ForwardTask
+from avl_edge.backends.step_batch import StepResult
+from avl_edge.kv.cache import SequenceCache
+from avl_edge.kv.shared_prefix import SharedPrefixCache
 
 
 class Recorder:
@@ -15,21 +22,30 @@ class Recorder:
         inner = runtime.debug.backend
         assert inner is not None, "the weights are not loaded"
         self._inner = inner
-        self.name, self.rows = inner.name, inner.rows
-        self.encode_images, self.prefill_prefix = inner.encode_images, inner.prefill_prefix
+        self.name, self.rows, self.begin_encode = inner.name, inner.rows, inner.begin_encode
         self.logits: list[Tensor] = []
         runtime.debug.replace_backend(self)
 
-    def prefill(self, *arguments: object) -> Tensor:
-        logits = self._inner.prefill(*arguments)  # type: ignore[arg-type]
-        self.logits.append(logits)
-        return logits
+    def begin_prefill(self, prompt: Any, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+        task = self._inner.begin_prefill(prompt, features, cache)
+        return task if isinstance(cache, SharedPrefixCache) else Recorded(task, self.logits)
 
-    def decode(self, *arguments: object) -> Tensor:
-        logits = self._inner.decode(*arguments)  # type: ignore[arg-type]
-        self.logits.append(logits[0])
-        return logits
+    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
+        result = self._inner.decode(token_ids, caches)
+        assert result.logits is not None
+        self.logits.append(result.logits[0])
+        tokens = result.logits.argmax(-1).tolist()
+        return StepResult(tokens, failures=result.failures) if greedy else result
 
-    def decode_greedy(self, *arguments: object) -> list[int]:
-        tokens: list[int] = self.decode(*arguments).argmax(-1).tolist()
-        return tokens
+
+class Recorded:
+    """A task whose result is kept in ``logits`` too."""
+
+    def __init__(self, task: ForwardTask, logits: list[Tensor]) -> None:
+        self._task, self._logits = task, logits
+
+    def advance(self, layers: int) -> Tensor | None:
+        result = self._task.advance(layers)
+        if result is not None:
+            self._logits.append(result)
+        return result

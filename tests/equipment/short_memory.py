@@ -16,9 +16,9 @@ AVL = Options(method="avl", parameters={"secondary": 100, "prefill_keep": 100, "
 RESERVE = 2 * GB
 
 
-def watchful(checkpoint: Checkpoints, tree: Path) -> Runtime:
+def watchful(checkpoint: Checkpoints, tree: Path, *, threaded: bool = False) -> Runtime:
     """A runtime that polls the machine before every step."""
-    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=threaded)
     runtime.keep_free(RESERVE, root=tree, every_ms=0)
     return runtime
 

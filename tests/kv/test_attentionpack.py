@@ -28,7 +28,7 @@ IMAGE = random_image(1, (70, 90))
 )
 def test_tokens_and_core_equal_the_oracle(checkpoint: Checkpoints, name: str, settings: PackSettings) -> None:
     directory = checkpoint(name, dtype=torch.float64)
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     recorder = Recorder(runtime)
     formats = Formats("exact", f"lowrank:{settings.rank}", f"lowrank:{settings.rank}@{settings.low}")
     parameters = {"core": settings.core, "decay": settings.decay}
@@ -57,11 +57,11 @@ def test_tokens_and_core_equal_the_oracle(checkpoint: Checkpoints, name: str, se
 
 
 def test_the_published_settings_are_the_usual_ones() -> None:
-    plan = Runtime.open().prepare([IMAGE], PROMPT, Options("attentionpack")).plan
+    plan = Runtime.open(threaded=False).prepare([IMAGE], PROMPT, Options("attentionpack")).plan
     assert plan.formats == Formats("exact", "lowrank:64", "lowrank:64@16")
 
 
 @pytest.mark.parametrize("parameters", [{"core": 101}, {"core": -1}, {"decay": 100}, {"decay": -3}])
 def test_misuse(parameters: dict[str, float]) -> None:
     with pytest.raises(BadInput):
-        Runtime.open().prepare([IMAGE], PROMPT, Options("attentionpack", parameters))
+        Runtime.open(threaded=False).prepare([IMAGE], PROMPT, Options("attentionpack", parameters))

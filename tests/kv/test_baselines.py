@@ -65,7 +65,7 @@ def test_tokens_and_rows_equal_the_oracle(
 ) -> None:
     directory = checkpoint(name, dtype=torch.float64)
     options = Options(method=method, parameters=settings, max_new_tokens=STEPS)
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     generation = runtime.generate(IMAGES[:images], PROMPT, options)
     prompt = generation.prompt
     pixels = None if prompt.pixel_values is None else torch.tensor(prompt.pixel_values).double()
@@ -97,7 +97,7 @@ def test_settings_that_drop_nothing_equal_full_bit_for_bit(
     checkpoint: Checkpoints, name: str, method: str, settings: dict[str, int]
 ) -> None:
     def logits(method: str, settings: dict[str, int]) -> torch.Tensor:
-        runtime = Runtime.load(checkpoint(name))
+        runtime = Runtime.load(checkpoint(name), threaded=False)
         recorder = Recorder(runtime)
         options = Options(method=method, parameters=settings, max_new_tokens=STEPS)
         runtime.generate(IMAGES, PROMPT, options).result()
@@ -108,7 +108,7 @@ def test_settings_that_drop_nothing_equal_full_bit_for_bit(
 
 def test_methods_in_one_batch_answer_as_they_do_alone(checkpoint: Checkpoints) -> None:
     """Some of them want scores at a step and others do not; each gets its own, or none."""
-    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=False)
     low_rank = {"attentionpack": Formats("exact", "lowrank:16", "lowrank:16@4")}
     options = [Options(method, formats=low_rank.get(method), max_new_tokens=STEPS) for method in METHODS]
     options += [Options(method="streaming", parameters={"window": 30}, max_new_tokens=STEPS)]
@@ -126,7 +126,7 @@ def test_methods_in_one_batch_answer_as_they_do_alone(checkpoint: Checkpoints) -
 def test_a_budget_picks_settings_that_use_and_keep_it(
     checkpoint: Checkpoints, method: str, percents: tuple[int, ...]
 ) -> None:
-    runtime = Runtime.load(checkpoint("llama-gqa-full"))
+    runtime = Runtime.load(checkpoint("llama-gqa-full"), threaded=False)
     full = runtime.generate(IMAGES, PROMPT, Options(max_new_tokens=STEPS)).result().kv.bytes_peak
     peaks = []
     for percent in percents:

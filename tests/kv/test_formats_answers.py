@@ -35,7 +35,7 @@ class Ask:
         dtype: torch.dtype | None = torch.float64,
     ) -> None:
         directory = checkpoint(name, dtype=dtype)
-        self.runtime = Runtime.load(directory)
+        self.runtime = Runtime.load(directory, threaded=False)
         self.images = IMAGES[:images]
         self.formats = Formats(tiers.text, tiers.core, tiers.secondary)
         self._recorder = Recorder(self.runtime)

@@ -54,7 +54,7 @@ def requests(draw: st.DrawFn) -> tuple[list[int], str, Options]:
 
 @pytest.fixture(scope="module")
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 @settings(

@@ -112,7 +112,7 @@ def test_a_share_is_kept_to_the_page(share: float, images: int) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_answer(name: str) -> None:
-    runtime = Runtime.load("demo")
+    runtime = Runtime.load("demo", threaded=False)
     result = runtime.generate(
         [random_image(3, (300, 200))], "What is the speed?", Options(preset=name, max_new_tokens=4)
     ).result()
@@ -138,7 +138,9 @@ def test_lossless_and_small_are_what_they_say() -> None:
     formats = parse(lossless.setting).formats
     assert formats
     assert all(rises[name] <= 0.005 for name in formats.by_tier().values())
-    request = Runtime.open().prepare([random_image(3, (300, 200))], "What is the speed?", Options(preset="lossless"))
+    request = Runtime.open(threaded=False).prepare(
+        [random_image(3, (300, 200))], "What is the speed?", Options(preset="lossless")
+    )
     tiers = request.plan.method.peak_tiers(prompt_shape(len(request.prompt), request.prompt.spans), 0, 8)
     assert sum(tiers) == 8 * len(request.prompt)
     assert points[small.setting, small.share].stored <= 0.13
@@ -146,7 +148,7 @@ def test_lossless_and_small_are_what_they_say() -> None:
 
 def test_a_preset_stands_alone() -> None:
     with pytest.raises(BadInput, match="there is no preset"):
-        Runtime.open().prepare([], "hi", Options(preset="tiny"))
+        Runtime.open(threaded=False).prepare([], "hi", Options(preset="tiny"))
     for other in ({"method": "full"}, {"parameters": {"core": 3}}, {"formats": Formats("int8")}, {"kv_budget": "3MB"}):
         with pytest.raises(BadInput, match="give none beside it"):
             Options(preset="small", **other)  # type: ignore[arg-type]

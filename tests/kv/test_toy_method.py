@@ -111,7 +111,9 @@ def picture(tmp_path: Path) -> str:
 def test_it_answers_as_the_oracle(checkpoint: Checkpoints) -> None:
     """Transformers, from whom every second image row is hidden after the prompt."""
     directory = checkpoint("llama-mha", dtype=torch.float64)
-    generation = Runtime.load(directory).generate([IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS))
+    generation = Runtime.load(directory, threaded=False).generate(
+        [IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS)
+    )
     prompt = generation.prompt
     pixels = torch.tensor(prompt.pixel_values).double()
     case = oracle_baselines.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
@@ -134,7 +136,7 @@ def test_it_answers_as_the_oracle(checkpoint: Checkpoints) -> None:
 def test_its_estimate_is_what_the_runtime_holds(checkpoint: Checkpoints) -> None:
     directory = checkpoint("llama-mha")
     options = Options("thinned", {"keep": 30}, max_new_tokens=STEPS)
-    generation = Runtime.load(directory).generate([IMAGE], FIRST, options)
+    generation = Runtime.load(directory, threaded=False).generate([IMAGE], FIRST, options)
     result, text = generation.result(), len(generation.prompt) - 16
     request = PlanRequest(
         image_tokens=16,
@@ -154,7 +156,7 @@ def test_its_estimate_is_what_the_runtime_holds(checkpoint: Checkpoints) -> None
 
 def test_its_ladder_keeps_a_budget(checkpoint: Checkpoints) -> None:
     """The most rows whose pages the budget holds: per layer the text, the answer and N percent of 16."""
-    runtime = Runtime.open(checkpoint("llama-mha"))
+    runtime = Runtime.open(checkpoint("llama-mha"), threaded=False)
     shape = runtime.kv_shape
     whole = runtime.prepare([IMAGE], FIRST, Options("full", max_new_tokens=STEPS))
     text = len(whole.prompt) - 16 + STEPS - 1
@@ -169,7 +171,7 @@ def test_its_ladder_keeps_a_budget(checkpoint: Checkpoints) -> None:
 
 
 def test_questions_share_its_rows(checkpoint: Checkpoints) -> None:
-    runtime = Runtime.load(checkpoint("llama-mha"))
+    runtime = Runtime.load(checkpoint("llama-mha"), threaded=False)
     options = Options("thinned", {"keep": 100}, max_new_tokens=12)
     alone = [runtime.generate([IMAGE], each, Options(max_new_tokens=12)).result() for each in (FIRST, SECOND)]
     with runtime.open_images([IMAGE], options) as session:

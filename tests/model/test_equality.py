@@ -20,7 +20,7 @@ IMAGES = [random_image(1, (70, 90)), random_image(2, (200, 64))]
 
 
 def _generate(directory: object, images: list[Image.Image]) -> tuple[Generation, list[int], Tensor]:
-    runtime = Runtime.load(directory)  # type: ignore[arg-type]
+    runtime = Runtime.load(directory, threaded=False)  # type: ignore[arg-type]
     record = Recorder(runtime)
     generation = runtime.generate(images, PROMPT, Options(method="full", max_new_tokens=TOKENS))
     tokens = list(generation.result().token_ids)
@@ -88,7 +88,7 @@ def test_text_alone_equals_transformers(checkpoint: Checkpoints) -> None:
 def test_weights_stay_memory_mapped(checkpoint: Checkpoints) -> None:
     """No weight is copied on load: the tensors lie in the file's own mapping."""
     directory = checkpoint("llama-mha")
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     address = runtime.debug.backend.model.decoder.embedding.data_ptr()  # type: ignore[union-attr]
     with open("/proc/self/maps") as maps:
         mapped = [line.split() for line in maps if str(directory) in line]

@@ -86,7 +86,7 @@ def whole_steps(
         token_ids = random.integers(3, 300, len(caches)).tolist()
         recorded.begin()
         positions = [cache.length + cache.step for cache in caches]
-        expected = backend.decode(token_ids, caches).numpy()
+        expected = backend.decode(token_ids, caches).logits.numpy()
         out = exported.decode(exported.repeat(token_ids, positions, recorded, caches, parts))
         for number, layer in enumerate(recorded.layers):
             alike = [_rounded_alike(exported, out, number, layer, b, cache) for b, cache in enumerate(caches)]

@@ -149,9 +149,9 @@ def _modes(directory: Path, maxn: int, slower: int) -> list[DeviceProfile]:
 def test_the_next_request_gets_the_budget_of_the_new_mode(checkpoint: Checkpoints, tree: Path) -> None:
     """The mode changes while one runs: it goes on as it was, the next is planned anew."""
     directory = checkpoint("mistral-gqa")
-    full = Runtime.load(directory).prepare([IMAGE], PROMPT).plan
+    full = Runtime.load(directory, threaded=False).prepare([IMAGE], PROMPT).plan
     profiles = _modes(directory, 4 * full.peak_bytes, 2 * full.peak_bytes)
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     runtime.follow(profiles, root=tree, every_ms=0)
     first = runtime.generate([IMAGE], PROMPT)
     next(first)
@@ -174,9 +174,11 @@ def test_the_next_request_gets_the_budget_of_the_new_mode(checkpoint: Checkpoint
 
 def test_what_a_request_says_itself_stays(checkpoint: Checkpoints, tree: Path) -> None:
     directory = checkpoint("mistral-gqa")
-    plain = Runtime.load(directory)
+    plain = Runtime.load(directory, threaded=False)
     full = plain.prepare([IMAGE], PROMPT).plan
-    runtime = Runtime.load(directory, profile=_modes(directory, 10**9, 10**9), follow_device=True, device_root=tree)
+    runtime = Runtime.load(
+        directory, profile=_modes(directory, 10**9, 10**9), follow_device=True, device_root=tree, threaded=False
+    )
     budget = runtime.prepare([IMAGE], PROMPT, Options(kv_budget=full.peak_bytes // 2)).plan
     assert budget == plain.prepare([IMAGE], PROMPT, Options(kv_budget=full.peak_bytes // 2)).plan
     published = runtime.prepare([IMAGE], PROMPT, Options(method="avl")).plan
@@ -194,9 +196,9 @@ def test_a_target_in_time_follows_the_mode(checkpoint: Checkpoints, tree: Path) 
         per_row = record.costs.decode_ms_per_gb_of_rows
         costs = replace(record.costs, decode_ms_per_gb_of_rows=replace(per_row, value=per_row.value * factor))
         modes.append(replace(own, models={"any": replace(record, costs=costs)}))
-    plain = Runtime.load(directory).prepare([IMAGE], PROMPT)
+    plain = Runtime.load(directory, threaded=False).prepare([IMAGE], PROMPT)
     slow = _ms(directory, modes[1], plain)
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     runtime.follow(modes, target_ms_per_token=0.7 * slow, root=tree, every_ms=0)
     assert runtime.prepare([IMAGE], PROMPT).plan.method == plain.plan.method
     _set_mode(tree, 2)
@@ -204,7 +206,7 @@ def test_a_target_in_time_follows_the_mode(checkpoint: Checkpoints, tree: Path) 
     assert (slower.plan.method, slower.plan.formats) != (plain.plan.method, plain.plan.formats)
     assert _ms(directory, modes[1], slower) <= 0.7 * slow
     impatient = Runtime.load(
-        directory, profile=modes, follow_device=True, target_ms_per_token=slow / 100, device_root=tree
+        directory, profile=modes, follow_device=True, target_ms_per_token=slow / 100, device_root=tree, threaded=False
     )
     with pytest.raises(DoesNotFit, match=r"ms per token at least by the profile own-30w, but the target is"):
         impatient.prepare([IMAGE], PROMPT)
@@ -227,7 +229,11 @@ def _ms(directory: Path, of_device: DeviceProfile, request: object) -> float:
 
 
 def test_without_a_profile_nothing_is_followed(checkpoint: Checkpoints) -> None:
-    result = Runtime.load(checkpoint("mistral-gqa")).generate([IMAGE], PROMPT, Options(max_new_tokens=3)).result()
+    result = (
+        Runtime.load(checkpoint("mistral-gqa"), threaded=False)
+        .generate([IMAGE], PROMPT, Options(max_new_tokens=3))
+        .result()
+    )
     assert result.device is None
     assert result.kv.bytes_budget is None
 
@@ -235,7 +241,11 @@ def test_without_a_profile_nothing_is_followed(checkpoint: Checkpoints) -> None:
 def test_one_profile_holds_as_it_is_given(checkpoint: Checkpoints) -> None:
     directory = checkpoint("mistral-gqa")
     own = _modes(directory, 4 * 10**6, 10**6)[0]
-    result = Runtime.load(directory, profile=own).generate([IMAGE], PROMPT, Options(max_new_tokens=3)).result()
+    result = (
+        Runtime.load(directory, profile=own, threaded=False)
+        .generate([IMAGE], PROMPT, Options(max_new_tokens=3))
+        .result()
+    )
     assert result.kv.bytes_budget == 10**6
     assert result.device is not None
     assert (result.device.profile, result.device.changed) == ("own-maxn", None)

@@ -21,7 +21,7 @@ OPTIONS = Options(max_new_tokens=8)
 
 def test_what_is_not_there_yet_is_none(checkpoint: Checkpoints, tmp_path: Path) -> None:
     write(tmp_path, 6 * GB)
-    runtime = Runtime.open(checkpoint("mistral-gqa"))
+    runtime = Runtime.open(checkpoint("mistral-gqa"), threaded=False)
     before = runtime.debug
     assert (before.backend, before.rows, before.features, before.monitor, before.device_watcher) == (None,) * 5
     assert (before.scheduler.waiting, before.scheduler.running, before.pool.pages) == ((), (), 0)
@@ -38,8 +38,8 @@ def test_what_is_not_there_yet_is_none(checkpoint: Checkpoints, tmp_path: Path) 
 
 def test_the_scheduler_shows_who_waits_and_who_runs(checkpoint: Checkpoints) -> None:
     directory = checkpoint("mistral-gqa")
-    peak = Runtime.open(directory).prepare([IMAGE], PROMPT, OPTIONS).plan.peak_bytes
-    runtime = Runtime.load(directory, pool_bytes=peak)
+    peak = Runtime.open(directory, threaded=False).prepare([IMAGE], PROMPT, OPTIONS).plan.peak_bytes
+    runtime = Runtime.load(directory, pool_bytes=peak, threaded=False)
     scheduler, pool = runtime.debug.scheduler, runtime.debug.pool
     first, second = (runtime.generate([IMAGE], PROMPT, OPTIONS) for _ in range(2))
     assert [each.request for each in scheduler.waiting] == [first.request, second.request]
@@ -64,20 +64,22 @@ def test_another_backend_goes_on_where_the_first_one_was(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the same rows, with the next step; and pictures are encoded by it, also those that were encoded before."""
-    expected = Runtime.load(checkpoint("mistral-gqa")).generate([IMAGE], PROMPT, OPTIONS).result().token_ids
-    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    expected = (
+        Runtime.load(checkpoint("mistral-gqa"), threaded=False).generate([IMAGE], PROMPT, OPTIONS).result().token_ids
+    )
+    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=False)
     generation = runtime.generate([IMAGE], PROMPT, OPTIONS)
     for _ in range(3):
         next(generation)
     recorder = Recorder(runtime)
     assert runtime.debug.backend is recorder
-    encode, encoded = recorder.encode_images, list[int]()
+    encode, encoded = recorder.begin_encode, list[int]()
 
     def count(pixels: Any) -> Any:
         encoded.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(recorder, "encode_images", count)
+    monkeypatch.setattr(recorder, "begin_encode", count)
     assert generation.result().token_ids == expected
     assert [int(logits.argmax()) for logits in recorder.logits] == list(expected[3:])
     assert runtime.generate([IMAGE], PROMPT, OPTIONS).result().token_ids == expected

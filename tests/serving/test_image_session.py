@@ -34,12 +34,13 @@ from tests.equipment.image_sessions import (
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import TierFormats
 from tests.equipment.oracle_shared_prefix import PrefixOracle
+from tests.equipment.prompts_first import STEPPED
 from tests.equipment.recorder import Recorder
 
 
 @pytest.fixture
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
 )
 def test_full_attention_equals_transformers(checkpoint: Checkpoints, name: str, images: int) -> None:
     """Both of two questions, the second about a picture that was run for the first."""
-    runtime = Runtime.load(checkpoint(name))
+    runtime = Runtime.load(checkpoint(name), threaded=False)
     logits = Recorder(runtime).logits
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint(name)).eval()
     with runtime.open_images(IMAGES[:images], FULL) as session:
@@ -70,7 +71,7 @@ def test_bfloat16_is_as_close_to_float64_as_a_plain_request(checkpoint: Checkpoi
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float64).eval()
     errors = []
     for shared in (False, True):
-        runtime = Runtime.load(directory)
+        runtime = Runtime.load(directory, threaded=False)
         logits = Recorder(runtime).logits
         session = runtime.open_images(IMAGES, FULL)
         question = session.ask(SECOND) if shared else runtime.generate(IMAGES, SECOND, FULL)
@@ -88,7 +89,7 @@ def test_a_question_is_answered_as_by_a_plain_request(
     checkpoint: Checkpoints, name: str, images: int, options: Options
 ) -> None:
     """The same tokens, the same rows in every tier of every layer after each step, the same rows read."""
-    runtime = Runtime.load(checkpoint(name, dtype=torch.float64))
+    runtime = Runtime.load(checkpoint(name, dtype=torch.float64), **STEPPED)
     with runtime.open_images(IMAGES[:images], options) as session:
         session.ask(FIRST).result()
         question, plain = session.ask(SECOND), runtime.generate(IMAGES[:images], SECOND, options)
@@ -117,7 +118,7 @@ def test_avl_equals_the_oracle(checkpoint: Checkpoints, name: str, images: int, 
     """A-VL's own definition, over a prompt that was run at once, text between two images included."""
     directory = checkpoint(name, dtype=torch.float64)
     settings = {**WHOLE, **parameters}
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     session = runtime.open_images(IMAGES[:images])
     session.load()
     question = session.ask(SECOND, Options(method="avl", parameters=settings, max_new_tokens=32))
@@ -149,7 +150,7 @@ def test_packed_rows_equal_the_oracle(
 ) -> None:
     """The question attends the picture's rows as they are read back; logits, tokens and rows."""
     directory, steps = checkpoint(name, dtype=torch.float64), 16
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     logits = Recorder(runtime).logits
     session = runtime.open_images(IMAGES[:images], Options(formats=Formats(tiers.text, tiers.core, tiers.secondary)))
     prompt = session.prepare(SECOND).prompt
@@ -182,7 +183,7 @@ def test_a_session_of_what_stands_out_equals_the_oracle(
 ) -> None:
     """What the session did not store no question sees, in prefill or later; each picks its core from what there is."""
     directory, steps, share = checkpoint(name, dtype=torch.float64), 16, 40
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     logits = Recorder(runtime).logits
     formats = Formats(tiers.text, tiers.core, tiers.secondary)
     session = runtime.open_images(IMAGES[:images], Options("distinct", {"secondary": share}, formats))
@@ -212,7 +213,7 @@ def test_a_session_of_what_stands_out_equals_the_oracle(
 
 def test_packing_is_noticed_before_the_question(checkpoint: Checkpoints) -> None:
     """A plain request attends its own picture exactly, so that equality above means something."""
-    runtime = Runtime.load(checkpoint("llama-mha", dtype=torch.float64))
+    runtime = Runtime.load(checkpoint("llama-mha", dtype=torch.float64), threaded=False)
     logits = Recorder(runtime).logits
     options = Options(formats=Formats("exact", "int4", "int4"), max_new_tokens=1)
     runtime.generate(IMAGES, SECOND, options).result()
@@ -243,7 +244,8 @@ def _core(generation: Generation) -> tuple[int, ...]:
     return tuple(rows.image_positions[rows.core].tolist())
 
 
-def test_threads_may_ask_about_one_session(runtime: Runtime) -> None:
+def test_threads_may_ask_about_one_session(checkpoint: Checkpoints) -> None:
+    runtime = Runtime.load(checkpoint("mistral-gqa"))
     expected = runtime.generate(IMAGES[:1], SECOND, AVL).result().token_ids
     results: list[tuple[int, ...]] = []
 
@@ -290,11 +292,11 @@ def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatc
     embed, logits = decoder.embed, decoder.logits
     monkeypatch.setattr(decoder, "embed", lambda ids: (tokens.append(len(ids)), embed(ids))[1])
     monkeypatch.setattr(decoder, "logits", lambda hidden: (calls.append("logits"), logits(hidden))[1])
-    for name in ("encode_images", "prefill_prefix", "prefill"):
+    for name in ("begin_encode", "begin_prefill"):
         count(name)
     with runtime.open_images(IMAGES) as session:
         stats = session.load()
-        assert calls == ["encode_images", "prefill_prefix"]
+        assert calls == ["begin_encode", "begin_prefill"]
         assert tokens == [stats.tokens]
         assert session.load() == stats, "loading twice is safe"
         calls.clear(), tokens.clear()
@@ -302,7 +304,7 @@ def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatc
         questions = [session.ask(prompt, options) for prompt in (FIRST, SECOND, FIRST)]
         for question in questions:
             question.result()
-        assert calls == ["prefill", "logits"] * 3
+        assert calls == ["begin_prefill", "logits"] * 3
         assert tokens == [len(question.prompt) - stats.tokens for question in questions]
 
 

@@ -10,20 +10,20 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
 
 import pytest
-from torch import Tensor
 
 from avl_edge import BadInput, Generation, Runtime
+from avl_edge.errors import StepFailed
 from avl_edge.kv.pool import BorrowingRows, SequenceRows
 from tests.conftest import Checkpoints
+from tests.equipment.broken_backend import STAGES, before
 from tests.equipment.image_sessions import AVL, FIRST, FULL, IMAGES, SECOND, check, is_empty
 
 
 @pytest.fixture
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 def test_a_closed_session_ends_with_its_last_question(runtime: Runtime) -> None:
@@ -57,7 +57,7 @@ def test_a_closed_session_waits_for_its_first_question(runtime: Runtime, monkeyp
     question = session.ask(FIRST)
     session.close()
     assert runtime.kv_bytes_in_use > 0
-    monkeypatch.setattr(runtime.debug.backend, "prefill_prefix", None)
+    before(monkeypatch, runtime.debug.backend, "prefix", lambda: pytest.fail("the picture is run again"))
     assert question.result().token_ids == runtime.generate(IMAGES[:1], FIRST, FULL).result().token_ids
     assert is_empty(runtime)
 
@@ -109,23 +109,21 @@ def test_a_session_dropped_in_the_middle_of_a_step_is_freed_after_it(
     sessions[0].load()
     plain = runtime.generate(IMAGES[:1], FIRST, FULL)
     held: list[int] = []
-    decode = runtime.debug.backend.decode  # type: ignore[union-attr]
 
-    def drop(*arguments: Any) -> Tensor:
+    def drop() -> None:
         sessions.clear()
         gc.collect()
         held.append(len(runtime.debug.scheduler.prefixes))
-        return decode(*arguments)
 
     next(plain)
-    monkeypatch.setattr(runtime.debug.backend, "decode", drop)
+    before(monkeypatch, runtime.debug.backend, "decode", drop)
     next(plain)
     assert held == [1]
     check(runtime, plain)
     assert not runtime.debug.scheduler.prefixes
 
 
-@pytest.mark.parametrize("stage", ["prefill_prefix", "prefill", "decode"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_what_breaks_in_a_step_leaves_other_sessions(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stage: str, kind: type[BaseException]
@@ -133,20 +131,20 @@ def test_what_breaks_in_a_step_leaves_other_sessions(
     """An image session that was being run is run anew for the next question; one that was there stays."""
     other, session = runtime.open_images(IMAGES[1:], FULL), runtime.open_images(IMAGES[:1], FULL)
     expected = other.ask(FIRST).result().token_ids
-    if stage != "prefill_prefix":
+    if stage != "prefix":
         session.load()
     question = session.ask(SECOND)
 
-    def fail(*_: object) -> None:
+    def fail() -> None:
         raise kind("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.debug.backend, stage, fail)
-        with pytest.raises(kind):
+        before(patch, runtime.debug.backend, stage, fail)
+        with pytest.raises(StepFailed if kind is RuntimeError else kind, match="broken"):
             question.result()
     assert question.finish_reason == ("error" if kind is RuntimeError else "cancelled")
     check(runtime)
-    assert (session.stats.bytes_stored > 0) == (stage != "prefill_prefix")
+    assert (session.stats.bytes_stored > 0) == (stage != "prefix")
     assert other.ask(FIRST).result().token_ids == expected
     plain = runtime.generate(IMAGES[:1], SECOND, FULL).result()
     assert session.ask(SECOND).result().token_ids == plain.token_ids

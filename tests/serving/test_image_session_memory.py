@@ -16,7 +16,7 @@ from tests.equipment.machines import GB, write
 
 @pytest.fixture
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 def test_budgets_are_kept_apart(runtime: Runtime) -> None:
@@ -58,9 +58,9 @@ def _smallest(refusal: DoesNotFit) -> int:
 
 def test_questions_wait_for_the_pool_and_what_open_sessions_hold_is_refused(checkpoint: Checkpoints) -> None:
     directory = checkpoint("mistral-gqa")
-    planned = Runtime.open(directory).open_images(IMAGES[:1], FULL)
+    planned = Runtime.open(directory, threaded=False).open_images(IMAGES[:1], FULL)
     session_bytes, own = planned.peak_bytes, planned.prepare(FIRST).plan.peak_bytes
-    runtime = Runtime.load(directory, pool_bytes=session_bytes + own)
+    runtime = Runtime.load(directory, pool_bytes=session_bytes + own, threaded=False)
     with runtime.open_images(IMAGES[:1], FULL) as session:
         waiting = [session.ask(FIRST) for _ in range(3)]
         assert len({each.result().token_ids for each in waiting}) == 1
@@ -84,7 +84,7 @@ def test_questions_wait_for_the_pool_and_what_open_sessions_hold_is_refused(chec
 def test_short_memory_leaves_shared_rows_alone(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """A plain request beside them is packed, then nobody is admitted; the session's answers stay what they were."""
     write(tmp_path, 6 * GB)
-    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=False)
     runtime.keep_free(2 * GB, root=tmp_path, every_ms=0)
     session = runtime.open_images(IMAGES[:1], AVL)
     expected = session.ask(SECOND).result()
@@ -98,7 +98,7 @@ def test_short_memory_leaves_shared_rows_alone(checkpoint: Checkpoints, tmp_path
     assert vars(result.kv.pressure) | {"waited_ms": 0.0} == vars(expected.kv.pressure) | {"waited_ms": 0.0}
     check(runtime, plain)
     late = session.ask(FIRST)
-    runtime.step()
+    runtime.debug.engine.run_once()
     assert late.cache is None, "nobody is admitted"
     write(tmp_path, 6 * GB)
     late.result()

@@ -22,6 +22,7 @@ from avl_edge import DoesNotFit, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
 from avl_edge.planning.request_planner import PACKED
 from tests.conftest import Checkpoints
+from tests.equipment.broken_backend import STAGES, before
 from tests.equipment.image_sessions import FIRST, IMAGES, SECOND, WHOLE, is_empty
 
 
@@ -38,7 +39,7 @@ class SessionLife(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(10, 40))
     def load(self, pages: int) -> None:
-        runtime = Runtime.open(self.directory)
+        runtime = Runtime.open(self.directory, threaded=False)
         runtime.load_weights(pool_bytes=pages * page_bytes(runtime.kv_shape))
         self.runtime = runtime
         self.sessions: list[ImageSession] = []
@@ -73,7 +74,7 @@ class SessionLife(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
-            self.runtime.step()
+            self.runtime.debug.engine.run_once()
 
     @precondition(lambda self: bool(self.sessions))
     @rule(choice=st.integers(0, 99), drop=st.booleans())
@@ -88,16 +89,16 @@ class SessionLife(RuleBasedStateMachine):
         self.asked.pop(choice % len(self.asked))[0].close()
 
     @rule(
-        stage=st.sampled_from(["prefill_prefix", "prefill", "decode"]),
+        stage=st.sampled_from(STAGES),
         kind=st.sampled_from([ValueError, KeyboardInterrupt]),
     )
     def break_a_step(self, stage: str, kind: type[BaseException]) -> None:
-        def fail(*_: object) -> None:
+        def fail() -> None:
             raise kind
 
         with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(self.runtime.debug.backend, stage, fail)
-            self.runtime.step()
+            before(patch, self.runtime.debug.backend, stage, fail)
+            self.runtime.debug.engine.run_once()
 
     @invariant()
     def sound(self) -> None:
@@ -123,7 +124,7 @@ class SessionLife(RuleBasedStateMachine):
             return
         for session in self.sessions:
             session.close()
-        while self.runtime.step():
+        while self.runtime.debug.engine.run_once():
             self.sound()
         assert all(generation.finish_reason for generation, _ in self.asked)
         self.sound()
@@ -140,7 +141,7 @@ METHODS = [
 
 def test_any_order_of_sessions_questions_and_ends(checkpoint: Checkpoints) -> None:
     directory = checkpoint("llama-mha", dtype=torch.float64)
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     alone, pictures = {}, []
     for picture, image in enumerate(IMAGES):
         for prompt in (FIRST, SECOND):

@@ -19,7 +19,7 @@ from tests.equipment.image_sessions import FIRST, IMAGES, SECOND, is_empty
 
 @pytest.fixture
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_makes_no_session_is_refused(runtime: Runtime) -> None:
 @pytest.mark.parametrize("name", ["small", "lossless"])
 def test_presets_share(name: str) -> None:
     """Whatever the question's length, a preset stores of the picture what the session stored."""
-    runtime = Runtime.load("demo")
+    runtime = Runtime.load("demo", threaded=False)
     with runtime.open_images(IMAGES[:1], Options(preset=name, max_new_tokens=2)) as session:
         for prompt in ("Hi", FIRST, f"{FIRST} {SECOND} {FIRST}"):
             assert session.ask(prompt).result().token_ids
@@ -89,7 +89,7 @@ def test_presets_share(name: str) -> None:
 
 
 def test_a_question_stays_with_its_runtime(runtime: Runtime, checkpoint: Checkpoints) -> None:
-    other = Runtime.load(checkpoint("mistral-gqa"))
+    other = Runtime.load(checkpoint("mistral-gqa"), threaded=False)
     with runtime.open_images(IMAGES[:1]) as session:
         question = session.prepare(FIRST)
         with pytest.raises(BadInput, match="another runtime"):
@@ -103,7 +103,7 @@ def _with_template(checkpoint: Checkpoints, folder: Path, old: str, new: str) ->
     path = folder / "chat_template.jinja"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    return Runtime.open(folder)
+    return Runtime.open(folder, threaded=False)
 
 
 def test_a_question_before_the_picture_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from avl_edge.kv.methods import Avl, Full, Method
 from avl_edge.kv.pool.compaction import Demotion
 from avl_edge.machine.pressure import Action
 from avl_edge.serving.memory_pressure import MemoryPressureHandler
-from avl_edge.serving.scheduler import Running
+from avl_edge.serving.requests import Running
 from tests.equipment.pressure_harness import SHAPE, Harness, cache_of, fail, request_for
 from tests.equipment.random_methods import LAYERS, NAMES, choices
 

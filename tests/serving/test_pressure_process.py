@@ -72,7 +72,7 @@ def greedy(tree: Path) -> Iterator[Greedy]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 def test_another_process_takes_memory_and_gives_it_back(checkpoint: Checkpoints, tree: Path, greedy: Greedy) -> None:
-    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=False)
     runtime.keep_free(64 * 2**20, root=tree, every_ms=0)
     generation = ask(runtime, AVL)
     next(generation)

@@ -27,7 +27,7 @@ def runtime(checkpoint: Checkpoints, tree: Path) -> Runtime:
 
 
 def test_with_enough_memory_nothing_happens(runtime: Runtime, checkpoint: Checkpoints) -> None:
-    expected = ask(Runtime.load(checkpoint("mistral-gqa")), AVL).result()
+    expected = ask(Runtime.load(checkpoint("mistral-gqa"), threaded=False), AVL).result()
     result = ask(runtime, AVL).result()
     assert result.token_ids == expected.token_ids
     assert result.kv == expected.kv
@@ -75,23 +75,23 @@ def test_formats_then_rows_then_requests(runtime: Runtime, tree: Path) -> None:
 def test_features_of_earlier_pictures_go(runtime: Runtime, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are a convenience: memory that is short takes them, and the next question encodes its picture again."""
     encoded: list[int] = []
-    encode = runtime.debug.backend.encode_images  # type: ignore[union-attr]
-    monkeypatch.setattr(runtime.debug.backend, "encode_images", lambda pixels: encoded.append(1) or encode(pixels))
+    encode = runtime.debug.backend.begin_encode  # type: ignore[union-attr]
+    monkeypatch.setattr(runtime.debug.backend, "begin_encode", lambda pixels: encoded.append(1) or encode(pixels))
     ask(runtime).result()
     ask(runtime).result()
     assert len(encoded) == 1
     write(tree, GB)
-    runtime.step()
+    runtime.debug.engine.run_once()
     write(tree, 6 * GB)
     ask(runtime).result()
     assert len(encoded) == 2
 
 
 def test_pressure_before_there_are_weights(checkpoint: Checkpoints, tree: Path) -> None:
-    runtime = Runtime.open(checkpoint("mistral-gqa"))
+    runtime = Runtime.open(checkpoint("mistral-gqa"), threaded=False)
     runtime.keep_free(RESERVE, root=tree)
     write(tree, GB)
-    assert not runtime.step()
+    assert not runtime.debug.engine.run_once()
 
 
 def test_low_rank_rows_can_only_go(runtime: Runtime, tree: Path) -> None:
@@ -160,10 +160,10 @@ def test_free_pages_go_back_to_the_system(runtime: Runtime, tree: Path, monkeypa
     assert rows is not None
     give_back = rows.give_back
     monkeypatch.setattr(rows, "give_back", lambda pages: back.append(give_back(pages)) or back[-1])
-    runtime.step()
+    runtime.debug.engine.run_once()
     assert back == []
     write(tree, GB)
-    runtime.step(), runtime.step()
+    runtime.debug.engine.run_once(), runtime.debug.engine.run_once()
     assert 0.8 * expected.kv.bytes_peak < back[0] <= expected.kv.bytes_peak
     assert not any(back[1:])
     write(tree, 6 * GB)
@@ -173,7 +173,7 @@ def test_free_pages_go_back_to_the_system(runtime: Runtime, tree: Path, monkeypa
 @pytest.mark.slow
 def test_the_demo_still_reads_the_speed_from_packed_rows(tree: Path) -> None:
     picture, question = ROOT / "examples" / "cockpit.png", "What is the speed?"
-    runtime = Runtime.load("demo")
+    runtime = Runtime.load("demo", threaded=False)
     exact = runtime.generate([picture], question).result()
     packed = runtime.generate([picture], question, Options(formats=Formats("int8", "int8", "int8"))).result()
     runtime.keep_free(RESERVE, root=tree, every_ms=0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from avl_edge import Formats, Options, Runtime
+from avl_edge.errors import StepFailed
 from tests.conftest import Checkpoints
 from tests.equipment.machines import GB, write
 from tests.equipment.short_memory import ask, check, watchful
@@ -36,15 +37,15 @@ def test_who_comes_under_pressure_waits_and_says_so(
     generation = ask(runtime)
     with caplog.at_level(logging.WARNING, "avl_edge"):
         for _ in range(3):
-            assert runtime.step()
+            assert runtime.debug.engine.run_once()
         assert generation.cache is None
-        assert runtime.is_waiting
+        assert runtime.debug.scheduler.is_held
         write(tree, 2 * GB + 10**6)
-        assert runtime.step()
-        assert runtime.is_waiting, "it would flutter"
+        assert runtime.debug.engine.run_once()
+        assert runtime.debug.scheduler.is_held, "it would flutter"
         write(tree, 6 * GB)
         result = generation.result()
-    assert not runtime.is_waiting
+    assert not runtime.debug.scheduler.is_held
     assert result.finish_reason == "length"
     assert 60 <= result.kv.pressure.waited_ms < 60_000
     assert [record.message.partition(" (")[0] for record in caplog.records] == [
@@ -64,10 +65,10 @@ def test_who_runs_goes_on_while_others_wait(runtime: Runtime, tree: Path) -> Non
     second = ask(runtime)
     assert first.result().finish_reason == "length"
     assert second.cache is None
-    assert runtime.step()
+    assert runtime.debug.engine.run_once()
     assert second.cache is None
     cancelled = ask(runtime)
-    runtime.step()
+    runtime.debug.engine.run_once()
     cancelled.close()
     assert cancelled.result().finish_reason == "cancelled"
     assert cancelled.result().kv.pressure.waited_ms > 0
@@ -77,8 +78,9 @@ def test_who_runs_goes_on_while_others_wait(runtime: Runtime, tree: Path) -> Non
     assert second.result().formats == FULL_EXACT
 
 
-def test_a_waiting_thread_lets_others_in(runtime: Runtime, tree: Path) -> None:
-    """It waits outside of the lock: another may cancel, ask or end the pressure meanwhile."""
+def test_a_waiting_thread_lets_others_in(checkpoint: Checkpoints, tree: Path) -> None:
+    """Another may cancel, ask or end the pressure meanwhile."""
+    runtime = watchful(checkpoint, tree, threaded=True)
     write(tree, GB)
     generation = ask(runtime)
     done: list[Any] = []
@@ -115,20 +117,20 @@ def test_what_breaks_off_an_escalation_ends_that_request_and_no_other(
     monkeypatch.setattr(rows, "demote", fails_once)
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
-            runtime.step()
+            runtime.debug.engine.run_once()
     else:
-        runtime.step()
+        runtime.debug.engine.run_once()
         write(tree, 6 * GB)
     check(runtime, second)
     assert first.finish_reason == ("error" if error is MemoryError else "cancelled")
     assert first.cache is None
     if error is KeyboardInterrupt:
-        runtime.step()
+        runtime.debug.engine.run_once()
         write(tree, 6 * GB)
     assert second.result().token_ids == expected
     assert runtime.kv_bytes_in_use == 0
     if error is MemoryError:
-        with pytest.raises(MemoryError):
+        with pytest.raises(StepFailed, match="MemoryError"):
             list(first)
 
 
@@ -140,16 +142,16 @@ def test_who_was_let_in_before_an_interrupt_gives_nothing_yet(
     generation, scheduler = ask(runtime), runtime.debug.scheduler
     let_in = scheduler.next
 
-    def interrupted() -> None:
-        let_in()
+    def interrupted(now: float) -> None:
+        let_in(now)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "next", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runtime.step()
+            runtime.debug.engine.run_once()
     write(tree, GB)
-    runtime.step()
+    runtime.debug.engine.run_once()
     write(tree, 6 * GB)
     assert generation.result().token_ids == expected
     assert generation.result().kv.pressure.demotions == 0

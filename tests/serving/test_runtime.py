@@ -26,7 +26,7 @@ def _avl(tokens: int = 40, **parameters: float) -> Options:
 
 @pytest.fixture(scope="module")
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 @pytest.mark.parametrize("refresh", [0, 1, 3])
@@ -34,7 +34,7 @@ def runtime(checkpoint: Checkpoints) -> Runtime:
 def test_everything_kept_is_full_attention_bit_for_bit(checkpoint: Checkpoints, name: str, refresh: int) -> None:
     outputs = []
     for options in (Options(method="full", max_new_tokens=40), _avl(refresh=refresh, **ALL)):
-        runtime = Runtime.load(checkpoint(name))
+        runtime = Runtime.load(checkpoint(name), threaded=False)
         record = Recorder(runtime)
         result = runtime.generate([IMAGE], PROMPT, options).result()
         outputs.append((result.token_ids, torch.stack(record.logits)))
@@ -102,8 +102,8 @@ def test_a_waiting_request_can_be_closed(runtime: Runtime) -> None:
 
 def test_requests_wait_for_the_pool_and_are_served_in_order(checkpoint: Checkpoints) -> None:
     directory = checkpoint("mistral-gqa")
-    peak = Runtime.open(directory).prepare([IMAGE], PROMPT, _avl()).plan.peak_bytes
-    runtime = Runtime.load(directory, pool_bytes=peak)
+    peak = Runtime.open(directory, threaded=False).prepare([IMAGE], PROMPT, _avl()).plan.peak_bytes
+    runtime = Runtime.load(directory, pool_bytes=peak, threaded=False)
     generations = [runtime.generate([IMAGE], PROMPT, _avl()) for _ in range(3)]
     last = generations[2].result()
     assert all(generation.result().token_ids == last.token_ids for generation in generations)
@@ -112,7 +112,7 @@ def test_requests_wait_for_the_pool_and_are_served_in_order(checkpoint: Checkpoi
 
 
 def test_a_budget_is_kept_at_every_step(checkpoint: Checkpoints) -> None:
-    runtime = Runtime.load(checkpoint("llama3-rope"))
+    runtime = Runtime.load(checkpoint("llama3-rope"), threaded=False)
     full = runtime.generate([IMAGE], PROMPT, Options(max_new_tokens=60)).result().kv
     for share in (0.95, 0.8, 0.65, 0.5):
         budget = int(full.bytes_full * share)
@@ -172,11 +172,11 @@ def test_the_answer_ends_at_the_context(runtime: Runtime) -> None:
 
 
 def test_an_error_in_a_step_ends_its_requests_and_frees_their_rows(checkpoint: Checkpoints) -> None:
-    runtime = Runtime.load(checkpoint("mistral-gqa"))
+    runtime = Runtime.load(checkpoint("mistral-gqa"), threaded=False)
     generation = runtime.generate([IMAGE], PROMPT, _avl())
     next(generation)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     runtime.debug.backend.decode = fail  # type: ignore[union-attr, method-assign, assignment]
@@ -186,7 +186,8 @@ def test_an_error_in_a_step_ends_its_requests_and_frees_their_rows(checkpoint: C
     assert generation.result().finish_reason == "cancelled"
 
 
-def test_threads_may_iterate_their_own_generations(runtime: Runtime) -> None:
+def test_threads_may_iterate_their_own_generations(checkpoint: Checkpoints) -> None:
+    runtime = Runtime.load(checkpoint("mistral-gqa"))
     expected = runtime.generate([IMAGE], PROMPT, _avl()).result().token_ids
     results: list[tuple[int, ...]] = []
     generations = [runtime.generate([IMAGE], PROMPT, _avl()) for _ in range(3)]
@@ -205,16 +206,16 @@ def test_a_picture_is_encoded_once_for_several_questions(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And answers do not depend on whether it was."""
-    runtime = Runtime.load(checkpoint("llama-mha"))
+    runtime = Runtime.load(checkpoint("llama-mha"), threaded=False)
     assert runtime.debug.backend is not None
     encoded: list[int] = []
-    encode = runtime.debug.backend.encode_images
+    encode = runtime.debug.backend.begin_encode
 
     def count(pixels: Any) -> Any:
         encoded.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr(runtime.debug.backend, "encode_images", count)
+    monkeypatch.setattr(runtime.debug.backend, "begin_encode", count)
     pictures = [random_image(seed, (60, 60)) for seed in range(5)]
     options = Options(max_new_tokens=6)
     first = runtime.generate([pictures[0]], PROMPT, options).result()

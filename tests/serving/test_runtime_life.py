@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from avl_edge import BadInput, Generation, Options, Runtime
+from avl_edge.errors import StepFailed
 from avl_edge.kv.layout import PAGE_ROWS, page_bytes
 from avl_edge.kv.pool import sequence
 from tests.conftest import Checkpoints
+from tests.equipment.broken_backend import before
 from tests.equipment.checkpoints import random_image
 
 IMAGE = random_image(3, (120, 80))
@@ -26,7 +28,7 @@ AVL = Options(method="avl", max_new_tokens=40)
 
 @pytest.fixture
 def runtime(checkpoint: Checkpoints) -> Runtime:
-    return Runtime.load(checkpoint("mistral-gqa"))
+    return Runtime.load(checkpoint("mistral-gqa"), threaded=False)
 
 
 def _ask(runtime: Runtime, options: Options = AVL) -> Generation:
@@ -46,17 +48,18 @@ def test_an_error_reaches_its_own_caller_and_nobody_else(runtime: Runtime, monke
     next(first)
     second = _ask(runtime)
 
-    def fail(*_: object) -> None:
+    def fail() -> None:
         raise MemoryError("no room for rows")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.debug.backend, "prefill", fail)
+        before(patch, runtime.debug.backend, "prompt", fail)
         next(first)
-        with pytest.raises(MemoryError, match="no room for rows"):
+        with pytest.raises(StepFailed, match="MemoryError: no room for rows") as raised:
             next(second)
+    assert isinstance(raised.value.__cause__, MemoryError)
     _check(runtime, first)
     assert first.result().token_ids == expected
-    with pytest.raises(MemoryError, match="no room for rows"):
+    with pytest.raises(StepFailed, match="no room for rows"):
         second.result()
     assert runtime.kv_bytes_in_use == 0
 
@@ -66,13 +69,13 @@ def test_an_error_in_a_decode_step_ends_all_that_were_in_it(runtime: Runtime, mo
     for each in both:
         next(each), next(each)
 
-    def fail(*_: object) -> None:
+    def fail() -> None:
         raise RuntimeError("broken step")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.debug.backend, "decode", fail)
+        before(patch, runtime.debug.backend, "decode", fail)
         for each in both:
-            with pytest.raises(RuntimeError, match="broken step"):
+            with pytest.raises(StepFailed, match="RuntimeError: broken step"):
                 list(each)
     _check(runtime)
     assert runtime.kv_bytes_in_use == 0
@@ -147,16 +150,10 @@ def test_a_generation_collected_in_the_middle_of_a_step_ends_with_it(
     cycle: list[object] = [dropped]
     cycle.append(cycle)
     del dropped, cycle
-    assert runtime.debug.backend
-    decode = runtime.debug.backend.decode
-
-    def collecting(*arguments: Any) -> Any:
-        gc.collect()
-        return decode(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.debug.backend, "decode", collecting)
-        next(kept)
+        before(patch, runtime.debug.backend, "decode", gc.collect)
+        runtime.debug.engine.run_once()
+    runtime.debug.engine.hear()
     _check(runtime, kept)
     assert kept.result().token_ids == expected
     assert runtime.kv_bytes_in_use == 0
@@ -181,28 +178,32 @@ def test_the_peak_is_what_was_held_not_what_was_promised(runtime: Runtime) -> No
 
 
 def test_requests_run_together_in_one_step(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts come first, in order; then every step serves both."""
+    """One prompt after the other, in order; who has its first token gets another one between two layers of the other's
+    prompt, and then every step serves both."""
     calls: list[tuple[str, int]] = []
     backend = runtime.debug.backend
     assert backend
-    prefill, decode = backend.prefill, backend.decode
-    monkeypatch.setattr(backend, "prefill", lambda *a: (calls.append(("prefill", len(a[0]))), prefill(*a))[1])
-    monkeypatch.setattr(backend, "decode", lambda *a: (calls.append(("decode", len(a[0]))), decode(*a))[1])
-    short = runtime.generate([], "How many?", Options(max_new_tokens=3))
+    prefill, decode = backend.begin_prefill, backend.decode
+    monkeypatch.setattr(backend, "begin_prefill", lambda *a: (calls.append(("prefill", len(a[0]))), prefill(*a))[1])
+    monkeypatch.setattr(backend, "decode", lambda *a, **k: (calls.append(("decode", len(a[0]))), decode(*a, **k))[1])
+    layers = max(runtime.spec.feature_layers) + runtime.spec.text.layers
+    short = runtime.generate([], "How many?", Options(max_new_tokens=layers + 3))
     long = runtime.generate([IMAGE], PROMPT, Options(max_new_tokens=5))
     assert len(long.result().token_ids) == 5
-    assert len(short.result().token_ids) == 3
-    lengths = len(short.prompt), len(long.prompt)
-    assert calls == [("prefill", lengths[0]), ("prefill", lengths[1]), *[("decode", 2)] * 2, *[("decode", 1)] * 2]
+    assert len(short.result().token_ids) == layers + 3
+    prompts = [("prefill", len(short.prompt)), ("prefill", len(long.prompt))]
+    assert [call for call in calls if call[0] == "prefill"] == prompts
+    steps = [call for call in calls if call[0] == "decode"]
+    assert steps == [*[("decode", 1)] * layers, *[("decode", 2)] * 2, *[("decode", 1)] * 2]
 
 
 def test_what_waits_is_served_in_order(checkpoint: Checkpoints) -> None:
     directory = checkpoint("mistral-gqa")
-    peak = Runtime.open(directory).prepare([IMAGE], PROMPT, AVL).plan.peak_bytes
-    runtime = Runtime.load(directory, pool_bytes=peak)
+    peak = Runtime.open(directory, threaded=False).prepare([IMAGE], PROMPT, AVL).plan.peak_bytes
+    runtime = Runtime.load(directory, pool_bytes=peak, threaded=False)
     generations = [_ask(runtime) for _ in range(3)]
     ended: list[int] = []
-    while runtime.step():
+    while runtime.debug.engine.run_once():
         ended += [i for i, each in enumerate(generations) if each.finish_reason and i not in ended]
     assert ended == [0, 1, 2]
 
@@ -213,7 +214,7 @@ def test_the_answer_ends_at_an_end_token(runtime: Runtime, checkpoint: Checkpoin
     place = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
     directory = shutil.copytree(checkpoint("mistral-gqa"), tmp_path / "model")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, tokens[place]]}))
-    runtime = Runtime.load(directory)
+    runtime = Runtime.load(directory, threaded=False)
     result = _ask(runtime).result()
     assert result.finish_reason == "stop"
     assert result.token_ids == tokens[: place + 1]

@@ -105,13 +105,13 @@ class Questions(Sequences):
         head = Prompt(whole.token_ids[:end], whole.spans, whole.pixel_values)
         plan: KvPlan[Method] = kv_plan(Full(), requests[0][1], shape, prompt_shape(end, head.spans), 0)
         shared = SharedPrefixCache(self.pool, plan, end, head.spans, shape.layers)
-        of.prefill_prefix(head, self.encode(head), shared)
+        self.run(head, self.encode(head), shared)
         for seed, (method, formats) in enumerate(requests):
             text = random_prompt(model.spec, seed).token_ids[5 * seed - 20 :]
             prompt = Prompt(head.token_ids + text, head.spans, None)
             planned = plan_after(method, formats, shape, prompt_shape(len(prompt), head.spans), end, STEPS)
             cache = QuestionCache(shared, planned, len(prompt), head.spans)
-            self.first.append(of.prefill(prompt, None, cache))
+            self.first.append(self.run(prompt, None, cache))
             self.caches.append(cache)
 
 

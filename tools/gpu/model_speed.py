@@ -79,7 +79,7 @@ def measure(
     caches = [loop.add(prompt, planned) for _ in range(batch)]
     start = time.perf_counter()
     for cache in caches:
-        loop.backend.prefill(prompt, model.features, cache)
+        loop.run(prompt, model.features, cache)
     prefilled = time.perf_counter()
     times = _decode(loop, sizes.steps)
     step = _typical(times)

@@ -13,8 +13,7 @@ waits for what:
   the host reads afterwards which they were.
 - Rows that change their format, as a policy settles, are converted between two steps by torch's operators, those of
   several layers together.
-- Greedy tokens are chosen on the device (:meth:`CudaBackend.decode_greedy`); logits come back only where a sampler
-  needs them (:meth:`CudaBackend.decode`).
+- Tokens of a greedy step are chosen on the device; logits come back only where a sampler needs them.
 
 A decode step is recorded once for each :class:`~avl_edge.backends.steps.Bucket` and replayed: the row lists and
 their lengths are read from device memory, so that one recording serves any selection and every method. Formats that no
@@ -46,7 +45,9 @@ from ...kv.store import RowStore
 from ...model.network import Llava
 from ...model.spec import TextSpec
 from ...request import Prompt
+from ..base import ForwardTask, Layers, LayerTask
 from ..prefill import Attention, Prefill
+from ..step_batch import StepBatch, StepResult
 from ..steps import Accelerator, Bucket, CudaDevice, Reads, RecordedSteps
 from ..stored import StoredRows
 from .step import DecodeStep, address, rope_table
@@ -62,8 +63,7 @@ def kernel_shape(text: TextSpec, dtype: torch.dtype) -> KernelShape:
 
 
 class CudaBackend:
-    """``encode_images``, ``prefill``, ``prefill_prefix`` and ``decode`` on a GPU; what they give and take is the
-    ``Backend`` protocol's.
+    """The ``Backend`` protocol on a GPU, pictures and prompts layer by layer.
 
     Logits come back to the CPU, where samplers are. An error of the device shows at the next wait, as torch's
     RuntimeError. ``rows`` are those of the pool, ``steps`` what was recorded: for traces and tests.
@@ -98,21 +98,21 @@ class CudaBackend:
     def _angles(self) -> Tensor:
         return rope_table(self._model, self._accelerator.device)
 
-    @torch.inference_mode()
-    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
+    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
         """The features stay on the device."""
-        return self._model.encode_images(pixels)
+        return LayerTask(self._model.encode(pixels))
 
-    def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
-        """The last token's logits ``[vocabulary]``, on the CPU."""
+    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+        """Logits come to the CPU; the rows are there when the last layer is done."""
         self._kernels.prepare(cache.formats.by_tier().values())
-        return self._prefill.run(prompt, features, cache).cpu()
+        return LayerTask(self._prompt(prompt, features, cache))
 
-    def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
-        """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
-        self._kernels.prepare(cache.formats.by_tier().values())
-        self._prefill.run_prefix(prompt, features, cache)
-        self._accelerator.synchronize()
+    def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Layers:
+        last = yield from self._prefill.run(prompt, features, cache)
+        if isinstance(cache, SharedPrefixCache):
+            self._accelerator.synchronize()
+            return last
+        return last.cpu()
 
     def _score(self, query: Tensor, key: Tensor, queries: Index) -> Attention:
         query, key = query.contiguous(), key.contiguous()
@@ -140,29 +140,32 @@ class CudaBackend:
         last, total = scores.cpu().numpy()
         return last, total
 
-    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
-        """Logits ``[sequences, vocabulary]`` on the CPU, of one step for every sequence; they are the caller's."""
-        step = self._decode(token_ids, caches, logits=True)
-        return step.logits[: len(caches)].clone()
-
-    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
-        """As :meth:`decode`, but the likeliest token of each sequence, chosen on the device."""
-        return self._decode(token_ids, caches, logits=False).tokens[: len(caches)]
-
     @torch.inference_mode()
-    def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> DecodeStep:
+    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
+        """One step for every sequence; greedy tokens are chosen on the device, logits come to the CPU."""
+        layers, batch = range(self._model.spec.text.layers), StepBatch(token_ids, caches)
+        asked = batch.ask(lambda cache: (_reads(cache, layers), cache.wants_scores, cache.picks_core))
+        if not batch.caches:
+            return batch.result()
+        reads = [own for own, _, _ in asked]
+        step = self.steps.of(Bucket.of(reads, any(scores for _, scores, _ in asked)))
+        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
+            for at, (_, scores, picks_core) in enumerate(asked):
+                if not scores and not picks_core:
+                    batch.attempt(at, self._settle, batch.caches[at], [None] * len(layers))
+        for at, (own, scores, picks_core) in enumerate(asked):
+            if scores or picks_core:
+                batch.attempt(at, self._settle_by, step, at, batch.caches[at], own)
+        count = len(batch.caches)
+        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
+
+    def _settle(self, cache: SequenceCache, scores: Sequence[npt.NDArray[np.floating] | None]) -> None:
+        self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
+
+    def _settle_by(self, step: DecodeStep, number: int, cache: SequenceCache, own: Reads) -> None:
+        """The same for a sequence that waited for the step's results."""
         layers = range(self._model.spec.text.layers)
-        positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
-        reads = [_reads(cache, layers) for cache in caches]
-        step = self.steps.of(Bucket.of(reads, any(cache.wants_scores for cache in caches)))
-        with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
-            for cache in caches:
-                if not cache.wants_scores and not cache.picks_core:
-                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
-        for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
-            if cache.wants_scores or cache.picks_core:
-                self.rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
-        return step
+        self.rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
 
 
 def _settle(step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> list[Moved]:

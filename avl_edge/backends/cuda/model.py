@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,13 +27,7 @@ class DeviceWeights(Weights):
 
 
 class DeviceLlava(Llava):
-    """What a prompt brings from the CPU, pixels and token ids, goes to where the weights are."""
-
-    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
-        features = self._tower(torch.from_numpy(pixels).to(self.decoder.embedding))
-        if self.spec.drop_class_token:
-            features = features[:, 1:]
-        return self._project2(self._activation(self._project1(features)))
+    """The token ids that a prompt brings from the CPU go to where the weights are, as its pixels do."""
 
     def embed(self, token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...], features: Tensor | None) -> Tensor:
         with self.decoder.embedding.device:

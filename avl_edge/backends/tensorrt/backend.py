@@ -1,4 +1,4 @@
-"""``encode_images``, ``prefill`` and ``decode`` by a package's engines. ``TorchBackend`` is the oracle.
+"""Pictures, prompts and decode steps by a package's engines. ``TorchBackend`` is the oracle.
 
 A prompt runs whole; its scores, keys and values of all layers come out together, the policy chooses, and torch writes
 the chosen rows into the pool, in any format: so a prompt's full cache does exist for a moment, in the engine's outputs.
@@ -12,7 +12,7 @@ engines themselves, recording and replay, and the speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +28,8 @@ from ...model.network.rope import Rope
 from ...package.engine import PROMPT
 from ...package.export import bindings as names
 from ...request import Prompt
+from ..base import ForwardTask, Layers, LayerTask, WholeTask
+from ..step_batch import StepBatch, StepResult
 from ..steps import Accelerator, Bucket, Reads, RecordedSteps
 from ..stored import StoredRows, distances
 from .engines import Buffers, Engines, parts_of
@@ -85,11 +87,17 @@ class EngineBackend:
                     "use --device cuda, and report TensorRT's version"
                 )
 
-    @torch.inference_mode()
-    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
-        """The features stay on the device."""
-        most = self.engines.recipe.images
-        return torch.cat([self._encode(pixels[at : at + most]) for at in range(0, len(pixels), most)])
+    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
+        """As many pictures at once as the engine was built for; the features stay on the device."""
+        return LayerTask(self._pictures(pixels))
+
+    def _pictures(self, pixels: npt.NDArray[np.float32]) -> Layers:
+        most, encoded = self.engines.recipe.images, list[Tensor]()
+        for at in range(0, len(pixels), most):
+            if at:
+                yield
+            encoded.append(self._encode(pixels[at : at + most]))
+        return torch.cat(encoded)
 
     def _encode(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         device, dims = self.accelerator.device, {"I": len(pixels)}
@@ -98,16 +106,16 @@ class EngineBackend:
         self._vision.run(dims, run.addresses, self.accelerator.stream())
         return run[names.FEATURES]
 
-    @torch.inference_mode()
-    def prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
-        """The last token's logits ``[vocabulary]``, float32 on the CPU."""
-        return self._run(prompt, features, cache)[names.LOGITS][0].cpu()
+    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+        """A prompt runs whole; its logits come as float32 to the CPU, and the rows are there when it is done."""
+        return WholeTask(lambda: self._prompt(prompt, features, cache))
 
-    @torch.inference_mode()
-    def prefill_prefix(self, prompt: Prompt, features: Tensor | None, cache: SharedPrefixCache) -> None:
-        """Leave a picture's rows in ``cache`` for questions about it; they are there when this returns."""
-        self._run(prompt, features, cache)
-        self.accelerator.synchronize()
+    def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+        logits = self._run(prompt, features, cache)[names.LOGITS][0]
+        if isinstance(cache, SharedPrefixCache):
+            self.accelerator.synchronize()
+            return logits
+        return logits.cpu()
 
     def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
         """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
@@ -132,20 +140,10 @@ class EngineBackend:
             values = self.rows.after(cache, layer, keys, values)[1]
         return distances(values, cache, layer)
 
-    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
-        """Logits ``[sequences, vocabulary]``, float32 on the CPU, of one step for every sequence; the caller's."""
-        pieces = []
-        for some in self._pieces(len(caches)):
-            step = self._decode(token_ids[some], caches[some], logits=True)
-            pieces.append(step.logits[: len(caches[some])].clone())
-        return torch.cat(pieces)
-
-    def decode_greedy(self, token_ids: Sequence[int], caches: Sequence[SequenceCache]) -> list[int]:
-        """As :meth:`decode`, but the likeliest token of each sequence, chosen on the device."""
-        tokens: list[int] = []
-        for some in self._pieces(len(caches)):
-            tokens += self._decode(token_ids[some], caches[some], logits=False).tokens[: len(caches[some])]
-        return tokens
+    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
+        """One step for every sequence; greedy tokens are chosen on the device, logits come as float32 to the CPU."""
+        pieces = self._pieces(len(caches))
+        return StepResult.joined([(some.start, self._decode(token_ids[some], caches[some], greedy)) for some in pieces])
 
     def _pieces(self, count: int) -> list[slice]:
         """As many sequences at a time as the engine was built for."""
@@ -153,20 +151,26 @@ class EngineBackend:
         return [slice(at, at + most) for at in range(0, count, most)]
 
     @torch.inference_mode()
-    def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
-        layers = range(self.engines.spec.text.layers)
-        positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
-        reads = [_reads(cache, layers) for cache in caches]
-        step = self.steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
-        with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
-            for cache in caches:
-                if not cache.wants_scores:
-                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
-        for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
-            if cache.wants_scores:
-                scores = (step.scores(layer, number, own.rows[layer]) for layer in layers)
-                self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
-        return step
+    def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], greedy: bool) -> StepResult:
+        layers, batch = range(self.engines.spec.text.layers), StepBatch(token_ids, caches)
+        asked = batch.ask(lambda cache: (_reads(cache, layers), cache.wants_scores))
+        if not batch.caches:
+            return batch.result()
+        reads = [own for own, _ in asked]
+        step = self.steps.of(self._bucket(reads, any(scores for _, scores in asked)))
+        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
+            for at, (_, scores) in enumerate(asked):
+                if not scores:
+                    batch.attempt(at, self._settle, batch.caches[at], (None for _ in layers))
+        for at, (own, scores) in enumerate(asked):
+            if scores:
+                found = (step.scores(layer, at, own.rows[layer]) for layer in layers)
+                batch.attempt(at, self._settle, batch.caches[at], found)
+        count = len(batch.caches)
+        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
+
+    def _settle(self, cache: SequenceCache, scores: Iterable[npt.NDArray[np.floating] | None]) -> None:
+        self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
 
     def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
         """The smallest that the engine's sizes allow."""

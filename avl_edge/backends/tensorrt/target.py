@@ -29,6 +29,7 @@ class TensorRt(Target):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
     cannot_give_back = Cuda.cannot_give_back
+    runs_prompts_whole = True
 
     def __init__(self, directory: Path) -> None:
         """Raises :class:`~avl_edge.package.engine.BadPackage` where ``directory`` holds no package for this machine and

@@ -17,8 +17,8 @@ from ...backends.cpu.backend import TorchBackend
 from ...backends.decode_loop import DecodeLoop
 from ...model.checkpoint import load_weights
 from ...model.network import Llava
+from ...serving.requests import Request
 from ...serving.runtime import Runtime
-from ...serving.scheduler import Request
 from .settings import Setting
 
 
@@ -42,11 +42,9 @@ class Divergence:
             for setting, request in requests.items()
         }
 
-    @torch.inference_mode()
     def encode(self, request: Request) -> Tensor | None:
         """The features ``[images, tokens, hidden]`` of a request's pictures; None without pictures."""
-        pixels = request.prompt.pixel_values
-        return None if pixels is None else self._model.encode_images(pixels)
+        return DecodeLoop(TorchBackend.with_pages(self._model, 0)).encode(request.prompt)
 
     def log_probabilities(self, request: Request, features: Tensor | None, token_ids: Sequence[int]) -> Tensor:
         """Of ``request`` answered by ``token_ids``, at most its ``max_new_tokens``: float32 ``[tokens, vocabulary]``.

@@ -9,8 +9,8 @@ from ...config import Options, Progress
 from ...errors import BadInput, DoesNotFit
 from ...kv.cache import prompt_shape
 from ...model.prompt import open_image
+from ...serving.requests import Request
 from ...serving.runtime import Runtime
-from ...serving.scheduler import Request
 from .answers import Answer, AnswerLog
 from .divergence import Divergence
 from .questions import Problem, Question, Questions

@@ -126,7 +126,7 @@ def _prefill(loop: DecodeLoop, inputs: Prompt, cache: SequenceCache) -> tuple[fl
     start = now()
     features = loop.encode(inputs)
     encoded = now()
-    logits = loop.backend.prefill(inputs, features, cache)
+    logits = loop.run(inputs, features, cache)
     return 1000 * (encoded - start) if features is not None else 0.0, 1000 * (now() - encoded), logits
 
 

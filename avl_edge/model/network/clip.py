@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,19 @@ class VisionTower:
         needed = max(self._feature_layers)
         self._layers = [_Layer(spec, f"vision.encoder.layers.{index}", weights) for index in range(needed)]
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """``[images, 3, H, W]`` in the model's dtype to ``[images, 1 + patches, features]``, class token first."""
+    def run(self, pixels: Tensor) -> Generator[None, None, Tensor]:
+        """``[images, 3, H, W]`` in the model's dtype to ``[images, 1 + patches, features]``, class token first; stops
+        between two layers."""
         x = self._patchify(pixels).flatten(2).mT
         x = torch.cat([self._class_token.expand(len(x), 1, -1), x], dim=1) + self._positions
-        states = [self._pre_norm(x)]
-        for layer in self._layers:
-            states.append(layer(states[-1]))
+        x = self._pre_norm(x)
+        states = {0: x} if 0 in self._feature_layers else {}
+        for index, layer in enumerate(self._layers, 1):
+            if index > 1:
+                yield
+            x = layer(x)
+            if index in self._feature_layers:
+                states[index] = x
         return torch.cat([states[index] for index in self._feature_layers], dim=-1)
 
     def _patchify(self, pixels: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,9 +29,18 @@ class Llava:
         self._project2 = Linear.take(weights, "projector.linear_2", size, size, bias=spec.projector_bias)
         self._activation = activation(spec.projector_activation)
 
-    def encode_images(self, pixels: npt.NDArray[np.float32]) -> Tensor:
-        """float32 ``[images, 3, H, W]`` to ``[images, tokens, hidden]``."""
-        features = self._tower(torch.from_numpy(pixels).to(self.dtype))
+    def encode(self, pixels: npt.NDArray[np.float32]) -> Generator[None, None, Tensor]:
+        """float32 ``[images, 3, H, W]`` to ``[images, tokens, hidden]``, one picture after the other; stops between
+        two layers of the vision encoder."""
+        encoded = []
+        for index, picture in enumerate(pixels):
+            if index:
+                yield
+            encoded.append((yield from self._encode(torch.from_numpy(picture[None]).to(self.decoder.embedding))))
+        return torch.cat(encoded)
+
+    def _encode(self, pixels: Tensor) -> Generator[None, None, Tensor]:
+        features = yield from self._tower.run(pixels)
         if self.spec.drop_class_token:
             features = features[:, 1:]
         return self._project2(self._activation(self._project1(features)))

@@ -1,0 +1,180 @@
+"""The engine: one thread that owns the backend, the pool and the scheduler, and whatever is asked of it from others."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+from ..config import require
+from ..errors import EngineClosed
+from ..model.prompt import Detokenizer
+from ..model.sampling import Sampler
+from ..model.stop_strings import TextStream
+from .engine_loop import EngineLoop
+from .handle import Handle
+from .requests import Request, Running
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Serves requests on a thread of its own, the only one that computes: torch keeps a team of threads for each thread
+    that calls it.
+
+    The thread begins with the first call that needs it. It is a daemon, so that it holds up nobody's exit, and the
+    interpreter closes the engine before it shuts down; an engine that nobody has any more ends too. A forked process
+    has no such thread: load a runtime there.
+
+    Not ``threaded``, everything runs in the thread of the one caller there may be, while it waits: for tests, which
+    :meth:`run_once` steps by hand.
+    """
+
+    def __init__(self, loop: EngineLoop, detokenizer: Callable[[], Detokenizer], *, threaded: bool = True) -> None:
+        """``detokenizer`` makes one for an answer."""
+        self.threaded = threaded
+        self._loop, self._detokenizer = loop, detokenizer
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        # Held for as long as a message takes to post, and by no finalizer of ours: what is posted under it is heard.
+        # Somebody else's may close the engine, also in the middle of a post of the same thread.
+        self._gate = threading.RLock()
+        weakref.finalize(self, loop.mailbox.post, partial(loop.end, drain=False)).atexit = False
+
+    def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Handle:
+        """Queue a prepared request. Requests of a higher ``priority`` are served before those of a lower one that came
+        lately. After ``deadline`` seconds from now it ends with :class:`DeadlineExceeded` if it is not complete.
+
+        Raises :class:`DoesNotFit` when even an empty pool could not hold it, and :class:`EngineClosed`.
+        """
+        require(isinstance(priority, int), f"a priority is a whole number, not {priority!r}")
+        require(
+            deadline is None or (isinstance(deadline, int | float) and deadline > 0),
+            f"a deadline is a number of seconds from now, above 0, not {deadline!r}",
+        )
+        self._require_open()
+        self._loop.scheduler.require_room(request)
+        options, prompt = request.options, request.prompt
+        text_stream = TextStream(self._detokenizer(), options.stop_strings)
+        sequence = Running(request, Sampler(options, prompt.token_ids), text_stream, priority)
+        if deadline is not None:
+            sequence.due = sequence.submitted + deadline
+        handle = Handle(self, sequence)
+        self._post(partial(self._loop.add, sequence))
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request; returns at once."""
+        handle.cancel()
+
+    def cancel_sequence(self, sequence: Running) -> None:
+        """For handles: takes no lock, and never waits."""
+        if not self._loop.has_ended:
+            self._loop.mailbox.post(partial(self._loop.cancel, sequence))
+
+    def post(self, message: Callable[[], None]) -> None:
+        """Have the engine's thread call ``message`` between two layers or steps, where it still runs. Takes no lock."""
+        self._loop.mailbox.post(message)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives or raises, called by the engine's thread between two layers or steps: whatever it
+        looks at is at rest. Raises :class:`EngineClosed`."""
+        if threading.current_thread() is self._thread:
+            return function()
+        if not self.threaded:
+            self._require_open()
+            self.hear()
+            return function()
+        future: Future[T] = Future()
+        self._post(partial(_answer, future, function))
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # if it has not begun
+            raise
+        finally:
+            del future  # it has the exception, whose trace has this frame
+
+    def _post(self, message: Callable[[], None]) -> None:
+        with self._gate:
+            self._require_open()
+            if self.threaded and self._thread is None:
+                self._thread = threading.Thread(target=_serve, args=(self._loop,), name="avl-edge engine", daemon=True)
+                self._thread.start()
+            self._loop.mailbox.post(message)
+        if not self.threaded:
+            self.hear()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise EngineClosed("the runtime is closed: load another one")
+        if self._thread is not None and not self._thread.is_alive():
+            raise EngineClosed("the engine's thread is not in this process: load a runtime after the fork")
+
+    @property
+    def has_started(self) -> bool:
+        """Whether anything was asked of it yet."""
+        return self._thread is not None or not self.threaded
+
+    def close(self, *, drain: bool = False) -> None:
+        """Take no more requests, cancel those on their way (or, with ``drain``, wait for their ends), free the rows,
+        the weights and everything else, and end the thread. Closing twice is safe."""
+        with self._gate:
+            self._is_closed = True
+            self._loop.mailbox.post(partial(self._loop.end, drain=drain))
+        if self._thread is None:
+            while not self._loop.has_ended:
+                self._loop.run_once(interruptible=True)
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def run_once(self) -> bool:
+        """One turn of the loop of an engine that is not threaded: a layer of a prompt, or a token for everybody. False
+        if there was nothing to do."""
+        require(not self.threaded, "the engine runs on a thread of its own: nobody else may step it")
+        return self._loop.run_once(interruptible=True)
+
+    def drive(self) -> None:
+        """For whoever waits: what was asked, else a turn."""
+        if self._loop.mailbox.has_mail:
+            self.hear()
+        elif not self.run_once():
+            raise RuntimeError("nothing is left to run, and an answer is still waited for")
+
+    def hear(self) -> None:
+        """Not threaded: let what was posted happen now."""
+        if not self.threaded:
+            self._loop.hear(interruptible=True)
+
+
+def _answer(future: Future[T], function: Callable[[], T]) -> None:
+    with suppress(InvalidStateError):  # who waited has given up meanwhile
+        try:
+            if not future.done():
+                future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+            del future, function  # the trace has this frame, and the future the error
+
+
+def _serve(loop: EngineLoop) -> None:
+    """The thread, which has the loop alone: an engine that nobody has any more is not kept by its own thread."""
+    shut_down = partial(_shut_down, loop, threading.current_thread())
+    atexit.register(shut_down)
+    try:
+        loop.run()
+    finally:
+        if not loop.has_ended:  # nobody waits for ever, whatever came in between
+            loop.end(drain=False)
+        atexit.unregister(shut_down)
+
+
+def _shut_down(loop: EngineLoop, thread: threading.Thread) -> None:
+    """Before the interpreter does: a thread that it stops in the middle of torch may crash the process."""
+    loop.mailbox.post(partial(loop.end, drain=False))
+    thread.join()
