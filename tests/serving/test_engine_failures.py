@@ -20,7 +20,7 @@ from avl_edge import BadInput, Generation, Options, Runtime
 from avl_edge.backends.step_batch import StepResult
 from avl_edge.errors import StepFailed
 from avl_edge.kv.cache import SequenceCache
-from avl_edge.model.sampler import Sampler
+from avl_edge.model.sampling import Sampler
 from avl_edge.serving.failure import Failure
 from avl_edge.serving.schedule_policy import FirstComeFirstServed
 from tests.conftest import Checkpoints
