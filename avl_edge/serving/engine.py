@@ -6,6 +6,7 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -175,12 +176,10 @@ def _serve(loop: EngineLoop) -> None:
     """The thread, which has the loop alone: an engine that nobody has any more is not kept by its own thread."""
     shut_down = partial(_shut_down, loop, threading.current_thread())
     atexit.register(shut_down)
-    try:
-        loop.run()
-    finally:
-        if not loop.has_ended:  # nobody waits for ever, whatever came in between
-            loop.end(drain=False)
-        atexit.unregister(shut_down)
+    while not loop.has_ended:
+        with suppress(BaseException):  # an interrupt between two turns, which is outside of what a turn catches
+            loop.run()
+    atexit.unregister(shut_down)
 
 
 def _shut_down(loop: EngineLoop, thread: threading.Thread) -> None:
