@@ -6,10 +6,10 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 from ..config import require
 from ..errors import EngineClosed
@@ -90,15 +90,9 @@ class Engine:
             self._require_open()
             self.hear()
             return function()
-        future: Future[T] = Future()
-        self._post(partial(_answer, future, function))
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # if it has not begun
-            raise
-        finally:
-            del future  # it has the exception, whose trace has this frame
+        call = _Call(function)
+        self._post(call.answer)
+        return call.outcome()
 
     def _post(self, message: Callable[[], None]) -> None:
         with self._gate:
@@ -152,26 +146,43 @@ class Engine:
             self._loop.hear(interruptible=True)
 
 
-def _answer(future: Future[T], function: Callable[[], T]) -> None:
-    with suppress(InvalidStateError):  # who waited has given up meanwhile
+class _Call(Generic[T]):
+    """A function that the engine's thread calls for another one."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._outcomes: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+        self._is_over = False
+
+    def answer(self) -> None:
+        """The engine's thread, once; again where an interrupt came before there was an outcome."""
+        if not self._is_over:
+            try:
+                self._outcomes.put((self._function(), None))
+            except BaseException as error:
+                self._outcomes.put((None, error))
+            self._is_over = True
+
+    def outcome(self) -> T:
+        """What the function gave, or raises what it raised. Waits."""
         try:
-            if not future.done():
-                future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-            del future, function  # the trace has this frame, and the future the error
+            value, error = self._outcomes.get()
+            if error is not None:
+                raise error
+            return value  # type: ignore[return-value]
+        finally:
+            self._is_over = True  # who waited has gone, if it has not begun
+            error = None  # its trace has this frame
 
 
 def _serve(loop: EngineLoop) -> None:
     """The thread, which has the loop alone: an engine that nobody has any more is not kept by its own thread."""
     shut_down = partial(_shut_down, loop, threading.current_thread())
     atexit.register(shut_down)
-    try:
-        loop.run()
-    finally:
-        if not loop.has_ended:  # nobody waits for ever, whatever came in between
-            loop.end(drain=False)
-        atexit.unregister(shut_down)
+    while not loop.has_ended:
+        with suppress(BaseException):  # an interrupt between two turns, which is outside of what a turn catches
+            loop.run()
+    atexit.unregister(shut_down)
 
 
 def _shut_down(loop: EngineLoop, thread: threading.Thread) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from ..request import TokenEvent
 
+LOOK_AGAIN = 1.0
+"""Seconds after which who waits for the end looks again by himself: another's interrupt may have kept it from him."""
+
 
 class EventStream:
-    """:meth:`put` and :meth:`end` are the engine's, and never wait; everything else is the caller's."""
+    """:meth:`put` and :meth:`end` are the engine's, and never wait; everything else is the caller's.
+
+    Queues of C alone, and no lock of :mod:`threading`: an interrupt may fall between any two lines, and would leave
+    such a lock taken.
+    """
 
     def __init__(self) -> None:
         self._events: SimpleQueue[TokenEvent | None] = SimpleQueue()
-        self._ended = threading.Event()
+        self._latch: SimpleQueue[None] = SimpleQueue()
+        self._has_ended = False
         self._listeners: deque[Callable[[], object]] = deque()
 
     def put(self, event: TokenEvent) -> None:
@@ -27,7 +35,8 @@ class EventStream:
     def end(self) -> None:
         """Nothing follows. Ending twice is safe."""
         self._events.put(None)
-        self._ended.set()
+        self._has_ended = True
+        self._latch.put(None)
         self._tell()
 
     def _tell(self) -> None:
@@ -43,7 +52,7 @@ class EventStream:
     @property
     def has_ended(self) -> bool:
         """Whether the engine has ended it; events may be left."""
-        return self._ended.is_set()
+        return self._has_ended
 
     def get(self) -> TokenEvent | None:
         """The next event; None, again and again, after the last one. Waits."""
@@ -54,7 +63,15 @@ class EventStream:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, at most ``timeout`` seconds; whether it is there."""
-        return self._ended.wait(timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._has_ended:
+            left = LOOK_AGAIN if end is None else min(end - time.monotonic(), LOOK_AGAIN)
+            if left <= 0:
+                return False
+            with suppress(Empty):
+                self._latch.get(timeout=left)
+                self._latch.put(None)  # for the next who waits
+        return True
 
     def listen(self, callback: Callable[[], object]) -> None:
         """Call back once, from the engine's thread, when there is something new; look again after this."""
