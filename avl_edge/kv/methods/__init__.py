@@ -15,7 +15,7 @@ from .distinct import Distinct
 from .fastv import FastV
 from .full import Full
 from .h2o import H2O
-from .policy import Kept, Policy, PromptLayer, Prune, Settlement, StepLayer, pruned
+from .policy import Kept, Policy, PromptLayer, Prune, Settlement, SettlesByLayer, Step, StepLayer, pruned
 from .random import Random
 from .registry import (
     METHODS,
@@ -47,6 +47,8 @@ __all__ = [
     "Prune",
     "Random",
     "Settlement",
+    "SettlesByLayer",
+    "Step",
     "StepLayer",
     "Streaming",
     "TierPeaks",
