@@ -84,7 +84,7 @@ class Batch:
         for number, (cache, own) in enumerate(zip(self._caches, reads, strict=True)):
             scores = StepScores(own.rows, np.float32) if cache.wants_scores else None
             if scores:
-                scores.fill(tables.lists_of(number, own), tables.offsets, weights)
+                scores.give(tables.lists_of(number, own), tables.offsets, weights)
             cache.settle(scores)
         self.times[refreshes].append((before, time.thread_time() - start))
 

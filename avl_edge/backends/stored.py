@@ -199,11 +199,3 @@ def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[n
     if not is_image.any():
         return np.zeros(len(values))
     return value_distances(values, torch.from_numpy(is_image).to(values.device)).cpu().numpy()
-
-
-def in_order(selected: Sequence[Selected], scores: Sequence[Tensor]) -> npt.NDArray[np.floating]:
-    """Scores of selected rows, in their order."""
-    ordered = np.empty(sum(len(each.ids) for each in selected), dtype=scores[0].numpy().dtype)
-    for each, weights in zip(selected, scores, strict=True):
-        ordered[each.order] = weights.numpy()
-    return ordered

@@ -13,7 +13,7 @@ from ..request import ImageSpan
 from .books import Ids, Index, Mask
 from .budget import KvPlan
 from .layout import Format
-from .methods import Method, PromptLayer, Step, pruned
+from .methods import Method, NoScores, PromptLayer, Step, pruned
 from .pool import Moved, RowPool, SequenceRows
 from .pool.sequence import LayerRows
 from .selection import Selected, Selection, StepScores, by_format
@@ -257,12 +257,9 @@ class SequenceCache:
 
     def _step(self, scores: StepScores | None) -> Step:
         """The step that ends, as the policy sees it."""
-        text, image, layers = self.rows.text, self.rows.image, len(self.rows.layers)
-        held = (text.positions, self._first_image, image.core, text.counts, image.counts)
-        if scores is None:
-            nothing, none = np.empty((layers, 0)), np.zeros(layers, dtype=np.int32)
-            return Step(self.step, nothing, nothing, none, none, *held)
-        return Step(self.step, scores.image, scores.text, scores.image_counts, scores.text_counts, *held)
+        text, image = self.rows.text, self.rows.image
+        of_rows = NoScores(len(self.rows.layers)) if scores is None else scores
+        return Step(self.step, of_rows, text.positions, self._first_image, image.core, text.counts, image.counts)
 
     def _count(self) -> None:
         """Add up what the step that ends has read."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from .books import Ids, Index, Run, ScoredRun, books
+from .books import Ids, Index, Run, books
 from .layout import Format
 from .methods.arithmetic import Scores
 from .pool import RowTable, TieredTable
@@ -97,22 +98,32 @@ class Selection:
         places = self.places(layer)
         return Selected(self.format, places, self.table.ids[layer, places], self.table.positions[layer, places])
 
-    def run(self, list_: int, layers: slice = slice(None), *, positions: bool = False) -> Run:
-        """Their ids, or ``positions``, of some layers, as list number ``list_``."""
+    def run(self, begins: Ids, layers: slice = slice(None), *, positions: bool = False) -> Run:
+        """Their ids, or ``positions``, of some layers, from ``begins`` on in each."""
         column = (self.table.positions if positions else self.table.ids)[layers]
         core = None if self.tier is None else self._tiered().core[layers]
-        return Run(list_, column, self.counts[layers], core, bool(self.tier))
+        return Run(begins, column, self.counts[layers], core, bool(self.tier))
 
 
 Numbered = Sequence[tuple[int, Selection]]
 """Selections, each with the number of the list that it is in; several of one list stand in it in this order."""
 
 
+def _runs(read: Numbered, offsets: Ids, layers: slice, *, positions: bool = False) -> list[Run]:
+    """Selections as they stand in their lists, of which ``offsets[:, n]`` is where list ``n`` begins."""
+    runs: list[Run] = []
+    ends: dict[int, Ids] = {}
+    for number, each in read:
+        begins = ends[number] if number in ends else np.ascontiguousarray(offsets[:, number])
+        runs.append(each.run(begins, layers, positions=positions))
+        ends[number] = begins + runs[-1].counts
+    return runs
+
+
 def list_rows(read: Numbered, offsets: Ids, rows: Ids, layers: slice = slice(None), *, positions: bool = False) -> None:
     """Write the ids of some layers' rows, or their ``positions``, into ``rows`` ``[k, capacity]``: of list ``n`` from
     ``offsets[:, n]`` on, in the order of their positions."""
-    runs = [each.run(number, layers, positions=positions) for number, each in read]
-    books().gather(sorted(runs, key=lambda run: run.list), offsets, rows)
+    books().gather(_runs(read, offsets, layers, positions=positions), rows)
 
 
 class ListedRows:
@@ -141,36 +152,42 @@ class ListedRows:
             offsets = self.offsets[0, part * batch : (part + 1) * batch + 1]
             yield name, self.rows[0, offsets[0] : offsets[-1]], offsets - offsets[0]
 
-    def fill(self, scores: StepScores, number: int, weights: Scores) -> None:
-        """Take the layer's ``scores`` of the sequence with that number from the ``weights`` of all listed rows."""
-        scores.fill(self.lists[number], self.offsets, weights[None], self._layers)
+    def give(self, scores: StepScores, number: int, weights: Scores) -> None:
+        """Give ``scores`` the layer's of the sequence with that number, of the ``weights`` ``[n]`` of all listed
+        rows."""
+        scores.give(self.lists[number], self.offsets, weights[None], self._layers)
 
 
 class StepScores:
     """The attention that the rows which a sequence reads in a step received: ``image`` ``[L, n]`` and ``text``
     ``[L, m]``, a layer's in the order of their positions, zero behind its last row; ``image_counts`` and
-    ``text_counts`` int32 ``[L]``."""
+    ``text_counts`` int32 ``[L]``. They are copied when they are first asked for, as most steps leave image rows as they
+    are: until then the rows and what was given have to stay."""
 
     def __init__(self, read: Sequence[Selection], dtype: npt.DTypeLike) -> None:
         """``read``: image rows, of one format or of each tier's, then text rows."""
-        *images, text = read
-        every = images[0] if len(images) == 1 else Selection(images[0].format, images[0].table)
-        self.image_counts, self.text_counts = every.counts.copy(), text.counts.copy()
-        self.image: Scores = np.zeros((len(self.image_counts), every.width), dtype)
-        self.text: Scores = np.zeros((len(self.text_counts), text.width), dtype)
-        self._read = [*((each, self.image, len(images) > 1) for each in images), (text, self.text, False)]
+        self._read, self._dtype = read, dtype
+        every = read[0] if len(read) == 2 else Selection(read[0].format, read[0].table)
+        self.image_counts, self.text_counts = every.counts.copy(), read[-1].counts.copy()
+        self._widths = every.width, read[-1].width
+        self._given: list[tuple[Sequence[int], Ids, Scores, slice]] = []
 
-    def fill(self, lists: Sequence[int], offsets: Ids, scores: Scores, layers: slice = slice(None)) -> None:
-        """Take those of some layers from ``scores`` ``[k, capacity]``, whose rows were listed by ``offsets`` in the
-        lists with these numbers."""
-        scores = scores.astype(self.image.dtype, copy=False)
-        runs = [
-            ScoredRun(each.run(number, layers), to[layers], spread)
-            for number, (each, to, spread) in zip(lists, self._read, strict=True)
-        ]
-        books().scatter(sorted(runs, key=lambda each: each.run.list), offsets, scores)
+    def give(self, lists: Sequence[int], offsets: Ids, scores: Scores, layers: slice = slice(None)) -> None:
+        """Those of some layers are in ``scores`` ``[k, capacity]``, whose rows were listed by ``offsets`` in the lists
+        with these numbers."""
+        self._given.append((lists, offsets, scores.astype(self._dtype, copy=False), layers))
 
-    def put(self, layer: int, scores: Scores) -> None:
-        """Take a layer's ``scores`` ``[n]``, of image rows by their positions, then of text rows."""
-        images, texts = int(self.image_counts[layer]), int(self.text_counts[layer])
-        self.image[layer, :images], self.text[layer, :texts] = scores[:images], scores[images:]
+    @cached_property
+    def image(self) -> Scores:
+        return self._copy(slice(-1), self._widths[0])
+
+    @cached_property
+    def text(self) -> Scores:
+        return self._copy(slice(-1, None), self._widths[1])
+
+    def _copy(self, part: slice, width: int) -> Scores:
+        found: Scores = np.zeros((len(self.text_counts), width), self._dtype)
+        for lists, offsets, scores, layers in self._given:
+            runs = _runs(list(zip(lists, self._read, strict=True)), offsets, layers)[part]
+            books().scatter(runs, scores, found[layers])
+        return found

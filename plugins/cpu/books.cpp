@@ -42,13 +42,10 @@ struct Columns {  // a table of rows, [layers, stride]
     int64_t stride;
 };
 
-struct Run {  // rows of one format in every layer: those of a table, or those in a tier of it
-    const int32_t* column;    // [layers, stride]: ids, or positions
-    const int32_t* counts;    // [layers]: how many rows of each layer are meant
+struct Run {  // rows that stand side by side in a list of each layer: those of a table, or those in a tier of it
+    const int32_t *begins, *column, *counts;  // [layers]; [layers, stride], ids or positions; how many are meant
     const uint8_t* core;      // [layers, core_stride]; null: all rows
-    void* scores;             // [layers, score_stride]: where their scores go
-    int64_t stride, core_stride, score_stride;
-    int32_t list, tier, spread, unused;  // the list's number; rows whose core is `tier`; scores stand where rows do
+    int64_t stride, core_stride, tier;  // only rows whose core is `tier`
 };
 
 // Quotients of ids by a number that is known only now, without a division: exact below 2^31.
@@ -144,15 +141,29 @@ template <class Each> void each_row(const Run& run, int64_t layer, Each each) {
     }
 }
 
-template <class Number> void scores_of(const Run& run, int64_t layer, const Number* from) {
-    Number* to = static_cast<Number*>(run.scores) + layer * run.score_stride;
-    if (!run.spread) {
-        std::copy_n(from, run.counts[layer], to);
+// The scores of a layer's rows that stand in one list, or in those of two tiers. Numbers of one size are copied as they
+// are, whatever they mean.
+template <class Number> void scores_of(const Run* runs, int64_t count, int64_t layer, const Number* from, Number* to) {
+    const int64_t first = runs[0].begins[layer];
+    if (count == 1) {
+        std::copy_n(from + first, runs[0].counts[layer], to);
         return;
     }
-    const uint8_t* core = run.core + layer * run.core_stride;
-    for (int32_t i = 0, n = 0; n < run.counts[layer]; ++i)
-        if (core[i] == run.tier) to[i] = from[n++];
+    const int64_t second = runs[1].begins[layer];
+    const uint8_t* core = runs[0].core + layer * runs[0].core_stride;
+    const int32_t rows = runs[0].counts[layer] + runs[1].counts[layer];
+    for (int64_t i = 0, n = 0; i < rows; ++i) {  // no branch: which tier is next is as good as random
+        const int64_t is_first = core[i] == runs[0].tier, at = second + i - n;
+        to[i] = from[at + (-is_first & (first + n - at))];
+        n += is_first;
+    }
+}
+
+template <class Number> void scatter(const Run* runs, int64_t count, int64_t layers, const void* scores, int64_t stride,
+                                     void* to, int64_t to_stride) {
+    for (int64_t layer = 0; layer < layers; ++layer)
+        scores_of(runs, count, layer, static_cast<const Number*>(scores) + layer * stride,
+                  static_cast<Number*>(to) + layer * to_stride);
 }
 
 // Scores as unsigned numbers of the same order: both zeros alike, NaN lowest of all.
@@ -282,26 +293,19 @@ extern "C" void avl_set_core(const Columns* columns, int64_t layers, const uint8
     }
 }
 
-extern "C" void avl_gather(const Run* runs, int64_t count, int64_t layers, const int32_t* offsets,
-                           int64_t offset_stride, int32_t* rows, int64_t stride) {
-    for (int64_t layer = 0; layer < layers; ++layer)
-        for (int64_t r = 0, within = 0; r < count; ++r) {
-            within = r && runs[r].list == runs[r - 1].list ? within + runs[r - 1].counts[layer] : 0;
-            const int32_t* from = runs[r].column + layer * runs[r].stride;
-            int32_t* to = rows + layer * stride + offsets[layer * offset_stride + runs[r].list] + within;
-            each_row(runs[r], layer, [&](int32_t i, int32_t n) { to[n] = from[i]; });
+extern "C" void avl_gather(const Run* runs, int64_t count, int64_t layers, int32_t* rows, int64_t stride) {
+    for (const Run* run = runs; run < runs + count; ++run)
+        for (int64_t layer = 0; layer < layers; ++layer) {
+            const int32_t* from = run->column + layer * run->stride;
+            int32_t* to = rows + layer * stride + run->begins[layer];
+            each_row(*run, layer, [&](int32_t i, int32_t n) { to[n] = from[i]; });
         }
 }
 
-extern "C" void avl_scatter(const Run* runs, int64_t count, int64_t layers, const int32_t* offsets,
-                            int64_t offset_stride, const void* scores, int64_t stride, int64_t itemsize) {
-    for (int64_t layer = 0; layer < layers; ++layer)
-        for (int64_t r = 0, within = 0; r < count; ++r) {
-            within = r && runs[r].list == runs[r - 1].list ? within + runs[r - 1].counts[layer] : 0;
-            const int64_t at = layer * stride + offsets[layer * offset_stride + runs[r].list] + within;
-            itemsize == 4 ? scores_of(runs[r], layer, static_cast<const float*>(scores) + at)
-                          : scores_of(runs[r], layer, static_cast<const double*>(scores) + at);
-        }
+extern "C" void avl_scatter(const Run* runs, int64_t count, int64_t layers, const void* scores, int64_t stride, void* to,
+                            int64_t to_stride, int64_t itemsize) {
+    itemsize == 4 ? scatter<uint32_t>(runs, count, layers, scores, stride, to, to_stride)
+                  : scatter<uint64_t>(runs, count, layers, scores, stride, to, to_stride);
 }
 
 // 0 < count <= n.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import Policy, Settlement, Step
 from avl_edge.kv.pool import Moved
-from avl_edge.kv.selection import StepScores
+from avl_edge.kv.selection import ListedRows, StepScores
 
 Scores = npt.NDArray[Any]
 
@@ -20,9 +20,12 @@ def settle(cache: SequenceCache, scores: Sequence[Scores] | None) -> list[Moved]
     """End a step with the ``scores`` of each layer's rows; None where the policy does not want them."""
     if scores is None:
         return cache.settle(None)
-    made = StepScores(cache.rows_read_now, scores[0].dtype)
+    read = cache.rows_read_now
+    made = StepScores(read, scores[0].dtype)
     for layer, each in enumerate(scores):
-        made.put(layer, each)
+        order = [rows.order for rows in cache.rows_to_read(layer)]
+        if order:
+            ListedRows([read], layer).give(made, 0, each[np.concatenate(order)])
     return cache.settle(made)
 
 
@@ -44,7 +47,15 @@ def by_layer(moved: Sequence[Moved], layers: int) -> Iterator[tuple[int, list[Mo
 def settle_policy(policy: Policy, number: int, image: Scores, text: Scores) -> Settlement:
     """What a policy changes after a step in which all layers read equally many rows and no others are stored:
     ``image`` ``[L, n]``, ``text`` ``[L, m]``, whose first row stands at position 0."""
-    images, texts = (np.full(len(each), each.shape[1], dtype=np.int32) for each in (image, text))
+    scores = GivenScores(image, text)
     positions = np.tile(np.arange(text.shape[1], dtype=np.int32), (len(text), 1))
     core = np.ones(image.shape, dtype=np.bool_)
-    return policy.settle_step(Step(number, image, text, images, texts, positions, 0, core, texts, images))
+    return policy.settle_step(Step(number, scores, positions, 0, core, scores.text_counts, scores.image_counts))
+
+
+class GivenScores:
+    """Of equally many rows in all layers."""
+
+    def __init__(self, image: Scores, text: Scores) -> None:
+        self.image, self.text = image, text
+        self.image_counts, self.text_counts = (np.full(len(x), x.shape[1], dtype=np.int32) for x in (image, text))

@@ -77,7 +77,7 @@ def test_a_batch_is_listed_format_by_format(data: st.DataObject, layers: int, ba
                 expected[each.format] = expected.get(each.format, []) + each.of(layer).ids.tolist()
             assert {name: ids for name, ids in lists.items() if ids} == {n: ids for n, ids in expected.items() if ids}
         for number, each in enumerate(scores):  # what a row received: its id
-            listed.fill(each, number, listed.rows[0].astype(np.float32))
+            listed.give(each, number, listed.rows[0].astype(np.float32))
     for (read, image, text), found in zip(made, scores, strict=True):
         for layer in range(layers):
             core, ids = image.core[layer, : image.counts[layer]], image.ids[layer, : image.counts[layer]]

@@ -19,7 +19,7 @@ from ...kv.store import RowStore
 from ...model.network import Llava
 from ...request import Prompt
 from ..prefill import Attention, Prefill
-from ..stored import StoredRows, in_order
+from ..stored import StoredRows
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
@@ -101,7 +101,7 @@ class TorchBackend:
         reads: Sequence[Sequence[Selection]],
         scores: Sequence[StepScores | None],
     ) -> Tensor:
-        """A layer's attention ``[B, H, d]`` over the rows that the caches read; fills in their ``scores``."""
+        """A layer's attention ``[B, H, d]`` over the rows that the caches read; gives their ``scores``."""
         low = [number for number, read in enumerate(reads) if any(map(is_low_rank, read))]
         batch = [number for number in range(len(caches)) if number not in low]
         attended = torch.empty_like(query)
@@ -115,11 +115,11 @@ class TorchBackend:
                 every = torch.cat(list(weights)).numpy()
                 for place, number in enumerate(batch):
                     if (into := scores[number]) is not None:
-                        listed.fill(into, place, every)
+                        listed.give(into, place, every)
         for number in low:
             selected = caches[number].rows_to_read(layer)
             out, low_weights = self.rows.attend(caches[number], layer, selected, query[number], self._scale)
             attended[number] = out
             if (into := scores[number]) is not None:
-                into.put(layer, in_order(selected, low_weights))
+                ListedRows([reads[number]], layer).give(into, 0, torch.cat(low_weights).numpy())
         return attended

@@ -62,7 +62,7 @@ class RecordedStep(ABC):
     def scores(self, sequence: int, reads: Reads) -> StepScores:
         """The weights of the rows that one sequence read: float32, on the host."""
         scores = StepScores(reads.rows, np.float32)
-        scores.fill(self.tables.lists_of(sequence, reads), self.tables.offsets, self._results["scores"].numpy())
+        scores.give(self.tables.lists_of(sequence, reads), self.tables.offsets, self._results["scores"].numpy())
         return scores
 
     def picked(self, sequence: int, scanned: Selection) -> npt.NDArray[np.bool_]:

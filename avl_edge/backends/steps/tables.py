@@ -76,10 +76,10 @@ class Bucket:
         """The smallest one that holds a step of these sequences: a power of two of them, and of rows a power of two, or
         one and a half of it."""
         scanning = [each.scanned for each in reads if each.scanned]
-        listed = sum(part.counts for each in reads for part in each.rows)
-        rows = np.max(listed + sum(each.room for each in reads), initial=0)
+        rooms = sum(each.room for each in reads if each.scanned)
+        rows = np.max(sum(part.counts for each in reads for part in each.rows) + rooms, initial=0)
         scanned = np.max(sum(each.counts for each in scanning), initial=0)
-        read = {part.format for each in reads for part in each.rows if part.counts.any()}
+        read = {part.format for each in reads for part in each.rows if part.total}
         scanned_formats, written = {each.format for each in scanning}, {each.text for each in reads}
         return cls(
             1 << (len(reads) - 1).bit_length(),

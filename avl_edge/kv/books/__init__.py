@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from .base import Account, Books, Columns, Gone, Ids, Index, Mask, Pages, Retiered, Run, ScoredRun, Share
+from .base import Account, Books, Columns, Gone, Ids, Index, Mask, Pages, Retiered, Run, Share
 from .native import NativeBooks, library
 from .plain import PlainBooks
 
@@ -22,7 +22,6 @@ __all__ = [
     "PlainBooks",
     "Retiered",
     "Run",
-    "ScoredRun",
     "Share",
     "books",
 ]

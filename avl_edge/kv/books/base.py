@@ -104,26 +104,15 @@ class Share:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of one list, layer by layer, and where they stand: ``column`` int32 ``[L, capacity]``, their ids or
-    positions; ``counts`` int32 ``[L]``, how many are meant; ``core`` bool ``[L, capacity]`` and ``tier``: only those
-    whose core is that, all where ``core`` is None. ``list`` is the list's number; runs of the same list follow each
-    other."""
+    """Rows that stand side by side in a list of each layer, from ``begins`` int32 ``[L]`` on, and where they are taken
+    from: ``column`` int32 ``[L, capacity]``, their ids or positions; ``counts`` int32 ``[L]``, how many are meant;
+    ``core`` bool ``[L, capacity]`` and ``tier``: only those whose core is that, all where ``core`` is None."""
 
-    list: int
+    begins: Ids
     column: Ids
     counts: Ids
     core: Mask | None = None
     tier: bool = True
-
-
-@dataclass(frozen=True)
-class ScoredRun:
-    """A run, and where the scores of its rows go: ``scores`` ``[L, width]``, side by side, or with ``spread`` where the
-    rows stand in their table."""
-
-    run: Run
-    scores: Array
-    spread: bool = False
 
 
 class Retiered(NamedTuple):
@@ -194,12 +183,13 @@ class Books(Protocol):
         """Keep of each layer the rows in ``keep`` ``[L, width]``, side by side; the others."""
         ...
 
-    def gather(self, runs: Sequence[Run], offsets: Ids, rows: Ids) -> None:
-        """List rows: those of list ``n`` from ``offsets[:, n]`` on in ``rows`` ``[L, capacity]``."""
+    def gather(self, runs: Sequence[Run], rows: Ids) -> None:
+        """Write each run into ``rows`` ``[L, capacity]``."""
         ...
 
-    def scatter(self, runs: Sequence[ScoredRun], offsets: Ids, scores: Array) -> None:
-        """Undo :meth:`gather` for the ``scores`` of rows that were listed so."""
+    def scatter(self, runs: Sequence[Run], scores: Array, to: Array) -> None:
+        """Undo :meth:`gather` for the ``scores`` ``[L, capacity]`` of rows that were listed so: ``to`` ``[L, width]``
+        gets those of one run, side by side, or of the two tiers of a table, in the order of its rows."""
         ...
 
     def top(self, scores: Array, count: int) -> Mask:

@@ -23,7 +23,6 @@ from .base import (
     Pages,
     Retiered,
     Run,
-    ScoredRun,
     Share,
     address,
     refusal,
@@ -34,14 +33,14 @@ DIRECTORY = Path(__file__).resolve().parent
 
 _BEYOND_LIMIT, _NO_PAGE, _FREED_TWICE = 1, 2, 3
 _COLUMNS = struct.Struct("6q")
-_RUN = struct.Struct("7q4i")
+_RUN = struct.Struct("7q")
 _FUNCTIONS = {
     "avl_take": "ppqp",
     "avl_release": "pppq",
     "avl_retier": "ppppqpqpqp",
     "avl_set_core": "pqpq",
     "avl_compress": "pqpqppp",
-    "avl_gather": "pqqpqpq",
+    "avl_gather": "pqqpq",
     "avl_scatter": "pqqpqpqq",
     "avl_top": "pqqqqp",
 }
@@ -116,16 +115,12 @@ class NativeBooks:
         count = self._library.avl_compress(_columns(columns), len(columns.counts), *masks, *out)
         return Gone(ids[:count], positions[:count], core[:count])
 
-    def gather(self, runs: Sequence[Run], offsets: Ids, rows: Ids) -> None:
-        packed = b"".join([_pack(run, 0, 0, False) for run in runs])
-        self._library.avl_gather(
-            packed, len(runs), len(rows), address(offsets), _stride(offsets), address(rows), _stride(rows)
-        )
+    def gather(self, runs: Sequence[Run], rows: Ids) -> None:
+        self._library.avl_gather(_runs(runs), len(runs), len(rows), address(rows), _stride(rows))
 
-    def scatter(self, runs: Sequence[ScoredRun], offsets: Ids, scores: Array) -> None:
-        packed = b"".join([_pack(each.run, address(each.scores), _stride(each.scores), each.spread) for each in runs])
-        where = (address(offsets), _stride(offsets), address(scores), _stride(scores))
-        self._library.avl_scatter(packed, len(runs), len(scores), *where, scores.itemsize)
+    def scatter(self, runs: Sequence[Run], scores: Array, to: Array) -> None:
+        where = (address(scores), _stride(scores), address(to), _stride(to))
+        self._library.avl_scatter(_runs(runs), len(runs), len(scores), *where, scores.itemsize)
 
     def top(self, scores: Array, count: int) -> Mask:
         masks = np.empty(scores.shape, dtype=np.bool_)
@@ -143,10 +138,14 @@ def _stride(array: Array) -> int:
     return array.strides[0] // array.itemsize
 
 
-def _pack(run: Run, scores: int, stride: int, spread: bool) -> bytes:
+def _runs(runs: Sequence[Run]) -> bytes:
+    return b"".join([_pack(run) for run in runs])
+
+
+def _pack(run: Run) -> bytes:
     core, core_stride = (0, 0) if run.core is None else (address(run.core), _stride(run.core))
-    arrays = (address(run.column), address(run.counts), core, scores, _stride(run.column), core_stride, stride)
-    return _RUN.pack(*arrays, run.list, run.tier, spread, 0)
+    arrays = (address(run.begins), address(run.column), address(run.counts), core)
+    return _RUN.pack(*arrays, _stride(run.column), core_stride, run.tier)
 
 
 def _error(status: int, share: Share, count: int) -> BaseException:

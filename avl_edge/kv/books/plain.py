@@ -19,7 +19,6 @@ from .base import (
     Pages,
     Retiered,
     Run,
-    ScoredRun,
     Share,
     refusal,
 )
@@ -135,17 +134,16 @@ class PlainBooks:
         ids, positions, was_core = (np.concatenate(column) for column in zip(*gone, strict=True))
         return Gone(ids, positions, was_core)
 
-    def gather(self, runs: Sequence[Run], offsets: Ids, rows: Ids) -> None:
+    def gather(self, runs: Sequence[Run], rows: Ids) -> None:
         for layer in range(len(rows)):
-            for run, begin, end in _placed(runs, offsets, layer):
-                rows[layer, begin:end] = run.column[layer, _standing(run, layer)]
+            for run in runs:
+                rows[layer, _listed(run, layer)] = run.column[layer, _standing(run, layer)]
 
-    def scatter(self, runs: Sequence[ScoredRun], offsets: Ids, scores: Array) -> None:
+    def scatter(self, runs: Sequence[Run], scores: Array, to: Array) -> None:
         for layer in range(len(scores)):
-            placed = _placed([each.run for each in runs], offsets, layer)
-            for scored, (run, begin, end) in zip(runs, placed, strict=True):
-                at = _standing(run, layer) if scored.spread else slice(int(run.counts[layer]))
-                scored.scores[layer, at] = scores[layer, begin:end]
+            for run in runs:
+                at = slice(int(run.counts[layer])) if len(runs) == 1 else _standing(run, layer)
+                to[layer, at] = scores[layer, _listed(run, layer)]
 
     def top(self, scores: Array, count: int) -> Mask:
         order = np.argsort(-scores, axis=1, kind="stable")
@@ -159,13 +157,9 @@ def _joined(layers: Sequence[tuple[Ids, Ids, Ids]]) -> Retiered:
     return Retiered(positions, before, after, np.cumsum([len(rows) for rows, *_ in layers], dtype=np.int64))
 
 
-def _placed(runs: Sequence[Run], offsets: Ids, layer: int) -> list[tuple[Run, int, int]]:
-    """Where each run's rows stand in its list."""
-    found: list[tuple[Run, int, int]] = []
-    for run in runs:
-        begin = found[-1][2] if found and found[-1][0].list == run.list else int(offsets[layer, run.list])
-        found.append((run, begin, begin + int(run.counts[layer])))
-    return found
+def _listed(run: Run, layer: int) -> slice:
+    """Where a run's rows stand in its list."""
+    return slice(int(run.begins[layer]), int(run.begins[layer] + run.counts[layer]))
 
 
 def _standing(run: Run, layer: int) -> Index | slice:

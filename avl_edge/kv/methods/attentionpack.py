@@ -84,5 +84,5 @@ class AttentionPackPolicy(KeepsCore):
         return True
 
     def settle_step(self, step: Step) -> Settlement:
-        self._importance = self._decay * self._importance + (1 - self._decay) * step.image
+        self._importance = self._decay * self._importance + (1 - self._decay) * step.scores.image
         return Settlement(core=top(self._importance, self._core))

@@ -181,8 +181,9 @@ class AvlPolicy(KeepsCore):
     def settle_step(self, step: Step) -> Settlement:
         core = None
         if self.reads_secondary(step.number):
-            core = top_of_each(step.image, step.image_counts, self._core)
-            self._scores = [row[:count] for row, count in zip(step.image, step.image_counts.tolist(), strict=True)]
+            image, counts = step.scores.image, step.scores.image_counts
+            core = top_of_each(image, counts, self._core)
+            self._scores = [row[:count] for row, count in zip(image, counts.tolist(), strict=True)]
         if self._settings.drift:
             self._watch(step, core)
         return Settlement(core, self._settle_text(step) if self._settings.text_keep < 100 else None)
@@ -197,7 +198,7 @@ class AvlPolicy(KeepsCore):
 
     def _watch(self, step: Step, core: Mask | None) -> None:
         """Note how much of the attention the core has, and whether the next step refreshes."""
-        odds = _odds(step.image if core is None else np.where(core, step.image, 0), step.text)
+        odds = _odds(step.scores.image if core is None else np.where(core, step.scores.image, 0), step.scores.text)
         if core is not None:
             self._fresh = odds
         left = np.minimum(odds / self._fresh, 1).mean()
@@ -207,7 +208,7 @@ class AvlPolicy(KeepsCore):
     def _settle_text(self, step: Step) -> Mask | None:
         self._seen += 1
         self._sums = with_column(self._sums, 0)
-        self._sums += step.text[:, self._prefix :]
+        self._sums += step.scores.text[:, self._prefix :]
         layers, count = self._sums.shape
         if count <= self._settings.text_budget(self._seen):
             return None

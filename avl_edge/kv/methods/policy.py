@@ -74,21 +74,40 @@ class StepLayer:
     is_suffix: Mask
 
 
+class RowScores(Protocol):
+    """The attention that the rows of a step received: ``image`` ``[L, n]`` and ``text`` ``[L, m]``, zero behind the
+    ``image_counts`` and ``text_counts`` int32 ``[L]`` of each layer."""
+
+    image_counts: Counts
+    text_counts: Counts
+
+    @property
+    def image(self) -> Scores: ...
+
+    @property
+    def text(self) -> Scores: ...
+
+
+class NoScores:
+    """Of a step whose scores the policy does not want: no row of any layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.image = self.text = np.empty((layers, 0))
+        self.image_counts = self.text_counts = np.zeros(layers, dtype=np.int32)
+
+
 @dataclass(frozen=True)
 class Step:
-    """A decode step: what :class:`StepLayer` says, of all L layers.
+    """A decode step: what :class:`StepLayer` says, of all L layers; ``scores`` of no row unless
+    :meth:`Policy.wants_scores`.
 
-    ``image`` ``[L, n]`` and ``text`` ``[L, m]``, zero behind the ``image_counts`` and ``text_counts`` int32 ``[L]`` of
-    each layer; ``[L, 0]`` and zeros unless :meth:`Policy.wants_scores`. As the step found them: ``positions`` of the
-    text rows int32 ``[L, texts]``, of which those from ``first_image`` on are suffix, and which image rows are ``core``
-    bool ``[L, images]``, both void behind the ``stored_texts`` and ``stored_images`` int32 ``[L]`` rows of each layer.
+    As the step found them: ``positions`` of the text rows int32 ``[L, texts]``, of which those from ``first_image`` on
+    are suffix, and which image rows are ``core`` bool ``[L, images]``, both void behind the ``stored_texts`` and
+    ``stored_images`` int32 ``[L]`` rows of each layer.
     """
 
     number: int
-    image: Scores
-    text: Scores
-    image_counts: Counts
-    text_counts: Counts
+    scores: RowScores
     positions: Positions
     first_image: int
     core: Mask
@@ -97,10 +116,11 @@ class Step:
 
     def layers(self) -> Iterator[StepLayer]:
         """Layer by layer."""
-        is_suffix, counts = self.positions >= self.first_image, (self.image_counts, self.text_counts, self.stored_texts)
-        for layer, (images, texts, stored) in enumerate(zip(*(each.tolist() for each in counts), strict=True)):
-            scores = self.image[layer, :images], self.text[layer, :texts]
-            yield StepLayer(layer, self.number, *scores, is_suffix[layer, :stored])
+        scores, is_suffix = self.scores, self.positions >= self.first_image
+        counts = zip(scores.image_counts.tolist(), scores.text_counts.tolist(), self.stored_texts.tolist(), strict=True)
+        for layer, (images, texts, stored) in enumerate(counts):
+            found = scores.image[layer, :images], scores.text[layer, :texts]
+            yield StepLayer(layer, self.number, *found, is_suffix[layer, :stored])
 
 
 @dataclass(frozen=True)
@@ -270,10 +290,10 @@ class RowOrder:
 
     def scores(self, step: Step) -> Scores:
         """The step's scores in one list, ``[L, rows]``."""
-        scores = np.empty(self._is_image.shape, dtype=step.text.dtype)
+        scores = np.empty(self._is_image.shape, dtype=step.scores.text.dtype)
         for mask, of, counts in (
-            (self._is_image, step.image, step.image_counts),
-            (~self._is_image, step.text, step.text_counts),
+            (self._is_image, step.scores.image, step.scores.image_counts),
+            (~self._is_image, step.scores.text, step.scores.text_counts),
         ):
             scores[mask] = of[_first(counts, of.shape[1])]
         return scores
