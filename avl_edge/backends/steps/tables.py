@@ -76,14 +76,13 @@ class Bucket:
         """The smallest one that holds a step of these sequences: a power of two of them, and of rows a power of two, or
         one and a half of it."""
         scanning = [each.scanned for each in reads if each.scanned]
-        rooms = sum(each.room for each in reads if each.scanned)
-        rows = np.max(sum(part.counts for each in reads for part in each.rows) + rooms, initial=0)
-        scanned = np.max(sum(each.counts for each in scanning), initial=0)
+        rows = sum(part.counts for each in reads for part in each.rows) + sum(each.room for each in reads)
+        scanned = np.max(sum(each.counts for each in scanning), initial=0) if scanning else 0
         read = {part.format for each in reads for part in each.rows if part.total}
         scanned_formats, written = {each.format for each in scanning}, {each.text for each in reads}
         return cls(
             1 << (len(reads) - 1).bit_length(),
-            room_for(int(rows)),
+            room_for(int(np.max(rows, initial=0))),
             scores,
             in_order(read | scanned_formats | written),
             in_order(written),
@@ -109,12 +108,12 @@ class StepTables:
     def __init__(self, accelerator: Accelerator, layers: int, bucket: Bucket, *, dense: bool = False) -> None:
         """``dense``: the rows of a table follow each other without gaps, and tables begin at multiples of 256 bytes: as
         engines want their inputs."""
-        self.bucket = bucket
+        self.bucket, self._rank = bucket, bucket.rank
         batch, lists = bucket.batch, len(bucket.formats) * bucket.batch
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
         widths += [(layers, bucket.capacity)]
         widths += [(layers, lists), (layers, lists + 1), (layers, bucket.scanned)] if bucket.scanned else []
-        widths += [(layers, bucket.capacity), (layers, batch * bucket.rank)] if bucket.rank else []
+        widths += [(layers, bucket.capacity), (layers, batch * self._rank)] if self._rank else []
         strides = [width if dense else _aligned(width, 4) for _, width in widths]
         sizes = [_aligned(count * stride, 64) for (count, _), stride in zip(widths, strides, strict=True)]
         starts = np.cumsum([0, *sizes])
@@ -137,7 +136,7 @@ class StepTables:
         if bucket.scanned:
             self._listed, self.of_scanned, self._scanned = host[6:9]
             self.device_listed, self.device_of_scanned, self.device_scanned = rest[:3]
-        if bucket.rank:
+        if self._rank:
             self._row_positions, self._bases = host[-2:]
             self.device_row_positions, self.device_bases = rest[-2:]
 
@@ -165,7 +164,7 @@ class StepTables:
             lengths = self._leave_room(lengths, reads)
         np.cumsum(lengths, axis=1, dtype=np.int32, out=self.offsets[:, 1:])
         list_rows(listed, self.offsets, self._rows)
-        if self.bucket.rank:
+        if self._rank:
             list_rows(listed, self.offsets, self._row_positions, positions=True)
             self._fill_bases(reads)
 
@@ -184,7 +183,7 @@ class StepTables:
         return both
 
     def _fill_bases(self, reads: Sequence[Reads]) -> None:
-        rank = self.bucket.rank
+        rank = self._rank
         for number, each in enumerate(reads):
             for layer, basis in enumerate(each.basis):
                 ids = basis[:rank]

@@ -1,5 +1,7 @@
 """The books in C++: `plugins/cpu/books.cpp`, which `pip install` builds into this folder as a shared library with a C
-interface. Takes no interpreter's lock while it works, and needs no torch."""
+interface. Needs no torch. A call keeps the interpreter's lock, since it takes microseconds, and whoever gives the lock
+away between two of them may wait for milliseconds until it has it again.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,13 @@ _FUNCTIONS = {
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def library() -> ctypes.PyDLL | None:
     """The library; None where it was not built, or cannot be loaded."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := DIRECTORY / f"_books{suffix}").is_file()]
     if not found:
         return None
     try:
-        loaded = ctypes.CDLL(str(found[0]))
+        loaded = ctypes.PyDLL(str(found[0]))
         for name, takes in _FUNCTIONS.items():
             kinds = [ctypes.c_void_p if each == "p" else ctypes.c_int64 for each in takes]
             getattr(loaded, name).argtypes = kinds
@@ -67,7 +69,7 @@ def library() -> ctypes.CDLL | None:
 class NativeBooks:
     """:class:`~avl_edge.kv.books.base.Books` by the native library."""
 
-    def __init__(self, loaded: ctypes.CDLL) -> None:
+    def __init__(self, loaded: ctypes.PyDLL) -> None:
         self._library = loaded
 
     def take(self, pages: Pages, share: Share, count: int) -> Ids:
