@@ -235,6 +235,22 @@ def test_a_row_that_is_freed_twice_changes_nothing(books: Books) -> None:
     assert first.held == first.nbytes == 0
 
 
+@pytest.mark.parametrize("shape", [(LAYERS, 3), (LAYERS + 1, 4), (LAYERS, 4)])
+def test_a_mask_over_other_rows_is_refused(shape: tuple[int, int]) -> None:
+    """One that is too narrow or of too many layers, and numbers in the place of truths: nothing is read beyond it."""
+    pool = RowPool(8, SHAPE)
+    kind = np.int64 if shape == (LAYERS, 4) else np.bool_
+    for formats in (Formats(), Formats("exact", "exact", "int4")):
+        rows = SequenceRows(pool, LAYERS, 4, formats)
+        for layer in range(LAYERS):
+            rows.fill(layer, np.arange(4, dtype=np.int32), np.arange(4, dtype=np.int32), np.ones(4, dtype=np.bool_), 0)
+        for change in (rows.keep_image, rows.keep_text, rows.set_core):
+            with pytest.raises(ValueError, match="is no mask over up to 4 rows of 3 layers"):
+                change(np.ones(shape, dtype=kind))
+        pool.check_integrity([rows])
+        rows.close()
+
+
 def test_what_is_listed_is_not_what_comes_after() -> None:
     """A layer's lists are copies: what is changed in place later does not change them."""
     pool = RowPool(4, SHAPE)

@@ -152,7 +152,8 @@ class Gone(NamedTuple):
 
 
 class Books(Protocol):
-    """Each works on the arrays that it is given, in place."""
+    """Each works on the arrays that it is given, in place. Masks are in one piece, and as wide as a layer has rows at
+    most, or wider."""
 
     def take(self, pages: Pages, share: Share, count: int) -> Ids:
         """``count`` row ids for a share, int32: those that are free in its pages first, then of new pages, the last one

@@ -90,7 +90,7 @@ class NativeBooks:
     def retier(
         self, pages: Pages, core: Share, secondary: Share, columns: Columns, wanted: Mask
     ) -> tuple[Retiered, Retiered]:
-        wanted, layers, room = np.ascontiguousarray(wanted), len(columns.counts), int(columns.counts.sum())
+        layers, room = len(columns.counts), int(columns.counts.sum())
         core.reserve(room)
         secondary.reserve(room)
         moved, ends = np.empty((2, 3, room), dtype=np.int32), np.zeros((2, layers), dtype=np.int64)
@@ -106,11 +106,9 @@ class NativeBooks:
         return leaving, entering
 
     def set_core(self, columns: Columns, wanted: Mask) -> None:
-        wanted = np.ascontiguousarray(wanted)
         self._library.avl_set_core(_columns(columns), len(columns.counts), address(wanted), wanted.shape[1])
 
     def compress(self, columns: Columns, keep: Mask) -> Gone:
-        keep = np.ascontiguousarray(keep)
         ids, positions = np.empty((2, keep.size), dtype=np.int32)
         core = np.empty(keep.size, dtype=np.bool_)
         masks, out = (address(keep), keep.shape[1]), (address(ids), address(positions), address(core))

@@ -162,7 +162,9 @@ class SequenceRows:
         if formats.core == formats.secondary:
             image.set_core(core, self.pool.books, first)
             return []
-        assert len(core) == len(self.layers), "rows of different formats change their tiers in all layers at once"
+        core = image.covering(core, first)
+        if len(core) != len(self.layers):
+            raise ValueError("rows of different formats change their tiers in all layers at once")
         both = self.pool.retier(self.lease, formats.core, formats.secondary, image.columns, core)
         image.recount()
         names = ((formats.core, formats.secondary), (formats.secondary, formats.core))

@@ -54,9 +54,18 @@ class RowTable:
 
     def keep(self, keep: Mask, books: Books, first: int = 0) -> Gone:
         """Keep the rows in ``keep`` ``[k, width]`` of the k layers from ``first`` on; the others."""
-        gone = books.compress(self.columns.of(slice(first, first + len(keep))), keep)
+        gone = books.compress(self.columns.of(slice(first, first + len(keep))), self.covering(keep, first))
         self.recount()
         return gone
+
+    def covering(self, mask: Mask, first: int = 0) -> Mask:
+        """A mask ``[k, width]`` over the rows of the k layers from ``first`` on, as the books take it; ValueError where
+        it is none."""
+        counts = self.counts[first : first + len(mask)]
+        if mask.dtype != np.bool_ or len(counts) < len(mask) or mask.shape[1] < counts.max(initial=0):
+            kind = f"{mask.dtype} {list(mask.shape)}"
+            raise ValueError(f"{kind} is no mask over up to {self.width} rows of {len(self.counts) - first} layers")
+        return np.ascontiguousarray(mask)
 
     def recount(self) -> None:
         """Sum up what the counts of the layers are now."""
@@ -95,9 +104,7 @@ class TieredTable(RowTable):
 
     def set_core(self, core: Mask, books: Books, first: int = 0) -> None:
         """Make ``core`` ``[k, width]`` the core of the k layers from ``first`` on."""
-        columns = self.columns.of(slice(first, first + len(core)))
-        assert core.shape[1] >= columns.counts.max(initial=0), "a core is a mask over all image rows of a layer"
-        books.set_core(columns, core)
+        books.set_core(self.columns.of(slice(first, first + len(core))), self.covering(core, first))
         self.recount()
 
     def recount(self) -> None:
