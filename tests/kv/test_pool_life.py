@@ -23,6 +23,7 @@ from avl_edge.kv.pool import RowPool, SequenceRows
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
+from tests.equipment.settled import by_layer, settle
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=2)
 Ids = npt.NDArray[np.int32]
@@ -193,14 +194,18 @@ class PoolLife(RuleBasedStateMachine):
             own = self.memory.stamps(cache, layer, np.array([position], dtype=np.int32))
             self.memory.write(ids[layer : layer + 1], cache.rows.formats.text, own)
             if cache.picks_core:
-                (scanned,) = cache.rows_to_scan(layer)
+                scanned = cache.rows_to_scan(layer)
                 assert np.array_equal(scanned.ids, cache.rows.layers[layer].image_ids)
                 cache.pick_core(layer, self.random.random(len(scanned.ids)))
+        scores = []
+        for layer in range(LAYERS):
             read = cache.rows_to_read(layer)
             self._check_read(life, layer, read, int(ids[layer]))
-            count = sum(len(each.ids) for each in read)
-            self._move(life, layer, cache.settle(layer, self.random.random(count) if cache.wants_scores else None))
-            life.count()
+            scores.append(self.random.random(sum(map(len, read))))
+        moved = settle(cache, scores if cache.wants_scores else None)
+        for layer, of_layer in by_layer(moved, LAYERS):
+            self._move(life, layer, of_layer)
+        life.count()
         self._check_contents(life)
 
     def _check_read(self, life: Life, layer: int, read: list[Any], own: int) -> None:

@@ -13,13 +13,13 @@ from ...attention import native
 from ...attention.kernels import attend_parts, coarse_weights, prompt_scores
 from ...kv.cache import SequenceCache
 from ...kv.pool.rows import Index
-from ...kv.selection import is_low_rank
+from ...kv.selection import ListedRows, Selection, StepScores, is_low_rank
 from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
 from ...model.network import Llava
 from ...request import Prompt
 from ..prefill import Attention, Prefill
-from ..stored import StoredRows, in_order, own_scores
+from ..stored import StoredRows
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
@@ -40,6 +40,7 @@ class TorchBackend:
         self.name = "torch-cpu+native" if native.available() else "torch-cpu"
         self._kv_heads = model.spec.text.kv_heads
         self._scale = model.spec.text.head_dim**-0.5
+        self._score_type = np.float64 if model.dtype == torch.float64 else np.float32
 
     @classmethod
     def with_pages(cls, model: Llava, pages: int, attend: Attend = attend_parts) -> TorchBackend:
@@ -71,6 +72,11 @@ class TorchBackend:
         positions, ids = zip(*(cache.begin_step() for cache in caches), strict=True)
         hidden = decoder.embed(torch.tensor(token_ids))
         angles, smoothings = decoder.angles(torch.tensor(positions)), rows.smoothings(caches)
+        reads = [cache.rows_read_now for cache in caches]
+        scores = [
+            StepScores(read, self._score_type) if cache.wants_scores else None
+            for cache, read in zip(caches, reads, strict=True)
+        ]
         for index, layer in enumerate(decoder.layers):
             query, key, value = layer.project(hidden, *angles)
             if smoothings:
@@ -78,40 +84,44 @@ class TorchBackend:
             rows.append(caches, [each[index] for each in ids], key, value)
             for number, cache in enumerate(caches):
                 if cache.picks_core:
-                    scanned = rows.parts([cache.rows_to_scan(index)])[0]
-                    own = query[number : number + 1]
-                    coarse = coarse_weights(own, scanned, self._kv_heads, self._scale)
-                    cache.pick_core(index, coarse.numpy())
-            attended, scores = self._attend_step(query, index, caches)
-            hidden = layer.finish(hidden, attended)
-            for cache, weights in zip(caches, scores, strict=True):
-                rows.move(cache, [(index, cache.settle(index, weights))])
+                    scanned = rows.parts(ListedRows([[cache.rows_scanned_now]], index))
+                    if scanned:
+                        own = query[number : number + 1]
+                        coarse = coarse_weights(own, scanned[0], self._kv_heads, self._scale)
+                        cache.pick_core(index, coarse.numpy())
+                    reads[number] = cache.rows_read_now
+            hidden = layer.finish(hidden, self._attend_step(query, index, caches, reads, scores))
+        for cache, own_scores in zip(caches, scores, strict=True):
+            rows.move(cache, cache.settle(own_scores))
         return decoder.logits(hidden)
 
     def _attend_step(
-        self, query: Tensor, layer: int, caches: Sequence[SequenceCache]
-    ) -> tuple[Tensor, list[npt.NDArray[np.floating] | None]]:
-        """A layer's attention ``[B, H, d]``, and each sequence's scores in the order of the rows that it reads, where
-        its policy wants them."""
-        read = [cache.rows_to_read(layer) for cache in caches]
-        wants = [cache.wants_scores for cache in caches]
-        scores: list[npt.NDArray[np.floating] | None] = [None] * len(caches)
-        low = [number for number, selected in enumerate(read) if any(map(is_low_rank, selected))]
+        self,
+        query: Tensor,
+        layer: int,
+        caches: Sequence[SequenceCache],
+        reads: Sequence[Sequence[Selection]],
+        scores: Sequence[StepScores | None],
+    ) -> Tensor:
+        """A layer's attention ``[B, H, d]`` over the rows that the caches read; gives their ``scores``."""
+        low = [number for number, read in enumerate(reads) if any(map(is_low_rank, read))]
         batch = [number for number in range(len(caches)) if number not in low]
         attended = torch.empty_like(query)
         if batch:
-            parts = self.rows.parts([read[number] for number in batch])
-            wanted = any(wants[number] for number in batch)
+            listed = ListedRows([reads[number] for number in batch], layer)
+            wanted = any(scores[number] is not None for number in batch)
             own = query if len(batch) == len(caches) else query[batch]
-            out, weights = self._attend(own, parts, self._kv_heads, self._scale, scores=wanted)
+            out, weights = self._attend(own, self.rows.parts(listed), self._kv_heads, self._scale, scores=wanted)
             attended = out if len(batch) == len(caches) else attended.index_copy(0, torch.tensor(batch), out)
-            for place, number in enumerate(batch):
-                if weights is not None and wants[number]:
-                    scores[number] = own_scores(place, read[number], parts, weights)
+            if weights is not None:
+                every = torch.cat(list(weights)).numpy()
+                for place, number in enumerate(batch):
+                    if (into := scores[number]) is not None:
+                        listed.give(into, place, every)
         for number in low:
-            attended[number], low_weights = self.rows.attend(
-                caches[number], layer, read[number], query[number], self._scale
-            )
-            if wants[number]:
-                scores[number] = in_order(read[number], low_weights)
-        return attended, scores
+            selected = caches[number].rows_to_read(layer)
+            out, low_weights = self.rows.attend(caches[number], layer, selected, query[number], self._scale)
+            attended[number] = out
+            if (into := scores[number]) is not None:
+                ListedRows([reads[number]], layer).give(into, 0, torch.cat(low_weights).numpy())
+        return attended

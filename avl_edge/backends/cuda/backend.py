@@ -39,7 +39,6 @@ from torch import Tensor
 
 from ...attention.cuda import Kernels, KernelShape, Pool, PromptHeads
 from ...kv.cache import SequenceCache
-from ...kv.pool import Moved
 from ...kv.pool.rows import Index
 from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
@@ -151,36 +150,26 @@ class CudaBackend:
 
     @torch.inference_mode()
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> DecodeStep:
-        layers = range(self._model.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
-        reads = [_reads(cache, layers) for cache in caches]
+        reads = [_reads(cache) for cache in caches]
         step = self.steps.of(Bucket.of(reads, any(cache.wants_scores for cache in caches)))
         with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores and not cache.picks_core:
-                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
+                    self.rows.move(cache, cache.settle(None))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
+            if own.scanned:
+                cache.set_core(step.picked(number, own.scanned))
             if cache.wants_scores or cache.picks_core:
-                self.rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
+                self.rows.move(cache, cache.settle(step.scores(number, own) if cache.wants_scores else None))
         return step
 
 
-def _settle(step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> list[Moved]:
-    """What a sequence that waited for the step's results does with them in one layer; the rows that move."""
-    if reads.scanned:
-        cache.set_core(layer, step.picked(layer, number, reads.scanned[layer].format))
-        cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
-    return cache.settle(layer, step.scores(layer, number, reads.rows[layer]) if cache.wants_scores else None)
-
-
-def _reads(cache: SequenceCache, layers: range) -> Reads:
+def _reads(cache: SequenceCache) -> Reads:
     """What a sequence reads in the step that has begun."""
-    smoothing = cache.rows.smoothing
-    scanned = [cache.rows_to_scan(layer)[0] for layer in layers] if cache.picks_core else []
-    if not any(len(each.ids) for each in scanned):  # of a text alone there is nothing to choose
-        rows = [cache.rows_to_read(layer) for layer in layers]
-        basis = [cache.rows.layers[layer].basis for layer in layers]
-        return Reads(rows, cache.formats.text, basis=basis, smoothing=smoothing)
-    share, most = cache.nucleus
-    text = [[cache.text_rows(layer)] for layer in layers]
-    return Reads(text, cache.formats.text, scanned, share, most, smoothing=smoothing)
+    text, smoothing = cache.formats.text, cache.rows.smoothing
+    if cache.picks_core and cache.rows_scanned_now.counts.any():  # of a text alone there is nothing to choose
+        share, most = cache.nucleus
+        return Reads([cache.text_rows], text, cache.rows_scanned_now, share, most, smoothing=smoothing)
+    basis = [rows.basis for rows in cache.rows.layers]
+    return Reads(cache.rows_read_now, text, basis=basis, smoothing=smoothing)

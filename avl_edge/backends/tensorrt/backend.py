@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ...kv.cache import SequenceCache
-from ...kv.selection import Selected
+from ...kv.pool import RowTable
+from ...kv.selection import Selection
 from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
 from ...model.network.rope import Rope
@@ -68,9 +69,7 @@ class EngineBackend:
         it."""
         layers, store = self.engines.spec.text.layers, self._store
         slots = np.where(np.arange(layers) < len(store.keys), np.arange(layers), -1).astype(np.int32)
-        first = np.zeros(1, dtype=np.int32)
-        own = [Selected("exact", first.astype(np.int64), slots[layer : layer + 1], first) for layer in range(layers)]
-        reads = [Reads([[each] for each in own])]
+        reads = [Reads([Selection("exact", RowTable.of(slots[:, None], np.zeros((layers, 1), dtype=np.int32)))])]
         store.keys[:layers], store.values[:layers] = torch.nan, torch.nan  # not what an earlier check left there
         step = EngineStep(self.engines, store, self.accelerator, self._bucket(reads, False))
         step.tables.fill([0], [0], slots[:, None], reads)
@@ -154,18 +153,16 @@ class EngineBackend:
 
     @torch.inference_mode()
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, logits: bool) -> EngineStep:
-        layers = range(self.engines.spec.text.layers)
         positions, slots = zip(*(cache.begin_step() for cache in caches), strict=True)
-        reads = [_reads(cache, layers) for cache in caches]
+        reads = [Reads(each.rows_read_now, each.formats.text, smoothing=each.rows.smoothing) for each in caches]
         step = self.steps.of(self._bucket(reads, any(cache.wants_scores for cache in caches)))
         with self.steps.run(step, token_ids, positions, slots, reads, logits=logits):
             for cache in caches:
                 if not cache.wants_scores:
-                    self.rows.move(cache, ((layer, cache.settle(layer, None)) for layer in layers))
+                    self.rows.move(cache, cache.settle(None))
         for number, (cache, own) in enumerate(zip(caches, reads, strict=True)):
             if cache.wants_scores:
-                scores = (step.scores(layer, number, own.rows[layer]) for layer in layers)
-                self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
+                self.rows.move(cache, cache.settle(step.scores(number, own)))
         return step
 
     def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
@@ -176,9 +173,3 @@ class EngineBackend:
         # What formats are written is not asked, nor whose keys are smoothed: an engine's step has a place for each.
         formats = parts_of(found.formats)
         return replace(found, batch=batch, capacity=capacity, formats=formats, written=(), smooths=False)
-
-
-def _reads(cache: SequenceCache, layers: range) -> Reads:
-    """What a sequence reads in the step that has begun."""
-    rows = [cache.rows_to_read(layer) for layer in layers]
-    return Reads(rows, cache.formats.text, smoothing=cache.rows.smoothing)
