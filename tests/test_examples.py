@@ -33,6 +33,9 @@ NOT_RUN = {
     "python -m tools.gpu.check": "needs a GPU",
     "avl-edge run --model PACKAGE": "needs TensorRT",
     "python -m tools.demo_model.train": "trains for hours",
+    "python -m tools.real_decoder": "needs a decoder's GGUF file; tests/tools/test_real_decoder.py makes a small one",
+    "avl-edge eval --model real-decoder": "needs that checkpoint; tests/cli has it with a small one",
+    "ln -sfn": "the files that a measurement names",
     "python examples": "the tests below run these programs",
     "python -m tools.docs": "writes into this repository; tests/tools/test_docs.py holds the pages to it",
 }

@@ -1,7 +1,9 @@
 """The table that the planner and the presets read, from evaluations: ``python -m tools.quality_table EVAL.json...``.
 
-Takes the documents of ``avl-edge eval --out``, all about the same questions to the same model, and writes
-``avl_edge/kv/quality/measured.json``, and the evaluations put together as ``docs/measurements/methods.json``.
+Takes the documents of ``avl-edge eval --out``, all about the same questions to the same model, the later ones before
+the earlier, and writes ``avl_edge/kv/quality/measured.json``, and the evaluations put together as
+``docs/measurements/methods.json``, which may be the first of them again. What formats cost on text comes from
+``docs/measurements/text_qwen2.5_coder_0.5b.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import typer
 
 OUT = Path("avl_edge/kv/quality/measured.json")
 MERGED = Path("docs/measurements/methods.json")
+TEXT = Path("docs/measurements/text_qwen2.5_coder_0.5b.json")
 
 
 def is_bound(setting: str) -> bool:
@@ -39,12 +42,25 @@ def points(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """All documents as one: every setting once, with the commands and machine that they came from."""
+def text_quality(document: dict[str, Any]) -> dict[str, Any]:
+    """The document of ``avl-edge eval --data text:...`` as ``avl_edge.kv.quality.TextQuality`` takes it."""
+    rows = {row["method"].removeprefix("full:format="): row for row in document["results"]}
+    rises = {name: round(rows[name]["perplexity_change"], 5) for name in ("int8", "int8/int4", "int4")}
+    return {"model": document["model"], "date": document["date"], "tokens": document["tokens"], "rises": rises}
+
+
+def commands(document: dict[str, Any]) -> list[str]:
+    """Those that a document came from: one of an evaluation, several of what was put together."""
+    command = document["command"]
+    return command if isinstance(command, list) else [command]
+
+
+def merged(documents: list[dict[str, Any]], commands: list[str]) -> dict[str, Any]:
+    """All documents as one: every setting once, with the ``commands`` and the machine that they came from."""
     rows = {(row["method"], row["kv_fraction"]): row for document in documents for row in document["results"]}
     unreachable = [row for document in documents for row in document["unreachable"]]
     return {
-        "command": [document["command"] for document in documents],
+        "command": commands,
         "date": max(document["date"] for document in documents),
         "machine": documents[0]["machine"],
         "result": {**documents[0], "results": list(rows.values()), "unreachable": unreachable},
@@ -54,6 +70,7 @@ def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
 def main(evaluations: Annotated[list[Path], typer.Argument(help="Documents of avl-edge eval.")]) -> None:
     """Write the table."""
     documents = [json.loads(path.read_text()) for path in evaluations]
+    came_from = [command for document in documents for command in commands(document)]
     documents = [document.get("result", document) for document in documents]
     about = {(d["model"], d["data"], d["questions"]) for d in documents}
     if len(about) != 1:
@@ -65,9 +82,10 @@ def main(evaluations: Annotated[list[Path], typer.Argument(help="Documents of av
         "questions": questions,
         "date": max(document["date"] for document in documents),
         "points": points([row for document in documents for row in document["results"]]),
+        "text": text_quality(json.loads(TEXT.read_text())),
     }
     OUT.write_text(json.dumps(content, indent=1) + "\n")
-    MERGED.write_text(json.dumps(merged(documents), indent=1) + "\n")
+    MERGED.write_text(json.dumps(merged(documents, came_from), indent=1) + "\n")
     print(f"{len(content['points'])} points in {OUT}")
 
 

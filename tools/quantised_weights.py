@@ -2,7 +2,7 @@
 
     python -m tools.quantised_weights real-decoder real-decoder-int4 --weights int4 --group 128
     python -m tools.quantised_weights real-decoder real-decoder-awq --weights int4 --activation-aware calibration.txt
-    avl-edge eval --model real-decoder-awq --data text:LICENSE --methods full
+    avl-edge eval --model real-decoder-awq --data text:LICENSE --methods full:format=int8
 
 Round to nearest: a group of so many neighbouring inputs of a row shares a scale, its largest magnitude over 127 or 7,
 in float16; symmetric, as TensorRT takes int4 weights. The result is stored in the checkpoint's own dtype, so that every
@@ -10,7 +10,7 @@ backend computes with the quantiser's output as it is.
 
 ``--activation-aware`` is AWQ's scaling (arXiv 2306.00978): inputs that are large on a calibration text are multiplied
 before they are rounded, and divided by the norm or the linear layer that gives them. The factor of an input is its mean
-magnitude to a power from 0 to 0.95, the same for all layers that read it, that leaves the least error in their outputs.
+magnitude to a power from 0 to 0.9, the same for all layers that read it, that leaves the least error in their outputs.
 Of grouped-query attention the query heads that share a value head share the factors of ``o_proj``. What the paper adds,
 clipping of the largest weights, is left out.
 """
@@ -36,8 +36,8 @@ from avl_edge.model.prompt import Processor
 from avl_edge.model.spec import read_spec
 
 LEVELS = {"int8": 127, "int4": 7}
-POWERS = tuple(step / 20 for step in range(20))
-CALIBRATION_TOKENS = 512
+POWERS = tuple(step / 10 for step in range(10))
+CALIBRATION_TOKENS = 256
 
 _LARGEST_SCALE = 65504.0
 _LEAST_INPUT = 1e-4

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -49,6 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 1 << 30
 
 _MAGIC = b"GGUF"
+_TOKENS = "tokenizer.ggml.tokens"
 _TEXT = "model.language_model."
 _VOCABULARY_MULTIPLE = 64
 _VISION_STD = 0.02  # what LLaVA and CLIP begin their training with
@@ -76,11 +78,11 @@ class GgufDecoder:
         require(parts == 1, f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
         scaling = _field(reader, f"{self.architecture}.rope.scaling.type") or "none"
         require(scaling == "none", f"{path} scales its positions ({scaling}), which is not read")
+        for key in (f"{self.architecture}.block_count", f"{self.architecture}.attention.head_count", _TOKENS):
+            require(_field(reader, key) is not None, f"{path} has no {key}: is it a complete model?")
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = self._gguf.MODEL_ARCH[self.architecture.upper()]
-        self._names = self._gguf.get_tensor_name_map(
-            architecture, _field(reader, f"{self.architecture}.block_count") or 0
-        )
+        self._names = self._gguf.get_tensor_name_map(architecture, _field(reader, f"{self.architecture}.block_count"))
         self._heads = _field(reader, f"{self.architecture}.attention.head_count")
         self._kv_heads = _field(reader, f"{self.architecture}.attention.head_count_kv") or self._heads
 
@@ -143,16 +145,18 @@ def make_checkpoint(gguf: Path, directory: Path, dtype: torch.dtype, seed: int =
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     text = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = _llava(text, tokenizer, tied="lm_head.weight" not in decoder)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(directory, _weights(decoder, config, seed), dtype)
-    decoder.check_empty()
     config.dtype = dtype
     config.architectures = [LlavaForConditionalGeneration.__name__]
-    config.save_pretrained(directory)
-    GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(
-        directory
-    )
-    _processor(tokenizer).save_pretrained(directory)
+    generation = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        staged = Path(scratch) / "checkpoint"
+        staged.mkdir()
+        _write(staged, _weights(decoder, config, seed), dtype)
+        decoder.check_empty()
+        for part in (config, generation, _processor(tokenizer)):
+            part.save_pretrained(staged)
+        staged.replace(directory)
 
 
 def _llava(text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tied: bool) -> LlavaConfig:

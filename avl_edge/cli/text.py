@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -12,18 +11,13 @@ from ..config import format_size, require
 from ..errors import DoesNotFit
 from ..machine import device
 from ..measure.evaluate import Setting
-from ..measure.perplexity import TEXT, WindowLayout, measure, plans_of, read_windows, report
+from ..measure.perplexity import WindowLayout, files_of, measure, plans_of, read_windows, report
 from ..model.checkpoint import load_weights, stored_dtype
 from ..model.network import Llava
 from ..model.prompt import Processor
 from ..model.spec import read_spec
 from .options import checkpoint_of
 from .progress import progress
-
-
-def files_of(data: str) -> list[Path]:
-    """The files that ``text:FILE,FILE`` names."""
-    return [Path(name.strip()) for name in data.removeprefix(TEXT).split(",") if name.strip()]
 
 
 def text_document(

@@ -25,7 +25,7 @@ from avl_edge.kv.pool import RowTable
 from avl_edge.kv.selection import Selection
 from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
-from tests.equipment.cuda_on_cpu import EmulatedModule, HostDevice, backend_for
+from tests.equipment.cuda_on_cpu import HostDevice, backend_for
 from tests.equipment.cuda_sides import (
     FORMATS_OF,
     METHODS,
@@ -40,6 +40,7 @@ from tests.equipment.cuda_sides import (
     run_both,
 )
 from tests.equipment.emulated_kernels import COMPILER, Shape
+from tests.equipment.emulated_module import EmulatedModule
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,9 +11,10 @@ from avl_edge.config import Formats
 from avl_edge.kv.methods import Avl, Full, Method
 from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
-from tests.equipment.cuda_on_cpu import EmulatedModule, backend_for
+from tests.equipment.cuda_on_cpu import backend_for
 from tests.equipment.cuda_sides import METHODS, PAGES, STEP_OF, Side, both, prefixes, random_prompt, run_both
 from tests.equipment.emulated_kernels import COMPILER, Shape
+from tests.equipment.emulated_module import EmulatedModule
 
 HEAVY = "qwen2-outliers"
 MOST = {"int8": 5e-4, "int4": 5e-2}

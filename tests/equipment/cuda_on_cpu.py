@@ -1,7 +1,7 @@
 """The GPU backend without a GPU: a device that does everything at once, and kernels that run on the CPU.
 
 `ReferenceModule` computes what the kernels promise, in torch, from the raw addresses that they are launched with, for
-rows of any dtype; `EmulatedModule` runs the CUDA source itself, compiled as C++ by `plugins/emulation`.
+rows of any dtype; :mod:`tests.equipment.emulated_module` runs the CUDA source itself.
 """
 
 from __future__ import annotations
@@ -319,19 +319,6 @@ class ReferenceModule:
 
 def _bounds(begins: Argument, ends: Argument, count: int) -> list[tuple[int, int]]:
     return list(zip(at(begins, torch.int32, count).tolist(), at(ends, torch.int32, count).tolist(), strict=True))
-
-
-class EmulatedModule:
-    """The CUDA source as a shared library of `plugins/emulation`."""
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-
-    def launch(self, kernel: str, grid: Grid, threads: int, stream: int, arguments: Sequence[Argument]) -> None:
-        assert stream == 7
-        assert threads in (32, 64, 128)
-        addresses = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(argument) for argument in arguments])
-        assert self._library.avl_launch(kernel.encode(), *grid, 0, addresses) == 0
 
 
 def reference_kernels(head_dim: int, group: int, dtype: torch.dtype, launched: list[str] | None = None) -> Kernels:

@@ -111,8 +111,9 @@ def _fitted(pairs: Tensor, turns: Tensor) -> Tensor:
 
 
 def _turns(positions: list[int], frequencies: Tensor) -> Tensor:
-    """complex128 ``[n, d / 2]``; angles are float32 products, as every RoPE has them."""
-    return torch.exp(1j * (torch.tensor(positions).float()[:, None] * frequencies.float()).double())
+    """complex128 ``[n, d / 2]``; angles, cosines and sines are float32, as every RoPE has them."""
+    angles = torch.tensor(positions).float()[:, None] * frequencies.float()
+    return torch.complex(angles.cos().double(), angles.sin().double())
 
 
 def _halves(numbers: Tensor) -> Tensor:

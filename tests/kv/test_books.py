@@ -15,12 +15,12 @@ from avl_edge.config import Formats, KvShape
 from avl_edge.errors import PoolExhausted
 from avl_edge.kv.books import Books, NativeBooks, PlainBooks, Run
 from avl_edge.kv.books.native import library
-from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.pool import RowPool, SequenceRows, TieredTable
+from tests.equipment.row_bytes import row_bytes
 
 LAYERS, PAGES = 3, 12
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=2)
-NAMES = ("exact", "int8", "int4")
+NAMES = ("exact", "int8", "int8/int4", "int4")
 
 needs_library = pytest.mark.skipif(library() is None, reason="the books were not built")
 
@@ -143,13 +143,10 @@ class BooksLife(RuleBasedStateMachine):
         for number, pool in enumerate(self.pools):
             owners = [made[number] for made in self.rows]
             pool.check_integrity(owners)
-            taken = np.zeros(PAGES * pool.page_bytes // 2, dtype=np.int64)
+            taken = np.zeros(PAGES * pool.page_bytes, dtype=np.int64)
             for rows in owners:
                 for name, ids in rows.held():
-                    unit, size = (
-                        (SHAPE.row_bytes // 2,) * 2 if name == "exact" else (UNIT, Format(name).record_bytes(SHAPE))
-                    )
-                    np.add.at(taken, ids.astype(np.int64)[:, None] * unit + np.arange(size), 1)
+                    np.add.at(taken, row_bytes(pool, ids, name), 1)
             assert taken.max(initial=0) <= 1, "two rows share a byte"
         for made, model in zip(self.rows, self.model, strict=True):
             for rows in made:

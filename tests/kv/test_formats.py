@@ -61,7 +61,7 @@ def test_the_error_is_at_most_half_a_step(name: str, shape: KvShape, seed: int, 
     spacing = torch.exp2(torch.floor(torch.log2(ideal.clamp(min=2.0**-14))) - 10)
     signed = torch.where(values.amax(-1, keepdim=True) >= -values.amin(-1, keepdim=True), 1, -1)
     beyond = values * -signed > (OTHER_END[name] + 0.5) * scales * (1 - 1e-4)
-    steps = torch.where(beyond, scales, scales / 2)
+    steps = torch.where(beyond, scales * (1 + LEVELS[name] * 2.0**-11), scales / 2)
     rounded = LEVELS[name] * spacing / 2
     reach = torch.where(beyond, steps + rounded, torch.maximum(steps, rounded)) * (1 + 1e-4)
     fits = ideal <= LARGEST_SCALE

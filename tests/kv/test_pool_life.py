@@ -17,12 +17,12 @@ from avl_edge.config import Formats, KvShape
 from avl_edge.errors import DoesNotFit, PoolExhausted
 from avl_edge.kv.budget import kv_plan, plan_after
 from avl_edge.kv.cache import SequenceCache, prompt_shape
-from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.methods import Full, Method
 from avl_edge.kv.pool import RowPool, SequenceRows
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
+from tests.equipment.row_bytes import row_bytes
 from tests.equipment.settled import by_layer, settle
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=2)
@@ -30,28 +30,23 @@ Ids = npt.NDArray[np.int32]
 
 
 class Memory:
-    """Both arenas as one: whose row each byte was last written for, ``(owner, layer, position)`` as a number."""
+    """Both arenas, one behind the other: whose row each byte was last written for, ``(owner, layer, position)`` as a
+    number."""
 
     def __init__(self, pool: RowPool) -> None:
         self._pool = pool
         self._stamps: dict[tuple[int, int, int], int] = {}
-        self._bytes = np.full(pool.pages * pool.page_bytes // 2, -1, dtype=np.int64)
-
-    def _places(self, ids: Ids, format_: str) -> npt.NDArray[np.int64]:
-        """The bytes of rows ``[n, bytes of a row]``: an exact one by its number, a packed one from where it begins."""
-        half_row = SHAPE.row_bytes // 2
-        unit, size = (half_row, half_row) if format_ == "exact" else (UNIT, Format(format_).record_bytes(SHAPE))
-        return ids.astype(np.int64)[:, None] * unit + np.arange(size)
+        self._bytes = np.full(pool.pages * pool.page_bytes, -1, dtype=np.int64)
 
     def stamps(self, owner: object, layer: int, positions: Ids) -> npt.NDArray[np.int64]:
         keys = [(id(owner), layer, position) for position in positions.tolist()]
         return np.array([self._stamps.setdefault(key, len(self._stamps)) for key in keys], dtype=np.int64)
 
     def write(self, ids: Ids, format_: str, stamps: npt.NDArray[np.int64]) -> None:
-        self._bytes[self._places(ids, format_)] = stamps[:, None]
+        self._bytes[row_bytes(self._pool, ids, format_)] = stamps[:, None]
 
     def check(self, ids: Ids, format_: str, stamps: npt.NDArray[np.int64]) -> None:
-        assert np.all(self._bytes[self._places(ids, format_)] == stamps[:, None]), "read what another wrote"
+        assert np.all(self._bytes[row_bytes(self._pool, ids, format_)] == stamps[:, None]), "read what another wrote"
 
 
 def _held(rows: SequenceRows) -> Counter[str]:

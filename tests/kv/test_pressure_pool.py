@@ -16,7 +16,7 @@ from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Avl
 from avl_edge.kv.methods.policy import PromptLayer
 from avl_edge.kv.pool import RowPool, SequenceRows
-from avl_edge.kv.pool.compaction import smaller_formats
+from avl_edge.kv.pool.compaction import compact, smaller_formats
 from avl_edge.kv.store import RowStore
 from avl_edge.machine.allocator import advise_free
 from tests import ROOT
@@ -82,8 +82,15 @@ def test_compacted_rows_need_the_fewest_pages(
     for layer, (text, images) in enumerate(counts):
         rows.keep_text(random.random((1, text)) < share, layer)
         rows.keep_image(random.random((1, images)) < share, layer)
-    before, after = pool.compact(rows.lease, format_)
-    assert not set(before.tolist()) & set(after.tolist())
+    old = [(each.text_ids, each.image_ids) for each in rows]
+    carried = {}
+    for _, before, after in compact(rows):
+        carried = dict(zip(before.tolist(), after.tolist(), strict=True))
+    assert not set(carried) & set(carried.values())
+    for each, ids in zip(rows, old, strict=True):
+        for new, own in zip((each.text_ids, each.image_ids), ids, strict=True):
+            assert new.tolist() == [carried.get(row, row) for row in own.tolist()], "each row by its new id"
+    pool.check_integrity([rows])
     count = sum(len(each.text_ids) + len(each.image_ids) for each in rows)
     assert rows.lease.held == -(-count // pool.packing(format_).rows)
 

@@ -132,7 +132,12 @@ def test_lossless_and_small_are_what_they_say() -> None:
     cheap = min((each for each in table().of(lossless.setting) if stores_all(each)), key=lambda each: each.stored)
     assert cheap.score >= table().full.score - 0.005
     others = [point for point in table().points if point.score >= table().full.score - 0.005 and stores_all(point)]
-    assert all(point.stored >= cheap.stored for point in others)
+    cheaper = [parse(point.setting).formats for point in others if point.stored < cheap.stored]
+    rises = table().text.rises
+    assert all(max(rises.get(name, 1) for name in formats.by_tier().values()) > 0.005 for formats in cheaper if formats)
+    formats = parse(lossless.setting).formats
+    assert formats
+    assert all(rises[name] <= 0.005 for name in formats.by_tier().values())
     request = Runtime.open().prepare([random_image(3, (300, 200))], "What is the speed?", Options(preset="lossless"))
     tiers = request.plan.method.peak_tiers(prompt_shape(len(request.prompt), request.prompt.spans), 0, 8)
     assert sum(tiers) == 8 * len(request.prompt)

@@ -163,16 +163,18 @@ def test_a_mean_step_is_the_mean_of_steps() -> None:
 
 def test_bytes_of_a_step_by_hand() -> None:
     """LLaVA-1.5-7B's rows: 8192 bytes of K in fp16; in int8 a scale for each of 32 heads and a byte a value, in int4
-    a scale for 32 values and half a byte a value. S 50 C 25 of 100 rows, 10 of text and the new one."""
+    a scale for 32 values and half a byte a value; one exact row smooths a layer's keys. S 50 C 25 of 100 rows, 10 of
+    text and the new one."""
     shape, prompt = known_shape("llava-1.5-7b").kv_shape(), PromptShape(8, 100, 2)
     exact, int8, int4 = 2 * 8192, 2 * (64 + 4096), 2 * (256 + 2048)
     avl = Answer(Avl(100, 50, 25, 3, 100), prompt, shape, 6, Formats("exact", "int8", "int4"))
-    assert avl.step(1).nbytes == 32 * (11 * exact + 25 * int8)
-    assert avl.step(3).nbytes == 32 * (13 * exact + 25 * int8 + 25 * int4)
+    smoothing = exact
+    assert avl.step(1).nbytes == 32 * (11 * exact + 25 * int8 + smoothing)
+    assert avl.step(3).nbytes == 32 * (13 * exact + 25 * int8 + 25 * int4 + smoothing)
     assert avl.step(3).scanned_rows == 0
     coarse = Answer(Coarse(secondary=50, core=25), prompt, shape, 6, Formats("exact", "int8", "int8"))
     # Of an int8 key the scales and the high half of every value.
-    assert coarse.step(1).nbytes == 32 * (11 * exact + 25 * int8 + 50 * (64 + 2048))
+    assert coarse.step(1).nbytes == 32 * (11 * exact + 25 * int8 + 50 * (64 + 2048) + smoothing)
     assert (coarse.step(1).rows, coarse.step(1).scanned_rows) == (32 * 36, 32 * 50)
     assert Answer(Full(), prompt, shape, 6).step(1).nbytes == 32 * 111 * exact
 

@@ -112,6 +112,12 @@ def test_a_file_that_is_no_use_is_refused_in_one_line(gguf: Any, tmp_path: Path)
     writer.close()
     with pytest.raises(BadInput, match="architecture 'bert': only llama, qwen2 are read"):
         make_checkpoint(tmp_path / "bert.gguf", tmp_path / "checkpoint", torch.float32)
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(BadInput, match=r"has no llama\.block_count: is it a complete model"):
+        make_checkpoint(tmp_path / "empty.gguf", tmp_path / "checkpoint", torch.float32)
     whole = write_decoder(gguf, tmp_path / "small.gguf", "qwen2").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadInput, match=r"cut\.gguf is damaged or cut off"):
@@ -123,6 +129,7 @@ def test_tensors_that_the_model_would_compute_without_are_refused(gguf: Any, tmp
     file = write_decoder(gguf, tmp_path / "small.gguf", "llama", extra="rope_freqs.weight")
     with pytest.raises(BadInput, match=r"has tensors that .* rope_freqs\.weight"):
         make_checkpoint(file, tmp_path / "checkpoint", torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
 
 
 def test_without_gguf_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

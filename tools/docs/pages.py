@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-from tools.docs import demo_model, device, quality, speed
+from tools.docs import demo_model, device, quality, real_decoder, speed
 from tools.docs.markdown import ROOT
 
-TABLES = {**quality.TABLES, **speed.TABLES, **demo_model.TABLES, **device.TABLES}
+TABLES = {**quality.TABLES, **speed.TABLES, **demo_model.TABLES, **device.TABLES, **real_decoder.TABLES}
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OPENING = re.compile(r"<!-- table: (.*?) -->\n")
 BLOCK = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)

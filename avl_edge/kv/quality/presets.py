@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 
+from ...config import Formats
 from ...errors import BadInput
 from ..methods import Choice, candidates
 from ..methods.notation import parse
@@ -57,15 +59,24 @@ def _paper(_: Serves) -> Preset:
 
 def _lossless(serves: Serves) -> Preset:
     # What was left out nobody can read later, and pictures differ from those measured in how much can go: a setting
-    # that leaves rows out may have lost nothing there, and is still not called lossless.
+    # that leaves rows out may have lost nothing there, and is still not called lossless. Nor is a format of which a
+    # small model feels nothing, where a real decoder does.
     good = [point for point in table().points if point.score >= table().full.score - INDISTINGUISHABLE]
-    whole = sorted(filter(stores_all, good), key=lambda point: point.stored)
-    point = _first_served(whole, serves)
+    whole = [point for point in good if stores_all(point) and _holds_on_text(point)]
+    point = _first_served(sorted(whole, key=lambda point: point.stored), serves)
+    text = table().text
     why = (
-        f"the fewest bytes within {100 * INDISTINGUISHABLE:g} points of full attention with every row stored: "
-        f"{_measured(point)}"
+        f"the fewest bytes within {100 * INDISTINGUISHABLE:g} points of full attention with every row stored, in "
+        f"formats that raise the perplexity of {text.model} by {100 * INDISTINGUISHABLE:g} % at most ({text.tokens} "
+        f"tokens, {text.date}): {_measured(point)}"
     )
     return Preset("lossless", point.setting, 1, why)  # the first rung of its ladder, on any model
+
+
+def _holds_on_text(point: Point) -> bool:
+    formats = parse(point.setting).formats or Formats()
+    rises = {"exact": 0.0, **table().text.rises}
+    return all(rises.get(name, inf) <= INDISTINGUISHABLE for name in formats.by_tier().values())
 
 
 def _small(serves: Serves) -> Preset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,14 +30,26 @@ class Point:
 
 
 @dataclass(frozen=True)
+class TextQuality:
+    """What formats cost on a real decoder: by how much of itself the perplexity of ``model`` rises, by the format of
+    all rows, over ``tokens`` of text."""
+
+    model: str
+    date: str
+    tokens: int
+    rises: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class QualityTable:
-    """All points of one evaluation: ``questions`` of ``data``, answered by ``model`` on ``date``."""
+    """All points of one evaluation: ``questions`` of ``data``, answered by ``model`` on ``date``; and ``text``."""
 
     model: str
     data: str
     questions: int
     date: str
     points: tuple[Point, ...]
+    text: TextQuality
 
     @property
     def full(self) -> Point:
@@ -57,4 +70,4 @@ def table() -> QualityTable:
     """The table that ships."""
     content = json.loads(_FILE.read_text(encoding="utf-8"))
     points = tuple(Point(**point) for point in content.pop("points"))
-    return QualityTable(**content, points=points)
+    return QualityTable(**content | {"text": TextQuality(**content["text"])}, points=points)

@@ -90,7 +90,7 @@ def measure(
         logits = _prefill(loop, model, windows, layout, list(plans.values()))
         for step in range(layout.predicted):
             targets = [window.token_ids[layout.prompt + step] for window in windows]
-            errors[..., step] = _compare(logits.view(len(plans), len(windows), -1), torch.tensor(targets))
+            errors[..., step] = compare(logits.view(len(plans), len(windows), -1), torch.tensor(targets))
             if progress:
                 progress(step + 1, layout.predicted)
             if step < layout.predicted - 1:
@@ -116,7 +116,7 @@ def _prefill(
     return torch.stack(logits)
 
 
-def _compare(logits: Tensor, targets: Tensor) -> Values:
+def compare(logits: Tensor, targets: Tensor) -> Values:
     """Of logits ``[settings, windows, vocabulary]``, the first setting's the reference: negative log-likelihood of
     ``targets`` ``[windows]``, KL from the reference, and whether the likeliest token is the same: ``[3, settings,
     windows]``."""

@@ -69,6 +69,11 @@ class Window:
         return Prompt(self.token_ids[: layout.prompt], layout.spans, None)
 
 
+def files_of(data: str) -> list[Path]:
+    """The files that ``text:FILE,FILE`` names."""
+    return [Path(name.strip()) for name in data.removeprefix(TEXT).split(",") if name.strip()]
+
+
 def read_windows(files: Sequence[Path], tokenizer: TextTokenizer, layout: WindowLayout, count: int) -> list[Window]:
     """The first ``count`` windows of each of ``files``, UTF-8 text. Each begins with the tokens that the tokenizer puts
     before any text, if there are such.

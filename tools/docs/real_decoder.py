@@ -1,0 +1,77 @@
+"""Tables of ``docs/quality.md`` on a real decoder: perplexity of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.docs.markdown import block, measured, percent, table
+
+FORMATS, AS_IMAGE, WEIGHTS = "text_qwen2.5_coder_0.5b", "text_as_image", "weights_qwen2.5_coder_0.5b"
+VARIANT_PARTS = {"aware": "activation-aware", "head": "the head too"}
+
+
+def _title(document: dict[str, Any]) -> str:
+    texts = ", ".join(f"`{text['name']}`" for text in document["texts"])
+    image = f", of which {document['as_image']:,} are held as an image's" if document.get("as_image") else ""
+    windows = "1 window" if document["windows"] == 1 else f"{document['windows']} windows"
+    return (
+        f"{windows} of {document['window']:,} tokens ({texts}): {document['tokens']:,} tokens predicted after prompts "
+        f"of {document['prompt']:,}{image}."
+    )
+
+
+def _rows(name: str) -> str:
+    """A line for each setting that was evaluated, and one for each that could not be."""
+    document = measured(name)
+    header = ["rows", "perplexity", "change, %", "KL per token", "same token, %", "bytes a row", "stored, %", "read, %"]
+    lines = [
+        [
+            f"`{row['method']}`",
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['perplexity_change']:+.2f}",
+            f"{row['kl_to_full']:.4f}",
+            percent(row["same_token"]),
+            f"{row['bytes_per_row']:.0f}",
+            percent(row["bytes_stored_fraction"], 0),
+            percent(row["bytes_read_fraction"], 0),
+        ]
+        for row in document["results"]
+    ]
+    left_out = [f"Left out: {each['reason']}." for each in document["unreachable"]]
+    return block("\n\n".join([table(header, lines), _title(document), *left_out]), name)
+
+
+def formats() -> str:
+    """Formats, and methods that leave out text rows."""
+    return _rows(FORMATS)
+
+
+def as_image() -> str:
+    """Methods that decide about image rows, on a text that is held as an image."""
+    return _rows(AS_IMAGE)
+
+
+def weights() -> str:
+    """What the weights were rounded to; rows are exact."""
+    document = measured(WEIGHTS)
+    lines = [
+        [
+            _variant(row["weights"]),
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['perplexity_change']:+.2f}",
+            f"{row['kl']:.4f}",
+            percent(row["same_token"]),
+        ]
+        for row in document["results"]
+    ]
+    header = ["weights of the linear layers", "perplexity", "change, %", "KL per token", "same token, %"]
+    note = f"{_title(document)} {document['group']} inputs share a scale."
+    return block("\n\n".join([table(header, lines), note]), WEIGHTS)
+
+
+def _variant(name: str) -> str:
+    first, *parts = name.split("+")
+    return ", ".join([first or "as they are", *(VARIANT_PARTS[part] for part in parts)])
+
+
+TABLES = {"text-formats": formats, "text-as-image": as_image, "text-weights": weights}
