@@ -1,9 +1,10 @@
-"""The attention kernels and the files that lie beside the package; all else about it is in pyproject.toml.
+"""The native libraries and the files that lie beside the package; all else about it is in pyproject.toml.
 
-The CPU's kernel is a plain shared library with a C interface, built as an extension so that it lands in the package. It
-is optional: without a compiler the install succeeds, and `avl_edge.attention.native` says at its first use what is
-missing. The GPU's is compiled on the device by `avl_edge.attention.cuda`, so its sources are copied into the package,
-as device profiles and build recipes are.
+The CPU's attention kernel and the row books are plain shared libraries with a C interface, built as extensions so that
+they land in the package. They are optional: without a compiler the install succeeds, `avl_edge.attention.native` says
+at its first use what is missing, and `avl_edge.kv.books` does its work in numpy. The GPU's kernels are compiled on the
+device by `avl_edge.attention.cuda`, so their sources are copied into the package, as device profiles and build recipes
+are.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ setup(
             # -g0: some builds of Python add -g, and debug information would be most of the file.
             extra_compile_args=["-std=c++17", "-O3", "-g0"],
             optional=True,
-        )
+        ),
+        Extension(
+            "avl_edge.kv.books._books",
+            sources=["plugins/cpu/books.cpp"],
+            language="c++",
+            extra_compile_args=["-std=c++17", "-O3", "-g0"],
+            optional=True,
+        ),
     ],
 )

@@ -191,6 +191,7 @@ def test_an_environment_of_its_own_answers_with_the_native_kernel(sdist: Path, t
     (packages / "running.pth").write_text("\n".join(site.getsitepackages()))
     _run(*PIP, "--python", python, "install", *OFFLINE, "--ignore-installed", sdist, cwd=tmp_path)
     assert list((packages / "avl_edge" / "attention").glob("_core_attention.*"))
+    assert list((packages / "avl_edge" / "kv" / "books").glob("_books.*"))
     command = [program, "run", "--image", ROOT / "examples" / "cockpit.png", "--prompt", "What is the speed?"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "18 km/h\n", "")

@@ -18,11 +18,10 @@ from ..kv.cache import SequenceCache
 from ..kv.layout import Format
 from ..kv.pool import Moved, RowPool
 from ..kv.pool.compaction import Demotion, compact
-from ..kv.selection import Selected, is_low_rank
+from ..kv.selection import ListedRows, Selected, is_low_rank
 from ..kv.smoothing import Angles, Smoothing
 from ..kv.store import RowStore
 
-_NO_ROWS = np.empty(0, dtype=np.int32)
 BYTES_AT_ONCE = 2**24
 """Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
 many."""
@@ -117,15 +116,12 @@ class StoredRows:
             rows = (keys, values) if len(at) == len(names) else (keys[at], values[at])
             self._store.write(torch.tensor([int(ids[number]) for number in at]), *rows, name)
 
-    def parts(self, read: Sequence[Sequence[Selected]]) -> list[Part]:
-        """What a batch reads, format by format; none of it low-rank."""
-        parts = []
-        for name in dict.fromkeys(each.format for selected in read for each in selected):
-            rows = [_ids_of(name, selected) for selected in read]
-            keys, values = self._store.arenas(name)
-            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-            parts.append(Part(name, keys, values, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(offsets)))
-        return parts
+    def parts(self, lists: ListedRows) -> list[Part]:
+        """What a batch reads in the layer of ``lists``, format by format; none of it low-rank."""
+        return [
+            Part(name, *self._store.arenas(name), torch.from_numpy(rows), torch.from_numpy(offsets))
+            for name, rows, offsets in lists.parts()
+        ]
 
     def attend(
         self, cache: SequenceCache, layer: int, read: Sequence[Selected], query: Tensor, scale: float
@@ -147,22 +143,22 @@ class StoredRows:
         rows = self._low_rank.read(Format(name), ids, basis, positions)
         return rows if smoothing is None else replace(rows, keys=smoothing.keys(rows.keys))
 
-    def move(self, cache: SequenceCache, settled: Iterable[tuple[int, Sequence[Moved]]]) -> None:
-        """Convert rows that changed their format: of a layer, those that :meth:`SequenceCache.settle` gave.
+    def move(self, cache: SequenceCache, moved: Sequence[Moved]) -> None:
+        """Convert rows that changed their format, those that :meth:`SequenceCache.settle` gave: of as many layers
+        together as may be, since for a GPU every operator is a launch."""
+        if not moved:
+            return
+        counts = sum(np.diff(each.ends, prepend=0) for each in moved)
+        first, waiting = 0, 0
+        for last, count in enumerate(np.asarray(counts).tolist(), 1):
+            waiting += count
+            if last == len(cache.rows.layers) or waiting * 2 * self._store.keys[0].nbytes >= BYTES_AT_ONCE:
+                self._convert(cache, [each.of(first, last) for each in moved], first)
+                first, waiting = last, 0
 
-        Layers are asked for one by one, and the rows of as many as may be converted together: for a GPU every operator
-        is a launch.
-        """
-        waiting: list[tuple[int, Moved]] = []
-        for layer, of_layer in settled:
-            waiting += [(layer, each) for each in of_layer]
-            if sum(len(each.before) for _, each in waiting) * 2 * self._store.keys[0].nbytes >= BYTES_AT_ONCE:
-                self._convert(cache, waiting)
-                waiting = []
-        self._convert(cache, waiting)
-
-    def _convert(self, cache: SequenceCache, moved: Sequence[tuple[int, Moved]]) -> None:
-        together = _by_formats(moved)
+    def _convert(self, cache: SequenceCache, moved: Sequence[Moved], first: int) -> None:
+        """Convert rows of the layers from ``first`` on."""
+        together = [group for each in moved for group in _groups(each, first) if len(group[1].before)]
         # All are read before any is written: what one left may be where another goes.
         rows = [self._dense(cache, layer, each) for layer, each in together]
         for (layer, each), (keys, values) in zip(together, rows, strict=True):
@@ -243,22 +239,12 @@ class StoredRows:
         self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, self._store.index(positions))
 
 
-def _by_formats(moved: Sequence[tuple[int, Moved]]) -> list[tuple[int, Moved]]:
-    """The same rows, those of all layers together that go from one format to the same other; but low-rank rows, which
-    have their layer's basis."""
-    groups: dict[tuple[str, str, int | None], list[tuple[int, Moved]]] = {}
-    for layer, each in moved:
-        names = (each.old_format, each.new_format)
-        alone = any(Format(name).rank is not None for name in names)
-        groups.setdefault((*names, layer if alone else None), []).append((layer, each))
-    return [(group[0][0], _joined([each for _, each in group])) for group in groups.values()]
-
-
-def _joined(moved: Sequence[Moved]) -> Moved:
-    positions, before, after = (
-        np.concatenate([getattr(each, name) for each in moved]) for name in ("positions", "before", "after")
-    )
-    return Moved(positions, before, after, moved[0].old_format, moved[0].new_format)
+def _groups(moved: Moved, first: int) -> list[tuple[int, Moved]]:
+    """Rows of the layers from ``first`` on that are converted together: all of them, but low-rank rows, which have a
+    basis for each layer."""
+    if all(Format(name).rank is None for name in (moved.old_format, moved.new_format)):
+        return [(first, moved)]
+    return [(first + layer, moved.of(layer, layer + 1)) for layer in range(len(moved.ends))]
 
 
 def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[np.floating]:
@@ -270,26 +256,3 @@ def distances(values: Tensor, cache: SequenceCache, layer: int) -> npt.NDArray[n
     if not is_image.any():
         return np.zeros(len(values))
     return value_distances(values, torch.from_numpy(is_image).to(values.device)).cpu().numpy()
-
-
-def own_scores(
-    number: int, selected: Sequence[Selected], parts: Sequence[Part], scores: Sequence[Tensor]
-) -> npt.NDArray[np.floating]:
-    """The scores of the sequence with that number in the batch, in the order of the rows that it reads."""
-    mine = {}
-    for part, weights in zip(parts, scores, strict=True):
-        begin, end = part.offsets[number : number + 2].tolist()
-        mine[part.format] = weights[begin:end]
-    return in_order(selected, [mine[each.format] for each in selected])
-
-
-def in_order(selected: Sequence[Selected], scores: Sequence[Tensor]) -> npt.NDArray[np.floating]:
-    """Scores of selected rows, in their order."""
-    ordered = np.empty(sum(len(each.ids) for each in selected), dtype=scores[0].numpy().dtype)
-    for each, weights in zip(selected, scores, strict=True):
-        ordered[each.order] = weights.numpy()
-    return ordered
-
-
-def _ids_of(name: str, selected: Sequence[Selected]) -> npt.NDArray[np.int32]:
-    return next((each.ids for each in selected if each.format == name), _NO_ROWS)

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from ..config import KvShape, PromptShape
 from ..request import ImageSpan
+from .books import Ids, Index, Mask
 from .budget import KvPlan
 from .layout import Format, smoothing_rows
-from .methods import Method, PromptLayer, StepLayer, pruned
+from .methods import Method, NoScores, PromptLayer, Step, pruned
 from .pool import Moved, RowPool, SequenceRows
-from .pool.rows import Ids, Index
-from .pool.sequence import LayerRows, Mask
-from .selection import Selected, by_format
+from .pool.sequence import LayerRows
+from .selection import Selected, Selection, StepScores, by_format
 
 Scores = npt.NDArray[np.floating]
 
@@ -41,9 +41,9 @@ class SequenceCache:
     """The rows of one sequence, and the policy that tiers them.
 
     Prefill: :meth:`store_prompt` and :meth:`prune_prompt` once per layer, in order. Decode, per step:
-    :meth:`begin_step`, then per layer :meth:`rows_to_read` and :meth:`settle`; what is settled holds from the
-    next step on. ``begin`` is the first token whose rows it takes itself: 0, but for a question over a shared prefix
-    (:mod:`avl_edge.kv.shared_prefix`).
+    :meth:`begin_step`, :attr:`rows_read_now` and :meth:`settle`; what is settled holds from the next step on, and what
+    a step read is counted where it is settled. ``begin`` is the first token whose rows it takes itself: 0, but for a
+    question over a shared prefix (:mod:`avl_edge.kv.shared_prefix`).
     """
 
     begin = 0
@@ -72,8 +72,6 @@ class SequenceCache:
         self.has_one_tier = plan.method.peak_tiers(shape, 0, layers).secondary == 0
         self._smooths_keys = rows is None and smoothing_rows(plan.formats) > 0
         self._evicted = [0] * layers
-        nothing: tuple[object, ...] = (None,) * 4
-        self._last_images: list[tuple[tuple[object, ...], list[Selected]]] = [(nothing, [])] * layers
         self._shape = pool.shape
         self._first_image = shape.prefix
         self._is_image = np.zeros(length, dtype=np.bool_)
@@ -117,7 +115,7 @@ class SequenceCache:
         view = self._view(layer, last, total, distances)
         kept = self.policy.keep_prompt(view)
         for other, keep in kept.earlier.items():
-            self.rows.keep_image(other, keep)
+            self.rows.keep_image(keep[None], other)
         image, text = kept.stored & view.is_image, kept.stored & ~view.is_image
         rows = self.rows.fill(
             layer,
@@ -141,22 +139,13 @@ class SequenceCache:
 
     def _every_row(self, rows: LayerRows, order: Index) -> list[Selected]:
         """All rows of a layer, put together by their formats; ``order`` of the image rows, then of the text rows."""
-        images = [each.at(order[each.order]) for each in self._image_rows(rows, secondary=True)]
-        text = Selected(self.formats.text, order[len(rows.image_ids) :], rows.text_ids, rows.text_positions)
-        return by_format(images, text)
-
-    def _image_rows(self, rows: LayerRows, *, secondary: bool) -> list[Selected]:
-        """A layer's core, with its ``secondary`` rows or without, by formats; ``order``: their indices among these."""
         formats, core, ids, positions = self.formats, rows.core, rows.image_ids, rows.image_positions
+        of_images, of_text = order[: len(ids)], order[len(ids) :]
+        tiers = [(formats.core, core), (formats.secondary, ~core)]
         if formats.core == formats.secondary:
-            if not secondary:
-                ids, positions = ids[core], positions[core]
-            return [Selected(formats.core, np.arange(len(ids)), ids, positions)]
-        if not secondary:
-            count = np.count_nonzero(core)
-            return [Selected(formats.core, np.arange(count), ids[core], positions[core])]
-        tiers = ((formats.core, np.flatnonzero(core)), (formats.secondary, np.flatnonzero(~core)))
-        return [Selected(name, at, ids[at], positions[at]) for name, at in tiers]
+            tiers = [(formats.core, np.ones_like(core))]
+        images = [Selected(name, of_images[tier], ids[tier], positions[tier]) for name, tier in tiers]
+        return by_format(images, Selected(formats.text, of_text, rows.text_ids, rows.text_positions))
 
     def stored_images(self, stored: Sequence[Selected]) -> tuple[Index, Ids]:
         """Of the rows that :meth:`store_prompt` chose, the images': which of the ``m`` tokens, and their positions."""
@@ -198,15 +187,18 @@ class SequenceCache:
         """Whether :meth:`pick_core` comes before :meth:`rows_to_read` in every layer of this step."""
         return self.policy.picks_core(self.step)
 
-    def rows_to_scan(self, layer: int) -> list[Selected]:
-        """Those among which :meth:`pick_core` chooses: the stored image rows."""
-        rows, name = self.rows.layers[layer], self.formats.core
-        self.bytes_read += len(rows.image_ids) * Format(name).coarse_bytes(self._shape)
-        return [Selected(name, np.arange(len(rows.image_ids)), rows.image_ids, rows.image_positions)]
+    @property
+    def rows_scanned_now(self) -> Selection:
+        """Those among which :meth:`set_core` chooses: the stored image rows."""
+        return Selection(self.formats.core, self.rows.image)
+
+    def rows_to_scan(self, layer: int) -> Selected:
+        """:attr:`rows_scanned_now` of one layer."""
+        return self.rows_scanned_now.of(layer)
 
     def pick_core(self, layer: int, weights: Scores) -> None:
         """Choose the core of this step by the coarse ``weights`` of the rows that were scanned."""
-        self.set_core(layer, self.policy.pick_core(weights))
+        self.set_core(self.policy.pick_core(weights)[None], layer)
 
     @property
     def nucleus(self) -> tuple[float, int]:
@@ -214,62 +206,80 @@ class SequenceCache:
         rows as may be), and the most rows of a layer."""
         return self.policy.nucleus()
 
-    def set_core(self, layer: int, core: Mask) -> None:
-        """The core of this step as it was chosen: a mask over the rows that were scanned."""
-        self.rows.set_core(layer, core)
+    def set_core(self, core: Mask, first: int = 0) -> None:
+        """The core of this step as it was chosen: masks ``[k, n]`` over the rows that were scanned of the k layers from
+        ``first`` on."""
+        self.rows.set_core(core, first)
 
-    def text_rows(self, layer: int) -> Selected:
-        """What this step attends in ``layer`` beside the core: text rows, with the new token's own last."""
-        rows = self.rows.layers[layer]
-        return Selected(self.formats.text, np.arange(len(rows.text_ids)), rows.text_ids, rows.text_positions)
+    @property
+    def text_rows(self) -> Selection:
+        """What this step attends beside the core: text rows, with the new token's own last."""
+        return Selection(self.formats.text, self.rows.text)
+
+    @property
+    def rows_read_now(self) -> list[Selection]:
+        """The rows that this step attends: image rows, those of the core or of each tier, then text rows with the new
+        token's own last."""
+        formats, image = self.formats, self.rows.image
+        if not self.policy.reads_secondary(self.step):
+            images = [Selection(formats.core, image, None if image.core_total == image.total else True)]
+        elif formats.core == formats.secondary:
+            images = [Selection(formats.core, image)]
+        else:
+            images = [Selection(formats.core, image, True), Selection(formats.secondary, image, False)]
+        return [*images, self.text_rows]
 
     def rows_to_read(self, layer: int) -> list[Selected]:
-        """The rows that this step attends in ``layer``, format by format: image rows, then text rows with the new
-        token's own last; ``order`` counts in that sequence."""
-        rows, images = self.rows.layers[layer], self._images_to_read(layer)
+        """:attr:`rows_read_now` of one layer, put together by their formats; ``order`` counts in that sequence, image
+        rows of both tiers by their positions."""
+        *images, text = (each.of(layer) for each in self.rows_read_now)
         count = sum(map(len, images))
-        order = np.arange(count, count + len(rows.text_ids))
-        selected = by_format(images, Selected(self.formats.text, order, rows.text_ids, rows.text_positions))
-        self.rows_read += count + len(rows.text_ids)
-        self.rows_full += self.length + self.step
-        weights = [_bytes_to_read(each.format, self._shape) for each in selected]
-        self.bytes_read += sum(len(each) * row for each, (row, _) in zip(selected, weights, strict=True))
-        self.bytes_read += max(basis for _, basis in weights)
-        self.bytes_read += self._shape.row_bytes * int(self.rows.smoothing[layer] >= 0)
-        return selected
-
-    def _images_to_read(self, layer: int) -> list[Selected]:
-        """:meth:`_image_rows` of this step: most steps find them as the last one did."""
-        rows, secondary = self.rows.layers[layer], self.policy.reads_secondary(self.step)
-        source = (rows.image_ids, rows.core, secondary, self.formats)
-        known, images = self._last_images[layer]
-        if not all(one is other for one, other in zip(known, source, strict=True)):
-            images = self._image_rows(rows, secondary=secondary)
-            self._last_images[layer] = source, images
-        return images
+        if len(images) == 1:
+            images = [images[0].at(np.arange(count))]
+        return by_format(images, text.at(count + text.order))
 
     @property
     def wants_scores(self) -> bool:
         """Whether this step's scores have to be given to :meth:`settle`."""
         return self.policy.wants_scores(self.step)
 
-    def settle(self, layer: int, scores: Scores | None) -> list[Moved]:
-        """Apply the policy to one layer after a step; the rows that change their format.
+    def settle(self, scores: StepScores | None) -> list[Moved]:
+        """End a step: count what it read, and apply the policy to all layers; the rows that change their format.
 
-        ``scores`` as :meth:`rows_to_read` orders the rows; None where the policy does not want them.
+        ``scores`` of :attr:`rows_read_now`; None where the policy does not want them.
         """
-        rows = self.rows.layers[layer]
-        scores = NO_SCORES if scores is None else scores
-        texts = len(rows.text_ids)
-        is_suffix: Mask = rows.text_positions >= self._first_image
-        settled = self.policy.settle(StepLayer(layer, self.step, scores[:-texts], scores[-texts:], is_suffix))
-        if settled.text is not None:
-            self.rows.keep_text(layer, settled.text)
+        self._count()
+        settled, rows = self.policy.settle_step(self._step(scores)), self.rows
         core = settled.core
+        if core is not None and settled.image is not None:
+            core = _within(settled.image, core, rows.image.counts)
+        if settled.text is not None:
+            rows.keep_text(settled.text)
         if settled.image is not None:
-            self.rows.keep_image(layer, settled.image)
-            core = core if core is None else core[settled.image]
-        return [] if core is None else self.rows.set_core(layer, core)
+            rows.keep_image(settled.image)
+        return [] if core is None else rows.set_core(core)
+
+    def _step(self, scores: StepScores | None) -> Step:
+        """The step that ends, as the policy sees it."""
+        text, image = self.rows.text, self.rows.image
+        of_rows = NoScores(len(self.rows.layers)) if scores is None else scores
+        return Step(self.step, of_rows, text.positions, self._first_image, image.core, text.counts, image.counts)
+
+    def _count(self) -> None:
+        """Add up what the step that ends has read."""
+        bases = []
+        for each in self.rows_read_now:
+            row, basis = _bytes_to_read(each.format, self._shape)
+            self.rows_read += each.total
+            self.bytes_read += each.total * row
+            if basis:
+                bases.append(basis * (each.counts > 0))
+        self.rows_full += len(self.rows.layers) * (self.length + self.step)
+        self.bytes_read += int(np.max(bases, axis=0).sum()) if bases else 0
+        self.bytes_read += np.count_nonzero(self.rows.smoothing >= 0) * self._shape.row_bytes
+        if self.picks_core:
+            scanned = self.rows_scanned_now
+            self.bytes_read += scanned.total * Format(scanned.format).coarse_bytes(self._shape)
 
     @property
     def can_evict(self) -> bool:
@@ -283,7 +293,7 @@ class SequenceCache:
             evictable = self.policy.evictable(layer, rows.core)
             count = min(evictable, -(-(evictable + self._evicted[layer]) // 4))
             if count:
-                self.rows.keep_image(layer, self.policy.evict(layer, rows.core, count))
+                self.rows.keep_image(self.policy.evict(layer, rows.core, count)[None], layer)
                 self._evicted[layer] += count
                 freed += count
         return freed
@@ -291,4 +301,12 @@ class SequenceCache:
     def close(self) -> None:
         """Free all rows. Safe to call twice."""
         self.rows.close()
-        self._last_images.clear()
+
+
+def _within(keep: Mask, core: Mask, counts: Ids) -> Mask:
+    """What ``core`` says of the rows in ``keep``, side by side; ``[L, n]`` each."""
+    found = np.zeros_like(core)
+    for layer, count in enumerate(counts.tolist()):
+        kept = core[layer, :count][keep[layer, :count]]
+        found[layer, : len(kept)] = kept
+    return found

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..request import ImageSpan
+from .books import Ids, Index
 from .budget import KvPlan
 from .cache import NO_SCORES, Scores, SequenceCache
 from .methods import Method
 from .pool import BorrowingRows, RowPool
-from .pool.rows import Ids, Index
 from .pool.sequence import LayerRows
 from .selection import Selected
 

@@ -21,7 +21,8 @@ from avl_edge.backends.steps import Bucket, CudaDevice, Reads, StepTables
 from avl_edge.config import Formats
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import H2O, Avl, Coarse, Full, Method
-from avl_edge.kv.selection import Selected
+from avl_edge.kv.pool import RowTable
+from avl_edge.kv.selection import Selection
 from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import HostDevice, backend_for
@@ -258,11 +259,14 @@ def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeyp
 
 
 def _reads(rows: list[np.ndarray], format_: str = "exact") -> Reads:
-    return Reads([[_selected(ids, format_)] for ids in rows], format_)
+    return Reads([_selection(rows, format_)], format_)
 
 
-def _selected(ids: np.ndarray, format_: str) -> Selected:
-    return Selected(format_, np.arange(len(ids)), ids, ids + 1)
+def _selection(rows: list[np.ndarray], format_: str) -> Selection:
+    table = RowTable(len(rows))
+    for layer, ids in enumerate(rows):
+        table.put(layer, ids + 1, ids)
+    return Selection(format_, table)
 
 
 @given(sequences=st.integers(1, 40), rows=st.integers(0, 70000))
@@ -292,14 +296,14 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
         reads = []
         for number in range(count):
             own = [np.arange(n, dtype=np.int32) + 1000 * number for n in data.draw(lengths)]
-            seen = [_selected(np.arange(n, dtype=np.int32) + 500, "int4") for n in data.draw(lengths)]
+            seen = _selection([np.arange(n, dtype=np.int32) + 500 for n in data.draw(lengths)], "int4")
             plain = _reads(own, names[number])
             if data.draw(st.booleans()):
                 reads.append(replace(plain, scanned=seen, share=0.5, most=7))
                 continue
-            low = [_selected(np.arange(n, dtype=np.int32) + 3000 * number, formats[2]) for n in data.draw(lengths)]
+            low = _selection([np.arange(n, dtype=np.int32) + 3000 * number for n in data.draw(lengths)], formats[2])
             basis = [np.arange(9, dtype=np.int32) + 10 * layer + number for layer in range(layers)]
-            reads.append(Reads([[*a, b] for a, b in zip(plain.rows, low, strict=True)], plain.text, basis=basis))
+            reads.append(Reads([*plain.rows, low], plain.text, basis=basis))
         slots = np.arange(layers * count).reshape(layers, count)
         tables.fill(list(range(count)), list(range(100, 100 + count)), slots, reads)
         tables.upload()
@@ -308,9 +312,9 @@ def test_tables_say_on_the_device_what_the_host_filled_in(data: st.DataObject) -
             for part, name in enumerate(bucket.formats):
                 for place in range(bucket.batch):
                     at = part * bucket.batch + place
-                    each = reads[place] if place < count else Reads([()] * layers, "")
-                    ids = next((list(own.ids) for own in each.rows[layer] if own.format == name), [])
-                    seen_ids = each.scanned[layer].ids.tolist() if each.scanned and name == "int4" else []
+                    each = reads[place] if place < count else Reads([], "")
+                    ids = next((own.of(layer).ids.tolist() for own in each.rows if own.format == name), [])
+                    seen_ids = each.scanned.of(layer).ids.tolist() if each.scanned and name == "int4" else []
                     listed = slice(offsets[at], offsets[at] + len(ids))
                     assert tables.device_rows[layer, listed].tolist() == ids
                     assert tables.device_row_positions[layer, listed].tolist() == [row + 1 for row in ids]

@@ -34,6 +34,7 @@ from avl_edge.request import ImageSpan
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import HostDevice
 from tests.equipment.cuda_sides import Side, prefixes, random_prompt
+from tests.equipment.settled import settle_at_random
 
 
 class Elsewhere(HostDevice):
@@ -203,9 +204,7 @@ def test_low_rank_rows_stay_on_the_device(checkpoint: Checkpoints, monkeypatch: 
         moved = 0
         for cache in [side.start(side.prompt, *each)[0] for each in kinds]:
             cache.begin_step()
-            for layer in range(side.shape.layers):
-                count = sum(len(each.ids) for each in cache.rows_to_read(layer))
-                changes = cache.settle(layer, np.random.default_rng(layer).random(count))
-                moved += sum(len(each.before) for each in changes)
-                side.rows.move(cache, [(layer, changes)])
+            changes = settle_at_random(cache, np.random.default_rng(0))
+            moved += sum(len(each.before) for each in changes)
+            side.rows.move(cache, changes)
         assert moved, "between int4 and coefficients"

@@ -22,6 +22,7 @@ from avl_edge.kv.pool import RowPool
 from avl_edge.kv.smoothing import Smoothing
 from avl_edge.kv.store import RowStore
 from avl_edge.request import ImageSpan
+from tests.equipment.settled import settle
 
 SHAPE = KvShape(layers=6, kv_heads=2, head_dim=32, itemsize=4)
 LENGTH, SPANS, STEPS = 60, (ImageSpan("", 2, 50),), 5
@@ -68,7 +69,7 @@ def life(monkeypatch: pytest.MonkeyPatch, formats: Formats, at_once: int) -> tup
             rows.append([cache], slots[layer : layer + 1].tolist(), *truth[layer][:, [position]])
         read = [sum(len(each) for each in cache.rows_to_read(layer)) for layer in range(SHAPE.layers)]
         counts.clear()
-        rows.move(cache, ((layer, cache.settle(layer, random.random(count))) for layer, count in enumerate(read)))
+        rows.move(cache, settle(cache, [random.random(count) for count in read]))
         steps.append(counts.total())
     held = []
     for layer in range(SHAPE.layers):

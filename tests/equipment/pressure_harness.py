@@ -25,6 +25,7 @@ from avl_edge.serving.schedule_policy import Advance
 from avl_edge.serving.scheduler import Scheduler
 from tests.equipment.prompts_first import PromptsFirst
 from tests.equipment.random_methods import LAYERS
+from tests.equipment.settled import by_layer, settle_at_random
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=4)
 SIZE = {"exact": 0, "int8": 1, "int8/int4": 2, "int4": 3}
@@ -124,16 +125,13 @@ class Harness:
             rows = self._rows(1)
             self.rows.append([cache], [int(ids[layer])], *rows)
             self._know(sequence, layer, cache.formats.text, np.array([position], dtype=np.int32), rows)
-            if cache.picks_core:
-                (scanned,) = cache.rows_to_scan(layer)
-                cache.pick_core(layer, self.random.random(len(scanned.ids)))
-            read = cache.rows_to_read(layer)
-            for each in read:
+        for layer in range(LAYERS):
+            for each in cache.rows_to_read(layer):
                 self._check(sequence, layer, each.format, each.ids, each.positions)
-            count = sum(len(each.ids) for each in read)
-            moved = cache.settle(layer, self.random.random(count) if cache.wants_scores else None)
-            self.rows.move(cache, [(layer, moved)])
-            for move in moved:
+        moved = settle_at_random(cache, self.random)
+        self.rows.move(cache, moved)
+        for layer, of_layer in by_layer(moved, LAYERS):
+            for move in of_layer:
                 self._know_again(sequence, layer, move.new_format, move.positions)
 
     def _know_again(self, sequence: Running, layer: int, format_: str, positions: Ids) -> None:

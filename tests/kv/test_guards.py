@@ -47,5 +47,5 @@ def test_guard_of_borrowed_rows() -> None:
         rows.fill(0, np.array([0, 1, 6]), image[1:], np.ones(3, dtype=bool), 0)
     rows.fill(0, np.array([0, 1, 6]), image, np.ones(4, dtype=bool), 0)
     with pytest.raises(PoolExhausted, match="not this sequence's to free"):
-        rows.keep_image(0, np.array([True, True, False, True]))
+        rows.keep_image(np.array([[True, True, False, True]]))
     assert len(lender.layers[0].image_ids) == 4

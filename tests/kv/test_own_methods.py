@@ -12,10 +12,11 @@ from avl_edge.attention.kernels import value_distances
 from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache
-from avl_edge.kv.methods import Avl, Coarse, Distinct, Random, StepLayer
+from avl_edge.kv.methods import Avl, Coarse, Distinct, Random
 from avl_edge.kv.methods.policy import PromptLayer
 from avl_edge.kv.pool import RowPool
 from avl_edge.request import ImageSpan
+from tests.equipment.settled import settle_policy
 
 PREFIX, IMAGES, SUFFIX = 2, 30, 4
 LENGTH = PREFIX + IMAGES + SUFFIX
@@ -75,14 +76,6 @@ def test_all_of_the_mass_takes_as_many_as_may_be(weights: list[float], core: int
     assert picked.sum() == min(core * 40 // 100, len(weights))
 
 
-def _text_only(share: float, layer: int, step: int, count: int) -> StepLayer:
-    """A step whose image rows have ``share`` of the attention."""
-    suffix = np.ones(SUFFIX + step, dtype=bool)
-    return StepLayer(
-        layer, step, np.full(count, share / count), np.full(len(suffix), (1 - share) / len(suffix)), suffix
-    )
-
-
 def test_a_core_that_lost_its_attention_is_refreshed_on_the_next_step() -> None:
     """From 0.5 to 0.48 the odds fall by 8 %, to 0.4 by 33 %; what counts is the mean of the layers."""
     policy = Avl(100, 100, 50, 0, 100, drift=20).policy(PromptShape(0, IMAGES, SUFFIX), 2)
@@ -95,9 +88,10 @@ def test_a_core_that_lost_its_attention_is_refreshed_on_the_next_step() -> None:
     refreshed = []
     for step, shares in enumerate(falls, start=1):
         refreshed.append(policy.reads_secondary(step))
-        for layer, share in enumerate(shares):
-            full = refreshed[-1]
-            policy.settle(_text_only(share, layer, step, IMAGES if full else IMAGES // 2))
+        rest = [1 - share for share in shares]
+        count, texts = IMAGES if refreshed[-1] else IMAGES // 2, SUFFIX + step
+        of_image, of_text = ([[part / n] * n for part in parts] for parts, n in ((shares, count), (rest, texts)))
+        settle_policy(policy, step, np.array(of_image), np.array(of_text))
     # Step 3 leaves (1 + .67) / 2 = .83, step 4 .67: step 5 refreshes, on half the rows' share .6: odds .75 of text's.
     assert refreshed == [False, False, False, False, True, False, False]
     assert not policy.reads_secondary(8)

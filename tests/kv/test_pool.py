@@ -22,6 +22,7 @@ from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.kv.store import RowStore
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
+from tests.equipment.settled import settle_at_random
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=2)
 
@@ -36,12 +37,7 @@ def _run(cache: SequenceCache, steps: int, seed: int) -> None:
         m = m if survivors is None else len(survivors)
     for _ in range(steps):
         cache.begin_step()
-        for layer in range(len(cache.rows.layers)):
-            if cache.picks_core:
-                (scanned,) = cache.rows_to_scan(layer)
-                cache.pick_core(layer, random.random(len(scanned.ids)))
-            count = sum(len(each.ids) for each in cache.rows_to_read(layer))
-            cache.settle(layer, random.random(count) if cache.wants_scores else None)
+        settle_at_random(cache, random)
 
 
 @settings(max_examples=300, deadline=None)
@@ -87,7 +83,7 @@ def test_rows_are_read_where_they_were_compacted_to() -> None:
     cache.begin_step()
     (old,) = cache.rows_to_read(1)
     for layer in (0, 2):
-        cache.rows.keep_image(layer, np.zeros(39, dtype=np.bool_))
+        cache.rows.keep_image(np.zeros((1, 39), dtype=np.bool_), layer)
     ((_, before, after),) = compact(cache.rows)
     carried = dict(zip(before.tolist(), after.tolist(), strict=True))
     assert set(carried) & set(old.ids[:39].tolist()), "image rows of the layer that lost none"
@@ -102,7 +98,7 @@ def test_a_closed_sequence_keeps_no_lists() -> None:
     cache.begin_step()
     for layer in range(LAYERS):
         cache.rows_to_read(layer)
-    lists = [weakref.ref(rows.image_ids) for rows in cache.rows]
+    lists = [weakref.ref(each) for each in (cache.rows.image.ids, cache.rows.text.ids)]
     cache.close()
     assert all(each() is None for each in lists)
 

@@ -17,12 +17,13 @@ from avl_edge.config import Formats, KvShape
 from avl_edge.errors import DoesNotFit, PoolExhausted
 from avl_edge.kv.budget import kv_plan, plan_after
 from avl_edge.kv.cache import SequenceCache, prompt_shape
-from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.methods import Full, Method
 from avl_edge.kv.pool import RowPool, SequenceRows
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.request import ImageSpan
 from tests.equipment.random_methods import LAYERS, NAMES, choices, sharing_methods
+from tests.equipment.row_bytes import row_bytes
+from tests.equipment.settled import by_layer, settle
 
 SHAPE = KvShape(LAYERS, kv_heads=2, head_dim=16, itemsize=2)
 Ids = npt.NDArray[np.int32]
@@ -37,26 +38,15 @@ class Memory:
         self._stamps: dict[tuple[int, int, int], int] = {}
         self._bytes = np.full(pool.pages * pool.page_bytes, -1, dtype=np.int64)
 
-    def _places(self, ids: Ids, format_: str) -> npt.NDArray[np.int64]:
-        """The bytes of rows ``[n, bytes of a row]``: an exact one by its number, a packed one from where it begins:
-        its key in one arena, its value in the other, or of a mixed format both in a row."""
-        half_row, form = SHAPE.row_bytes // 2, Format(format_)
-        unit = half_row if form.is_exact else UNIT
-        if form.is_mixed:
-            size = form.keys.record_bytes(SHAPE) + form.values.record_bytes(SHAPE)
-            return ids.astype(np.int64)[:, None] * unit + np.arange(size)
-        own = np.arange(half_row if form.is_exact else form.record_bytes(SHAPE))
-        return ids.astype(np.int64)[:, None] * unit + np.concatenate([own, own + len(self._bytes) // 2])
-
     def stamps(self, owner: object, layer: int, positions: Ids) -> npt.NDArray[np.int64]:
         keys = [(id(owner), layer, position) for position in positions.tolist()]
         return np.array([self._stamps.setdefault(key, len(self._stamps)) for key in keys], dtype=np.int64)
 
     def write(self, ids: Ids, format_: str, stamps: npt.NDArray[np.int64]) -> None:
-        self._bytes[self._places(ids, format_)] = stamps[:, None]
+        self._bytes[row_bytes(self._pool, ids, format_)] = stamps[:, None]
 
     def check(self, ids: Ids, format_: str, stamps: npt.NDArray[np.int64]) -> None:
-        assert np.all(self._bytes[self._places(ids, format_)] == stamps[:, None]), "read what another wrote"
+        assert np.all(self._bytes[row_bytes(self._pool, ids, format_)] == stamps[:, None]), "read what another wrote"
 
 
 def _held(rows: SequenceRows) -> Counter[str]:
@@ -199,14 +189,18 @@ class PoolLife(RuleBasedStateMachine):
             own = self.memory.stamps(cache, layer, np.array([position], dtype=np.int32))
             self.memory.write(ids[layer : layer + 1], cache.rows.formats.text, own)
             if cache.picks_core:
-                (scanned,) = cache.rows_to_scan(layer)
+                scanned = cache.rows_to_scan(layer)
                 assert np.array_equal(scanned.ids, cache.rows.layers[layer].image_ids)
                 cache.pick_core(layer, self.random.random(len(scanned.ids)))
+        scores = []
+        for layer in range(LAYERS):
             read = cache.rows_to_read(layer)
             self._check_read(life, layer, read, int(ids[layer]))
-            count = sum(len(each.ids) for each in read)
-            self._move(life, layer, cache.settle(layer, self.random.random(count) if cache.wants_scores else None))
-            life.count()
+            scores.append(self.random.random(sum(map(len, read))))
+        moved = settle(cache, scores if cache.wants_scores else None)
+        for layer, of_layer in by_layer(moved, LAYERS):
+            self._move(life, layer, of_layer)
+        life.count()
         self._check_contents(life)
 
     def _check_read(self, life: Life, layer: int, read: list[Any], own: int) -> None:

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from avl_edge.config import Formats, KvShape, PromptShape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Avl
-from avl_edge.kv.methods.policy import PromptLayer, StepLayer
+from avl_edge.kv.methods.policy import PromptLayer
 from avl_edge.kv.pool import RowPool, SequenceRows
-from avl_edge.kv.pool.compaction import smaller_formats
+from avl_edge.kv.pool.compaction import compact, smaller_formats
 from avl_edge.kv.store import RowStore
 from avl_edge.machine.allocator import advise_free
 from tests import ROOT
 from tests.equipment.pressure_harness import SHAPE, SIZE
 from tests.equipment.random_methods import LAYERS, NAMES
+from tests.equipment.settled import settle_policy
 
 
 def test_avl_gives_the_rows_that_its_last_refresh_scored_lowest() -> None:
@@ -35,9 +36,10 @@ def test_avl_gives_the_rows_that_its_last_refresh_scored_lowest() -> None:
     assert core.tolist() == [False, False, True, True, False]
     assert policy.evictable(0, core) == 3
     assert policy.evict(0, core, 1).tolist() == [True, False, True, True, True]
-    texts = np.array([1, 1, 1], dtype=np.float32), np.array([False, True, True])
-    refreshed = policy.settle(StepLayer(0, 2, np.array([3, 9, 1, 8], dtype=np.float32), *texts)).core
-    assert refreshed is not None
+    image, text = np.array([[3, 9, 1, 8]], dtype=np.float32), np.array([[1, 1, 1]], dtype=np.float32)
+    settled = settle_policy(policy, 2, image, text).core
+    assert settled is not None
+    (refreshed,) = settled
     assert refreshed.tolist() == [False, True, False, True]
     assert policy.evict(0, refreshed, 1).tolist() == [True, True, False, True]
 
@@ -78,10 +80,17 @@ def test_compacted_rows_need_the_fewest_pages(
         core = np.zeros(images, dtype=np.bool_)
         rows.fill(layer, np.arange(text, dtype=np.int32), 100 + np.arange(images, dtype=np.int32), core, 0)
     for layer, (text, images) in enumerate(counts):
-        rows.keep_text(layer, random.random(text) < share)
-        rows.keep_image(layer, random.random(images) < share)
-    before, after = pool.compact(rows.lease, format_)
-    assert not set(before.tolist()) & set(after.tolist())
+        rows.keep_text(random.random((1, text)) < share, layer)
+        rows.keep_image(random.random((1, images)) < share, layer)
+    old = [(each.text_ids, each.image_ids) for each in rows]
+    carried = {}
+    for _, before, after in compact(rows):
+        carried = dict(zip(before.tolist(), after.tolist(), strict=True))
+    assert not set(carried) & set(carried.values())
+    for each, ids in zip(rows, old, strict=True):
+        for new, own in zip((each.text_ids, each.image_ids), ids, strict=True):
+            assert new.tolist() == [carried.get(row, row) for row in own.tolist()], "each row by its new id"
+    pool.check_integrity([rows])
     count = sum(len(each.text_ids) + len(each.image_ids) for each in rows)
     assert rows.lease.held == -(-count // pool.packing(format_).rows)
 

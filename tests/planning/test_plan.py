@@ -19,6 +19,7 @@ from avl_edge.machine import profile
 from avl_edge.model.sizes import Precision, known_shape
 from avl_edge.planning.estimate import Answer, PlanRequest, plan, prompt_work
 from avl_edge.request import ImageSpan
+from tests.equipment.settled import settle
 
 ORIN = profile.named("agx-orin-64", "MAXN")
 
@@ -133,11 +134,9 @@ def test_tiers_are_what_the_caches_hold(
         before = cache.bytes_read
         cache.begin_step()
         for layer in range(layers) if cache.picks_core else ():
-            (seen,) = cache.rows_to_scan(layer)
-            cache.pick_core(layer, chance.random(len(seen.ids)))
+            cache.pick_core(layer, chance.random(len(cache.rows_to_scan(layer))))
         read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
-        for layer in range(layers):
-            cache.settle(layer, chance.random(read[layer]) if cache.wants_scores else None)
+        settle(cache, [chance.random(count) for count in read] if cache.wants_scores else None)
         assert answer.step(step).rows == sum(read)
         if not isinstance(method, H2O) or formats.text == formats.core:
             assert answer.step(step).nbytes == cache.bytes_read - before

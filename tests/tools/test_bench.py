@@ -36,13 +36,18 @@ def test_bench_decode(tmp_path: Path) -> None:
 def test_bench_host() -> None:
     command = [sys.executable, "-m", "tools.bench_host", "--rows", "60", "--steps", "6"]
     done = subprocess.run(command, cwd=ROOT, check=True, timeout=300, capture_output=True, text=True)
-    cases = json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    cases = result["cases"]
     assert [(case["batch"], case["method"], case["formats"]["secondary"]) for case in cases] == [
         (batch, *case) for batch in (1, 16) for case in (("full", "exact"), ("avl", "exact"), ("avl", "int4"))
     ]
     for one, many in zip(cases[:3], cases[3:], strict=True):
-        assert 0 < one["before_ms"] < many["before_ms"]
-        assert 0 < one["settle_ms"] < many["settle_ms"]
+        assert one.keys() == many.keys()
+        for kind in {"ordinary", "refresh"} & one.keys():
+            assert 0 < one[kind]["before_ms"] < many[kind]["before_ms"]
+            assert 0 < one[kind]["settle_ms"] < many[kind]["settle_ms"]
+    assert ["refresh" in case for case in cases] == [False, True, True] * 2
+    assert result["close"]["ms"] > 0
 
 
 def test_a_figure_is_kept_with_where_it_comes_from(tmp_path: Path) -> None:

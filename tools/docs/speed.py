@@ -56,15 +56,23 @@ def attention() -> str:
 
 
 def host() -> str:
-    """What a decode step asks of the host beside a GPU."""
+    """What a decode step asks of the host beside a GPU, and what the end of a sequence does."""
+    result = measured("host")["result"]
 
     def line(case: dict[str, Any]) -> list[object]:
         packed = ", ".join(f"{tier} {name}" for tier, name in case["formats"].items() if name != "exact")
         label = f"`{case['method']}`{f', {packed}' if packed else ''}"
-        return [label, case["batch"], f"{case['before_ms']:.1f}", f"{case['settle_ms']:.1f}"]
+        steps = [case.get(name) for name in ("ordinary", "refresh")]
+        times = [f"{step[name]:.2f}" if step else "" for step in steps for name in ("before_ms", "settle_ms")]
+        return [label, case["batch"], *times]
 
-    header = ["", "sequences", "before the launch, ms", "after it or its scores, ms"]
-    return block(table(header, map(line, measured("host")["result"])), "host")
+    names = ("before the launch, ms", "after it or its scores, ms")
+    header = ["", "sequences", *names, *(f"refresh: {name}" for name in names)]
+    close = result["close"]
+    ending = (
+        f"A sequence of {close['tokens']:,} tokens in {close['layers']} layers gives its rows back in {close['ms']} ms."
+    )
+    return block(f"{table(header, map(line, result['cases']))}\n\n{ending}", "host")
 
 
 def plans() -> str:

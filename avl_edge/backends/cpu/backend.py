@@ -13,14 +13,14 @@ from ...attention import native
 from ...attention.kernels import attend_parts, coarse_weights, prompt_scores
 from ...kv.cache import SequenceCache
 from ...kv.pool.rows import Index
-from ...kv.selection import Selected, is_low_rank
+from ...kv.selection import ListedRows, Selection, StepScores, is_low_rank
 from ...kv.store import RowStore
 from ...model.network import Llava
 from ...request import Prompt
 from ..base import ForwardTask, LayerTask
 from ..prefill import Attention, Prefill
 from ..step_batch import StepBatch, StepResult
-from ..stored import StoredRows, in_order, own_scores
+from ..stored import StoredRows
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
 
@@ -41,6 +41,7 @@ class TorchBackend:
         self.name = "torch-cpu+native" if native.available() else "torch-cpu"
         self._kv_heads = model.spec.text.kv_heads
         self._scale = model.spec.text.head_dim**-0.5
+        self._score_type = np.float64 if model.dtype == torch.float64 else np.float32
 
     @classmethod
     def with_pages(cls, model: Llava, pages: int, attend: Attend = attend_parts) -> TorchBackend:
@@ -61,9 +62,11 @@ class TorchBackend:
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
         decoder, rows, batch = self.model.decoder, self.rows, StepBatch(token_ids, caches)
-        wants = batch.ask(lambda cache: (cache.picks_core, cache.wants_scores))
+        asked = batch.ask(lambda cache: (cache.picks_core, cache.wants_scores, cache.rows_read_now))
         if not batch.caches:
             return batch.result()
+        reads = [read for _, _, read in asked]
+        scores = [StepScores(read, self._score_type) if wanted else None for _, wanted, read in asked]
         hidden = decoder.embed(torch.tensor(batch.token_ids))
         angles, smoothings = decoder.angles(torch.tensor(batch.positions)), rows.smoothings(batch.caches)
         for index, layer in enumerate(decoder.layers):
@@ -71,62 +74,54 @@ class TorchBackend:
             if smoothings:
                 query, key = smoothings[index].query(query), smoothings[index].keys(key)
             rows.append(batch.caches, [each[index] for each in batch.slots], key, value)
-            for at, (picks_core, _) in enumerate(wants):
+            for at, (picks_core, _, _) in enumerate(asked):
                 if picks_core:
-                    batch.attempt(at, self._pick_core, batch.caches[at], index, query[at : at + 1])
-            read = [self._read(batch, at, index) for at in range(len(wants))]
-            attended, scores = self._attend_step(query, index, batch.caches, read, [scores for _, scores in wants])
-            hidden = layer.finish(hidden, attended)
-            for at, (cache, weights) in enumerate(zip(batch.caches, scores, strict=True)):
-                batch.attempt(at, self._settle, cache, index, weights)
+                    # Of one that has failed the rows of before, so that the batch stays whole.
+                    picked = batch.attempt(at, self._pick_core, batch.caches[at], index, query[at : at + 1])
+                    reads[at] = picked or reads[at]
+            hidden = layer.finish(hidden, self._attend_step(query, index, batch.caches, reads, scores))
+        for at, (cache, own_scores) in enumerate(zip(batch.caches, scores, strict=True)):
+            batch.attempt(at, self._settle, cache, own_scores)
         logits = decoder.logits(hidden)
         return batch.result(tokens=logits.argmax(-1).tolist()) if greedy else batch.result(logits=logits)
 
-    def _pick_core(self, cache: SequenceCache, layer: int, query: Tensor) -> None:
-        scanned = self.rows.parts([cache.rows_to_scan(layer)])[0]
-        cache.pick_core(layer, coarse_weights(query, scanned, self._kv_heads, self._scale).numpy())
+    def _pick_core(self, cache: SequenceCache, layer: int, query: Tensor) -> list[Selection]:
+        """The rows that a sequence reads in this layer, once the layer's core is picked."""
+        scanned = self.rows.parts(ListedRows([[cache.rows_scanned_now]], layer))
+        if scanned:
+            cache.pick_core(layer, coarse_weights(query, scanned[0], self._kv_heads, self._scale).numpy())
+        return cache.rows_read_now
 
-    def _settle(self, cache: SequenceCache, layer: int, scores: npt.NDArray[np.floating] | None) -> None:
-        self.rows.move(cache, [(layer, cache.settle(layer, scores))])
-
-    @staticmethod
-    def _read(batch: StepBatch, at: int, layer: int) -> Sequence[Selected]:
-        """The rows that a sequence reads; of one that has failed the new token's own, so that the batch stays whole."""
-        cache = batch.caches[at]
-        read = batch.attempt(at, cache.rows_to_read, layer)
-        if read is not None:
-            return read
-        position = np.array([batch.positions[at]], dtype=np.int32)
-        own = Selected(cache.formats.text, np.zeros(1, np.int64), batch.slots[at][layer : layer + 1], position)
-        return [own]
+    def _settle(self, cache: SequenceCache, scores: StepScores | None) -> None:
+        self.rows.move(cache, cache.settle(scores))
 
     def _attend_step(
         self,
         query: Tensor,
         layer: int,
         caches: Sequence[SequenceCache],
-        read: Sequence[Sequence[Selected]],
-        wants: Sequence[bool],
-    ) -> tuple[Tensor, list[npt.NDArray[np.floating] | None]]:
-        """A layer's attention ``[B, H, d]`` over what each sequence reads, and, where its policy wants them, its scores
-        in the order of these rows."""
-        scores: list[npt.NDArray[np.floating] | None] = [None] * len(caches)
-        low = [number for number, selected in enumerate(read) if any(map(is_low_rank, selected))]
+        reads: Sequence[Sequence[Selection]],
+        scores: Sequence[StepScores | None],
+    ) -> Tensor:
+        """A layer's attention ``[B, H, d]`` over the rows that the caches read; gives their ``scores``."""
+        low = [number for number, read in enumerate(reads) if any(map(is_low_rank, read))]
         batch = [number for number in range(len(caches)) if number not in low]
         attended = torch.empty_like(query)
         if batch:
-            parts = self.rows.parts([read[number] for number in batch])
-            wanted = any(wants[number] for number in batch)
+            listed = ListedRows([reads[number] for number in batch], layer)
+            wanted = any(scores[number] is not None for number in batch)
             own = query if len(batch) == len(caches) else query[batch]
-            out, weights = self._attend(own, parts, self._kv_heads, self._scale, scores=wanted)
+            out, weights = self._attend(own, self.rows.parts(listed), self._kv_heads, self._scale, scores=wanted)
             attended = out if len(batch) == len(caches) else attended.index_copy(0, torch.tensor(batch), out)
-            for place, number in enumerate(batch):
-                if weights is not None and wants[number]:
-                    scores[number] = own_scores(place, read[number], parts, weights)
+            if weights is not None:
+                every = torch.cat(list(weights)).numpy()
+                for place, number in enumerate(batch):
+                    if (into := scores[number]) is not None:
+                        listed.give(into, place, every)
         for number in low:
-            attended[number], low_weights = self.rows.attend(
-                caches[number], layer, read[number], query[number], self._scale
-            )
-            if wants[number]:
-                scores[number] = in_order(read[number], low_weights)
-        return attended, scores
+            selected = caches[number].rows_to_read(layer)
+            out, low_weights = self.rows.attend(caches[number], layer, selected, query[number], self._scale)
+            attended[number] = out
+            if (into := scores[number]) is not None:
+                ListedRows([reads[number]], layer).give(into, 0, torch.cat(low_weights).numpy())
+        return attended

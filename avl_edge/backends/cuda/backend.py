@@ -38,8 +38,8 @@ from torch import Tensor
 
 from ...attention.cuda import Kernels, KernelShape, Pool, PromptHeads
 from ...kv.cache import SequenceCache
-from ...kv.pool import Moved
 from ...kv.pool.rows import Index
+from ...kv.selection import StepScores
 from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
 from ...model.network import Llava
@@ -143,8 +143,8 @@ class CudaBackend:
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
         """One step for every sequence; greedy tokens are chosen on the device, logits come to the CPU."""
-        layers, batch = range(self._model.spec.text.layers), StepBatch(token_ids, caches)
-        asked = batch.ask(lambda cache: (_reads(cache, layers), cache.wants_scores, cache.picks_core))
+        batch = StepBatch(token_ids, caches)
+        asked = batch.ask(lambda cache: (_reads(cache), cache.wants_scores, cache.picks_core))
         if not batch.caches:
             return batch.result()
         reads = [own for own, _, _ in asked]
@@ -152,38 +152,28 @@ class CudaBackend:
         with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
             for at, (_, scores, picks_core) in enumerate(asked):
                 if not scores and not picks_core:
-                    batch.attempt(at, self._settle, batch.caches[at], [None] * len(layers))
+                    batch.attempt(at, self._settle, batch.caches[at])
         for at, (own, scores, picks_core) in enumerate(asked):
             if scores or picks_core:
                 batch.attempt(at, self._settle_by, step, at, batch.caches[at], own)
         count = len(batch.caches)
         return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
 
-    def _settle(self, cache: SequenceCache, scores: Sequence[npt.NDArray[np.floating] | None]) -> None:
-        self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
+    def _settle(self, cache: SequenceCache, scores: StepScores | None = None) -> None:
+        self.rows.move(cache, cache.settle(scores))
 
     def _settle_by(self, step: DecodeStep, number: int, cache: SequenceCache, own: Reads) -> None:
         """The same for a sequence that waited for the step's results."""
-        layers = range(self._model.spec.text.layers)
-        self.rows.move(cache, ((layer, _settle(step, number, cache, own, layer)) for layer in layers))
+        if own.scanned:
+            cache.set_core(step.picked(number, own.scanned))
+        self._settle(cache, step.scores(number, own) if cache.wants_scores else None)
 
 
-def _settle(step: DecodeStep, number: int, cache: SequenceCache, reads: Reads, layer: int) -> list[Moved]:
-    """What a sequence that waited for the step's results does with them in one layer; the rows that move."""
-    if reads.scanned:
-        cache.set_core(layer, step.picked(layer, number, reads.scanned[layer].format))
-        cache.rows_to_read(layer)  # for its counts: which rows they are is known only now
-    return cache.settle(layer, step.scores(layer, number, reads.rows[layer]) if cache.wants_scores else None)
-
-
-def _reads(cache: SequenceCache, layers: range) -> Reads:
+def _reads(cache: SequenceCache) -> Reads:
     """What a sequence reads in the step that has begun."""
-    smoothing = cache.rows.smoothing
-    scanned = [cache.rows_to_scan(layer)[0] for layer in layers] if cache.picks_core else []
-    if not any(len(each.ids) for each in scanned):  # of a text alone there is nothing to choose
-        rows = [cache.rows_to_read(layer) for layer in layers]
-        basis = [cache.rows.layers[layer].basis for layer in layers]
-        return Reads(rows, cache.formats.text, basis=basis, smoothing=smoothing)
-    share, most = cache.nucleus
-    text = [[cache.text_rows(layer)] for layer in layers]
-    return Reads(text, cache.formats.text, scanned, share, most, smoothing=smoothing)
+    text, smoothing = cache.formats.text, cache.rows.smoothing
+    if cache.picks_core and cache.rows_scanned_now.counts.any():  # of a text alone there is nothing to choose
+        share, most = cache.nucleus
+        return Reads([cache.text_rows], text, cache.rows_scanned_now, share, most, smoothing=smoothing)
+    basis = [rows.basis for rows in cache.rows.layers]
+    return Reads(cache.rows_read_now, text, basis=basis, smoothing=smoothing)

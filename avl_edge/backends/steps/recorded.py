@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ...kv.selection import Selected
-from ..stored import in_order
+from ...kv.selection import Selection, StepScores
 from .device import Accelerator
 from .tables import Bucket, Reads, StepTables
 
@@ -60,22 +59,19 @@ class RecordedStep(ABC):
         """``[B, vocabulary]`` on the host, overwritten by the next step of this bucket."""
         return self._results["logits"]
 
-    def scores(self, layer: int, sequence: int, read: Sequence[Selected]) -> npt.NDArray[np.floating]:
-        """The weights of the rows that one sequence ``read`` in a layer, in their order: float32, on the
-        host."""
-        return in_order(read, [self._scores(layer, sequence, each.format) for each in read])
+    def scores(self, sequence: int, reads: Reads) -> StepScores:
+        """The weights of the rows that one sequence read: float32, on the host."""
+        scores = StepScores(reads.rows, np.float32)
+        scores.give(self.tables.lists_of(sequence, reads), self.tables.offsets, self._results["scores"].numpy())
+        return scores
 
-    def _scores(self, layer: int, sequence: int, format_: str) -> Tensor:
-        number = self.tables.list_of(sequence, format_)
-        begin, end = self.tables.offsets[layer, number : number + 2]
-        return self._results["scores"][layer, begin:end]
-
-    def picked(self, layer: int, sequence: int, format_: str) -> npt.NDArray[np.bool_]:
-        """Which of the rows that one sequence scanned in a layer it attended, in the order of that list."""
-        number = self.tables.list_of(sequence, format_)
-        begin, end = self.tables.of_scanned[layer, number : number + 2]
-        picked: npt.NDArray[np.bool_] = self._results["picked"][layer, begin:end].numpy().astype(np.bool_)
-        return picked
+    def picked(self, sequence: int, scanned: Selection) -> npt.NDArray[np.bool_]:
+        """Which of the rows that one sequence scanned it attended: ``[L, n]``, in the order of each layer's list."""
+        begin = self.tables.of_scanned[:, self.tables.list_of(sequence, scanned.format)]
+        places = begin[:, None] + np.arange(scanned.counts.max(initial=0))
+        results = self._results["picked"].numpy()
+        picked = np.take_along_axis(results, np.minimum(places, results.shape[1] - 1), axis=1)
+        return picked.astype(np.bool_)
 
 
 S = TypeVar("S", bound=RecordedStep)

@@ -16,7 +16,7 @@ list has room behind ``listed`` for those that the device puts there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,35 +26,34 @@ from torch import Tensor
 
 from ...attention.cuda import in_order
 from ...kv.layout import Format
-from ...kv.selection import Selected
+from ...kv.selection import Numbered, Selection, list_rows
 from .device import Accelerator
 
 Ints = npt.NDArray[np.int32]
 _SMALLEST = 256
 _WHOLE = 2**30
-_EMPTY: Ints = np.empty(0, dtype=np.int32)
 _NONE: Ints = np.array([-1], dtype=np.int32)
-_NO_ROWS = Selected("", _EMPTY.astype(np.int64), _EMPTY, _EMPTY)
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What one sequence reads in a step: ``rows[layer]``, and of ``scanned[layer]``, which are of one format, at most
-    ``most`` rows that hold ``share`` of their coarse weight (1: always as many as that). ``text`` is the format of its
-    new row; ``basis[layer]`` what it has for low-rank rows; ``smoothing`` ``[L]`` the rows by which its keys are
-    smoothed, -1: none, or ``[1]`` where no layer has one."""
+    """What one sequence reads in a step: ``rows``, its images' and then its text's, and of those in ``scanned`` at most
+    ``most`` rows of a layer that hold ``share`` of their coarse weight (1: always as many as that). ``text`` is the
+    format of its new row; ``basis[layer]`` what it has for low-rank rows; ``smoothing`` ``[L]`` the rows by which its
+    keys are smoothed, -1: none, or ``[1]`` where no layer has one."""
 
-    rows: Sequence[Sequence[Selected]]
+    rows: Sequence[Selection]
     text: str = "exact"
-    scanned: Sequence[Selected] = ()
+    scanned: Selection | None = None
     share: float = 1
     most: int = 0
     basis: Sequence[Ints] = ()
     smoothing: Ints = field(default_factory=lambda: _NONE)
 
-    def room(self, layer: int) -> int:
-        """Rows that may be chosen."""
-        return min(self.most, len(self.scanned[layer].ids)) if self.scanned else 0
+    @property
+    def room(self) -> Ints | int:
+        """Rows of each layer that may be chosen."""
+        return np.minimum(self.most, self.scanned.counts) if self.scanned else 0
 
 
 @dataclass(frozen=True)
@@ -81,24 +80,19 @@ class Bucket:
     def of(cls, reads: Sequence[Reads], scores: bool) -> Bucket:
         """The smallest one that holds a step of these sequences: a power of two of them, and of rows a power of two, or
         one and a half of it."""
-        layers = range(len(reads[0].rows))
-        scanning = [each for each in reads if each.scanned]
-        rows = max(sum([len(part) for each in reads for part in each.rows[layer]]) for layer in layers)
-        rows += max(sum(each.room(layer) for each in scanning) for layer in layers) if scanning else 0
-        scanned = max(sum(len(each.scanned[layer].ids) for each in scanning) for layer in layers) if scanning else 0
-        read = {part.format for each in reads for of_layer in each.rows for part in of_layer}
-        scanned_formats, written = (
-            {part.format for each in scanning for part in each.scanned},
-            {each.text for each in reads},
-        )
+        scanning = [each.scanned for each in reads if each.scanned]
+        rows = sum(part.counts for each in reads for part in each.rows) + sum(each.room for each in reads)
+        scanned = np.max(sum(each.counts for each in scanning), initial=0) if scanning else 0
+        read = {part.format for each in reads for part in each.rows if part.total}
+        scanned_formats, written = {each.format for each in scanning}, {each.text for each in reads}
         return cls(
             1 << (len(reads) - 1).bit_length(),
-            room_for(rows),
+            room_for(int(np.max(rows, initial=0))),
             scores,
             in_order(read | scanned_formats | written),
             in_order(written),
-            room_for(scanned) if scanned else 0,
-            in_order(scanned_formats) if scanned else (),
+            room_for(int(scanned)) if scanning else 0,
+            in_order(scanned_formats) if scanning else (),
             any((each.smoothing >= 0).any() for each in reads),
         )
 
@@ -120,12 +114,12 @@ class StepTables:
     def __init__(self, accelerator: Accelerator, layers: int, bucket: Bucket, *, dense: bool = False) -> None:
         """``dense``: the rows of a table follow each other without gaps, and tables begin at multiples of 256 bytes: as
         engines want their inputs."""
-        self.bucket, self._layers, self._range = bucket, layers, range(layers)
+        self.bucket, self._rank = bucket, bucket.rank
         batch, lists = bucket.batch, len(bucket.formats) * bucket.batch
         widths = [(1, batch), (1, batch), (1, 2 * batch), (layers, lists), (layers, lists + 1)]
         widths += [(layers, bucket.capacity), (layers, batch)]
         widths += [(layers, lists), (layers, lists + 1), (layers, bucket.scanned)] if bucket.scanned else []
-        widths += [(layers, bucket.capacity), (layers, batch * bucket.rank)] if bucket.rank else []
+        widths += [(layers, bucket.capacity), (layers, batch * self._rank)] if self._rank else []
         strides = [width if dense else _aligned(width, 4) for _, width in widths]
         sizes = [_aligned(count * stride, 64) for (count, _), stride in zip(widths, strides, strict=True)]
         starts = np.cumsum([0, *sizes])
@@ -149,7 +143,7 @@ class StepTables:
         if bucket.scanned:
             self._listed, self.of_scanned, self._scanned = host[7:10]
             self.device_listed, self.device_of_scanned, self.device_scanned = rest[:3]
-        if bucket.rank:
+        if self._rank:
             self._row_positions, self._bases = host[-2:]
             self.device_row_positions, self.device_bases = rest[-2:]
 
@@ -173,64 +167,49 @@ class StepTables:
         for number, each in enumerate(reads):
             self._smoothing[:, number] = each.smoothing
             self._slots[:, formats.index(each.text) * batch + number] = slots[:, number]
-        lists = [self._lists([each.rows[layer] for each in reads]) for layer in self._range]
+        listed = [pair for n, each in enumerate(reads) for pair in zip(self.lists_of(n, each), each.rows, strict=True)]
+        lengths = self._lengths(listed)
         if self.bucket.scanned:
-            self._fill_with_room(lists, reads)
-        else:
-            np.cumsum(self._lengths(lists), axis=1, dtype=np.int32, out=self.offsets[:, 1:])
-            for layer, of_layer in enumerate(lists):
-                ids = [part.ids for each in of_layer for part in each.parts]
-                np.concatenate(ids, out=self._rows[layer, : self.offsets[layer, -1]])
-        if self.bucket.rank:
-            self._fill_low_rank(lists, reads)
+            lengths = self._leave_room(lengths, reads)
+        np.cumsum(lengths, axis=1, dtype=np.int32, out=self.offsets[:, 1:])
+        list_rows(listed, self.offsets, self._rows)
+        if self._rank:
+            list_rows(listed, self.offsets, self._row_positions, positions=True)
+            self._fill_bases(reads)
 
-    def _fill_low_rank(self, lists: Sequence[Sequence[Selected]], reads: Sequence[Reads]) -> None:
-        """The positions of the listed rows, and each sequence's basis."""
-        rank = self.bucket.rank
-        for layer, of_layer in enumerate(lists):
-            for own, at in zip(of_layer, self._numbers(len(reads)), strict=True):
-                begin = self.offsets[layer, at]
-                self._row_positions[layer, begin : begin + len(own.ids)] = own.positions
+    def _leave_room(self, lengths: Ints, reads: Sequence[Reads]) -> Ints:
+        """Fill in what rows are chosen from; the lengths of lists that have room behind them for those that are."""
+        scanning = [(number, each.scanned, each) for number, each in enumerate(reads) if each.scanned]
+        candidates = [(self.list_of(number, rows.format), rows) for number, rows, _ in scanning]
+        np.cumsum(self._lengths(candidates), axis=1, dtype=np.int32, out=self.of_scanned[:, 1:])
+        list_rows(candidates, self.of_scanned, self._scanned)
+        rooms = np.zeros_like(lengths)
+        for (number, _, each), (list_, _) in zip(scanning, candidates, strict=True):
+            self._limits[0, 2 * number : 2 * number + 2] = round(each.share * _WHOLE), each.most
+            rooms[:, list_] = each.room
+        both = lengths + rooms
+        self._listed[:] = np.cumsum(both, axis=1) - rooms
+        return both
+
+    def _fill_bases(self, reads: Sequence[Reads]) -> None:
+        rank = self._rank
         for number, each in enumerate(reads):
             for layer, basis in enumerate(each.basis):
                 ids = basis[:rank]
                 self._bases[layer, number * rank : number * rank + len(ids)] = ids
 
-    def _fill_with_room(self, lists: Sequence[Sequence[Selected]], reads: Sequence[Reads]) -> None:
-        """The rows that are listed, room behind them for those that are chosen, and what those are chosen from."""
-        lengths, rooms = self._lengths(lists), np.zeros_like(self._listed)
-        scanned = [
-            self._lists([[each.scanned[layer]] if each.scanned else [] for each in reads]) for layer in self._range
-        ]
-        for number, each in enumerate(reads):
-            self._limits[0, 2 * number : 2 * number + 2] = round(each.share * _WHOLE), each.most
-            for layer in self._range if each.scanned else ():
-                rooms[layer, self.list_of(number, each.scanned[layer].format)] = each.room(layer)
-        np.cumsum(lengths + rooms, axis=1, dtype=np.int32, out=self.offsets[:, 1:])
-        self._listed[:] = self.offsets[:, :-1] + lengths
-        np.cumsum(self._lengths(scanned), axis=1, dtype=np.int32, out=self.of_scanned[:, 1:])
-        for layer in self._range:
-            candidates = [own.ids for own in scanned[layer]]
-            np.concatenate(candidates, out=self._scanned[layer, : self.of_scanned[layer, -1]])
-            for own, number in zip(lists[layer], self._numbers(len(reads)), strict=True):
-                self._rows[layer, self.offsets[layer, number] : self._listed[layer, number]] = own.ids
+    def lists_of(self, sequence: int, reads: Reads) -> list[int]:
+        """The numbers of the lists in which stands what a sequence reads; any, for a format of which it has no rows."""
+        formats = self.bucket.formats
+        return [self.list_of(sequence, each.format) if each.format in formats else 0 for each in reads.rows]
 
-    def _lists(self, selected: Sequence[Sequence[Selected]]) -> list[Selected]:
-        """What each sequence selects, format by format."""
-        return [_of_format(name, own) for name in self.bucket.formats for own in selected]
-
-    def _lengths(self, lists: Sequence[Sequence[Selected]]) -> npt.NDArray[np.int32]:
+    def _lengths(self, listed: Numbered) -> Ints:
         """How long each list is, int32 ``[L, P * B]``."""
-        parts, batch = len(self.bucket.formats), self.bucket.batch
-        lengths = np.zeros((self._layers, parts, batch), dtype=np.int32)
-        counts = np.array([[len(each) for each in of_layer] for of_layer in lists], dtype=np.int32)
-        lengths[:, :, : len(lists[0]) // parts] = counts.reshape(self._layers, parts, -1)
-        return lengths.reshape(self._layers, -1)
-
-    def _numbers(self, count: int) -> Iterator[int]:
-        """The numbers of the lists of the first ``count`` sequences, format by format."""
-        for part in range(len(self.bucket.formats)):
-            yield from range(part * self.bucket.batch, part * self.bucket.batch + count)
+        lists = len(self.bucket.formats) * self.bucket.batch
+        lengths: Ints = np.zeros((len(self.offsets), lists), dtype=np.int32)
+        for number, each in listed:
+            lengths[:, number] += each.counts
+        return lengths
 
     def list_of(self, sequence: int, format_: str) -> int:
         """The number of a sequence's list of a format."""
@@ -239,10 +218,3 @@ class StepTables:
     def upload(self) -> None:
         """Queue the copy to the device; the host's side must stay as it is until that is done."""
         self._device.copy_(self._host, non_blocking=True)
-
-
-def _of_format(name: str, selected: Sequence[Selected]) -> Selected:
-    for each in selected:
-        if each.format == name:
-            return each
-    return _NO_ROWS

@@ -12,7 +12,7 @@ engines themselves, recording and replay, and the speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ...kv.cache import SequenceCache
-from ...kv.selection import Selected
+from ...kv.pool import RowTable
+from ...kv.selection import Selection, StepScores
 from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
 from ...model.network.rope import Rope
@@ -70,9 +71,7 @@ class EngineBackend:
         it."""
         layers, store = self.engines.spec.text.layers, self._store
         slots = np.where(np.arange(layers) < len(store.keys), np.arange(layers), -1).astype(np.int32)
-        first = np.zeros(1, dtype=np.int32)
-        own = [Selected("exact", first.astype(np.int64), slots[layer : layer + 1], first) for layer in range(layers)]
-        reads = [Reads([[each] for each in own])]
+        reads = [Reads([Selection("exact", RowTable.of(slots[:, None], np.zeros((layers, 1), dtype=np.int32)))])]
         store.keys[:layers], store.values[:layers] = torch.nan, torch.nan  # not what an earlier check left there
         step = EngineStep(self.engines, store, self.accelerator, self._bucket(reads, False))
         step.tables.fill([0], [0], slots[:, None], reads)
@@ -152,8 +151,13 @@ class EngineBackend:
 
     @torch.inference_mode()
     def _decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], greedy: bool) -> StepResult:
-        layers, batch = range(self.engines.spec.text.layers), StepBatch(token_ids, caches)
-        asked = batch.ask(lambda cache: (_reads(cache, layers), cache.wants_scores))
+        batch = StepBatch(token_ids, caches)
+        asked = batch.ask(
+            lambda each: (
+                Reads(each.rows_read_now, each.formats.text, smoothing=each.rows.smoothing),
+                each.wants_scores,
+            )
+        )
         if not batch.caches:
             return batch.result()
         reads = [own for own, _ in asked]
@@ -161,16 +165,15 @@ class EngineBackend:
         with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
             for at, (_, scores) in enumerate(asked):
                 if not scores:
-                    batch.attempt(at, self._settle, batch.caches[at], (None for _ in layers))
+                    batch.attempt(at, self._settle, batch.caches[at], None)
         for at, (own, scores) in enumerate(asked):
             if scores:
-                found = (step.scores(layer, at, own.rows[layer]) for layer in layers)
-                batch.attempt(at, self._settle, batch.caches[at], found)
+                batch.attempt(at, self._settle, batch.caches[at], step.scores(at, own))
         count = len(batch.caches)
         return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
 
-    def _settle(self, cache: SequenceCache, scores: Iterable[npt.NDArray[np.floating] | None]) -> None:
-        self.rows.move(cache, ((layer, cache.settle(layer, each)) for layer, each in enumerate(scores)))
+    def _settle(self, cache: SequenceCache, scores: StepScores | None) -> None:
+        self.rows.move(cache, cache.settle(scores))
 
     def _bucket(self, reads: Sequence[Reads], scores: bool) -> Bucket:
         """The smallest that the engine's sizes allow."""
@@ -180,9 +183,3 @@ class EngineBackend:
         # What formats are written is not asked, nor whose keys are smoothed: an engine's step has a place for each.
         formats = parts_of(found.formats)
         return replace(found, batch=batch, capacity=capacity, formats=formats, written=(), smooths=False)
-
-
-def _reads(cache: SequenceCache, layers: range) -> Reads:
-    """What a sequence reads in the step that has begun."""
-    rows = [cache.rows_to_read(layer) for layer in layers]
-    return Reads(rows, cache.formats.text, smoothing=cache.rows.smoothing)

@@ -15,7 +15,7 @@ from .distinct import Distinct
 from .fastv import FastV
 from .full import Full
 from .h2o import H2O
-from .policy import Kept, Policy, PromptLayer, Prune, Settlement, StepLayer, pruned
+from .policy import Kept, NoScores, Policy, PromptLayer, Prune, Settlement, SettlesByLayer, Step, StepLayer, pruned
 from .random import Random
 from .registry import (
     METHODS,
@@ -41,12 +41,15 @@ __all__ = [
     "Full",
     "Kept",
     "Method",
+    "NoScores",
     "Parameter",
     "Policy",
     "PromptLayer",
     "Prune",
     "Random",
     "Settlement",
+    "SettlesByLayer",
+    "Step",
     "StepLayer",
     "Streaming",
     "TierPeaks",

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..books import books
+
 Scores = npt.NDArray[Any]
 """float32 or float64 attention weights: post-softmax, averaged over the query heads."""
 Mask = npt.NDArray[np.bool_]
@@ -39,17 +41,24 @@ def rounded_share(count: int, percent: float) -> int:
 
 
 def top(scores: Scores, count: int) -> Mask:
-    """The ``count`` highest scores as a mask; ties go to the lower position."""
-    if not 0 < count < len(scores):
-        return np.full(len(scores), count > 0)
-    # Partly sorted, as a refresh ranks hundreds of rows in every layer; NaN comes last.
-    falling = -scores
-    lowest = np.partition(falling, count - 1)[count - 1]
-    mask: Mask = falling < lowest
-    equal = falling == lowest
-    if np.isnan(lowest):
-        mask, equal = ~np.isnan(falling), np.isnan(falling)
-    mask[np.flatnonzero(equal)[: count - np.count_nonzero(mask)]] = True
+    """The ``count`` highest scores of each row of ``scores``, ``[n]`` or ``[m, n]``, as a mask; ties go to the lower
+    position, NaN comes last."""
+    length = scores.shape[-1]
+    if not 0 < count < length:
+        return np.full(scores.shape, count > 0)
+    if scores.dtype not in (np.float32, np.float64):
+        scores = scores.astype(np.float64)
+    rows = np.ascontiguousarray(scores).reshape(-1, length)
+    return books().top(rows, count).reshape(scores.shape)
+
+
+def top_of_each(scores: Scores, counts: npt.NDArray[np.int32], count: int) -> Mask:
+    """:func:`top` of the first ``counts`` ``[m]`` scores in each row of ``scores`` ``[m, n]``."""
+    if np.all(counts == scores.shape[1]):
+        return top(scores, count)
+    mask = np.zeros(scores.shape, dtype=np.bool_)
+    for row, length in enumerate(counts.tolist()):
+        mask[row, :length] = top(scores[row, :length], count)
     return mask
 
 
@@ -68,3 +77,10 @@ def spread(selected: Mask, within: Mask) -> Mask:
 def recent(count: int, budget: int) -> Mask:
     """The last ``budget`` of ``count`` rows as a mask; all of them when there are no more."""
     return np.arange(count) >= count - budget
+
+
+def with_column(rows: npt.NDArray[Any], value: float) -> npt.NDArray[Any]:
+    """``rows`` ``[m, n]`` with one more column."""
+    wider = np.empty((len(rows), rows.shape[1] + 1), dtype=rows.dtype)
+    wider[:, :-1], wider[:, -1] = rows, value
+    return wider

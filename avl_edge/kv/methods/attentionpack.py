@@ -19,7 +19,7 @@ import numpy as np
 from ...config import Formats, PromptShape, require
 from .arithmetic import Scores, share, top
 from .base import Method, TierPeaks, Tiers, parameter
-from .policy import KeepsCore, Kept, PromptLayer, Queries, Settlement, StepLayer
+from .policy import KeepsCore, Kept, PromptLayer, Queries, Settlement, Step
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class AttentionPack(Method):
 
 
 class AttentionPackPolicy(KeepsCore):
-    """One request: the importance of the image rows, layer by layer."""
+    """One request: the importance of the image rows, ``[L, n]``."""
 
     def __init__(self, settings: AttentionPack, prompt: PromptShape, layers: int) -> None:
         self._core = share(prompt.images, settings.core)
         self._decay = settings.decay / 100
-        self._importance: list[Scores] = [np.empty(0)] * layers
+        self._importance: Scores = np.empty((layers, 0))
 
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
         return "suffix"
@@ -70,6 +70,8 @@ class AttentionPackPolicy(KeepsCore):
     def keep_prompt(self, view: PromptLayer) -> Kept:
         queries = max(int(view.is_suffix.sum()), 1)
         importance = view.total[view.is_image] / queries
+        if view.layer == 0:
+            self._importance = np.empty((len(self._importance), len(importance)), importance.dtype)
         self._importance[view.layer] = importance
         core = np.zeros(len(view.is_image), dtype=np.bool_)
         core[view.is_image] = top(importance, self._core)
@@ -81,7 +83,6 @@ class AttentionPackPolicy(KeepsCore):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return True
 
-    def settle(self, view: StepLayer) -> Settlement:
-        importance = self._decay * self._importance[view.layer] + (1 - self._decay) * view.image
-        self._importance[view.layer] = importance
-        return Settlement(core=top(importance, self._core))
+    def settle_step(self, step: Step) -> Settlement:
+        self._importance = self._decay * self._importance + (1 - self._decay) * step.scores.image
+        return Settlement(core=top(self._importance, self._core))

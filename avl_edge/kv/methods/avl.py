@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ...config import PromptShape, require
-from .arithmetic import Mask, Scores, rounded_share, share, spread, top, whole, without_lowest
+from .arithmetic import Mask, Scores, rounded_share, share, spread, top, top_of_each, whole, with_column, without_lowest
 from .base import Method, TierPeaks, Tiers, parameter
-from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, StepLayer, pruned
+from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, Step, pruned
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Avl(Method):
 class AvlPolicy(KeepsCore):
     """One request under A-VL.
 
-    Keeps, layer by layer, the running sums of the text rows' attention, and the scores of the stored image rows when
-    all of them were last scored: in prefill or at a refresh.
+    Keeps, layer by layer, the running sums of the text rows' attention (equally many in each), and the scores of the
+    stored image rows when all of them were last scored: in prefill or at a refresh.
     """
 
     def __init__(self, settings: Avl, prompt: PromptShape, layers: int) -> None:
@@ -137,11 +138,11 @@ class AvlPolicy(KeepsCore):
         self._stored = share(prompt.images, settings.secondary)
         self._core = share(prompt.images, settings.core)
         self._survivors = share(prompt.images, settings.prefill_keep)
-        self._seen = [prompt.suffix] * layers
-        self._sums: list[Scores] = [np.empty(0)] * layers
+        self._prefix, self._seen = prompt.prefix, prompt.suffix
+        self._sums: Scores = np.empty((layers, 0))
         self._scores: list[Scores] = [np.empty(0)] * layers
-        # The core's attention for one of text's, by layer: at the last refresh, and on the last step.
-        self._fresh, self._odds = np.ones(layers), np.ones(layers)
+        # The core's attention for one of text's at the last refresh, by layer.
+        self._fresh = np.ones(layers)
         self._drifted_before = 0
 
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
@@ -157,7 +158,9 @@ class AvlPolicy(KeepsCore):
         core = spread(top(scores[image], self._core), image)
         self._scores[view.layer] = scores[image]
         sums = view.total[view.is_suffix]
-        kept = self._keep_suffix(sums, self._seen[view.layer])
+        (kept,) = self._keep_suffix(sums[None])
+        if view.layer == 0:
+            self._sums = np.empty((len(self._scores), np.count_nonzero(kept)))
         self._sums[view.layer] = sums[kept]
         prefix = ~view.is_image & ~view.is_suffix
         self._fresh[view.layer] = _odds(view.last[core], view.last[~view.is_image])
@@ -175,13 +178,15 @@ class AvlPolicy(KeepsCore):
     def wants_scores(self, step: int) -> bool:
         return self._settings.text_keep < 100 or self._settings.drift > 0 or self.reads_secondary(step)
 
-    def settle(self, view: StepLayer) -> Settlement:
+    def settle_step(self, step: Step) -> Settlement:
         core = None
-        if self.reads_secondary(view.step):
-            core, self._scores[view.layer] = top(view.image, self._core), view.image
+        if self.reads_secondary(step.number):
+            image, counts = step.scores.image, step.scores.image_counts
+            core = top_of_each(image, counts, self._core)
+            self._scores = [row[:count] for row, count in zip(image, counts.tolist(), strict=True)]
         if self._settings.drift:
-            self._watch(view, core)
-        return Settlement(core, self._settle_text(view) if self._settings.text_keep < 100 else None)
+            self._watch(step, core)
+        return Settlement(core, self._settle_text(step) if self._settings.text_keep < 100 else None)
 
     def evictable(self, layer: int, core: Mask) -> int:  # noqa: ARG002
         return int((~core).sum())
@@ -191,36 +196,40 @@ class AvlPolicy(KeepsCore):
         self._scores[layer] = self._scores[layer][keep]
         return keep
 
-    def _watch(self, view: StepLayer, core: Mask | None) -> None:
-        """Note how much of the attention the core has, and after the last layer whether the next step refreshes."""
-        layer = view.layer
+    def _watch(self, step: Step, core: Mask | None) -> None:
+        """Note how much of the attention the core has, and whether the next step refreshes."""
+        odds = _odds(step.scores.image if core is None else np.where(core, step.scores.image, 0), step.scores.text)
         if core is not None:
-            self._fresh[layer] = self._odds[layer] = _odds(view.image[core], view.text)
-        else:
-            self._odds[layer] = _odds(view.image, view.text)
-        left = np.minimum(self._odds / self._fresh, 1).mean()
-        if layer == len(self._odds) - 1 and 100 * (1 - left) >= self._settings.drift:
-            self._drifted_before = view.step + 1
+            self._fresh = odds
+        left = np.minimum(odds / self._fresh, 1).mean()
+        if 100 * (1 - left) >= self._settings.drift:
+            self._drifted_before = step.number + 1
 
-    def _settle_text(self, view: StepLayer) -> Mask | None:
-        weights = view.text[view.is_suffix]
-        sums = np.append(self._sums[view.layer], 0) + weights
-        self._seen[view.layer] += 1
-        keep = self._keep_suffix(sums, self._seen[view.layer])
-        self._sums[view.layer] = sums[keep]
-        return None if keep.all() else ~view.is_suffix | spread(keep, view.is_suffix)
+    def _settle_text(self, step: Step) -> Mask | None:
+        self._seen += 1
+        self._sums = with_column(self._sums, 0)
+        self._sums += step.scores.text[:, self._prefix :]
+        layers, count = self._sums.shape
+        if count <= self._settings.text_budget(self._seen):
+            return None
+        text = np.ones((layers, self._prefix + count), dtype=np.bool_)
+        text[:, self._prefix :] = keep = self._keep_suffix(self._sums)
+        self._sums = self._sums[keep].reshape(layers, -1)
+        return text
 
-    def _keep_suffix(self, sums: Scores, seen: int) -> Mask:
-        """Heavy hitters by running sum, and the most recent rows: a mask over the text rows after the image."""
-        budget = self._settings.text_budget(seen)
-        if len(sums) <= budget:
-            return np.ones(len(sums), dtype=np.bool_)
-        heavy = share(budget, self._settings.heavy)
-        older = len(sums) - (budget - heavy)
-        return np.append(top(sums[:older], heavy), np.ones(budget - heavy, dtype=np.bool_))
+    def _keep_suffix(self, sums: Scores) -> Mask:
+        """Heavy hitters by running sum, and the most recent rows: a mask over the text rows after the image, ``[L, n]``
+        as their ``sums``."""
+        budget, count = self._settings.text_budget(self._seen), sums.shape[1]
+        keep = np.ones(sums.shape, dtype=np.bool_)
+        if count > budget:
+            heavy = share(budget, self._settings.heavy)
+            older = count - (budget - heavy)
+            keep[:, :older] = top(sums[:, :older], heavy)
+        return keep
 
 
-def _odds(image: Scores, text: Scores) -> float:
-    """Attention to image rows for one of attention to text rows."""
+def _odds(image: Scores, text: Scores) -> npt.NDArray[np.float64]:
+    """Attention to image rows for one of attention to text rows, along the last axis."""
     tiny = np.finfo(np.float32).tiny
-    return float(image.sum() + tiny) / float(text.sum() + tiny)
+    return np.asarray((image.sum(-1, dtype=np.float64) + tiny) / (text.sum(-1, dtype=np.float64) + tiny))

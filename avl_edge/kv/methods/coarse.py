@@ -21,7 +21,7 @@ import numpy as np
 from ...config import Formats, PromptShape, require
 from .arithmetic import Mask, Scores, share, spread, top, without_lowest
 from .base import Method, TierPeaks, Tiers, parameter
-from .policy import Kept, PromptLayer, Queries, Settlement, StepLayer, Unpruned
+from .policy import Kept, PromptLayer, Queries, Settlement, Step, Unpruned
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class CoarsePolicy(Unpruned):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return False
 
-    def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
+    def settle_step(self, step: Step) -> Settlement:  # noqa: ARG002
         return Settlement()
 
     def evictable(self, layer: int, core: Mask) -> int:  # noqa: ARG002

@@ -19,7 +19,7 @@ import numpy as np
 from ...config import PromptShape, require
 from .arithmetic import exact
 from .base import Method, TierPeaks, Tiers, parameter
-from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, StepLayer
+from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, Step
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,5 @@ class FastVPolicy(KeepsCore):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return False
 
-    def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
+    def settle_step(self, step: Step) -> Settlement:  # noqa: ARG002
         return Settlement()

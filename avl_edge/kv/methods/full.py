@@ -10,7 +10,7 @@ import numpy as np
 
 from ...config import PromptShape
 from .base import Method, TierPeaks, Tiers
-from .policy import KeepsCore, Kept, PromptLayer, Queries, Settlement, StepLayer
+from .policy import KeepsCore, Kept, PromptLayer, Queries, Settlement, Step
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,5 @@ class FullPolicy(KeepsCore):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return False
 
-    def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
+    def settle_step(self, step: Step) -> Settlement:  # noqa: ARG002
         return Settlement()

@@ -21,9 +21,9 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import PromptShape, require
-from .arithmetic import Mask, Scores, recent, share, top
+from .arithmetic import Mask, Scores, share, top, with_column
 from .base import Method, TierPeaks, Tiers, images_among, mixed_peaks, parameter
-from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, StepLayer
+from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, Step
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,23 @@ class H2O(Method):
 
 
 class H2OPolicy(KeepsCore):
-    """One request under H2O. Keeps the running sums of the held rows' attention, layer by layer."""
+    """One request under H2O. Keeps the running sums of the held rows' attention, ``[L, rows]``."""
 
     def __init__(self, settings: H2O, prompt: PromptShape, layers: int) -> None:
         self._settings = settings
         self._length = prompt.length
         self._order = RowOrder(layers)
-        self._sums: list[Scores] = [np.empty(0)] * layers
+        self._sums: Scores = np.empty((layers, 0))
 
     def prompt_queries(self, layer: int) -> Queries:  # noqa: ARG002
         return "all"
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
-        return self._order.store(view, self._select(view.layer, view.total, generated=0))
+        (keep,) = self._select(view.total[None], generated=0)
+        if view.layer == 0:
+            self._sums = np.empty((len(self._sums), np.count_nonzero(keep)))
+        self._sums[view.layer] = view.total[keep]
+        return self._order.store(view, keep)
 
     def reads_secondary(self, step: int) -> bool:  # noqa: ARG002
         return False
@@ -97,19 +101,19 @@ class H2OPolicy(KeepsCore):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return True
 
-    def settle(self, view: StepLayer) -> Settlement:
-        self._order.append(view.layer)
-        sums = np.append(self._sums[view.layer], 0) + self._order.scores(view)
-        return self._order.keep(view.layer, self._select(view.layer, sums, generated=view.step))
+    def settle_step(self, step: Step) -> Settlement:
+        self._order.append()
+        sums = with_column(self._sums, 0) + self._order.scores(step)
+        keep = self._select(sums, generated=step.number)
+        self._sums = sums[keep].reshape(len(sums), -1)
+        return self._order.keep(keep)
 
-    def _select(self, layer: int, sums: Scores, generated: int) -> Mask:
-        """The rows that stay, by the sums of all in order of position; theirs are remembered."""
-        budget = self._settings.rows(self._length, generated)
-        keep = np.ones(len(sums), dtype=np.bool_)
-        if len(sums) > budget:
+    def _select(self, sums: Scores, generated: int) -> Mask:
+        """The rows that stay of those of each layer, by the sums ``[L, rows]`` of all in order of position."""
+        budget, count = self._settings.rows(self._length, generated), sums.shape[1]
+        keep = np.ones(sums.shape, dtype=np.bool_)
+        if count > budget:
             heavy = share(budget, self._settings.heavy)
-            keep = recent(len(sums), budget - heavy)
-            older = len(sums) - (budget - heavy)
-            keep[:older] = top(sums[:older], heavy)
-        self._sums[layer] = sums[keep]
+            older = count - (budget - heavy)
+            keep[:, :older] = top(sums[:, :older], heavy)
         return keep

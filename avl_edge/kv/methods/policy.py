@@ -3,16 +3,17 @@ id and moves nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .arithmetic import Mask, Scores, spread, top
+from .arithmetic import Mask, Scores, spread, top, with_column
 
 Positions = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.int32]
 Queries = Literal["none", "last", "suffix", "all"]
 """The prompt's queries whose attention a policy looks at: of none, of the last one, or of the last one and the sums
 over the suffix's queries or over all."""
@@ -73,12 +74,62 @@ class StepLayer:
     is_suffix: Mask
 
 
+class RowScores(Protocol):
+    """The attention that the rows of a step received: ``image`` ``[L, n]`` and ``text`` ``[L, m]``, zero behind the
+    ``image_counts`` and ``text_counts`` int32 ``[L]`` of each layer."""
+
+    image_counts: Counts
+    text_counts: Counts
+
+    @property
+    def image(self) -> Scores: ...
+
+    @property
+    def text(self) -> Scores: ...
+
+
+class NoScores:
+    """Of a step whose scores the policy does not want: no row of any layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.image = self.text = np.empty((layers, 0))
+        self.image_counts = self.text_counts = np.zeros(layers, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step: what :class:`StepLayer` says, of all L layers; ``scores`` of no row unless
+    :meth:`Policy.wants_scores`.
+
+    As the step found them: ``positions`` of the text rows int32 ``[L, texts]``, of which those from ``first_image`` on
+    are suffix, and which image rows are ``core`` bool ``[L, images]``, both void behind the ``stored_texts`` and
+    ``stored_images`` int32 ``[L]`` rows of each layer.
+    """
+
+    number: int
+    scores: RowScores
+    positions: Positions
+    first_image: int
+    core: Mask
+    stored_texts: Counts
+    stored_images: Counts
+
+    def layers(self) -> Iterator[StepLayer]:
+        """Layer by layer."""
+        scores, is_suffix = self.scores, self.positions >= self.first_image
+        counts = zip(scores.image_counts.tolist(), scores.text_counts.tolist(), self.stored_texts.tolist(), strict=True)
+        for layer, (images, texts, stored) in enumerate(counts):
+            found = scores.image[layer, :images], scores.text[layer, :texts]
+            yield StepLayer(layer, self.number, *found, is_suffix[layer, :stored])
+
+
 @dataclass(frozen=True)
 class Settlement:
     """What changes from the next step on; None: as is.
 
     ``core`` is the new core and ``image`` the image rows kept, over the stored image rows as the step found them;
-    ``text`` the text rows kept. A core row that is not kept leaves the core too.
+    ``text`` the text rows kept. A core row that is not kept leaves the core too. Masks of one layer ``[n]``, or of all
+    ``[L, n]``, where what stands behind a layer's last row is void.
     """
 
     core: Mask | None = None
@@ -125,11 +176,12 @@ class Policy(Protocol):
         ...
 
     def wants_scores(self, step: int) -> bool:
-        """Whether :meth:`settle` looks at this step's scores."""
+        """Whether :meth:`settle_step` looks at this step's scores."""
         ...
 
-    def settle(self, view: StepLayer) -> Settlement:
-        """What one layer changes after a step; asked once per layer and step."""
+    def settle_step(self, step: Step) -> Settlement:
+        """What all layers change after a step; asked once per step. :class:`SettlesByLayer` asks
+        layer by layer."""
         ...
 
     def evictable(self, layer: int, core: Mask) -> int:
@@ -149,7 +201,36 @@ def pruned(view: PromptLayer, prune: Prune) -> Mask:
     return ~view.is_image | spread(top(getattr(view, prune.by)[view.is_image], prune.images), view.is_image)
 
 
-class Unpruned:
+class SettlesByLayer:
+    """For policies that settle one layer after the other, by :meth:`settle`. Who overrides :meth:`settle_step` is asked
+    for all layers at once, and not by that."""
+
+    def settle(self, view: StepLayer) -> Settlement:  # noqa: ARG002
+        """What one layer changes after a step, asked in the order of layers: nothing."""
+        return Settlement()
+
+    def settle_step(self, step: Step) -> Settlement:
+        """:meth:`settle` of all layers."""
+        found = [self.settle(view) for view in step.layers()]
+        of_core, of_text, of_image = zip(*((each.core, each.text, each.image) for each in found), strict=True)
+        texts, images = step.stored_texts, step.stored_images
+        return Settlement(_masks(of_core, images, step.core), _masks(of_text, texts), _masks(of_image, images))
+
+
+def _masks(found: Sequence[Mask | None], counts: Counts, now: Mask | None = None) -> Mask | None:
+    """The masks of all layers, as it is ``now`` (None: every row) in a layer that has none; None where none has."""
+    if all(each is None for each in found):
+        return None
+    masks = np.ones((len(found), int(counts.max(initial=0))), dtype=np.bool_)
+    if now is not None:
+        masks &= now[:, : masks.shape[1]]
+    for layer, (mask, count) in enumerate(zip(found, counts.tolist(), strict=True)):
+        if mask is not None:
+            masks[layer, :count] = mask
+    return masks
+
+
+class Unpruned(SettlesByLayer):
     """For policies under which all tokens of the prompt go through all layers."""
 
     def prunes(self, layer: int) -> Prune | None:  # noqa: ARG002
@@ -185,35 +266,56 @@ class KeepsCore(KeepsRows):
 
 
 class RowOrder:
-    """The rows that each layer holds, image and text together in order of position.
+    """The rows that a layer holds, image and text together in order of position: equally many in each of L layers.
 
     For policies that treat all rows alike: they decide over one list, the pool keeps two (image and text).
     """
 
     def __init__(self, layers: int) -> None:
-        self._is_image: list[Mask] = [np.empty(0, dtype=np.bool_)] * layers
+        self._layers = layers
+        self._is_image: Mask = np.empty((layers, 0), dtype=np.bool_)
 
     def store(self, view: PromptLayer, stored: Mask) -> Kept:
         """Begin with the ``stored`` rows of the prompt (a mask ``[m]``), every image row of them core."""
-        self._is_image[view.layer] = view.is_image[stored]
+        is_image = view.is_image[stored]
+        if view.layer == 0:
+            self._is_image = np.empty((self._layers, len(is_image)), dtype=np.bool_)
+        self._is_image[view.layer] = is_image
         return Kept(stored, stored & view.is_image)
 
-    def append(self, layer: int) -> int:
-        """The new token's row, of which every step has one, comes last; the number of rows now."""
-        self._is_image[layer] = np.append(self._is_image[layer], False)
-        return len(self._is_image[layer])
+    def append(self) -> int:
+        """The new token's row, of which every step has one, comes last; the number of rows of a layer now."""
+        self._is_image = with_column(self._is_image, False)
+        return int(self._is_image.shape[1])
 
-    def scores(self, view: StepLayer) -> Scores:
-        """The step's scores in one list."""
-        is_image = self._is_image[view.layer]
-        scores = np.empty(len(is_image), dtype=view.text.dtype)
-        scores[is_image], scores[~is_image] = view.image, view.text
+    def scores(self, step: Step) -> Scores:
+        """The step's scores in one list, ``[L, rows]``."""
+        scores = np.empty(self._is_image.shape, dtype=step.scores.text.dtype)
+        for mask, of, counts in (
+            (self._is_image, step.scores.image, step.scores.image_counts),
+            (~self._is_image, step.scores.text, step.scores.text_counts),
+        ):
+            scores[mask] = of[_first(counts, of.shape[1])]
         return scores
 
-    def keep(self, layer: int, keep: Mask) -> Settlement:
-        """Keep the rows in ``keep``, a mask over all rows of ``layer``."""
-        is_image = self._is_image[layer]
+    def keep(self, keep: Mask) -> Settlement:
+        """Keep the rows in ``keep`` ``[L, rows]``, a mask over all rows; equally many in each layer."""
         if keep.all():
             return Settlement()
-        self._is_image[layer] = is_image[keep]
-        return Settlement(text=keep[~is_image], image=keep[is_image])
+        is_image = self._is_image
+        self._is_image = is_image[keep].reshape(self._layers, -1)
+        return Settlement(text=_apart(keep, ~is_image), image=_apart(keep, is_image))
+
+
+def _first(counts: Counts, width: int) -> Mask:
+    """The first ``counts`` ``[m]`` of the ``width`` places in each row."""
+    mask: Mask = np.arange(width) < counts[:, None]
+    return mask
+
+
+def _apart(keep: Mask, of: Mask) -> Mask:
+    """What ``keep`` ``[L, rows]`` says of the rows in ``of``, these side by side."""
+    counts = np.count_nonzero(of, axis=1).astype(np.int32)
+    found = np.ones((len(of), int(counts.max(initial=0))), dtype=np.bool_)
+    found[_first(counts, found.shape[1])] = keep[of]
+    return found

@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ...config import PromptShape, require
 from .arithmetic import Mask, recent
 from .base import Method, TierPeaks, Tiers, images_among, mixed_peaks, parameter
-from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, StepLayer
+from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, Step
 
 _WIDEST = 2**20
 _FINEST = 128
@@ -89,8 +91,9 @@ class StreamingPolicy(KeepsCore):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return False
 
-    def settle(self, view: StepLayer) -> Settlement:
-        return self._order.keep(view.layer, self._select(self._order.append(view.layer)))
+    def settle_step(self, step: Step) -> Settlement:
+        keep = self._select(self._order.append())
+        return self._order.keep(np.broadcast_to(keep, (len(step.core), len(keep))))
 
     def _select(self, count: int) -> Mask:
         keep = recent(count, self._window)

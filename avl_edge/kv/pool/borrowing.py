@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ...errors import PoolExhausted
-from .rows import Ids
-from .sequence import LayerRows, Mask, SequenceRows
+from ..books import Ids, Mask
+from .sequence import LayerRows, SequenceRows
 
 
 class BorrowingRows(SequenceRows):
@@ -43,17 +43,20 @@ class BorrowingRows(SequenceRows):
             raise PoolExhausted("who borrows image rows keeps all of them")
         borrowed = lent.text_ids[np.isin(lent.text_positions, text)]
         own = self._allocate(len(text) - len(borrowed), self.formats.text)
-        rows = LayerRows(text, np.concatenate([borrowed, own]), image, lent.image_ids, core, freed)
-        self.layers[layer] = rows
-        return rows
+        self.text.put(layer, text, np.concatenate([borrowed, own]))
+        self.image.put_tiered(layer, image, lent.image_ids, core)
+        self.freed[layer] = freed
+        return self.layers[layer]
 
-    def keep_image(self, layer: int, keep: Mask) -> None:  # noqa: ARG002
-        if not keep.all():
+    def keep_image(self, keep: Mask, first: int = 0) -> None:
+        kept = keep | (np.arange(keep.shape[1]) >= self.image.counts[first : first + len(keep), None])
+        if not kept.all():
             raise PoolExhausted("borrowed rows are not this sequence's to free")
 
     def held(self) -> Iterator[tuple[str, Ids]]:
         for rows in self.layers:
-            yield self.formats.text, rows.text_ids[self._own_text(rows)]
+            yield self.formats.text, self._own(rows.text_ids, rows.text_positions)
 
-    def _own_text(self, rows: LayerRows) -> Mask:
-        return rows.text_positions >= self._begin
+    def _own(self, ids: Ids, positions: Ids) -> Ids:
+        own: Ids = ids[positions >= self._begin]
+        return own

@@ -10,9 +10,9 @@ import numpy as np
 
 from ...config import Formats, KvShape
 from ...errors import BadInput
+from ..books import Ids, Mask
 from ..layout import check, smoothing_rows
-from .rows import Ids
-from .sequence import LayerRows, Mask, Moved, SequenceRows
+from .sequence import Moved, SequenceRows
 
 _SMALLER = {"exact": "int8", "int8": "int8/int4", "int8/int4": "int4"}
 
@@ -47,22 +47,24 @@ def compact(rows: SequenceRows, names: list[Names] | None = None) -> Iterator[tu
     for format_ in rows.pool.pages_of(rows.lease):
         before, after = rows.pool.compact(rows.lease, format_)
         if len(before):
-            for layer, of_layer in zip(rows.layers, names, strict=True):
-                _renumber(layer, of_layer, format_, before, after)
+            for layer, of_layer in enumerate(names):
+                _renumber(rows, layer, of_layer, format_, before, after)
             if format_ == "exact":
                 rows.move_smoothing(_replaced(rows.smoothing, before, after))
             yield format_, before, after
 
 
-def _renumber(rows: LayerRows, names: Names, format_: str, before: Ids, after: Ids) -> None:
+def _renumber(rows: SequenceRows, layer: int, names: Names, format_: str, before: Ids, after: Ids) -> None:
     """Write new ids over those of ``before``, ascending; ids of other formats may be the same numbers."""
+    own = rows.layers[layer]
+    text, image = own.text_ids, own.image_ids
     if names["text"] == format_:
-        rows.text_ids = _replaced(rows.text_ids, before, after)
+        rows.text.ids[layer, : len(text)] = _replaced(text, before, after)
     if format_ == "exact":
-        rows.basis = _replaced(rows.basis, before, after)
-    chosen = rows.core & (names["core"] == format_) | ~rows.core & (names["secondary"] == format_)
+        own.basis = _replaced(own.basis, before, after)
+    chosen = own.core & (names["core"] == format_) | ~own.core & (names["secondary"] == format_)
     if chosen.any():
-        rows.image_ids = np.where(chosen, _replaced(rows.image_ids, before, after), rows.image_ids)
+        rows.image.ids[layer, : len(image)] = np.where(chosen, _replaced(image, before, after), image)
 
 
 def _replaced(ids: Ids, before: Ids, after: Ids) -> Ids:
@@ -94,7 +96,7 @@ class Demotion:
         """
         pool, lease = self._rows.pool, self._rows.lease
         pages = pool.pages_of(lease)
-        counts = {name: sum(lease.rows[page] for page in of) for name, of in pages.items()}
+        counts = {name: pool.rows_in(of) for name, of in pages.items()}
         others = sum(len(of) for name, of in pages.items() if name not in (self.old, self.new))
         old, new = counts.get(self.old, 0), counts.get(self.new, 0)
         found: list[list[int]] = [[]]
@@ -119,7 +121,7 @@ class Demotion:
         """The rows of a layer that change, where they are now."""
         rows, mask = self._rows.layers[layer], self._mask(layer)
         ids = rows.image_ids[mask]
-        return Moved(rows.image_positions[mask], ids, ids, self.old, self.new)
+        return Moved(rows.image_positions[mask], ids, ids, self.old, self.new, np.array([len(ids)]))
 
     def leave(self, layer: int) -> None:
         """Give up the old places of a layer's rows; their bytes stand until another row is written."""
@@ -132,10 +134,9 @@ class Demotion:
 
     def enter(self, layer: int) -> Ids:
         """New places for a layer's rows, in the new format."""
-        rows, mask = self._rows.layers[layer], self._mask(layer)
-        ids = self._rows.pool.allocate(int(mask.sum()), self._rows.lease, self.new)
-        rows.image_ids = rows.image_ids.copy()
-        rows.image_ids[mask] = ids
+        where = np.flatnonzero(self._mask(layer))
+        ids = self._rows.pool.allocate(len(where), self._rows.lease, self.new)
+        self._rows.image.ids[layer, where] = ids
         self._rename(layer, self.new)
         return ids
 

@@ -9,40 +9,46 @@ reads it (:mod:`avl_edge.kv.pool.borrowing`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ...config import KvShape
 from ...errors import Busy, PoolExhausted
-from ..layout import PAGE_ROWS, Format, Packing, packing, page_bytes
+from ..books import Account, Books, Columns, Ids, Index, Mask, Pages, Retiered, Share, books
+from ..layout import Format, Packing, packing, page_bytes
 
-Ids = npt.NDArray[np.int32]
-Index = npt.NDArray[np.int64]
+__all__ = ["Ids", "Index", "Lease", "Owner", "RowPool"]
 
 
-@dataclass(eq=False)
 class Lease:
-    """One request's share of the pool: at most ``limit`` pages at a time, set aside when it was granted.
+    """One request's share of the pool: at most :attr:`limit` pages at a time, set aside when it was granted."""
 
-    ``rows`` counts the rows that it holds in each of its pages; ``free`` are the ids still to be had there, by format;
-    ``nbytes`` what its rows weigh; ``peak`` the most pages it ever held.
-    """
+    def __init__(self, number: int, limit: int) -> None:
+        """``number``: that no other lease of the pool has or had."""
+        self.number = number
+        self.account = Account(number, limit)
+        self.shares: dict[str, Share] = {}
 
-    limit: int
-    rows: Counter[int] = field(default_factory=Counter)
-    free: dict[str, list[int]] = field(default_factory=dict)
-    nbytes: int = 0
-    peak: int = 0
+    @property
+    def limit(self) -> int:
+        return int(self.account.counts[3])
 
     @property
     def held(self) -> int:
         """Pages in which this lease has rows."""
-        return len(self.rows)
+        return int(self.account.counts[0])
+
+    @property
+    def nbytes(self) -> int:
+        """What its rows weigh."""
+        return int(self.account.counts[1])
+
+    @property
+    def peak(self) -> int:
+        """The most pages it ever held."""
+        return int(self.account.counts[2])
 
 
 class Owner(Protocol):
@@ -57,18 +63,19 @@ class Owner(Protocol):
 class RowPool:
     """``pages`` pages for rows of ``shape``, handed out lowest free page last freed first.
 
-    A lease sets pages aside at admission, so that no request that was admitted ever finds the pool empty.
+    A lease sets pages aside at admission, so that no request that was admitted ever finds the pool empty. What is
+    known of a page stands in arrays, so that a lease ends in a time that depends on pages and not on rows.
     """
 
-    def __init__(self, pages: int, shape: KvShape) -> None:
+    def __init__(self, pages: int, shape: KvShape, books_: Books | None = None) -> None:
+        """``books_``: the arithmetic, where it is not the fastest that there is."""
         self.pages = pages
         self.shape = shape
-        self._free = np.arange(pages - 1, -1, -1, dtype=np.int32)
-        self._free_count = pages
-        self._taken = np.zeros((pages, PAGE_ROWS), dtype=np.bool_)  # by page and slot; as wide as was needed yet
-        self._owners: dict[int, tuple[Lease, Packing]] = {}  # of the pages in use: who took it, and what for
-        self._leases: set[Lease] = set()
-        self._dirty = np.zeros(pages, dtype=np.bool_)  # pages that were in use since `take_dirty_pages` gave them last
+        self.books = books_ or books()
+        self._pages = Pages(pages)
+        self._leases: dict[int, Lease] = {}
+        self._packings: list[Packing] = []  # by their numbers in `Pages.packing`
+        self._granted = 0
 
     @property
     def page_bytes(self) -> int:
@@ -77,13 +84,12 @@ class RowPool:
     @property
     def pages_unreserved(self) -> int:
         """Pages that no lease has set aside."""
-        return self.pages - sum((lease.limit for lease in self._leases), 0)
+        return self.pages - sum((lease.limit for lease in self._leases.values()), 0)
 
     @property
     def bytes_in_use(self) -> int:
         """What the rows that are held weigh."""
-        held = self._taken.sum(1)
-        return sum(int(held[page]) * pack.row_bytes for page, (_, pack) in self._owners.items())
+        return sum(lease.nbytes for lease in self._leases.values())
 
     def packing(self, format_: str) -> Packing:
         """How rows of a format lie in this pool's pages."""
@@ -93,15 +99,25 @@ class RowPool:
         """Set ``limit`` pages aside; :class:`Busy` when they are not there."""
         if limit > self.pages_unreserved:
             raise Busy(f"{limit} pages were asked of a pool with {self.pages_unreserved} to give")
-        lease = Lease(limit)
-        self._leases.add(lease)
+        self._granted += 1
+        lease = Lease(self._granted, limit)
+        self._leases[lease.number] = lease
         return lease
+
+    def release_all(self, lease: Lease) -> None:
+        """Give all rows of a lease back, page by page."""
+        pages, lease.shares = self._pages_of(lease)[::-1], {}
+        begin = int(self._pages.free_count[0])
+        self._pages.owner[pages], self._pages.held[pages] = -1, 0
+        self._pages.free[begin : begin + len(pages)] = pages
+        self._pages.free_count[0] += len(pages)
+        lease.account.counts[:2] = 0
 
     def end(self, lease: Lease) -> None:
         """Give a lease back. All its rows must have been released."""
-        if lease.rows:
+        if lease.held:
             raise PoolExhausted(f"a lease that still holds rows in {lease.held} pages cannot end")
-        self._leases.discard(lease)
+        self._leases.pop(lease.number, None)
 
     def allocate(self, count: int, lease: Lease, format_: str = "exact") -> Ids:
         """``count`` row ids of a format, int32; :class:`PoolExhausted` beyond the lease.
@@ -110,98 +126,75 @@ class RowPool:
         most rows of that format that it held at once need.
         """
         self._check_open(lease)
-        free, pack = lease.free.setdefault(format_, []), self.packing(format_)
-        if count > len(free):
-            self._take_pages(-(-(count - len(free)) // pack.rows), lease, pack, free)
-        ids: Ids = np.array(free[len(free) - count :][::-1], dtype=np.int32)
-        del free[len(free) - count :]
-        pages, slots = pack.places(ids)
-        self._taken[pages, slots] = True
-        self._charge(pages, lease, count * pack.row_bytes)
-        return ids
-
-    def _take_pages(self, count: int, lease: Lease, pack: Packing, free: list[int]) -> None:
-        self._check_limit(lease.held + count, lease)
-        start = self._free_count - count
-        pages = self._free[start : self._free_count].astype(np.int64)
-        self._free_count = start
-        self._widen(pack.rows)
-        self._dirty[pages] = True
-        self._owners.update(dict.fromkeys(pages.tolist(), (lease, pack)))
-        rows = pack.ids(pages[:, None], np.arange(pack.rows - 1, -1, -1))
-        free[:0] = rows.flatten().tolist()  # under those that were free before, the lowest on top
+        return self.books.take(self._pages, self._share(lease, format_), count)
 
     def release(self, ids: Ids, lease: Lease, format_: str = "exact") -> None:
         """Give rows of a lease back; they are free at once."""
-        pack = self.packing(format_)
-        pages, slots = pack.places(ids)
-        if not np.all(self._taken[pages, slots]):
-            raise PoolExhausted("a row was freed twice")
-        self._taken[pages, slots] = False
-        lease.nbytes -= len(ids) * pack.row_bytes
-        places, rows = pages.tolist(), ids.tolist()
-        for page, count in Counter(places).items():
-            lease.rows[page] -= count
-        left = {page for page in places if not lease.rows[page]}
-        if left:
-            rows = [row for page, row in zip(places, rows, strict=True) if page not in left]
-        lease.free.setdefault(format_, []).extend(rows)
-        self._leave(left, lease, pack)
+        self.books.release(self._pages, self._share(lease, format_), ids)
 
-    def _leave(self, pages: set[int], lease: Lease, pack: Packing) -> None:
-        """``lease`` holds nothing in ``pages`` any more; they go back to the pool."""
-        free = lease.free.get(pack.format.name)
-        if pages and free:
-            lease.free[pack.format.name] = _of_pages(free, pack, set(lease.rows) - pages)
-        for page in sorted(pages, reverse=True):
-            del lease.rows[page]
-            del self._owners[page]
-            self._free[self._free_count] = page
-            self._free_count += 1
+    def retier(
+        self, lease: Lease, core: str, secondary: str, columns: Columns, wanted: Mask
+    ) -> tuple[Retiered, Retiered]:
+        """Move a lease's rows between two tiers of different formats: :meth:`~avl_edge.kv.books.Books.retier`."""
+        self._check_open(lease)
+        shares = (self._share(lease, core), self._share(lease, secondary))
+        return self.books.retier(self._pages, *shares, columns, wanted)
 
-    def _charge(self, pages: Index, lease: Lease, nbytes: int) -> None:
-        lease.rows.update(pages.tolist())
-        lease.nbytes += nbytes
-        lease.peak = max(lease.peak, lease.held)
+    def _share(self, lease: Lease, format_: str) -> Share:
+        share = lease.shares.get(format_)
+        if share is None:
+            pack = self.packing(format_)
+            self._pages.widen(pack.rows)
+            if pack not in self._packings:
+                self._packings.append(pack)
+            share = lease.shares[format_] = Share(lease.account, pack, self._packings.index(pack))
+        return share
 
     def _check_open(self, lease: Lease) -> None:
-        if lease not in self._leases:
+        if lease.number not in self._leases:
             raise PoolExhausted("the lease has ended")
 
-    @staticmethod
-    def _check_limit(pages: int, lease: Lease) -> None:
-        if pages > lease.limit:
-            raise PoolExhausted(f"{pages} pages exceed a lease of {lease.limit}")
+    def _pages_of(self, lease: Lease) -> Index:
+        """Ascending."""
+        return np.flatnonzero(self._pages.owner == lease.number)
 
-    def pages_of(self, lease: Lease) -> dict[str, list[int]]:
+    def pages_of(self, lease: Lease) -> dict[str, Index]:
         """The pages that a lease holds by their formats, the fullest first."""
-        found: dict[str, list[int]] = {}
-        for page in sorted(lease.rows, key=lambda page: (-lease.rows[page], page)):
-            found.setdefault(self._owners[page][1].format.name, []).append(page)
-        return found
+        pages = self._pages_of(lease)
+        pages = pages[np.argsort(-self._pages.held[pages], kind="stable")]
+        numbers = self._pages.packing[pages]
+        return {self._packings[each].format.name: pages[numbers == each] for each in np.unique(numbers).tolist()}
+
+    def rows_in(self, pages: Index) -> int:
+        """Rows that are held in some pages."""
+        return int(self._pages.held[pages].sum())
 
     def compact(self, lease: Lease, format_: str) -> tuple[Ids, Ids]:
-        """Move a lease's rows of a format into as few pages as hold them: the ids of those that move, before and after.
+        """Move a lease's rows of a format into as few pages as hold them: the ids of those that move, before and after,
+        ascending by the ones before.
 
         The fullest pages stay, and the other pages' rows go to what is free there. Their bytes have to follow before
         any row is written. Nobody else may read the lease's rows.
         """
-        pack, pages = self.packing(format_), self.pages_of(lease).get(format_, [])
-        kept = -(-sum(lease.rows[page] for page in pages) // pack.rows)
-        leaving = np.array(sorted(pages[kept:]), dtype=np.int64)
-        at, slots = np.nonzero(self._taken[leaving, : pack.rows])
-        before = pack.ids(leaving[at], slots).astype(np.int32)
-        stays, free = set(pages[:kept]), lease.free.get(format_, [])
-        after: Ids = np.array(_of_pages(free, pack, stays)[: len(before)], dtype=np.int32)
-        if len(after) != len(before):
+        share, pages = self._share(lease, format_), self.pages_of(lease).get(format_, np.empty(0, dtype=np.int64))
+        pack = share.packing
+        kept = -(-self.rows_in(pages) // pack.rows)
+        leaving = np.sort(pages[kept:])
+        at, slots = np.nonzero(self._pages.taken[leaving, : pack.rows])
+        before = np.sort(pack.ids(leaving[at], slots).astype(np.int32))
+        free = share.free[: share.free_count[0]]
+        stays = np.flatnonzero(np.isin(pack.places(free)[0], pages[:kept]))[: len(before)]
+        if len(stays) != len(before):
             raise PoolExhausted("a lease has lost count of its free rows")
         if len(before):
-            taken = set(after.tolist())
-            lease.free[format_] = [row for row in free if row not in taken]
-            self._taken[pack.places(after)] = True
-            self._charge(pack.places(after)[0], lease, len(after) * pack.row_bytes)
-            self.release(before, lease, format_)
-        return before, after
+            # What `take` gives is on top of the stack.
+            rest = np.delete(free, stays)
+            after: Ids = free[stays]
+            share.free[: len(rest)], share.free[len(rest) : len(free)] = rest, after[::-1]
+            after = self.books.take(self._pages, share, len(before))
+            self.books.release(self._pages, share, before)
+            return before, after
+        return before, before
 
     def shrink_lease(self, lease: Lease, limit: int) -> None:
         """Promise a lease no more than ``limit`` pages from now on; what it no longer needs others may be promised.
@@ -210,19 +203,13 @@ class RowPool:
         """
         if not lease.held <= limit <= lease.limit:
             raise PoolExhausted(f"a lease of {lease.limit} pages that holds {lease.held} cannot become one of {limit}")
-        lease.limit = limit
+        lease.account.counts[3] = limit
 
     def take_dirty_pages(self) -> Index:
         """Free pages, ascending, that were in use since this gave them last: their memory may go back to the system."""
-        free = np.sort(self._free[: self._free_count]).astype(np.int64)
-        dirty = free[self._dirty[free]]
-        self._dirty[dirty] = False
+        dirty = np.flatnonzero(self._pages.dirty & (self._pages.owner < 0))
+        self._pages.dirty[dirty] = False
         return dirty
-
-    def _widen(self, slots: int) -> None:
-        missing = slots - self._taken.shape[1]
-        if missing > 0:
-            self._taken = np.pad(self._taken, ((0, 0), (0, missing)))
 
     def rebuild(self, owners: Iterable[Owner]) -> None:
         """Make the books anew from what ``owners`` hold; every other row and lease is given up.
@@ -231,72 +218,84 @@ class RowPool:
         only truth is who is still there.
         """
         owners = list(owners)
-        self._owners = {}
-        self._taken[:] = False
+        pages, dirty = Pages(self.pages), self._pages.dirty
+        pages.widen(self._pages.taken.shape[1])
+        pages.dirty[:] = dirty
+        self._pages = pages
         for owner in owners:
             self._recount(owner)
-        self._leases = {owner.lease for owner in owners}
-        for page, (lease, pack) in self._owners.items():
-            slots = np.flatnonzero(~self._taken[page, : pack.rows])[::-1]
-            free = lease.free.setdefault(pack.format.name, [])
-            free += pack.ids(np.array(page), slots).tolist()
-        unused = sorted(set(range(self.pages)) - self._owners.keys(), reverse=True)
-        self._free[: len(unused)] = unused
-        self._free_count = len(unused)
+        self._leases = {owner.lease.number: owner.lease for owner in owners}
+        unused = np.flatnonzero(pages.owner < 0)[::-1]
+        pages.free[: len(unused)] = unused
+        pages.free_count[0] = len(unused)
 
     def _recount(self, owner: Owner) -> None:
-        lease = owner.lease
-        lease.rows, lease.free, lease.nbytes = Counter(), {}, 0
-        peak = lease.peak
+        lease, pages = owner.lease, self._pages
+        lease.shares = {}
+        lease.account.counts[:2] = 0
         for format_, ids in owner.held():
-            pack = self.packing(format_)
-            self._widen(pack.rows)
-            pages, slots = pack.places(ids)
-            self._taken[pages, slots] = True
-            self._charge(pages, lease, len(ids) * pack.row_bytes)
-            self._owners.update(dict.fromkeys(pages.tolist(), (lease, pack)))
-        lease.peak = peak
+            share = self._share(lease, format_)
+            at, slots = share.packing.places(ids)
+            pages.taken[at, slots] = True
+            np.add.at(pages.held, at, 1)
+            pages.owner[at], pages.packing[at] = lease.number, share.number
+            lease.account.counts[1] += len(ids) * share.packing.row_bytes
+        for share in lease.shares.values():
+            self._count_free(share)
+        lease.account.counts[0] = np.count_nonzero(pages.owner == lease.number)
+
+    def _count_free(self, share: Share) -> None:
+        """Fill a share's stack with the rows of its pages that are not taken."""
+        pages, pack = self._pages, share.packing
+        own = np.flatnonzero((pages.owner == share.account.number) & (pages.packing == share.number))
+        at, slots = np.nonzero(~pages.taken[own, : pack.rows])
+        free = pack.ids(own[at], slots)
+        share.reserve(len(free))
+        share.free[: len(free)] = free[::-1]
+        share.free_count[0] = len(free)
 
     def check_integrity(self, owners: Iterable[Owner]) -> None:
         """Assert that every row is free or held by one owner, under its lease and in one of its tiers."""
-        counted = np.zeros(self._taken.shape, dtype=np.int32)
+        pages = self._pages
+        used, free = pages.owner >= 0, pages.free[: pages.free_count[0]]
+        counted = np.zeros(pages.taken.shape, dtype=np.int32)
         for owner in owners:
-            pages: Counter[int] = Counter()
-            weight = 0
-            own = np.zeros_like(counted)
-            for format_, ids in owner.held():
-                pack = self.packing(format_)
-                where = pack.places(ids)
-                np.add.at(own, where, 1)
-                pages.update(where[0].tolist())
-                weight += len(ids) * pack.row_bytes
-                mine = (owner.lease, pack)
-                assert all(self._owners[page] == mine for page in set(where[0].tolist())), "a page of two formats"
+            own = self._counted(owner)
             assert own.max(initial=0) <= 1, "a row stands twice in one owner"
-            assert +owner.lease.rows == pages, "a lease counts other rows than its owner holds"
-            assert owner.lease.nbytes == weight, "a lease weighs other bytes than its rows"
+            assert np.array_equal(own.any(1), pages.owner == owner.lease.number), "a lease's pages are not its owner's"
+            assert owner.lease.held == np.count_nonzero(own.any(1)), "a lease counts other pages than its owner holds"
             assert owner.lease.held <= owner.lease.limit, "a lease holds more than it was promised"
             counted += own
-        assert np.array_equal(counted, self._taken), "a row is held by two, or by nobody"
-        used = set(np.flatnonzero(counted.any(1)).tolist())
-        assert used == self._owners.keys(), "a page in use has no owner, or an empty one has"
-        for lease in {lease for lease, _ in self._owners.values()}:
-            self._check_free(lease)
-        free = self._free[: self._free_count].tolist()
-        assert len(set(free)) == len(free), "a page is free twice"
-        assert not set(free) & used, "a held page is on the free list"
-        assert len(free) + len(used) == self.pages, "pages were lost"
+        assert np.array_equal(counted[used], pages.taken[used]), "a row is held by two, or by nobody"
+        assert np.array_equal(counted.sum(1), pages.held), "a page counts other rows than there are in it"
+        assert np.array_equal(counted.any(1), used), "a page in use has no owner, or an empty one has"
+        assert len(np.unique(free)) == len(free), "a page is free twice"
+        assert not np.any(used[free]), "a held page is on the free list"
+        assert len(free) + np.count_nonzero(used) == self.pages, "pages were lost"
         assert self.pages_unreserved >= 0, "more was promised than there is"
+        for lease in self._leases.values():
+            for share in lease.shares.values():
+                self._check_free(share)
 
-    def _check_free(self, lease: Lease) -> None:
-        for format_, rows in lease.free.items():
-            assert len(set(rows)) == len(rows), "a row is free twice"
-            pages, slots = self.packing(format_).places(np.array(rows, dtype=np.int32))
-            assert all(self._owners[page][0] is lease for page in pages.tolist()), "a free row lies in another's page"
-            assert not np.any(self._taken[pages, slots]), "a held row is free"
+    def _counted(self, owner: Owner) -> Ids:
+        """How often an owner holds each row of each page."""
+        own, weight = np.zeros(self._pages.taken.shape, dtype=np.int32), 0
+        for format_, ids in owner.held():
+            share = self._share(owner.lease, format_)
+            at, slots = share.packing.places(ids)
+            np.add.at(own, (at, slots), 1)
+            weight += len(ids) * share.packing.row_bytes
+            assert np.all(self._pages.packing[at] == share.number), "a page of two formats"
+        assert owner.lease.nbytes == weight, "a lease weighs other bytes than its rows"
+        return own
 
-
-def _of_pages(rows: list[int], pack: Packing, pages: set[int]) -> list[int]:
-    """Those of ``rows`` that lie in ``pages``."""
-    of = pack.places(np.array(rows, dtype=np.int32))[0].tolist()
-    return [row for row, page in zip(rows, of, strict=True) if page in pages]
+    def _check_free(self, share: Share) -> None:
+        """A share's stack has each row of its pages that is not taken, once."""
+        pages, free = self._pages, share.free[: share.free_count[0]]
+        assert len(np.unique(free)) == len(free), "a row is free twice"
+        at, slots = share.packing.places(free)
+        own = (pages.owner == share.account.number) & (pages.packing == share.number)
+        assert np.all(own[at]), "a free row lies in another's page"
+        assert not np.any(pages.taken[at, slots]), "a held row is free"
+        room = np.count_nonzero(own) * share.packing.rows
+        assert len(free) == room - int(pages.held[own].sum()), "a free row was lost"

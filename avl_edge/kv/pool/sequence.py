@@ -3,59 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ...config import Formats
-from .rows import Ids, RowPool
+from ..books import Gone, Ids, Index, Mask, Retiered
+from .rows import RowPool
+from .table import RowTable, TieredTable
 
-Mask = npt.NDArray[np.bool_]
-
+T = TypeVar("T", bound=np.generic)
 _EMPTY = np.empty(0, dtype=np.int32)
 
 
-@dataclass
 class LayerRows:
-    """One sequence's rows in one layer, each list ascending by position (int32).
+    """One sequence's rows in one layer, each list ascending by position (int32), copied from the sequence's tables.
 
     Tiers: text (``text_ids``), core (``image_ids[core]``), secondary (``image_ids[~core]``); an id is one of its
     tier's format. ``freed`` counts the rows that this layer gave up or never stored; ``basis`` are exact rows beside
     them, which hold what a packed format needs to be read.
     """
 
-    text_positions: Ids = field(default_factory=lambda: _EMPTY)
-    text_ids: Ids = field(default_factory=lambda: _EMPTY)
-    image_positions: Ids = field(default_factory=lambda: _EMPTY)
-    image_ids: Ids = field(default_factory=lambda: _EMPTY)
-    core: Mask = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
-    freed: int = 0
-    basis: Ids = field(default_factory=lambda: _EMPTY)
+    def __init__(self, text: RowTable, image: TieredTable, freed: Index, layer: int) -> None:
+        self._text, self._image, self._freed, self._layer = text, image, freed, layer
+        self.basis: Ids = _EMPTY
+
+    @property
+    def text_positions(self) -> Ids:
+        return self._copy(self._text, self._text.positions)
+
+    @property
+    def text_ids(self) -> Ids:
+        return self._copy(self._text, self._text.ids)
+
+    @property
+    def image_positions(self) -> Ids:
+        return self._copy(self._image, self._image.positions)
+
+    @property
+    def image_ids(self) -> Ids:
+        return self._copy(self._image, self._image.ids)
+
+    @property
+    def core(self) -> Mask:
+        return self._copy(self._image, self._image.core)
+
+    @property
+    def freed(self) -> int:
+        return int(self._freed[self._layer])
+
+    def _copy(self, table: RowTable, column: npt.NDArray[T]) -> npt.NDArray[T]:
+        copied: npt.NDArray[T] = column[self._layer, : table.counts[self._layer]].copy()
+        return copied
 
     def counts(self) -> dict[str, int]:
-        core = int(self.core.sum())
+        core = int(self._image.core_counts[self._layer])
         return {
-            "text": len(self.text_ids),
+            "text": int(self._text.counts[self._layer]),
             "core": core,
-            "secondary": len(self.image_ids) - core,
+            "secondary": int(self._image.counts[self._layer]) - core,
             "freed": self.freed,
         }
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Image rows of a layer that change their format: their positions, ids before and after, and the formats."""
+    """Image rows that change their format, layer by layer: positions, ids before and after, int32 ``[n]`` each, and the
+    formats. ``ends`` int64 ``[L]``: how many up to the end of each layer."""
 
     positions: Ids
     before: Ids
     after: Ids
     old_format: str
     new_format: str
+    ends: Index
+
+    def of(self, first: int, last: int) -> Moved:
+        """Those of the layers from ``first`` up to ``last``, which is not among them."""
+        begin = int(self.ends[first - 1]) if first else 0
+        rows = slice(begin, int(self.ends[last - 1]) if last else 0)
+        return Moved(
+            self.positions[rows],
+            self.before[rows],
+            self.after[rows],
+            self.old_format,
+            self.new_format,
+            self.ends[first:last] - begin,
+        )
 
 
 class SequenceRows:
-    """All rows of one sequence, layer by layer, drawn from ``pool`` under one lease of ``limit`` pages.
+    """All rows of one sequence, drawn from ``pool`` under one lease of ``limit`` pages: tables ``text`` and ``image``
+    of all layers, how many rows each of these ``freed``, and ``layers`` one by one.
 
     ``borrows``: image rows are another's, and can be neither moved nor given up.
     """
@@ -66,7 +107,12 @@ class SequenceRows:
         self.pool = pool
         self.formats = (formats or Formats()).stored
         self.lease = pool.lease(limit)
-        self.layers = [LayerRows() for _ in range(layers)]
+        self._empty(layers)
+
+    def _empty(self, layers: int) -> None:
+        self.text, self.image = RowTable(layers), TieredTable(layers)
+        self.freed: Index = np.zeros(layers, dtype=np.int64)
+        self.layers = [LayerRows(self.text, self.image, self.freed, layer) for layer in range(layers)]
         self._smoothing = np.full(layers, -1, dtype=np.int32)
 
     @property
@@ -79,7 +125,9 @@ class SequenceRows:
         """Take rows for the prompt's ``text`` and ``image`` positions of one layer."""
         text_ids = self._allocate(len(text), self.formats.text)
         image_ids = self._allocate_image(core)
-        self.layers[layer] = LayerRows(text, text_ids, image, image_ids, core, freed)
+        self.text.put(layer, text, text_ids)
+        self.image.put_tiered(layer, image, image_ids, core)
+        self.freed[layer] = freed
         return self.layers[layer]
 
     def _allocate(self, count: int, format_: str) -> Ids:
@@ -94,9 +142,9 @@ class SequenceRows:
         ids[~core] = self._allocate(int((~core).sum()), formats.secondary)
         return ids
 
-    def _own_text(self, rows: LayerRows) -> Mask:
-        """Which text rows of a layer this sequence's lease counts."""
-        return np.ones(len(rows.text_ids), dtype=np.bool_)
+    def _own(self, ids: Ids, positions: Ids) -> Ids:  # noqa: ARG002
+        """Those of the text rows that this sequence's lease counts."""
+        return ids
 
     @property
     def bytes_borrowed(self) -> int:
@@ -106,53 +154,47 @@ class SequenceRows:
     def append(self, position: int) -> Ids:
         """One new text row in every layer, for the token at ``position``: an id per layer."""
         ids = self._allocate(len(self.layers), self.formats.text)
-        positions = np.array([position], dtype=np.int32)
-        for layer, rows in enumerate(self.layers):
-            rows.text_positions = np.concatenate((rows.text_positions, positions))
-            rows.text_ids = np.concatenate((rows.text_ids, ids[layer : layer + 1]))
+        self.text.append(position, ids)
         return ids
 
-    def set_core(self, layer: int, core: Mask) -> list[Moved]:
-        """Move image rows between core and secondary; ``core`` is a mask over the stored image rows.
+    def set_core(self, core: Mask, first: int = 0) -> list[Moved]:
+        """Move image rows of the k layers from ``first`` on between core and secondary; ``core`` ``[k, width]`` is a
+        mask over the stored image rows.
 
         Where the tiers' formats differ, rows that change their tier get new ids; their bytes are still where the old
-        ids say, and have to be read before anything is written to the new ones.
+        ids say, and have to be read before anything is written to the new ones: layer by layer, or of neighbouring
+        layers all of them before any is written. There ``core`` is of all layers.
         """
-        rows, formats = self.layers[layer], self.formats
-        assert core.shape == rows.core.shape
-        before, rows.core = rows.core, core
+        formats, image = self.formats, self.image
         if formats.core == formats.secondary:
+            image.set_core(core, self.pool.books, first)
             return []
-        places = (np.flatnonzero(before & ~core), np.flatnonzero(~before & core))
+        core = image.covering(core, first)
+        if len(core) != len(self.layers):
+            raise ValueError("rows of different formats change their tiers in all layers at once")
+        both = self.pool.retier(self.lease, formats.core, formats.secondary, image.columns, core)
+        image.recount()
         names = ((formats.core, formats.secondary), (formats.secondary, formats.core))
-        old = [rows.image_ids[where] for where in places]
-        for ids, (old_format, _) in zip(old, names, strict=True):
-            self.pool.release(ids, self.lease, old_format)
-        ids = rows.image_ids.copy()
-        moved = []
-        for where, was, (old_format, new_format) in zip(places, old, names, strict=True):
-            ids[where] = self._allocate(len(where), new_format)
-            moved.append(Moved(rows.image_positions[where], was, ids[where], old_format, new_format))
-        rows.image_ids = ids
-        return [each for each in moved if len(each.before)]
+        return [_moved(rows, *of) for rows, of in zip(both, names, strict=True) if len(rows.before)]
 
-    def keep_text(self, layer: int, keep: Mask) -> None:
-        """Free the text rows that ``keep``, a mask over this layer's text rows, leaves out."""
-        rows = self.layers[layer]
-        self.pool.release(rows.text_ids[~keep & self._own_text(rows)], self.lease, self.formats.text)
-        rows.freed += int((~keep).sum())
-        rows.text_positions = rows.text_positions[keep]
-        rows.text_ids = rows.text_ids[keep]
+    def keep_text(self, keep: Mask, first: int = 0) -> None:
+        """Free the text rows of the k layers from ``first`` on that ``keep`` ``[k, width]``, a mask over them, leaves
+        out."""
+        gone = self._keep(self.text, keep, first)
+        self.pool.release(self._own(gone.ids, gone.positions), self.lease, self.formats.text)
 
-    def keep_image(self, layer: int, keep: Mask) -> None:
-        """Free the image rows that ``keep``, a mask over this layer's image rows, leaves out, of any tier."""
-        rows = self.layers[layer]
-        for tier, format_ in ((rows.core, self.formats.core), (~rows.core, self.formats.secondary)):
-            self.pool.release(rows.image_ids[~keep & tier], self.lease, format_)
-        rows.freed += int((~keep).sum())
-        rows.image_positions = rows.image_positions[keep]
-        rows.image_ids = rows.image_ids[keep]
-        rows.core = rows.core[keep]
+    def keep_image(self, keep: Mask, first: int = 0) -> None:
+        """Free the image rows of the k layers from ``first`` on that ``keep`` ``[k, width]``, a mask over them, leaves
+        out, of any tier."""
+        gone = self._keep(self.image, keep, first)
+        for tier, format_ in ((gone.core, self.formats.core), (~gone.core, self.formats.secondary)):
+            self.pool.release(gone.ids[tier], self.lease, format_)
+
+    def _keep(self, table: RowTable, keep: Mask, first: int) -> Gone:
+        self.freed += table.counts
+        gone = table.keep(keep, self.pool.books, first)
+        self.freed -= table.counts
+        return gone
 
     def take_basis(self, layer: int, count: int) -> Ids:
         """``count`` exact rows beside the tiers of a layer."""
@@ -180,11 +222,13 @@ class SequenceRows:
 
     def close(self) -> None:
         """Free every row and end the lease. Closing twice is safe and does nothing."""
-        for format_, ids in self.held():
-            self.pool.release(ids, self.lease, format_)
-        self.layers = [LayerRows() for _ in self.layers]
-        self._smoothing = np.full(len(self.layers), -1, dtype=np.int32)
+        self.pool.release_all(self.lease)
+        self._empty(len(self.layers))
         self.pool.end(self.lease)
 
     def __iter__(self) -> Iterator[LayerRows]:
         return iter(self.layers)
+
+
+def _moved(rows: Retiered, old_format: str, new_format: str) -> Moved:
+    return Moved(rows.positions, rows.before, rows.after, old_format, new_format, rows.ends)

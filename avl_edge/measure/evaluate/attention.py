@@ -18,7 +18,7 @@ from ...config import Formats, Options, Progress, PromptShape
 from ...errors import BadInput, DoesNotFit
 from ...kv.budget import KvPlan, kv_plan
 from ...kv.cache import prompt_shape
-from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, StepLayer
+from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, Step
 from ...kv.methods.full import FullPolicy
 from ...kv.methods.policy import Queries
 from ...model.prompt import open_image
@@ -54,9 +54,10 @@ class _WatchingPolicy(FullPolicy):
     def wants_scores(self, step: int) -> bool:  # noqa: ARG002
         return True
 
-    def settle(self, view: StepLayer) -> Settlement:
-        self._note(view.layer, view.image)
-        return super().settle(view)
+    def settle_step(self, step: Step) -> Settlement:
+        for view in step.layers():
+            self._note(view.layer, view.image)
+        return super().settle_step(step)
 
     def _note(self, layer: int, scores: Scores) -> None:
         if layer == 0:
