@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,19 @@ needs_library = pytest.mark.skipif(library() is None, reason="the books were not
 def both() -> list[Books]:
     loaded = library()
     return [PlainBooks()] if loaded is None else [PlainBooks(), NativeBooks(loaded)]
+
+
+def refused(made: list[SequenceRows], change: Callable[[SequenceRows], object]) -> bool:
+    """Whether the leases had no room for a change, all of them or none."""
+    found = set()
+    for rows in made:
+        try:
+            change(rows)
+            found.add(False)
+        except PoolExhausted:
+            found.add(True)
+    (both_refuse,) = found
+    return both_refuse
 
 
 class BooksLife(RuleBasedStateMachine):
@@ -56,10 +70,7 @@ class BooksLife(RuleBasedStateMachine):
         for layer in range(LAYERS):
             core = self.random.random(images[layer]) < 0.5
             places = np.arange(images[layer], dtype=np.int32), 50 + np.arange(text[layer], dtype=np.int32)
-            try:
-                for rows in made:
-                    rows.fill(layer, places[1], places[0], core, 0)
-            except PoolExhausted:
+            if refused(made, lambda rows: rows.fill(layer, places[1], places[0], core, 0)):  # noqa: B023
                 for rows in made:
                     rows.close()
                 return
@@ -77,19 +88,12 @@ class BooksLife(RuleBasedStateMachine):
         for layer in model:
             layer["text"].add(position)
 
-    def _refused(self, sequence: int, change: Any) -> bool:
-        """Whether the lease had no room, in every implementation; the sequence ends then."""
-        refused = []
-        for rows in self._each(sequence):
-            try:
-                change(rows)
-                refused.append(False)
-            except PoolExhausted:
-                refused.append(True)
-        assert len(set(refused)) == 1
-        if refused[0]:
+    def _refused(self, sequence: int, change: Callable[[SequenceRows], object]) -> bool:
+        """Whether the lease had no room; the sequence ends then."""
+        without_room = refused(self._each(sequence), change)
+        if without_room:
             self.close(sequence)
-        return refused[0]
+        return without_room
 
     @precondition(lambda self: bool(self.rows))
     @rule(
