@@ -17,7 +17,7 @@ from tests.equipment.cuda_sides import Side, both, membership, random_prompt
 
 STEPS = 4
 METHODS: tuple[Method, ...] = (Avl(refresh=2, text_keep=60, text_floor=4), Coarse(core=30), Full())
-HOOKS = {"picks_core": 0, "wants_scores": 0, "reads_secondary": 0, "settle": 0, "pick_core": 1, "nucleus": 1}
+HOOKS = {"picks_core": 0, "wants_scores": 0, "reads_secondary": 0, "settle_step": 0, "pick_core": 1, "nucleus": 1}
 """What a backend asks of a policy in a step, and which of METHODS is asked it."""
 
 
@@ -60,13 +60,13 @@ def _run(side: Side, fails: int | None, hook: str, left: int = 1) -> tuple[list[
 
 
 @pytest.mark.parametrize("left", [1, 2], ids=["at once", "in the next layer"])
-@pytest.mark.parametrize("hook", ["reads_secondary", "settle", "pick_core"])
+@pytest.mark.parametrize("hook", ["reads_secondary", "pick_core"])
 def test_the_others_go_on_to_the_bit(checkpoint: Checkpoints, hook: str, left: int) -> None:
     """On the CPU, whose numbers do not depend on who else is in the batch."""
     _sides_agree(checkpoint("llama-mha"), 0, hook, left, 0.0)
 
 
-@pytest.mark.parametrize("hook", ["picks_core", "wants_scores"])
+@pytest.mark.parametrize("hook", ["picks_core", "wants_scores", "settle_step"])
 def test_the_others_go_on_after_what_is_asked_once(checkpoint: Checkpoints, hook: str) -> None:
     _sides_agree(checkpoint("llama-mha"), 0, hook, 1, 0.0)
 
