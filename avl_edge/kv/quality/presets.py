@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 
-from ...config import Formats
 from ...errors import BadInput
 from ..methods import Choice, candidates
 from ..methods.notation import parse
@@ -74,9 +73,9 @@ def _lossless(serves: Serves) -> Preset:
 
 
 def _holds_on_text(point: Point) -> bool:
-    formats = parse(point.setting).formats or Formats()
     rises = {"exact": 0.0, **table().text.rises}
-    return all(rises.get(name, inf) <= INDISTINGUISHABLE for name in formats.by_tier().values())
+    formats = next(_rungs(point.setting, fitted=True)).formats.by_tier().values()
+    return all(rises.get(name, inf) <= INDISTINGUISHABLE for name in formats)
 
 
 def _small(serves: Serves) -> Preset:
