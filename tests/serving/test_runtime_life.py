@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from avl_edge import BadInput, Generation, Options, Runtime
 from avl_edge.errors import StepFailed
 from avl_edge.kv.layout import PAGE_ROWS, page_bytes
-from avl_edge.kv.pool import sequence
+from avl_edge.kv.pool import RowPool
 from tests.conftest import Checkpoints
 from tests.equipment.broken_backend import before
 from tests.equipment.checkpoints import random_image
@@ -86,25 +85,20 @@ def test_an_error_in_a_decode_step_ends_all_that_were_in_it(runtime: Runtime, mo
 def test_an_interrupt_between_two_lines_of_the_pool_loses_no_row(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    """Ctrl-C may fall where rows are taken but not yet written down."""
-    left = calls
+    """Ctrl-C may fall where rows are taken but not yet written down: here at the n-th call that takes some."""
+    left, allocate = calls, RowPool.allocate
 
-    class Numpy:
-        """numpy, whose ``concatenate`` is interrupted at its n-th call."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(np, name)
-
-        def concatenate(self, *arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-            return np.concatenate(*arguments)
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal left
+        ids = allocate(*arguments)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return ids
 
     generation = _ask(runtime)
     with monkeypatch.context() as patch:
-        patch.setattr(sequence, "np", Numpy())
+        patch.setattr(RowPool, "allocate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generation.result()
     _check(runtime)
