@@ -3,7 +3,7 @@
 Takes the documents of ``avl-edge eval --out``, all about the same questions to the same model, the later ones before
 the earlier, and writes ``avl_edge/kv/quality/measured.json``, and the evaluations put together as
 ``docs/measurements/methods.json``, which may be the first of them again. What formats cost on text comes from
-``docs/measurements/text_qwen2.5_coder_0.5b.json``.
+``docs/measurements/text_formats.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 
 OUT = Path("avl_edge/kv/quality/measured.json")
 MERGED = Path("docs/measurements/methods.json")
-TEXT = Path("docs/measurements/text_qwen2.5_coder_0.5b.json")
+TEXT = Path("docs/measurements/text_formats.json")
 
 
 def is_bound(setting: str) -> bool:
@@ -59,18 +59,19 @@ def merged(documents: list[dict[str, Any]], commands: list[str]) -> dict[str, An
     """All documents as one: every setting once, with the ``commands`` and the machine that they came from."""
     rows = {(row["method"], row["kv_fraction"]): row for document in documents for row in document["results"]}
     unreachable = [row for document in documents for row in document["unreachable"]]
+    date = max(document["date"] for document in documents)
     return {
         "command": commands,
-        "date": max(document["date"] for document in documents),
+        "date": date,
         "machine": documents[0]["machine"],
-        "result": {**documents[0], "results": list(rows.values()), "unreachable": unreachable},
+        "result": {**documents[0], "date": date, "results": list(rows.values()), "unreachable": unreachable},
     }
 
 
 def main(evaluations: Annotated[list[Path], typer.Argument(help="Documents of avl-edge eval.")]) -> None:
     """Write the table."""
     documents = [json.loads(path.read_text()) for path in evaluations]
-    came_from = [command for document in documents for command in commands(document)]
+    came_from = list(dict.fromkeys(command for document in documents for command in commands(document)))
     documents = [document.get("result", document) for document in documents]
     about = {(d["model"], d["data"], d["questions"]) for d in documents}
     if len(about) != 1:

@@ -6,7 +6,8 @@ from typing import Any
 
 from tools.docs.markdown import block, measured, percent, table
 
-FORMATS, AS_IMAGE, WEIGHTS = "text_qwen2.5_coder_0.5b", "text_as_image", "weights_qwen2.5_coder_0.5b"
+FORMATS, UNSMOOTHED, AS_IMAGE = "text_formats", "text_qwen2.5_coder_0.5b", "text_as_image"
+WEIGHTS = "weights_qwen2.5_coder_0.5b"
 VARIANT_PARTS = {"aware": "activation-aware", "head": "the head too"}
 
 
@@ -42,8 +43,13 @@ def _rows(name: str) -> str:
 
 
 def formats() -> str:
-    """Formats, and methods that leave out text rows."""
+    """Every row in a packed format."""
     return _rows(FORMATS)
+
+
+def unsmoothed() -> str:
+    """Formats before keys were smoothed, and methods that leave out text rows, which are exact."""
+    return _rows(UNSMOOTHED)
 
 
 def as_image() -> str:
@@ -74,4 +80,9 @@ def _variant(name: str) -> str:
     return ", ".join([first or "as they are", *(VARIANT_PARTS[part] for part in parts)])
 
 
-TABLES = {"text-formats": formats, "text-as-image": as_image, "text-weights": weights}
+TABLES = {
+    "text-formats": formats,
+    "text-unsmoothed": unsmoothed,
+    "text-as-image": as_image,
+    "text-weights": weights,
+}
