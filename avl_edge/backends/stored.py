@@ -181,7 +181,7 @@ class StoredRows:
                 change.leave(layer)
             self._carry(change.compact())
             for (layer, each), (keys, values) in zip(moved, rows, strict=True):
-                own = self._smooth(cache, layer, keys) if layer in smooths else keys
+                own = self._smooth(cache, layer, each.positions, keys) if layer in smooths else keys
                 self._write(cache, layer, change.new, change.enter(layer), each.positions, own, values)
         if batches is not None:
             change.finish()
@@ -189,17 +189,18 @@ class StoredRows:
             self.compact(cache)
         return batches is not None
 
-    def _smooth(self, cache: SequenceCache, layer: int, images: Tensor) -> Tensor:
-        """Smooth the keys of a layer whose rows are all exact: ``images`` ``[n, H_kv, d]``, which are returned, and
-        those of the text where they are."""
+    def _smooth(self, cache: SequenceCache, layer: int, moved: npt.NDArray[np.int32], keys: Tensor) -> Tensor:
+        """Smooth the keys of a layer that has none packed yet: ``keys`` ``[n, H_kv, d]`` of the image rows at positions
+        ``moved``, which are returned, and where they are those of the other exact rows."""
         rows = cache.rows.layers[layer]
-        ids = self._store.index(rows.text_ids)
-        texts, values = self._store.read(ids)
-        positions = np.concatenate([rows.image_positions, rows.text_positions])
+        stay = ~np.isin(rows.image_positions, moved) & Format(cache.formats.core).is_exact
+        ids = self._store.index(np.concatenate([rows.image_ids[stay], rows.text_ids]))
+        others, values = self._store.read(ids)
+        positions = np.concatenate([moved, rows.image_positions[stay], rows.text_positions])
         cache.rows.take_smoothing(layer)
-        smoothing = self._begin_smoothing(cache, layer, torch.cat([images, texts]), positions)
-        self._store.write(ids, smoothing.keys(texts), values)
-        return smoothing.keys(images)
+        smoothing = self._begin_smoothing(cache, layer, torch.cat([keys, others]), positions)
+        self._store.write(ids, smoothing.keys(others), values)
+        return smoothing.keys(keys)
 
     def compact(self, cache: SequenceCache) -> None:
         """Move a cache's rows into as few pages of the pool as hold them."""

@@ -92,13 +92,15 @@ class Wrong(ReferenceModule):
     def a_scale_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_append" and not self._format.is_exact:
             ids = at(arguments[2], torch.int32, grid[0])
-            records = self._records(arguments[8], ids[ids >= 0], int(arguments[3].value or 0))
+            records = self._records(arguments[8], self._format.keys, ids[ids >= 0], int(arguments[3].value or 0))
             records[ids[0].long(), 1] ^= 1
 
     def a_record_runs_over(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
         if kernel == "avl_append" and not self._format.is_exact:
             ids = at(arguments[2], torch.int32, grid[0])
-            size = self._records(arguments[9], ids[ids >= 0], int(arguments[3].value or 0)).shape[1]
+            size = self._records(arguments[9], self._format.values, ids[ids >= 0], int(arguments[3].value or 0)).shape[
+                1
+            ]
             at(arguments[9], torch.uint8, size + 1)[size] = 0
 
     def a_scan_is_off(self, kernel: str, grid: Grid, arguments: Sequence[Argument]) -> None:
