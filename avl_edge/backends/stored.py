@@ -19,7 +19,7 @@ from ..kv.layout import Format
 from ..kv.pool import Moved, RowPool
 from ..kv.pool.compaction import Demotion, compact
 from ..kv.selection import ListedRows, Selected, is_low_rank
-from ..kv.smoothing import Angles, Smoothing
+from ..kv.smoothing import Angles, Fit, Smoothing
 from ..kv.store import RowStore
 
 BYTES_AT_ONCE = 2**24
@@ -30,8 +30,9 @@ many."""
 class StoredRows:
     """The rows of all sequences in one store. ``angles`` gives RoPE's cosines and sines for positions."""
 
-    def __init__(self, store: RowStore, angles: Angles) -> None:
-        self._store, self._angles = store, angles
+    def __init__(self, store: RowStore, angles: Angles, fit: Fit = Smoothing.fit) -> None:
+        """``fit`` makes the smoothing of a prompt's keys."""
+        self._store, self._angles, self._fit = store, angles, fit
         self._low_rank = LowRankRows(store, angles)
 
     def new_pool(self) -> RowPool:
@@ -69,7 +70,7 @@ class StoredRows:
     ) -> Smoothing:
         """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in the row that
         the cache has for it."""
-        smoothing = Smoothing.fit(keys, self._store.index(positions), cache.reach, self._angles)
+        smoothing = self._fit(keys, self._store.index(positions), cache.reach, self._angles)
         ids = self._store.index(cache.rows.smoothing[layer : layer + 1])
         self._store.write(ids, smoothing.center[None], smoothing.scale[None])
         return smoothing

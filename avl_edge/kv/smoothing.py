@@ -85,6 +85,10 @@ class Smoothing:
         return (grouped * self.scale.unsqueeze(-2)).view_as(query)
 
 
+Fit = Callable[[Tensor, Tensor, int, Angles], Smoothing]
+"""As :meth:`Smoothing.fit`."""
+
+
 def _pairs(x: Tensor) -> Tensor:
     """``[..., d]`` as complex numbers ``[..., d / 2]``: the halves of a head are the pairs that RoPE turns."""
     wide = torch.promote_types(x.dtype, torch.float32)

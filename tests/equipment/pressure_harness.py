@@ -16,6 +16,7 @@ from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.layout import PAGE_ROWS
 from avl_edge.kv.methods import Method
 from avl_edge.kv.pool import RowPool
+from avl_edge.kv.smoothing import Smoothing
 from avl_edge.kv.store import RowStore
 from avl_edge.machine.pressure import Action
 from avl_edge.request import ImageSpan, Prompt
@@ -60,6 +61,11 @@ def request_for(method: Method, formats: Formats, prefix: int, images: int, text
     return Request(prompt, Options(), plan, steps + 1)
 
 
+def _as_it_is(keys: torch.Tensor, *_: object) -> Smoothing:
+    """What is read is what was written: that keys are smoothed is no matter here, but the rows that this takes are."""
+    return Smoothing(torch.zeros_like(keys[0]), torch.ones_like(keys[0]))
+
+
 class Harness:
     """A pool, its store and requests on their way, driven like the runtime drives them, on random rows and scores.
 
@@ -69,7 +75,7 @@ class Harness:
     def __init__(self, pages: int) -> None:
         self.pool = RowPool(pages, SHAPE)
         self.store = RowStore(pages, SHAPE, torch.float32)
-        self.rows = StoredRows(self.store, lambda positions: (positions, positions))
+        self.rows = StoredRows(self.store, lambda positions: (positions, positions), _as_it_is)
         self.scheduler = Scheduler(self.pool, LAYERS, PromptsFirst())
         self.monitor = ScriptedMonitor()
         self.handler = MemoryPressureHandler(self.monitor, self.pool, self.rows, self.scheduler)  # type: ignore[arg-type]
