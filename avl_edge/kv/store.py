@@ -27,7 +27,7 @@ class RowStore:
     def __init__(self, pages: int, shape: KvShape, dtype: torch.dtype, device: str = "cpu") -> None:
         size = (pages * PAGE_ROWS, shape.kv_heads, shape.head_dim)
         both = torch.empty(2, *size, dtype=dtype, device=device)
-        self.keys, self.values = both[0], both[1]
+        self.keys, self.values = both.unbind()
         self.all_bytes = both.view(torch.uint8).flatten()
         self.key_bytes, self.value_bytes = (each.view(torch.uint8).flatten() for each in (self.keys, self.values))
         self.pages = pages

@@ -122,13 +122,15 @@ class MemoryPressureHandler:
         sequence.pressure = replace(stats, rows_evicted=stats.rows_evicted + freed)
 
     def smaller(self, sequence: Running) -> Formats | None:
-        """The formats that the request's rows can go into, where that makes its promise smaller."""
-        cache = sequence.admitted_cache
-        formats = smaller_formats(cache.formats, cache.has_one_tier, self._pool.shape)
-        changes = [rows.core if formats and formats.core != cache.formats.core else ~rows.core for rows in cache.rows]
-        if formats is None or not any(each.any() for each in changes):
-            return None
-        return formats if self._pages(sequence, formats) < cache.rows.lease.limit else None
+        """The next formats that the request's rows can go into, of those that make its promise smaller."""
+        cache, formats = sequence.admitted_cache, sequence.admitted_cache.formats
+        while following := smaller_formats(formats, cache.has_one_tier, self._pool.shape):
+            formats = following
+            images = formats.core != cache.formats.core
+            changes = any((rows.core if images else ~rows.core).any() for rows in cache.rows)
+            if changes and self._pages(sequence, formats) < cache.rows.lease.limit:
+                return formats
+        return None
 
     def _shrink_lease(self, sequence: Running) -> None:
         cache = sequence.admitted_cache

@@ -98,9 +98,9 @@ def test_shapes_that_contradict_each_other(parts: int) -> None:
             Sizes.of(shapes[: len(INPUTS)])
 
 
-def test_there_is_no_fourth_format() -> None:
+def test_there_is_no_fifth_format() -> None:
     call = make_call(SHAPES[0], "step", [1, 1], 0)
     shapes = {name: list(tensor.shape) for name, tensor in inputs_of(call).items()}
-    shapes |= {"slots": [3, 4 * 2], "row_offsets": [3, 4 * 2 + 1]}
+    shapes |= {"slots": [3, 5 * 2], "row_offsets": [3, 5 * 2 + 1]}
     with pytest.raises(BadInput, match="was given shapes"):
         Sizes.of(list(shapes.values()))

@@ -73,8 +73,8 @@ def test_what_makes_no_session_is_refused(runtime: Runtime) -> None:
         with pytest.raises((BadInput, TooLarge), match=message):
             refused()
     with runtime.open_images(IMAGES, Options(preset="lossless", max_new_tokens=4)) as packed:
-        assert packed.ask(FIRST).result().method == "coarse"
-        assert packed.stats.formats["core"] == "int4"
+        assert packed.ask(FIRST).result().method == "full"
+        assert packed.stats.formats["core"] == "int8/int4"
 
 
 @pytest.mark.parametrize("name", ["small", "lossless"])

@@ -83,8 +83,6 @@ def test_another_process_takes_memory_and_gives_it_back(checkpoint: Checkpoints,
     next(generation)
     assert formats_of(generation).secondary == "int8"
     next(generation)
-    assert formats_of(generation).secondary == "int8/int4"
-    next(generation)
     assert formats_of(generation).secondary == "int4"
     for _ in range(5):
         next(generation)

@@ -44,30 +44,32 @@ def test_memory_that_comes_and_goes_above_the_reserve_changes_nothing(runtime: R
 
 
 def test_formats_then_rows_then_requests(runtime: Runtime, tree: Path) -> None:
-    """A-VL under pressure from its fourth token on: one level a step, in order, and the core stays as it is."""
+    """A-VL under pressure from its fourth token on: one level a step, in order, and the core stays as it is.
+
+    Rows this small take as many pages in int8/int4 as in int8: that level is passed over."""
     generation = ask(runtime, AVL)
     for _ in range(3):
         next(generation)
     write(tree, GB)
     seen = []
-    for _ in range(9):
+    for _ in range(8):
         next(generation)
         check(runtime, generation)
         assert generation.cache is not None
         stored = sum(len(rows.image_ids) for rows in generation.cache.rows)
         seen.append((formats_of(generation).secondary, stored, runtime.debug.scheduler.is_held))
     rows = [count for _, count, _ in seen]
-    assert [name for name, _, _ in seen] == ["int8", "int8/int4"] + ["int4"] * 7
-    assert rows[0] == rows[1] == rows[2] == 5 * 36
-    assert sorted(set(rows), reverse=True) == rows[2:7]
-    assert rows[6] == rows[-1] == 5 * 14
-    assert [held for _, _, held in seen] == [False] * 7 + [True] * 2
+    assert [name for name, _, _ in seen] == ["int8", "int4"] + ["int4"] * 6
+    assert rows[0] == rows[1] == 5 * 36
+    assert sorted(set(rows), reverse=True) == rows[1:6]
+    assert rows[5] == rows[-1] == 5 * 14
+    assert [held for _, _, held in seen] == [False] * 6 + [True] * 2
     assert (formats_of(generation).core, formats_of(generation).text) == ("exact", "exact")
     write(tree, 6 * GB)
     result = generation.result()
     assert (result.finish_reason, len(result.token_ids)) == ("length", 40)
     assert result.formats == {"text": "exact", "core": "exact", "secondary": "int4"}
-    assert (result.kv.pressure.demotions, result.kv.pressure.rows_evicted) == (3, 5 * 22)
+    assert (result.kv.pressure.demotions, result.kv.pressure.rows_evicted) == (2, 5 * 22)
     assert not runtime.debug.scheduler.is_held
     assert ask(runtime, AVL).result().formats["secondary"] == "exact"
 
