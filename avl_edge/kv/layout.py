@@ -163,7 +163,7 @@ class Packing:
 @lru_cache(maxsize=256)
 def packing(format_: Format, shape: KvShape, pool_pages: int = 1) -> Packing:
     """How rows of ``format_`` lie in the pages of a pool of ``pool_pages`` for rows of ``shape``; how many there are
-    changes ids alone."""
+    changes ids alone, and :class:`BadInput` is raised where these would be no int32 (32 GiB of a mixed format)."""
     if format_.is_exact:
         return Packing(format_, PAGE_ROWS, shape.row_bytes, PAGE_ROWS, 1, PAGE_ROWS, max(pool_pages, 1) * PAGE_ROWS)
     half_page = page_bytes(shape) // 2
@@ -172,6 +172,8 @@ def packing(format_: Format, shape: KvShape, pool_pages: int = 1) -> Packing:
     run = half_page // step
     rows = 2 * run if format_.is_mixed else run
     units = half_page // UNIT
+    last = max(pool_pages, 1) * units * (2 if format_.is_mixed else 1)
+    require(last <= 2**31, f"rows in {format_.name} cannot be told apart in a pool this large: load with half of it")
     return Packing(format_, rows, keys + values, units, step // UNIT, run, max(pool_pages, 1) * units)
 
 

@@ -128,3 +128,14 @@ def test_rows_of_a_format_never_overlap(shape: KvShape, pages: int, name: str) -
     assert (free < (pack.row_bytes if form.is_mixed else max(sides))).all(), "another row would fit"
     assert form.is_exact or not any(size % UNIT for size in sides)
     assert not form.is_exact or not free.any()
+
+
+def test_a_pool_whose_ids_are_no_int32_is_refused() -> None:
+    """Ids of packed rows count units of 16 bytes in one arena, of mixed ones in both."""
+    shape = KvShape(layers=32, kv_heads=8, head_dim=128, itemsize=2)
+    pages = 2**31 * 16 // page_bytes(shape)
+    assert packing(Format("int8/int4"), shape, pages).rows
+    assert packing(Format("int8"), shape, 2 * pages).rows
+    for name, most in (("int8/int4", pages), ("int8", 2 * pages)):
+        with pytest.raises(BadInput, match="load with half of it"):
+            packing(Format(name), shape, most + 1)
