@@ -5,11 +5,12 @@ python examples/service.py examples/cockpit.png "What is the speed?" "Which gear
 
 import asyncio
 import sys
+from pathlib import Path
 
 from avl_edge import AvlEdgeError, Options, Runtime
 
 
-async def answer(runtime: Runtime, picture: str, question: str) -> str:
+async def answer(runtime: Runtime, picture: Path, question: str) -> str:
     """One client: it gets its answer as it is made, or one line that says why not."""
     try:
         # Reading a picture is work of this thread, so a pool of threads does it.
@@ -23,7 +24,7 @@ async def answer(runtime: Runtime, picture: str, question: str) -> str:
         return str(error)
 
 
-async def impatient(runtime: Runtime, picture: str) -> str:
+async def impatient(runtime: Runtime, picture: Path) -> str:
     """A client that leaves before its answer is complete."""
     request = runtime.prepare([picture], "Describe the picture in detail.", Options(max_new_tokens=200))
     handle = runtime.submit(request).handle
@@ -34,7 +35,7 @@ async def impatient(runtime: Runtime, picture: str) -> str:
 
 
 async def main() -> None:
-    picture, *questions = sys.argv[1:]
+    picture, questions = Path(sys.argv[1]), sys.argv[2:]
     with Runtime.load("demo") as runtime:  # closed at the end: whoever is still on its way is cancelled
         clients = [answer(runtime, picture, question) for question in questions]
         *answers, left = await asyncio.gather(*clients, impatient(runtime, picture))

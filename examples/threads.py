@@ -5,11 +5,12 @@ python examples/threads.py examples/cockpit.png "What is the speed?" "Which gear
 
 import sys
 import threading
+from pathlib import Path
 
 from avl_edge import AvlEdgeError, Options, Runtime
 
 
-def ask(runtime: Runtime, picture: str, question: str) -> None:
+def ask(runtime: Runtime, picture: Path, question: str) -> None:
     try:
         result = runtime.generate([picture], question, Options(max_new_tokens=40)).result(timeout=60)
     except (AvlEdgeError, TimeoutError) as error:  # of this request alone: the others go on
@@ -19,7 +20,7 @@ def ask(runtime: Runtime, picture: str, question: str) -> None:
 
 
 def main() -> None:
-    picture, *questions = sys.argv[1:]
+    picture, questions = Path(sys.argv[1]), sys.argv[2:]
     runtime = Runtime.load("demo")
     threads = [threading.Thread(target=ask, args=(runtime, picture, question)) for question in questions]
     for thread in threads:

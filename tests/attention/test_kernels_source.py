@@ -108,7 +108,8 @@ struct Selection {
     Part part(bool coarse) const {
         const int64_t dim = keys.dim, row = kv_heads * dim;
         return {keys.bytes.data(), values.bytes.data(), rows.data(), offsets.data(), row, dim, row, dim,
-                int64_t(pool - 1) * keys.units + 1, int64_t(rows.size()), coarse && keys.format == 3 ? 5 : keys.format};
+                int64_t(pool - 1) * keys.units + 1, int64_t(rows.size()), coarse && keys.format == 3 ? 5 : keys.format,
+                values.format};
     }
 };
 

@@ -29,7 +29,7 @@ def test_packed_rows_stay_near_exact_ones(checkpoint: Checkpoints, name: str) ->
         prompt, logits = random_prompt(ours.spec, seed)[0], []
         for formats in (Formats(), Formats(name, name, name)):
             cache, _ = ours.start(prompt, Full(), formats)
-            logits.append(torch.cat([ours.backend.decode([token], [cache]) for token in (5, 60, 170, 33)]))
+            logits.append(torch.cat([ours.backend.decode([token], [cache]).logits for token in (5, 60, 170, 33)]))
         exact, packed = (each.double().log_softmax(-1) for each in logits)
         divergences.append((exact.exp() * (exact - packed)).sum(-1).mean())
     assert max(divergences) <= MOST[name]

@@ -113,11 +113,11 @@ def test_rows_too_small_to_be_packed_have_no_words(model: Path, checkpoint: Chec
     for dtype in PRECISIONS:
         shapes = {each.name: each.shape for each in decoder_bindings(spec, dtype, None).inputs}
         packs = dtype == "float32"
-        assert row_formats(spec.text, dtype) == (("exact", "int8", "int4") if packs else ("exact",))
+        assert row_formats(spec.text, dtype) == (("exact", "int8", "int4", "int8/int4") if packs else ("exact",))
         assert (set(WORDS) <= shapes.keys()) == packs
         assert shapes["slots"][1] == ("P * T" if packs else "T")
         assert shapes["row_offsets"][1] == ("P * B + 1" if packs else "B + 1")
-    assert row_formats(read_spec(checkpoint("llama-mha")).text, "float16") == ("exact", "int8", "int4")
+    assert row_formats(read_spec(checkpoint("llama-mha")).text, "float16") == ("exact", "int8", "int4", "int8/int4")
 
 
 def test_export_is_repeatable(model: Path, tmp_path: Path) -> None:

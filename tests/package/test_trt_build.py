@@ -120,7 +120,7 @@ class TestProfiles:
         """A part more for each format, and a pool of which both views are as large."""
         recipe, text = Recipe(sequences=4, pool_rows=640), SPECS["llama-mha"]
         spec = Job.of(checkpoint("llama-mha"), recipe).spec
-        for precision, parts in (("float16", 3), ("bfloat16", 3), ("float32", 1)):
+        for precision, parts in (("float16", 4), ("bfloat16", 4), ("float32", 1)):
             assert len(decoder_formats(spec, precision)) == parts
             prompt, step = decoder_profiles(spec, recipe, precision)
             assert prompt["P * T"] == (1, prompt["T"][1], parts * prompt["T"][2])

@@ -76,7 +76,7 @@ def test_a_sampler_that_raises_ends_its_own_request(runtime: Runtime, monkeypatc
     monkeypatch.setattr(backend, "decode", with_nan)
     with _together(runtime, [SAMPLED] * 3) as generations:
         broken.append(generations[1])
-    with pytest.raises(StepFailed, match="RuntimeError: probability tensor"):
+    with pytest.raises(StepFailed, match="InvalidLogits: the model gave NaN"):
         generations[1].result(LIMIT)
     assert 3 < len(list(_until_error(generations[1]))) < 12, "the tokens until then are there"
     assert [generations[number].result(LIMIT).token_ids for number in (0, 2)] == [expected] * 2
@@ -99,7 +99,7 @@ def _until_error(generation: Generation) -> Iterator[object]:
         return
 
 
-@pytest.mark.parametrize("name", ["detokenizer", "policy", "stop", "prompt"])
+@pytest.mark.parametrize("name", ["text", "policy", "stop", "prompt"])
 def test_what_is_asked_for_one_request_ends_it_alone(checkpoint: Checkpoints, name: str) -> None:
     """Its text, its policy in a step and in its prompt, and the matching of its end."""
     runtime = Runtime.load(checkpoint("mistral-gqa"), **STEPPED)
@@ -111,8 +111,8 @@ def test_what_is_asked_for_one_request_ends_it_alone(checkpoint: Checkpoints, na
         for each in generations[:1] if name == "prompt" else generations:
             next(each)
         sequence = runtime.debug.scheduler.decoding[min(1, len(runtime.debug.scheduler.decoding) - 1)]
-        if name == "detokenizer":
-            _fail(patch, sequence.detokenizer, "push", lambda *_: True)
+        if name == "text":
+            _fail(patch, sequence.text_stream, "push", lambda *_: True)
         elif name == "policy":
             _fail(patch, sequence.admitted_cache, "settle", lambda *_: True)
         elif name == "stop":
