@@ -72,7 +72,7 @@ def test_the_emulated_source_smooths_as_torch_does(checkpoint: Checkpoints, shar
     """In bfloat16, against the reference kernels."""
     if COMPILER is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    shape = Shape(16, 2, torch.bfloat16)
+    shape = Shape(32, 2, torch.bfloat16)
 
     def module(name: str) -> EmulatedModule:
         return EmulatedModule(shape.library(shared_folder, name))

@@ -256,7 +256,10 @@ class RowPool:
 
     def check_integrity(self, owners: Iterable[Owner]) -> None:
         """Assert that every row is free or held by one owner, under its lease and in one of its tiers."""
-        pages = self._pages
+        pages, owners = self._pages, list(owners)
+        for owner in owners:  # a format of which nobody holds a row yet may have more slots to a page
+            for format_, _ in owner.held():
+                self._share(owner.lease, format_)
         used, free = pages.owner >= 0, pages.free[: pages.free_count[0]]
         counted = np.zeros(pages.taken.shape, dtype=np.int32)
         for owner in owners:
