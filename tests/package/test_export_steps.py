@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from avl_edge.attention.cuda import FORMATS
-from avl_edge.config import Formats
+from avl_edge.config import Formats, KvShape
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import UNIT, Format
@@ -107,18 +107,25 @@ def _rounded_alike(
     """The new row of a sequence is the torch backend's; of a packed one, whether it has the same record."""
     text, same, name, smoothing = exported.spec.text, True, cache.formats.text, int(cache.rows.smoothing[number])
     rows, offsets, _ = layer.read[name]
-    row = int(rows[offsets[b + 1] - 1])
-    for kind, arena in (("key", layer.keys), ("value", layer.values)):
+    row, form = int(rows[offsets[b + 1] - 1]), Format(name)
+    memory = torch.cat([layer.keys, layer.values]).view(torch.uint8).flatten()
+    of_values = layer.keys.nbytes
+    if form.is_mixed:
+        of_values = form.keys.record_bytes(KvShape(1, text.kv_heads, text.head_dim, 4))
+    for kind, arena, side, begin in (
+        ("key", layer.keys, form.keys, 0),
+        ("value", layer.values, form.values, of_values),
+    ):
         own = torch.from_numpy(out[f"{kind}.{number}"][b])
         if kind == "key" and smoothing >= 0:
             own = (own - layer.keys[smoothing]) / layer.values[smoothing]
         if name == "exact":
             np.testing.assert_allclose(own, arena[row], rtol=0, atol=2e-5)
             continue
-        record = encode(Format(name), own[None])
-        stored = arena.view(torch.uint8).flatten()[UNIT * row :][: record.shape[1]][None]
-        ours, theirs = (decode(Format(name), each, text.kv_heads, text.head_dim) for each in (record, stored))
-        step = float(own.abs().max()) / (127 if name == "int8" else 8)
+        record = encode(side, own[None])
+        stored = memory[begin + UNIT * row :][: record.shape[1]][None]
+        ours, theirs = (decode(side, each, text.kv_heads, text.head_dim) for each in (record, stored))
+        step = float(own.abs().max()) / (127 if side.name == "int8" else 8)
         assert float((ours - theirs).abs().max()) <= 1.01 * step, "further apart than a number from the next"
         same &= torch.equal(record, stored)
     return same
