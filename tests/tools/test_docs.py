@@ -48,7 +48,9 @@ def _read(setting: str, share: float) -> float:
 def _quality() -> list[str]:
     score, unseen = _scores("methods"), _scores("methods_unseen")
     full, packed = score["full", 1], "distinct:format=int4"
-    below = [full - score[packed, share] for share in (0.25, 0.125, 0.0625)]
+    (text,) = (row for row in _measured("text_formats")["results"] if row["method"] == "full:format=int4")
+    apart = max(abs(full - score[packed, share]) for share in (0.25, 0.125, 0.0625))
+    whole = [score[f"full:format={name}", 1] for name in ("int8", "int8/int4", "int4")]
     unseen_below = [unseen["full", 1] - unseen[packed, share] for share in (0.25, 0.125, 0.0625)]
     return [
         f"A quarter of the image rows, exact, gives {score['distinct', 0.25]:.1f} % right answers, as all of them do, "
@@ -56,16 +58,18 @@ def _quality() -> list[str]:
         f"with `prompt_mean=1` or as published, gives {score['avl:prompt_mean=1', 0.25]:.1f} and "
         f"{score['avl', 0.25]:.1f} %, and `h2o` {score['h2o', 0.25]:.1f} %: "
         f"{full - score['avl:prompt_mean=1', 0.25]:.0f} to {full - score['h2o', 0.25]:.0f} points less",
-        f"All rows in int8 or int4 give {score['full:format=int8', 1]:.1f} % where exact rows give {full:.1f} %. At "
+        f"All rows in int8, int8/int4 or int4 give {min(whole):.1f} to {max(whole):.1f} % where exact rows give "
+        f"{full:.1f} %. At "
         f"12.5 % of the bytes, 42 % of the image rows in int4 give {score[packed, 0.125]:.1f} %, 10 % of them stored "
         f"exactly {score['distinct', 0.125]:.1f} %.",
         # The aims that were set.
         "within 0.5 points of full attention at 25 % of the bytes and within 1 at 12.5 %, reading at most 25 %",
-        f"`distinct` in int4 is {below[0]:.1f} and {below[1]:.1f} points below, and {below[2]:.1f} at 6.25 %",
+        f"`distinct` in int4 is within {apart:.1f} points of it at 25, 12.5 and 6.25 %",
         f"above H2O from 25 % down. At 50 % it is below H2O, {score['avl', 0.5]:.1f} against {score['h2o', 0.5]:.1f} %",
         f"`distinct` in int4 is {abs(unseen_below[0]):.1f}, {unseen_below[1]:.1f} and {unseen_below[2]:.1f} points "
         "below `full`",
         "hold 80 % of the picture's attention",
+        f"int4 keys cost {100 * text['perplexity_change']:.1f} %, where 2 % was the aim",
     ]
 
 
@@ -167,16 +171,16 @@ def test_orders_that_the_sentences_tell() -> None:
 def test_what_other_pages_say() -> None:
     """README, usage and device quote a few figures of the same measurements."""
     rows = {row["method"]: row for row in _measured("methods")["result"]["results"] if row["kv_fraction"] == 1}
-    int8, int4 = rows["full:format=int8"], rows["full:format=int4"]
+    int8, pair, int4 = (rows[f"full:format={name}"] for name in ("int8", "int8/int4", "int4"))
     assert 0.5 <= int8["bytes_stored_fraction"] < 0.55
     stored = f"{100 * int4['bytes_stored_fraction']:.0f} %"
     assert f"in about half of the bytes, `int4` in {stored} of them" in _prose(ROOT / "docs" / "usage.md")
     answers = (
-        f"{100 * int4['score']:.1f} % right answers on {int4['questions']} questions to the demo model, where exact "
+        f"{100 * pair['score']:.1f} % right answers on {pair['questions']} questions to the demo model, where exact "
     )
     assert f"{answers}rows give {100 * rows['full']['score']:.1f} %" in _prose(ROOT / "docs" / "device.md")
     score, questions = _scores("methods"), _measured("methods")["result"]["questions"]
-    assert score["distinct", 0.25] == score["full", 1]
+    assert score["distinct", 0.25] >= score["full", 1]
     fewer = f"on {questions} questions the demo model answered as well with fewer rows"
     assert fewer in _prose(ROOT / "docs" / "usage.md")
     cases = _measured("cuda_resources")["cases"]
