@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from avl_edge import BadInput, Runtime
 from avl_edge.cli import run_app
 from avl_edge.cli.reserve import reserve_bytes
 from avl_edge.machine.device import read_machine
+from avl_edge.serving.memory_pressure import MemoryPressureHandler
 from tests.conftest import Checkpoints
 from tests.equipment.machines import GB, TREES, write
 from tests.equipment.short_memory import IMAGE, PROMPT, RESERVE, ask
@@ -72,13 +74,14 @@ def test_the_command_line_keeps_a_reserve(
     def keep_free(runtime: Runtime, reserve: int) -> None:
         assert reserve == RESERVE
         usual(runtime, reserve, root=tree, every_ms=0)
-        step = runtime.step
+        check = MemoryPressureHandler.check
 
-        def until_it_waits() -> bool:
-            write(tree, 6 * GB if runtime.is_waiting else GB)
-            return step()
+        def until_it_waits(*arguments: Any) -> None:
+            scheduler = runtime.debug.scheduler
+            write(tree, 6 * GB if scheduler.is_held and scheduler.waiting else GB)
+            check(*arguments)
 
-        monkeypatch.setattr(runtime, "step", until_it_waits)
+        monkeypatch.setattr(MemoryPressureHandler, "check", until_it_waits)
 
     monkeypatch.setattr(Runtime, "keep_free", keep_free)
     options = ["--reserve", "2GB", "--stats", "--max-new-tokens", "8", "--method", "avl", "--secondary", "90"]
