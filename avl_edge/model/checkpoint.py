@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import Progress, read_json
 from ..errors import BadModel, quoted, refusing, shortened
+from .weights import Dense, LinearWeight
 
 # transformers wrote these prefixes at different times; the longer ones come first.
 _PREFIXES = (
@@ -63,6 +64,13 @@ class Weights:
         if tensor.dtype not in _DTYPES:
             raise BadModel(f"{name} is stored as {tensor.dtype}: only float checkpoints are supported")
         return tensor.to(self.dtype)
+
+    def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
+        """The linear layer ``name``. ``bias`` is what config.json says; a file that says otherwise is no match for
+        it."""
+        if not bias:
+            self.deny(f"{name}.bias")
+        return Dense(self.take(f"{name}.weight", outputs, inputs), self.take(f"{name}.bias", outputs) if bias else None)
 
     def deny(self, name: str) -> None:
         """:class:`BadModel` when the file has ``name`` though config.json says that there is none."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..checkpoint import Weights
 from ..spec import TextSpec
-from .layers import Linear, RmsNorm, activation
+from ..weights import Dense
+from .layers import RmsNorm, activation
 from .rope import Rope, rotate
 
 
@@ -24,7 +25,7 @@ class Decoder:
         self.embedding = weights.take("text.embed_tokens.weight", spec.vocab_size, size)
         self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
         self._norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
-        self._head = self.embedding if spec.tied_head else weights.take("head.weight", spec.vocab_size, size)
+        self._head = Dense(self.embedding) if spec.tied_head else weights.linear("head", spec.vocab_size, size)
         self._rope = Rope(spec.head_dim, spec.rope)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` to ``[n, vocabulary]``."""
-        return F.linear(self._norm(hidden), self._head)
+        return self._head(self._norm(hidden))
 
 
 class DecoderLayer:
@@ -47,13 +48,13 @@ class DecoderLayer:
         self._head_dim = head_dim
         self._norm1 = RmsNorm.take(weights, f"{name}.input_layernorm", size, spec.norm_eps)
         self._norm2 = RmsNorm.take(weights, f"{name}.post_attention_layernorm", size, spec.norm_eps)
-        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
-        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
-        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
-        self._out = Linear.take(weights, f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
-        self._gate = Linear.take(weights, f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
-        self._up = Linear.take(weights, f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
-        self._down = Linear.take(weights, f"{name}.mlp.down_proj", size, inner, bias=spec.mlp_bias)
+        self._query = weights.linear(f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
+        self._key = weights.linear(f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
+        self._value = weights.linear(f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
+        self._out = weights.linear(f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
+        self._gate = weights.linear(f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
+        self._up = weights.linear(f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
+        self._down = weights.linear(f"{name}.mlp.down_proj", size, inner, bias=spec.mlp_bias)
         self._activation = activation(spec.activation)
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ..checkpoint import Weights
 from ..spec import ModelSpec
 from .clip import VisionTower
 from .decoder import Decoder
-from .layers import Linear, activation
+from .layers import activation
 
 
 class Llava:
@@ -25,8 +25,8 @@ class Llava:
         self.dtype = weights.dtype
         self.decoder = Decoder(spec.text, weights)
         self._tower = VisionTower(spec.vision, spec.feature_layers, weights)
-        self._project1 = Linear.take(weights, "projector.linear_1", size, features, bias=spec.projector_bias)
-        self._project2 = Linear.take(weights, "projector.linear_2", size, size, bias=spec.projector_bias)
+        self._project1 = weights.linear("projector.linear_1", size, features, bias=spec.projector_bias)
+        self._project2 = weights.linear("projector.linear_2", size, size, bias=spec.projector_bias)
         self._activation = activation(spec.projector_activation)
 
     def encode(self, pixels: npt.NDArray[np.float32]) -> Generator[None, None, Tensor]:
