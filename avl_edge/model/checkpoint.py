@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import Progress, read_json
 from ..errors import BadModel, quoted, refusing, shortened
-from .weights import Dense, LinearWeight
+from .weights import Dense, LinearWeight, QuantFormat, StoredLayer, quant_format
 
 # transformers wrote these prefixes at different times; the longer ones come first.
 _PREFIXES = (
@@ -32,6 +32,7 @@ _PREFIXES = (
     ("model.language_model.", "text."),
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_QUANTIZED_PARTS = ("qweight", "weight_packed", "weight_scale")
 _MOST_HEADER_BYTES = 16 * 2**20
 
 
@@ -46,10 +47,12 @@ class Weights:
     """Tensors by canonical name, in the dtype of the embedding (``dtype``).
 
     :meth:`take` checks shapes, so that a wrong file fails at load, by name; what nobody takes does not matter.
+    ``quantized`` is how the linear layers that are not plain are stored.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], quantized: QuantFormat | None = None) -> None:
         self._tensors = tensors
+        self._quantized = quantized
         self.dtype = torch.float32
         if "text.embed_tokens.weight" in tensors:
             self.dtype = tensors["text.embed_tokens.weight"].dtype
@@ -66,11 +69,25 @@ class Weights:
         return tensor.to(self.dtype)
 
     def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
-        """The linear layer ``name``. ``bias`` is what config.json says; a file that says otherwise is no match for
-        it."""
-        if not bias:
+        """The linear layer ``name`` in the format that its tensors are in. ``bias`` is what config.json says; a file
+        that says otherwise is no match for it."""
+        packed = self._quantized if self._quantized and self._quantized.stores(name, self._tensors) else None
+        own = self.take(f"{name}.bias", outputs) if bias else None
+        if not bias and not (packed and self._has_zeros(f"{name}.bias")):
             self.deny(f"{name}.bias")
-        return Dense(self.take(f"{name}.weight", outputs, inputs), self.take(f"{name}.bias", outputs) if bias else None)
+        if packed:
+            return packed.read(StoredLayer(name, outputs, inputs, self._tensors, own))
+        for part in _QUANTIZED_PARTS:
+            if f"{name}.{part}" in self._tensors:
+                raise BadModel(
+                    f"{name}.{part} belongs to a quantised layer, but config.json has no quantization_config of that "
+                    "format: copy the checkpoint's config.json again"
+                )
+        return Dense(self.take(f"{name}.weight", outputs, inputs), own)
+
+    def _has_zeros(self, name: str) -> bool:
+        """GPTQ's packages store a bias of zeros for layers that have none."""
+        return name in self._tensors and not bool(self._tensors[name].any())
 
     def deny(self, name: str) -> None:
         """:class:`BadModel` when the file has ``name`` though config.json says that there is none."""
@@ -80,6 +97,7 @@ class Weights:
 
 def load_weights(directory: Path, progress: Progress | None = None) -> Weights:
     """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer."""
+    quantized = _quantized(directory)
     sources = _sources(directory)
     tensors: dict[str, Tensor] = {}
     for done, (name, tensor) in enumerate(_read(sources), start=1):
@@ -87,7 +105,11 @@ def load_weights(directory: Path, progress: Progress | None = None) -> Weights:
         _page_in(tensor)
         if progress:
             progress(done, len(sources))
-    return Weights(tensors)
+    return Weights(tensors, quantized)
+
+
+def _quantized(directory: Path) -> QuantFormat | None:
+    return quant_format(read_json(directory / "config.json") or {})
 
 
 def _page_in(tensor: Tensor) -> None:
@@ -117,6 +139,8 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
     if document is None:
         path = directory / "model.safetensors"
         if not path.exists():
+            if any(directory.glob("*.gguf")):
+                raise BadModel(f"{directory} holds GGUF files, which are llama.cpp's: give the model's safetensors")
             raise BadModel(f"{directory} has no model.safetensors and no model.safetensors.index.json")
         names: list[str] = _open(path).keys()
         yield from (_Source(name, path) for name in names)
@@ -165,7 +189,9 @@ def _canonical(name: str) -> str:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that the model will compute in, from the file headers alone."""
+    """The dtype that the model will compute in, from config.json and the file headers alone; :class:`BadModel` for
+    weights in a format that is not served."""
+    _quantized(directory)
     source = _sources(directory).get("text.embed_tokens.weight")
     if source is None:
         raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold a LLaVA decoder")

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...model.checkpoint import Weights
 from ...model.network import Llava
 from ...model.spec import ModelSpec
+from ...model.weights import LinearWeight
 from ...request import ImageSpan
 
 
@@ -21,6 +22,9 @@ class DeviceWeights(Weights):
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self._device)
+
+    def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
+        return self._weights.linear(name, outputs, inputs, bias=bias).to(self._device)
 
     def deny(self, name: str) -> None:
         self._weights.deny(name)

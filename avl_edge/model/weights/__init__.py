@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .config import quant_format
 from .linear import Dense, Grouped, LinearWeight
+from .stored import QuantFormat, StoredLayer
 
-__all__ = ["Dense", "Grouped", "LinearWeight"]
+__all__ = ["Dense", "Grouped", "LinearWeight", "QuantFormat", "StoredLayer", "quant_format"]
