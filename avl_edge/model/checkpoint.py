@@ -6,7 +6,9 @@ Canonical names: ``text.*`` (embed_tokens, layers.N.*, norm), ``head.weight``, `
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..config import Progress, read_json
+from ..config import Progress, read_json, require
 from ..errors import BadModel, quoted, refusing, shortened
-from .weights import Dense, LinearWeight, QuantFormat, StoredLayer, quant_format
+from .weight_format import WeightFormat, WeightFormats
+from .weights import Dense, Grouped, LinearWeight, QuantFormat, StoredLayer, pack, quant_format
 
 # transformers wrote these prefixes at different times; the longer ones come first.
 _PREFIXES = (
@@ -33,6 +36,8 @@ _PREFIXES = (
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _QUANTIZED_PARTS = ("qweight", "weight_packed", "weight_scale")
+DECODER_MATRIX = re.compile(r"text\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+"""The decoder's matrices by canonical name, but for its embedding and head."""
 _MOST_HEADER_BYTES = 16 * 2**20
 
 
@@ -43,16 +48,30 @@ class _Source(NamedTuple):
     path: Path
 
 
+class Mapped(NamedTuple):
+    """A tensor in the mapping of its file, and its name there."""
+
+    name: str
+    tensor: Tensor
+
+
 class Weights:
     """Tensors by canonical name, in the dtype of the embedding (``dtype``).
 
     :meth:`take` checks shapes, so that a wrong file fails at load, by name; what nobody takes does not matter.
-    ``quantized`` is how the linear layers that are not plain are stored.
+    ``quantized`` is how the linear layers that are not plain are stored, ``packed`` has those that were packed as they
+    were loaded.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], quantized: QuantFormat | None = None) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        quantized: QuantFormat | None = None,
+        packed: Mapping[str, Grouped] | None = None,
+    ) -> None:
         self._tensors = tensors
         self._quantized = quantized
+        self._packed = packed or {}
         self.dtype = torch.float32
         if "text.embed_tokens.weight" in tensors:
             self.dtype = tensors["text.embed_tokens.weight"].dtype
@@ -62,8 +81,8 @@ class Weights:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise BadModel(f"the checkpoint has no weights for {name}: is it complete, and does config.json match it?")
-        if shape and tuple(tensor.shape) != shape:
-            raise BadModel(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
+        if shape:
+            self._require_shape(name, tuple(tensor.shape), shape)
         if tensor.dtype not in _DTYPES:
             raise BadModel(f"{name} is stored as {tensor.dtype}: only float checkpoints are supported")
         return tensor.to(self.dtype)
@@ -71,12 +90,16 @@ class Weights:
     def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
         """The linear layer ``name`` in the format that its tensors are in. ``bias`` is what config.json says; a file
         that says otherwise is no match for it."""
-        packed = self._quantized if self._quantized and self._quantized.stores(name, self._tensors) else None
+        stored = self._quantized if self._quantized and self._quantized.stores(name, self._tensors) else None
         own = self.take(f"{name}.bias", outputs) if bias else None
-        if not bias and not (packed and self._has_zeros(f"{name}.bias")):
+        if not bias and not (stored and self._has_zeros(f"{name}.bias")):
             self.deny(f"{name}.bias")
-        if packed:
-            return packed.read(StoredLayer(name, outputs, inputs, self._tensors, own))
+        packed = self._packed.get(name)
+        if packed is not None:
+            self._require_shape(f"{name}.weight", (packed.outputs, packed.inputs), (outputs, inputs))
+            return replace(packed, bias=own)
+        if stored:
+            return stored.read(StoredLayer(name, outputs, inputs, self._tensors, own))
         for part in _QUANTIZED_PARTS:
             if f"{name}.{part}" in self._tensors:
                 raise BadModel(
@@ -84,6 +107,14 @@ class Weights:
                     "format: copy the checkpoint's config.json again"
                 )
         return Dense(self.take(f"{name}.weight", outputs, inputs), own)
+
+    def packs(self, name: str) -> bool:
+        """Whether the layer ``name`` was packed as it was loaded."""
+        return name in self._packed
+
+    def _require_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise BadModel(f"{name} has shape {list(found)}, but config.json asks for {list(expected)}")
 
     def _has_zeros(self, name: str) -> bool:
         """GPTQ's packages store a bias of zeros for layers that have none."""
@@ -95,17 +126,42 @@ class Weights:
             raise BadModel(f"the checkpoint has {name}, which config.json says the model does not: they do not match")
 
 
-def load_weights(directory: Path, progress: Progress | None = None) -> Weights:
-    """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer."""
-    quantized = _quantized(directory)
-    sources = _sources(directory)
-    tensors: dict[str, Tensor] = {}
-    for done, (name, tensor) in enumerate(_read(sources), start=1):
-        tensors[name] = tensor
-        _page_in(tensor)
+def load_weights(directory: Path, progress: Progress | None = None, formats: WeightFormats | None = None) -> Weights:
+    """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer.
+
+    With ``formats``, the decoder's matrices are packed one by one, and of these the file's pages may be forgotten.
+    :class:`BadInput` where groups do not divide a matrix, or where the checkpoint is quantised already.
+    """
+    quantized, formats = _quantized(directory), formats or WeightFormats()
+    require(
+        quantized is None or formats == WeightFormats(),
+        f"{directory} is quantised already: leave out --weights and --head, or give the 16-bit checkpoint",
+    )
+    mapped = map_tensors(directory)
+    packed: dict[str, Grouped] = {}
+    for done, (name, (_, tensor)) in enumerate(mapped.items(), start=1):
+        packings = _packings(name, tied="head.weight" not in mapped, formats=formats)
+        packed |= {layer: pack(tensor, form) for layer, form in packings.items() if tensor.ndim == 2}
+        if name.removesuffix(".weight") not in packed:
+            _page_in(tensor)
         if progress:
-            progress(done, len(sources))
-    return Weights(tensors, quantized)
+            progress(done, len(mapped))
+    return Weights({name: each.tensor for name, each in mapped.items()}, quantized, packed)
+
+
+def _packings(name: str, *, tied: bool, formats: WeightFormats) -> dict[str, WeightFormat]:
+    """What the tensor ``name`` is packed as, by the linear layer that it is the matrix of."""
+    found = {}
+    if formats.body is not None and DECODER_MATRIX.fullmatch(name):
+        found[name.removesuffix(".weight")] = formats.body
+    if formats.head is not None and name == ("text.embed_tokens.weight" if tied else "head.weight"):
+        found["head"] = formats.head
+    return found
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether config.json says so; :class:`BadModel` for a format that is not served."""
+    return _quantized(directory) is not None
 
 
 def _quantized(directory: Path) -> QuantFormat | None:
@@ -154,10 +210,11 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
         yield _Source(name, directory / file)
 
 
-def _read(sources: Mapping[str, _Source]) -> Iterator[tuple[str, Tensor]]:
+def map_tensors(directory: Path) -> dict[str, Mapped]:
+    """Every tensor of the checkpoint in ``directory``, by canonical name; nothing is read but the files' headers."""
+    sources = _sources(directory)
     files = {path: _open(path) for path in dict.fromkeys(source.path for source in sources.values())}
-    for canonical, source in sources.items():
-        yield canonical, _tensor(files[source.path], source)
+    return {name: Mapped(source.name, _tensor(files[source.path], source)) for name, source in sources.items()}
 
 
 def _tensor(file: safe_open, source: _Source) -> Tensor:

@@ -26,6 +26,9 @@ class DeviceWeights(Weights):
     def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
         return self._weights.linear(name, outputs, inputs, bias=bias).to(self._device)
 
+    def packs(self, name: str) -> bool:
+        return self._weights.packs(name)
+
     def deny(self, name: str) -> None:
         self._weights.deny(name)
 

@@ -25,7 +25,8 @@ class Decoder:
         self.embedding = weights.take("text.embed_tokens.weight", spec.vocab_size, size)
         self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
         self._norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
-        self._head = Dense(self.embedding) if spec.tied_head else weights.linear("head", spec.vocab_size, size)
+        tied = spec.tied_head and not weights.packs("head")
+        self._head = Dense(self.embedding) if tied else weights.linear("head", spec.vocab_size, size)
         self._rope = Rope(spec.head_dim, spec.rope)
 
     def embed(self, token_ids: Tensor) -> Tensor:

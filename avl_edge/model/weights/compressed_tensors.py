@@ -14,12 +14,14 @@ What a layer is, its tensors say; N outputs, K inputs, G groups of a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..weight_format import WeightFormat, WeightFormats
 from .linear import Grouped
-from .packing import unpacked
+from .packing import signed, unpacked, words
 from .stored import CONVERT, StoredLayer
 
 
@@ -42,17 +44,17 @@ def _plain(layer: StoredLayer) -> Grouped:
 
 
 def _packed(layer: StoredLayer) -> Grouped:
-    words = layer.take("weight_packed", torch.int32)
-    bits = 8 if words.shape[-1] * 4 == layer.inputs else 4
-    layer.require_shape("weight_packed", words, (layer.outputs, layer.inputs * bits // 32))
+    packed = layer.take("weight_packed", torch.int32)
+    bits = 8 if packed.shape[-1] == -(-layer.inputs // 4) else 4
+    layer.require_shape("weight_packed", packed, (layer.outputs, -(-layer.inputs * bits // 32)))
     shape = layer.shaped("weight_shape", torch.int64, 2)
     if shape.tolist() != [layer.outputs, layer.inputs]:
         raise layer.bad("weight_shape", f"says {shape.tolist()}, not {[layer.outputs, layer.inputs]}: copy it again")
     scales = _scales(layer)
     zeros, order = _zeros(layer, bits, scales.shape[1]), _order(layer, scales.shape[1])
     if bits == 4 and order is None:
-        return layer.packed(words.contiguous().view(torch.uint8), scales, zeros, bits, None, "weight_scale")
-    return layer.grouped(unpacked(words, bits), scales, zeros, bits, order, "weight_scale")
+        return layer.packed(packed.contiguous().view(torch.uint8), scales, zeros, bits, None, "weight_scale")
+    return layer.grouped(unpacked(packed, bits)[:, : layer.inputs], scales, zeros, bits, order, "weight_scale")
 
 
 def _scales(layer: StoredLayer) -> Tensor:
@@ -65,8 +67,8 @@ def _zeros(layer: StoredLayer, bits: int, groups: int) -> Tensor | None:
     """uint8 ``[outputs, groups]``."""
     if not layer.has("weight_zero_point"):
         return None
-    words = layer.shaped("weight_zero_point", torch.int32, -(-layer.outputs * bits // 32), groups)
-    return unpacked(words.T, bits).T[: layer.outputs].contiguous()
+    packed = layer.shaped("weight_zero_point", torch.int32, -(-layer.outputs * bits // 32), groups)
+    return unpacked(packed.T, bits).T[: layer.outputs].contiguous()
 
 
 def _order(layer: StoredLayer, groups: int) -> Tensor | None:
@@ -74,3 +76,37 @@ def _order(layer: StoredLayer, groups: int) -> Tensor | None:
     if not layer.has(part) or bool((layer.take(part, torch.int32) == -1).all()):
         return None
     return layer.order(part, groups)
+
+
+def stored_parts(layer: Grouped, dtype: torch.dtype) -> dict[str, Tensor]:
+    """``pack-quantized`` tensors of a symmetric layer, scales in ``dtype``."""
+    assert layer.zeros is None, "symmetric"
+    assert layer.order is None, "columns are in the order of the inputs"
+    codes = signed(layer.codes.view(torch.uint8)).view(torch.uint8) if layer.bits == 8 else layer.codes
+    return {
+        "weight_packed": words(codes),
+        "weight_scale": layer.scales.to(dtype),
+        "weight_shape": torch.tensor([layer.outputs, layer.inputs]),
+    }
+
+
+def quantization_config(formats: WeightFormats) -> dict[str, Any]:
+    """config.json's section about a checkpoint whose decoder is stored as ``formats``, all else plain."""
+    targets = {"re:.*language_model.*_proj$": formats.body, "re:.*lm_head$": formats.head}
+    packed = {target: form for target, form in targets.items() if form is not None}
+    plain = [target for target in targets if target not in packed]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{number}": {"targets": [target], "weights": _weights(form)}
+            for number, (target, form) in enumerate(packed.items())
+        },
+        "ignore": ["re:.*vision_tower.*", "re:.*multi_modal_projector.*", *plain],
+    }
+
+
+def _weights(form: WeightFormat) -> dict[str, Any]:
+    grouping = {"strategy": "channel"} if form.group is None else {"strategy": "group", "group_size": form.group}
+    return {"num_bits": form.bits, "type": "int", "symmetric": True, "dynamic": False, **grouping}

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPS = (128, 64, 32)
-"""Inputs that may share a scale of 4-bit weights."""
+from ..weight_format import GROUPS
+
 _TILE_ELEMENTS = 1 << 21
 
 
@@ -62,7 +62,7 @@ class Grouped:
     ``bits`` 8: ``codes`` int8 ``[outputs, inputs]``, value = code * scale; any ``group`` that divides ``inputs``, which
     means one scale per output where it equals them.
     ``bits`` 4: ``codes`` uint8 ``[outputs, inputs / 2]``, input 2i in the low nibble and 2i + 1 in the high one, each 0
-    to 15; value = (code - zero) * scale; a ``group`` of :data:`GROUPS`.
+    to 15; value = (code - zero) * scale; a ``group`` of 32, 64 or 128.
     ``scales`` float32 ``[outputs, inputs / group]``. ``zeros`` uint8 of the same shape, 0 to 15, or None where all are
     8; of 8 bits always None.
     ``order`` int64 ``[inputs]``, or None where the columns of ``codes`` are in the order of the inputs: column i

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .linear import GROUPS
+from ..weight_format import GROUPS
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
     """int32 ``[rows, n]`` to uint8 ``[rows, n * 32 / bits]``."""
     numbers = words.contiguous().view(torch.uint8)
     return numbers if bits == 8 else torch.stack([numbers & 15, numbers >> 4], -1).flatten(1)
+
+
+def words(numbers: Tensor) -> Tensor:
+    """uint8 ``[rows, n]`` to int32 ``[rows, n / 4]``, rounded up."""
+    return functional.pad(numbers, (0, -numbers.shape[1] % 4)).view(torch.int32)
 
 
 def nibbles(numbers: Tensor) -> Tensor:
@@ -46,4 +52,4 @@ def split_group(bits: int, group: int) -> int | None:
     of 8 bits, ``group``. None where there is none."""
     if bits == 8:
         return group
-    return next((each for each in GROUPS if group % each == 0), None)
+    return next((each for each in reversed(GROUPS) if group % each == 0), None)

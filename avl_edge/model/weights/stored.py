@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BadModel
-from .linear import GROUPS, Grouped
+from ..weight_format import GROUPS
+from .linear import Grouped
 from .packing import neighbours, nibbles, signed, split_group
 
 CONVERT = ": make a checkpoint that is served from the model's 16-bit one with `avl-edge quantize`"
@@ -96,7 +97,7 @@ class StoredLayer:
         size = self.inputs // scales.shape[1]
         group = split_group(bits, size)
         if group is None:
-            served = ", ".join(map(str, sorted(GROUPS)))
+            served = ", ".join(map(str, GROUPS))
             raise self.bad(part, f"has a scale for {size} inputs; 4-bit weights need groups of {served}{CONVERT}")
         scales = scales.float().repeat_interleave(size // group, 1).contiguous()
         zeros = None if zeros is None else zeros.repeat_interleave(size // group, 1).contiguous()
