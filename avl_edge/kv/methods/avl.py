@@ -17,7 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import PromptShape, require
-from .arithmetic import Mask, Scores, rounded_share, share, spread, top, top_of_each, whole, with_column, without_lowest
+from .arithmetic import (
+    Mask,
+    Scores,
+    heavy_and_recent,
+    rounded_share,
+    share,
+    spread,
+    top,
+    top_of_each,
+    whole,
+    with_column,
+    without_lowest,
+)
 from .base import Method, TierPeaks, Tiers, parameter
 from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, Step, pruned
 
@@ -220,13 +232,7 @@ class AvlPolicy(KeepsCore):
     def _keep_suffix(self, sums: Scores) -> Mask:
         """Heavy hitters by running sum, and the most recent rows: a mask over the text rows after the image, ``[L, n]``
         as their ``sums``."""
-        budget, count = self._settings.text_budget(self._seen), sums.shape[1]
-        keep = np.ones(sums.shape, dtype=np.bool_)
-        if count > budget:
-            heavy = share(budget, self._settings.heavy)
-            older = count - (budget - heavy)
-            keep[:, :older] = top(sums[:, :older], heavy)
-        return keep
+        return heavy_and_recent(sums, self._settings.text_budget(self._seen), self._settings.heavy)
 
 
 def _odds(image: Scores, text: Scores) -> npt.NDArray[np.float64]:
