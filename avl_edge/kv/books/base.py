@@ -62,6 +62,13 @@ class Pages:
         arrays: list[Array] = [self.taken, self.held, self.owner, self.packing, self.dirty, self.free, self.free_count]
         self.packed = _POOL.pack(*[address(each) for each in arrays], self.taken.shape[1])
 
+    def leave(self, pages: Index) -> None:
+        """Make some pages nobody's; the last of them is taken first."""
+        begin = int(self.free_count[0])
+        self.owner[pages], self.held[pages] = NOBODY, 0
+        self.free[begin : begin + len(pages)] = pages
+        self.free_count[0] += len(pages)
+
 
 class Account:
     """A lease's ``number``, and what it counts: ``counts`` int64 ``[4]``, pages held, bytes of the rows held, the most

@@ -9,7 +9,6 @@ import numpy as np
 from ...errors import PoolExhausted
 from .base import (
     FREED_TWICE,
-    NOBODY,
     Array,
     Columns,
     Gone,
@@ -78,17 +77,9 @@ class PlainBooks:
         share.free[: len(free)] = free
         share.free_count[0] = len(free)
         left = np.unique(at[pages.held[at] == 0])[::-1]
-        self.leave(pages, left)
+        pages.leave(left)
         counts[0] -= len(left)
         counts[1] -= len(ids) * share.packing.row_bytes
-
-    @staticmethod
-    def leave(pages: Pages, left: Index) -> None:
-        """Pages, descending, that nobody has any more."""
-        begin = int(pages.free_count[0])
-        pages.owner[left], pages.held[left] = NOBODY, 0
-        pages.free[begin : begin + len(left)] = left
-        pages.free_count[0] += len(left)
 
     def retier(
         self, pages: Pages, core: Share, secondary: Share, columns: Columns, wanted: Mask
