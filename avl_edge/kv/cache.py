@@ -189,12 +189,8 @@ class SequenceCache:
 
     @property
     def rows_scanned_now(self) -> Selection:
-        """Those among which :meth:`set_core` chooses: the stored image rows."""
+        """Those among which :meth:`pick_core` and :meth:`set_core` choose: the stored image rows."""
         return Selection(self.formats.core, self.rows.image)
-
-    def rows_to_scan(self, layer: int) -> Selected:
-        """:attr:`rows_scanned_now` of one layer."""
-        return self.rows_scanned_now.of(layer)
 
     def pick_core(self, layer: int, weights: Scores) -> None:
         """Choose the core of this step by the coarse ``weights`` of the rows that were scanned."""

@@ -134,7 +134,7 @@ def test_tiers_are_what_the_caches_hold(
         before = cache.bytes_read
         cache.begin_step()
         for layer in range(layers) if cache.picks_core else ():
-            cache.pick_core(layer, chance.random(len(cache.rows_to_scan(layer))))
+            cache.pick_core(layer, chance.random(len(cache.rows_scanned_now.of(layer))))
         read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
         settle(cache, [chance.random(count) for count in read] if cache.wants_scores else None)
         assert answer.step(step).rows == sum(read)
