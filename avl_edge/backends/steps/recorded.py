@@ -21,7 +21,7 @@ KEPT_STEPS = 12
 
 
 class RecordedStep(ABC):
-    """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :attr:`logits`, :meth:`scores`,
+    """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :meth:`logits`, :meth:`scores`,
     :meth:`picked`."""
 
     def __init__(self, accelerator: Accelerator, tables: StepTables, outputs: Mapping[str, Tensor]) -> None:
@@ -29,7 +29,9 @@ class RecordedStep(ABC):
         and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``."""
         self.tables, self._accelerator, self.outputs = tables, accelerator, outputs
         self._results = {
-            name: accelerator.host_memory(tuple(output.shape), output.dtype) for name, output in outputs.items()
+            name: accelerator.host_memory(tuple(output.shape), output.dtype)
+            for name, output in outputs.items()
+            if name != "logits"
         }
         self._replay: Callable[[], None] | None = None
 
@@ -37,16 +39,15 @@ class RecordedStep(ABC):
     def run(self) -> None:
         """The step on the device, from its tables to its outputs. Running it twice is running it once."""
 
-    def start(self, *, logits: bool) -> None:
-        """Queue everything: tables up, the step, and down come the likeliest tokens, the scores and the choices of a
-        bucket that has them and, when asked for, the logits."""
+    def start(self) -> None:
+        """Queue everything: tables up, the step, and down come the likeliest tokens, and the scores and the choices of
+        a bucket that has them."""
         self.tables.upload()
         if self._replay is None:
             self._replay = self._accelerator.record(self.run)
         self._replay()
-        for name, output in self.outputs.items():
-            if logits or name != "logits":
-                self._results[name].copy_(output, non_blocking=True)
+        for name, result in self._results.items():
+            result.copy_(self.outputs[name], non_blocking=True)
 
     @property
     def tokens(self) -> list[int]:
@@ -54,10 +55,9 @@ class RecordedStep(ABC):
         tokens: list[int] = self._results["tokens"].tolist()
         return tokens
 
-    @property
-    def logits(self) -> Tensor:
-        """``[B, vocabulary]`` on the host, overwritten by the next step of this bucket."""
-        return self._results["logits"]
+    def logits(self, count: int) -> Tensor:
+        """Those of the first ``count`` sequences, ``[count, vocabulary]``, on the device."""
+        return self.outputs["logits"][:count].clone()
 
     def scores(self, sequence: int, reads: Reads) -> StepScores:
         """The weights of the rows that one sequence read: float32, on the host."""
@@ -93,8 +93,6 @@ class RecordedSteps(OrderedDict[Bucket, S]):
         positions: Sequence[int],
         slots: Sequence[npt.NDArray[np.integer]],
         reads: Sequence[Reads],
-        *,
-        logits: bool,
     ) -> Iterator[None]:
         """Fill a step's tables and start it: ``slots[sequence]`` ``[L]``, the others as :meth:`StepTables.fill` takes
         them. What stands in the ``with`` is done by the host meanwhile; the results are there at its end."""
@@ -102,7 +100,7 @@ class RecordedSteps(OrderedDict[Bucket, S]):
             self._accelerator.synchronize()
         step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
         self._under_way = True
-        step.start(logits=logits)
+        step.start()
         yield
         self._accelerator.synchronize()
         self._under_way = False

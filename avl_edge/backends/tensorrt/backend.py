@@ -23,7 +23,6 @@ from torch import Tensor
 from ...kv.cache import SequenceCache
 from ...kv.pool import RowTable
 from ...kv.selection import Selection, StepScores
-from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
@@ -106,15 +105,13 @@ class EngineBackend:
         return run[names.FEATURES]
 
     def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
-        """A prompt runs whole; its logits come as float32 to the CPU, and the rows are there when it is done."""
+        """A prompt runs whole; its logits, float32, and its rows are there when it is done."""
         return WholeTask(lambda: self._prompt(prompt, features, cache))
 
     def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
         logits = self._run(prompt, features, cache)[names.LOGITS][0]
-        if isinstance(cache, SharedPrefixCache):
-            self.accelerator.synchronize()
-            return logits
-        return logits.cpu()
+        self.accelerator.synchronize()
+        return logits
 
     def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
         """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
@@ -140,7 +137,7 @@ class EngineBackend:
         return distances(values, cache, layer)
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        """One step for every sequence; greedy tokens are chosen on the device, logits come as float32 to the CPU."""
+        """One step for every sequence; greedy tokens are chosen on the device, logits, float32, stay there."""
         pieces = self._pieces(len(caches))
         return StepResult.joined([(some.start, self._decode(token_ids[some], caches[some], greedy)) for some in pieces])
 
@@ -162,7 +159,7 @@ class EngineBackend:
             return batch.result()
         reads = [own for own, _ in asked]
         step = self.steps.of(self._bucket(reads, any(scores for _, scores in asked)))
-        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
+        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads):
             for at, (_, scores) in enumerate(asked):
                 if not scores:
                     batch.attempt(at, self._settle, batch.caches[at], None)
@@ -170,7 +167,7 @@ class EngineBackend:
             if scores:
                 batch.attempt(at, self._settle, batch.caches[at], step.scores(at, own))
         count = len(batch.caches)
-        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
+        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits(count))
 
     def _settle(self, cache: SequenceCache, scores: StepScores | None) -> None:
         self.rows.move(cache, cache.settle(scores))
