@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ..config import format_size, require
-from ..errors import DoesNotFit
+from ..errors import TooLarge
 from ..machine import device
 from ..measure.evaluate import Setting
 from ..measure.perplexity import WindowLayout, files_of, measure, plans_of, read_windows, report
@@ -23,7 +23,7 @@ from .progress import progress
 def text_document(
     data: str, model: str, settings: Sequence[Setting], layout: WindowLayout, windows: int
 ) -> dict[str, Any]:
-    """The evaluation of ``windows`` windows of each text; :class:`BadInput` or :class:`DoesNotFit` where there is
+    """The evaluation of ``windows`` windows of each text; :class:`BadInput` or :class:`TooLarge` where there is
     none."""
     directory = checkpoint_of(model)
     spec = read_spec(directory)
@@ -38,7 +38,7 @@ def text_document(
         setting.check(shape)
     plans, left_out = plans_of(settings, layout, shape)
     if len(left_out) == len(settings):
-        raise DoesNotFit(next(iter(left_out.values())))
+        raise TooLarge(next(iter(left_out.values())))
     _check_memory(len(read) * sum(plan.peak_bytes for plan in plans.values()))
     with progress("loading") as loading:
         network = Llava(spec, load_weights(directory, loading))
@@ -51,7 +51,7 @@ def text_document(
 def _check_memory(needed: int) -> None:
     usable = device.probe("/").memory.usable_bytes
     if usable is not None and needed > usable:
-        raise DoesNotFit(
+        raise TooLarge(
             f"the rows of all windows in all settings take {format_size(needed)}, and {format_size(usable)} are free: "
             "name fewer --methods, or lower --windows or --window"
         )
