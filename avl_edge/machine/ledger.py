@@ -70,7 +70,8 @@ class Entry:
 
     @property
     def stats(self) -> EntryStats:
-        return EntryStats(self.limit, self.used, self.peak)
+        used = self.used
+        return EntryStats(self.limit, used, max(used, self.peak))
 
     def fits(self, nbytes: int) -> bool:
         """Whether so many bytes more are within the limit now."""
@@ -94,17 +95,16 @@ class Entry:
             self._held[holder] = before
         self.require_possible(nbytes, what)
         raise Busy(
-            f"{what} takes {format_size(nbytes)}, and of the {format_size(self.limit)} for {self.name} others hold "
-            f"{format_size(used - nbytes)}: ask again when they have ended"
+            f"there is no room now for {what} ({format_size(nbytes)}): of {format_size(self.limit)} for {self.name} "
+            f"others hold {format_size(used - nbytes)}; ask again when they have ended"
         )
 
     def require_possible(self, nbytes: int, what: str) -> None:
         """Raise :class:`TooLarge` where ``what`` is more than the entry may ever hold."""
         if self.limit is not None and self.fixed + nbytes > self.limit:
-            there_is = format_size(self.limit - self.fixed)
             raise TooLarge(
-                f"{what} takes {format_size(nbytes)}, but {there_is} are all that there is for {self.name}: ask for "
-                f"less at a time, or load with more memory"
+                f"there is no room for {what} ({format_size(nbytes)}): {format_size(self.limit - self.fixed)} are all "
+                f"that there is for {self.name}; ask for less at a time, or load with more memory"
             )
 
     def release(self, holder: Hashable) -> None:

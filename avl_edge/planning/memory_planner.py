@@ -50,7 +50,7 @@ class MemoryPlanner:
         where memory is not bounded."""
         if self._memory is None:
             return None
-        return pool_pages * self._page if pool_pages else max(0, self._memory.kv_bytes(prompt_bytes))
+        return pool_pages * self._page if pool_pages else max(1, self._memory.kv_bytes(prompt_bytes))
 
     def plan(
         self,
@@ -59,19 +59,27 @@ class MemoryPlanner:
         prompt: PromptShape,
         steps: int,
         state: DeviceState | None = None,
+        pixel_bytes: int = 0,
     ) -> KvPlan[Method]:
-        """:meth:`RequestPlanner.plan`, before there is a pool (``pool_pages`` 0) within what the process may take."""
-        memory, prompt_bytes = self._memory, self._planner.workspace(prompt, steps).prompt_bytes
-        self.ledger["activations"].require_possible(prompt_bytes, "the prompt")
+        """:meth:`RequestPlanner.plan`, before there is a pool (``pool_pages`` 0) within what the process may take
+        beside ``pixel_bytes``."""
+        prompt_bytes = self._planner.workspace(prompt, steps).prompt_bytes
+        if pool_pages:
+            self.ledger["activations"].require_possible(prompt_bytes, "the prompt")
         what = f"{prompt.length} prompt tokens and {steps + 1} new ones"
         try:
             left = self.kv_bytes_left(prompt_bytes, pool_pages)
             pages = pool_pages or self._planner.pool_pages(None)
             plan = self._planner.plan(pages, options, prompt, steps, state, left)
         except OverBudget as error:
-            if memory and not pool_pages:
-                memory.require(prompt_bytes, error.smallest, what)
+            self.require(prompt_bytes, error.smallest, pool_pages, what, pixel_bytes)
             raise
-        if memory and not pool_pages:
-            memory.require(prompt_bytes, plan.peak_bytes, what)
+        self.require(prompt_bytes, plan.peak_bytes, pool_pages, what, pixel_bytes)
         return plan
+
+    def require(self, prompt_bytes: int, kv_bytes: int, pool_pages: int, what: str, pixel_bytes: int = 0) -> None:
+        """Raise :class:`TooLarge`, naming the least memory that would do, where ``what``, which needs a pool of
+        ``kv_bytes`` beside ``pixel_bytes`` and the workspace of a prompt, does not fit. Once there is a pool, that says
+        what fits."""
+        if self._memory and not pool_pages:
+            self._memory.require(prompt_bytes, kv_bytes, what, pixel_bytes)

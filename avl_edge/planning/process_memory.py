@@ -12,11 +12,18 @@ from ..machine.ledger import EntryName
 from ..model.prompt import DECODING_BYTES_PER_PIXEL, MAX_PIXELS
 
 PIXELS_BYTES = 512 * 2**20
-"""The most that the pixels of requests take which have not been encoded: 380 pictures of 336 x 336. More than that in
-the queue is a client that fills it."""
+"""The most that the pixels of requests take that have not been encoded, a few more where memory is bounded: 380
+pictures of 336 x 336. More than that in the queue is a client that fills it."""
 _DECODING_BYTES = DECODING_BYTES_PER_PIXEL * MAX_PIXELS
+_LEAST_DECODING_BYTES = DECODING_BYTES_PER_PIXEL * 10**6
+"""However small a process is, a picture of a megapixel can be read."""
+_PICTURES = 4
+"""However small a process is, there is room for the pixels of one picture, which are there twice while it is read, and
+of another one."""
 _FEATURES_SHARE, _PIXELS_SHARE, _DECODING_SHARE = 16, 16, 8
-"""Where memory is bounded, each has at most one part in so many of what weights and libraries leave."""
+"""Where memory is bounded, each has at most one part in so many of what weights and libraries leave, a multiple of
+:data:`_UNIT` bytes: so shares are whole, and what is left never falls as there is more."""
+_UNIT = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class ProcessMemory:
     """A process bounded to ``limit`` bytes, of which the others here are fixed.
 
     ``process``: what it held before; ``libraries``: what they will take beside tensors; ``conversions``: rows on their
-    way into another format; ``most_features``: those of a context full of pictures.
+    way into another format; ``picture``: pixels of one; ``most_features``: those of a context full of pictures.
     """
 
     limit: int
@@ -42,37 +49,47 @@ class ProcessMemory:
     weights: int
     recorded_steps: int
     conversions: int
+    picture: int
     most_features: int
 
     @property
     def _fixed(self) -> int:
-        return self.process + self.libraries + self.weights + self.recorded_steps + self.conversions
+        pictures = _PICTURES * self.picture + _LEAST_DECODING_BYTES
+        return self.process + self.libraries + self.weights + self.recorded_steps + self.conversions + pictures
 
     def _shares(self, room: int) -> dict[EntryName, int]:
         return {
             "features": min(self.most_features, room // _FEATURES_SHARE),
             "pixels": min(PIXELS_BYTES, room // _PIXELS_SHARE),
-            "decoding": min(_DECODING_BYTES, room // _DECODING_SHARE),
+            "decoding": min(_DECODING_BYTES - _LEAST_DECODING_BYTES, room // _DECODING_SHARE),
         }
 
     def _left(self, room: int) -> int:
         """What is left for prompts and rows."""
         return room - sum(self._shares(room).values())
 
+    def _pixels(self, room: int) -> int:
+        return _PICTURES * self.picture + self._shares(room)["pixels"]
+
+    @property
+    def _room(self) -> int:
+        return max(0, self.limit - self._fixed) // _UNIT * _UNIT
+
     def kv_bytes(self, prompt_bytes: int) -> int:
         """What rows may take beside the workspace of a prompt; below 0 where not even that fits."""
-        return self._left(max(0, self.limit - self._fixed)) - prompt_bytes
+        return self._left(self._room) - prompt_bytes
 
-    def smallest(self, prompt_bytes: int, kv_bytes: int) -> int:
-        """The least limit under which a prompt's workspace and so many bytes of rows fit."""
+    def smallest(self, prompt_bytes: int, kv_bytes: int, pixel_bytes: int = 0) -> int:
+        """The least limit under which the workspace of a prompt, so many bytes of rows and of pixels fit."""
         need = prompt_bytes + kv_bytes
-        # What is left grows with the room, and is half of it at least.
-        return self._fixed + bisect_left(range(2 * need + 1), need, key=self._left)
+        rooms = range(0, 2 * need + _PIXELS_SHARE * pixel_bytes + 2 * _UNIT, _UNIT)  # half of a room is left at least
+        places = (bisect_left(rooms, need, key=self._left), bisect_left(rooms, pixel_bytes, key=self._pixels))
+        return self._fixed + rooms[max(places)]
 
-    def require(self, prompt_bytes: int, kv_bytes: int, what: str) -> None:
+    def require(self, prompt_bytes: int, kv_bytes: int, what: str, pixel_bytes: int = 0) -> None:
         """Raise :class:`TooLarge`, naming the least that would do, where ``what`` does not fit."""
-        if self.kv_bytes(prompt_bytes) < kv_bytes:
-            least = self.smallest(prompt_bytes, kv_bytes)
+        least = self.smallest(prompt_bytes, kv_bytes, pixel_bytes)
+        if self.limit < least:
             raise TooLarge(
                 f"a process of {format_size(self.limit)} ({self.limit} bytes) does not hold {what}: the smallest that "
                 f"would do is {format_size(least)} ({least} bytes), {self._explained(prompt_bytes)}; raise --max-memory"
@@ -82,19 +99,21 @@ class ProcessMemory:
         parts = {
             "the program": self.process + self.libraries,
             "weights": self.weights,
-            "a prompt": prompt_bytes + self.conversions,
+            "a prompt and a picture": self._fixed - self.process - self.libraries - self.weights + prompt_bytes,
         }
         return ", ".join(f"{format_size(nbytes)} of it for {what}" for what, nbytes in parts.items())
 
     def limits(self, kv_bytes: int) -> dict[EntryName, int]:
         """Of all entries, with a pool of so many bytes: prompts have what it leaves."""
-        room = max(0, self.limit - self._fixed)
+        room, shares = self._room, self._shares(self._room)
         return {
             "process": self.process,
             "libraries": self.libraries,
             "weights": self.weights,
             "recorded_steps": self.recorded_steps,
-            **self._shares(room),
+            **shares,
+            "pixels": self._pixels(room),
+            "decoding": _LEAST_DECODING_BYTES + shares["decoding"],
             "kv_pool": kv_bytes,
             "activations": self.conversions + self._left(room) - kv_bytes,
         }

@@ -86,6 +86,7 @@ class RequestPlanner:
             weights=self.target.weight_bytes(model),
             recorded_steps=self.target.recorded_steps_bytes,
             conversions=CONVERSION_COPIES * min(max(BYTES_AT_ONCE, layer), self.shape.layers * layer),
+            picture=12 * self.spec.vision.image_size**2,
             most_features=self.most_features,
         )
         memory.require(self.workspace(PromptShape(1, 0, 0), 0).prompt_bytes, page_bytes(self.shape), "the model")

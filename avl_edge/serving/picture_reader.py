@@ -30,20 +30,25 @@ class PictureReader:
         limit = self._decoding.limit
         return MAX_PIXELS if limit is None else min(MAX_PIXELS, limit // DECODING_BYTES_PER_PIXEL)
 
+    def pixel_bytes(self, images: int) -> int:
+        """What so many pictures take while they are read: each alone, and then all in one."""
+        return 2 * self._processor.pixel_bytes(images)
+
     def __call__(
         self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]
     ) -> Prompt:
         """:meth:`~avl_edge.model.prompt.Processor.read`. Raises :class:`TooLarge` and :class:`Busy` where there is no
         memory for the pixels, before any is decoded."""
-        nbytes, holder = self._processor.pixel_bytes(len(images)), object()
-        if not nbytes:
+        nbytes, holder = self.pixel_bytes(len(images)), object()
+        if not images:
             return self._processor.read(images, token_ids, spans)
         what = "one picture" if len(images) == 1 else f"{len(images)} pictures"
         try:
-            self._pixels.hold(holder, 2 * nbytes, f"the pixels of {what}")  # each alone, and then all in one
+            self._pixels.hold(holder, nbytes, f"the pixels of {what}")
             with nullcontext() if self._decoding.limit is None else self._turn:
                 prompt = self._decode(images, token_ids, spans)
-            self._pixels.hold(holder, nbytes, "")
+            assert prompt.pixel_values is not None
+            self._pixels.hold(holder, prompt.pixel_values.nbytes, "")
             weakref.finalize(prompt.pixel_values, self._pixels.release, holder).atexit = False
         except BaseException:
             self._pixels.release(holder)

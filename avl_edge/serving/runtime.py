@@ -237,15 +237,27 @@ class Runtime:
         max_new_tokens = self.planner.new_tokens(len(token_ids), options)
         state = self._watcher.state() if self._watcher else None
         shape, steps = prompt_shape(len(token_ids), spans), max_new_tokens - 1
-        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state)
+        pixel_bytes = self.read_pictures.pixel_bytes(len(images))
+        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pixel_bytes)
         workspace, device = self.planner.workspace(shape, steps), state.stats if state else None
         read = self.read_pictures(images, token_ids, spans)
         return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
+
+    @property
+    def max_pixels(self) -> int:
+        """The most that a picture may have: what the memory of the process leaves for decoding one, where that is
+        bounded."""
+        return self.read_pictures.max_pixels
 
     def kv_bytes_left(self, prompt_bytes: int) -> int | None:
         """What the memory of the process leaves for the rows of requests, beside what a prompt takes; None where it is
         not bounded."""
         return self._memory.kv_bytes_left(prompt_bytes, self._loop.pool.pages)
+
+    def require_memory(self, prompt_bytes: int, kv_bytes: int, what: str) -> None:
+        """Raise :class:`TooLarge`, naming the least ``max_memory`` that would do, where no pool could be loaded that
+        holds ``kv_bytes`` beside what a prompt takes."""
+        self._memory.require(prompt_bytes, kv_bytes, self._loop.pool.pages, what)
 
     def memory(self) -> MemoryStats:
         """What the process holds now, by kind, as it is counted: of activations what requests were planned to take, and
