@@ -96,7 +96,8 @@ class RecordedSteps(OrderedDict[Bucket, S]):
 
     def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S], entry: Entry | None = None) -> None:
         super().__init__()
-        self._accelerator, self._make, self._entry = accelerator, make, entry or Entry("recorded steps")
+        self._accelerator, self._make = accelerator, make
+        self.entry = entry or Entry("recorded steps")
         self._under_way = False
 
     @contextmanager
@@ -127,13 +128,13 @@ class RecordedSteps(OrderedDict[Bucket, S]):
             if len(self) >= KEPT_STEPS:
                 self._drop_oldest()
             step = self._make(bucket)
-            while self and not self._entry.fits(step.nbytes):
+            while self and not self.entry.fits(step.nbytes):
                 self._drop_oldest()
-            self._entry.hold(bucket, step.nbytes, "a decode step of so many sequences and rows")
+            self.entry.hold(bucket, step.nbytes, "a decode step of so many sequences and rows")
             self[bucket] = step
         self.move_to_end(bucket)
         return self[bucket]
 
     def _drop_oldest(self) -> None:
         bucket, _ = self.popitem(last=False)
-        self._entry.release(bucket)
+        self.entry.release(bucket)
