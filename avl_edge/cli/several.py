@@ -9,8 +9,8 @@ from itertools import chain
 from typing import Any
 
 from ..config import Formats, Options, format_size
-from ..errors import BadInput
-from ..kv.budget import OverBudget, first_within
+from ..errors import BadInput, TooLarge
+from ..kv.budget import first_within
 from ..model.prompt import ImageSource
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
@@ -78,9 +78,9 @@ def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str]
         budget = runtime.kv_bytes_left(first.prompt_bytes)
     try:
         found = first_within(budget, chain([first], variants), what, instead)
-    except OverBudget as error:
+    except TooLarge as error:
         if options.kv_budget is None:
-            runtime.require_memory(first.prompt_bytes, error.smallest, what)
+            runtime.require_memory(first.prompt_bytes, error.smallest or 0, what)
         raise
     runtime.require_memory(found.prompt_bytes, found.peak_bytes, what)
     return found

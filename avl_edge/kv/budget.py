@@ -131,19 +131,11 @@ def fit(
 ) -> KvPlan[M]:
     """The first of ``candidates`` (best answers first) whose peak stays within ``budget`` bytes.
 
-    Raises :class:`OverBudget`, naming the smallest budget that would do, when none fits.
+    Raises :class:`TooLarge`, naming the smallest budget that would do, when none fits.
     """
     plans = (kv_plan(method, formats, shape, prompt, steps, budget) for method, formats in candidates)
     what = f"{prompt.length} prompt tokens and {steps + 1} new ones"
     return first_within(budget, plans, what, "raise --kv-budget, lower --max-new-tokens or let the method drop more")
-
-
-class OverBudget(TooLarge):
-    """No setting keeps a KV budget; one of ``smallest`` bytes would do."""
-
-    def __init__(self, message: str, smallest: int) -> None:
-        super().__init__(message)
-        self.smallest = smallest
 
 
 class Promised(Protocol):
@@ -159,7 +151,7 @@ P = TypeVar("P", bound=Promised)
 def first_within(budget: int | None, found: Iterable[P], what: str, instead: str) -> P:
     """The first of ``found`` (the best first) within ``budget`` bytes; without a budget the first.
 
-    Raises :class:`OverBudget` where there is none: with ``what`` did not fit, the smallest budget that would do, and
+    Raises :class:`TooLarge` where there is none: with ``what`` did not fit, the smallest budget that would do, and
     what to do ``instead``.
     """
     smallest = 0
@@ -168,8 +160,9 @@ def first_within(budget: int | None, found: Iterable[P], what: str, instead: str
             return each
         smallest = min(smallest or each.peak_bytes, each.peak_bytes)
     assert budget is not None, "without a budget the first is taken"
-    raise OverBudget(
+    refusal = TooLarge(
         f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {what}: the smallest that would do is "
-        f"{format_size(smallest)} ({smallest} bytes); {instead}",
-        smallest,
+        f"{format_size(smallest)} ({smallest} bytes); {instead}"
     )
+    refusal.smallest = smallest
+    raise refusal

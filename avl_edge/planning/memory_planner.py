@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..config import Options, PromptShape, format_size
-from ..kv.budget import KvPlan, OverBudget
+from ..errors import TooLarge
+from ..kv.budget import KvPlan
 from ..kv.layout import page_bytes
 from ..kv.methods import Method
 from ..machine import allocator
@@ -71,8 +72,8 @@ class MemoryPlanner:
             left = self.kv_bytes_left(prompt_bytes, pool_pages)
             pages = pool_pages or self._planner.pool_pages(None)
             plan = self._planner.plan(pages, options, prompt, steps, state, left)
-        except OverBudget as error:
-            self.require(prompt_bytes, error.smallest, pool_pages, what, pixel_bytes)
+        except TooLarge as error:
+            self.require(prompt_bytes, error.smallest or 0, pool_pages, what, pixel_bytes)
             raise
         self.require(prompt_bytes, plan.peak_bytes, pool_pages, what, pixel_bytes)
         return plan
