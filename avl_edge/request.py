@@ -18,17 +18,21 @@ class ImageSpan:
     length: int
 
 
+Pixels = npt.NDArray[np.float32]
+"""Preprocessed pictures, ``[images, 3, height, width]``."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt ready for the model.
 
     ``token_ids`` holds every position, image placeholders already expanded;
-    ``pixel_values`` is float32 ``[images, 3, height, width]``, or None without images.
+    ``pixel_values`` is None without images, and where they were let go.
     """
 
     token_ids: tuple[int, ...]
     spans: tuple[ImageSpan, ...]
-    pixel_values: npt.NDArray[np.float32] | None
+    pixel_values: Pixels | None
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -149,6 +149,11 @@ def _open(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
 
 
+def stored_bytes(directory: Path) -> int:
+    """What the checkpoint's files of weights weigh."""
+    return sum(path.stat().st_size for path in {source.path for source in _sources(directory).values()})
+
+
 def _canonical(name: str) -> str:
     for prefix, canonical in _PREFIXES:
         if name.startswith(prefix):

@@ -41,6 +41,7 @@ from ...kv.cache import SequenceCache
 from ...kv.pool.rows import Index
 from ...kv.selection import StepScores
 from ...kv.store import RowStore
+from ...machine.ledger import Entry
 from ...model.network import Llava
 from ...model.spec import TextSpec
 from ...request import Prompt
@@ -68,9 +69,16 @@ class CudaBackend:
     RuntimeError. ``rows`` are those of the pool, ``steps`` what was recorded: for traces and tests.
     """
 
-    def __init__(self, model: Llava, store: RowStore, kernels: Kernels, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: Llava,
+        store: RowStore,
+        kernels: Kernels,
+        accelerator: Accelerator,
+        recorded_steps: Entry | None = None,
+    ) -> None:
         """``model`` (see :func:`~avl_edge.backends.cuda.load_model`) and ``store`` lie on the accelerator's device, and
-        ``kernels`` are those of their shape."""
+        ``kernels`` are those of their shape. ``recorded_steps``: under which recorded steps are counted."""
         text, (keys, values) = model.spec.text, store.arenas("exact")
         self.name = f"torch-{accelerator.device.type}+kernels"
         self._model, self._kernels, self._accelerator = model, kernels, accelerator
@@ -78,16 +86,19 @@ class CudaBackend:
         self._prefill = Prefill(model, self.rows, self._score)
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
-        self.steps = RecordedSteps(accelerator, self._new_step)
+        self.steps = RecordedSteps(accelerator, self._new_step, recorded_steps)
 
     @classmethod
-    def on_gpu(cls, model: Llava, store: RowStore, accelerator: CudaDevice) -> CudaBackend:
+    def on_gpu(
+        cls, model: Llava, store: RowStore, accelerator: CudaDevice, recorded_steps: Entry | None = None
+    ) -> CudaBackend:
         """With the kernels compiled for this model and GPU, or taken from the cache.
 
         Raises as :func:`kernel_shape`.
         """
         shape = kernel_shape(model.spec.text, model.dtype)
-        return cls(model, store, Kernels.load(shape, accelerator.device.index or 0), accelerator)
+        kernels = Kernels.load(shape, accelerator.device.index or 0)
+        return cls(model, store, kernels, accelerator, recorded_steps)
 
     def _new_step(self, bucket: Bucket) -> DecodeStep:
         angles = self._angles if bucket.rank else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ...kv.selection import Selection, StepScores
+from ...machine.ledger import Entry
 from .device import Accelerator
 from .tables import Bucket, Reads, StepTables
 
@@ -24,9 +25,16 @@ class RecordedStep(ABC):
     """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :meth:`logits`, :meth:`scores`,
     :meth:`picked`."""
 
-    def __init__(self, accelerator: Accelerator, tables: StepTables, outputs: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        tables: StepTables,
+        outputs: Mapping[str, Tensor],
+        scratch: Iterable[Tensor] = (),
+    ) -> None:
         """``outputs`` on the device, which :meth:`run` writes: "tokens" int64 ``[B]``, "logits" ``[B, vocabulary]``
-        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``."""
+        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``.
+        ``scratch``: what else the step has there for itself."""
         self.tables, self._accelerator, self.outputs = tables, accelerator, outputs
         self._results = {
             name: accelerator.host_memory(tuple(output.shape), output.dtype)
@@ -34,6 +42,11 @@ class RecordedStep(ABC):
             if name != "logits"
         }
         self._replay: Callable[[], None] | None = None
+        sizes: dict[int, int] = {}
+        for each in (*outputs.values(), *scratch):  # an output may be a part of what is scratch too
+            sizes[each.data_ptr()] = max(each.nbytes, sizes.get(each.data_ptr(), 0))
+        self.nbytes = tables.nbytes + sum(sizes.values()) + sum(each.nbytes for each in self._results.values())
+        """What it holds on the device and on the host. What a recording itself takes, torch does not tell."""
 
     @abstractmethod
     def run(self) -> None:
@@ -78,11 +91,13 @@ S = TypeVar("S", bound=RecordedStep)
 
 
 class RecordedSteps(OrderedDict[Bucket, S]):
-    """The steps of the buckets that were seen lately, made by ``make``, on one device, one after the other."""
+    """The steps of the buckets that were seen lately, made by ``make``, on one device, one after the other. ``entry``:
+    under which they are counted; they go, the least recently used first, as its limit asks."""
 
-    def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S]) -> None:
+    def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S], entry: Entry | None = None) -> None:
         super().__init__()
         self._accelerator, self._make = accelerator, make
+        self.entry = entry or Entry("recorded steps")
         self._under_way = False
 
     @contextmanager
@@ -109,7 +124,15 @@ class RecordedSteps(OrderedDict[Bucket, S]):
         """That of a bucket, new or as it was recorded."""
         if bucket not in self:
             if len(self) >= KEPT_STEPS:
-                self.popitem(last=False)
-            self[bucket] = self._make(bucket)
+                self._drop_oldest()
+            step = self._make(bucket)
+            while self and not self.entry.fits(step.nbytes):
+                self._drop_oldest()
+            self.entry.hold(bucket, step.nbytes, "a decode step of so many sequences and rows")
+            self[bucket] = step
         self.move_to_end(bucket)
         return self[bucket]
+
+    def _drop_oldest(self) -> None:
+        bucket, _ = self.popitem(last=False)
+        self.entry.release(bucket)

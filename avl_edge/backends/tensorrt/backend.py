@@ -24,6 +24,7 @@ from ...kv.cache import SequenceCache
 from ...kv.pool import RowTable
 from ...kv.selection import Selection, StepScores
 from ...kv.store import RowStore
+from ...machine.ledger import Entry
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
 from ...package.export import bindings as names
@@ -47,8 +48,11 @@ class EngineBackend:
 
     name = "tensorrt"
 
-    def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator) -> None:
-        """``store``: the pool, in the engines' dtype, on the accelerator's device."""
+    def __init__(
+        self, engines: Engines, store: RowStore, accelerator: Accelerator, recorded_steps: Entry | None = None
+    ) -> None:
+        """``store``: the pool, in the engines' dtype, on the accelerator's device. ``recorded_steps``: under which
+        recorded steps are counted."""
         self.engines, self._store, self.accelerator = engines, store, accelerator
         text, device = engines.spec.text, accelerator.device
         with device:
@@ -61,7 +65,9 @@ class EngineBackend:
             each.take_memory(self._memory.data_ptr())
         stream = accelerator.stream()
         self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
-        self.steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
+        self.steps = RecordedSteps(
+            accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket), recorded_steps
+        )
 
     @torch.inference_mode()
     def require_rows(self) -> None:

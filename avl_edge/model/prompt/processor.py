@@ -14,7 +14,7 @@ from ...request import ImageSpan, Prompt
 from ..spec import ModelSpec
 from .detokenizer import Detokenizer
 from .image_config import ImageProcessorConfig
-from .images import ImageSource, open_image
+from .images import MAX_PIXELS, ImageSource, open_image
 from .preprocess import digest, preprocess
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
@@ -129,9 +129,21 @@ class Processor:
         """Of a turn that was laid out, the token ids up to the end of its last image, and the spans."""
         return token_ids[: spans[-1].start + spans[-1].length], spans
 
-    def read(self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]) -> Prompt:
-        """Decode and preprocess the pictures of a turn that was laid out. Raises BadImage for one that is no use."""
-        pixels = [preprocess(open_image(image), self.image_config) for image in images]
+    def pixel_bytes(self, images: int) -> int:
+        """Of the pixels of so many pictures, preprocessed: float32."""
+        height, width = self.image_config.output_size or (0, 0)
+        return images * 3 * height * width * 4
+
+    def read(
+        self,
+        images: Sequence[ImageSource],
+        token_ids: tuple[int, ...],
+        spans: tuple[ImageSpan, ...],
+        max_pixels: int = MAX_PIXELS,
+    ) -> Prompt:
+        """Decode and preprocess the pictures of a turn that was laid out, one after the other. Raises BadImage for one
+        that is no use, or has more than ``max_pixels``."""
+        pixels = [preprocess(open_image(image, max_pixels), self.image_config, max_pixels) for image in images]
         named = (replace(span, digest=digest(each)) for span, each in zip(spans, pixels, strict=True))
         return Prompt(token_ids, tuple(named), np.stack(pixels) if pixels else None)
 
