@@ -55,9 +55,10 @@ class Formats:
 
     def __post_init__(self) -> None:
         for tier, name in self.by_tier().items():
+            others = "" if tier == "text" else ", lowrank:R, lowrank:R+int8"
             require(
                 isinstance(name, str) and _FORMAT.fullmatch(name) is not None,
-                f"the {tier} format must be exact, int8, int8/int4, int4, lowrank:R or lowrank:R+int8, not {name!r}",
+                f"the {tier} format must be one of exact, int8, int8/int4, int4{others}, not {name!r}",
             )
         low_rank = self.text.startswith("lowrank")
         require(not low_rank, "text rows cannot be low-rank: choose exact, int8, int8/int4 or int4")
