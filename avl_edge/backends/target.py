@@ -11,6 +11,7 @@ from ..config import KvShape, Progress, PromptShape
 from ..errors import BadInput
 from ..kv.methods import Choice
 from ..model import checkpoint
+from ..model.families import read_spec
 from ..model.spec import ModelSpec
 from .base import Backend
 
@@ -35,7 +36,7 @@ class Target(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """That of exact rows."""
-        return checkpoint.stored_dtype(self.directory)
+        return checkpoint.stored_dtype(self.directory, read_spec(self.directory).prefixes)
 
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027
         """Raise :class:`BadInput` for a model that does not run here, whatever it is asked."""

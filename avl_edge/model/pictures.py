@@ -1,27 +1,49 @@
-"""From the size of a picture to patches and tokens, one rule per family."""
+"""From a picture to patches and tokens: what a family of models says about its pictures."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
 from ..config import require
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the decoder."""
-
-    crops: int
-    patches: int
-    tokens: int
+from ..request import Picture, RopePositions
 
 
 class PictureRule(Protocol):
     """How a family of models cuts a picture."""
 
     def __call__(self, width: int, height: int) -> Picture: ...
+
+
+class ImageCodec(ABC):
+    """How a picture becomes pixels, and stands in the prompt."""
+
+    rule: PictureRule
+
+    @property
+    def fixed(self) -> Picture | None:
+        """What every picture becomes, where its size does not matter; None where it does."""
+        return None
+
+    def placeholder(self, picture: Picture, image_token: str) -> str:
+        """The text in which a picture's tokens stand in the prompt, in place of the template's ``image_token``."""
+        return image_token * picture.tokens
+
+    @abstractmethod
+    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
+        """What the vision encoder takes, of an upright RGB ``image``; ``picture`` is the ``rule``'s for its size."""
+
+    def rope(self, length: int, places: Sequence[tuple[int, Picture]]) -> RopePositions | None:  # noqa: ARG002
+        """The positions of a prompt of ``length`` tokens with pictures, each with the place of its first token; None
+        where every token's position is its place."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -38,42 +60,6 @@ class Fixed:
 
     def __call__(self, width: int, height: int) -> Picture:  # noqa: ARG002
         return Picture(1, self.patches, self.tokens)
-
-
-@dataclass(frozen=True)
-class AnyRes:
-    """LLaVA-1.6: a square overview, and the picture in tiles whose padding is cut off again.
-
-    ``crop``: edge in pixels of a tile; ``side``: patches along it; ``grids``: the (rows, columns) of tiles there are.
-    One newline token ends each row of patches.
-    """
-
-    crop: int = 336
-    side: int = 24
-    grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-
-    def __call__(self, width: int, height: int) -> Picture:
-        rows, columns = self.grid(width, height)
-        high, wide = rows * self.side, columns * self.side
-        if width * high > wide * height:  # wider than the grid: rows of padding above and below
-            content = int(round(height * (wide / width), 7))
-            high -= (high - content) // 2 * 2
-        else:
-            content = int(round(width * (high / height), 7))
-            wide -= (wide - content) // 2 * 2
-        tile = Fixed.clip(self.side**2)
-        return Picture(1 + rows * columns, tile.patches, tile.tokens + high * wide + high)
-
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """The tiles that keep most of the picture's pixels, and waste the fewest of their own."""
-
-        def keeps(grid: tuple[int, int]) -> tuple[int, int]:
-            high, wide = grid[0] * self.crop, grid[1] * self.crop
-            scale = min(wide / width, high / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, -(wide * high - kept)
-
-        return max(self.grids, key=keeps)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.base import Backend, ForwardTask
 from ..backends.step_batch import StepResult
 from ..model.features import FeatureCache
+from ..model.network.image_features import ImageFeatures
 from ..request import Prompt
 from .requests import Running, SharedPrefix
 from .scheduler import Scheduler
@@ -52,8 +53,8 @@ class ModelRunner:
         prefix.is_ready, prefix.runner = True, None
         yield
 
-    def _encode(self, prompt: Prompt, of: Running | SharedPrefix) -> Layers[Tensor | None]:
-        """Features ``[images, tokens, hidden]``; None for a prompt without pictures."""
+    def _encode(self, prompt: Prompt, of: Running | SharedPrefix) -> Layers[ImageFeatures | None]:
+        """The features of a prompt's pictures; None for a prompt without pictures."""
         if prompt.pixel_values is None:
             return None
         features = self._features.find(prompt)
@@ -70,7 +71,7 @@ class ModelRunner:
         return self._backend.decode(tokens, caches, greedy=all(sequence.sampler.greedy for sequence in sequences))
 
 
-def _run(task: ForwardTask, of: Running | SharedPrefix, spent: str) -> Layers[Tensor]:
+def _run(task: ForwardTask[T], of: Running | SharedPrefix, spent: str) -> Layers[T]:
     """A task's result; the seconds that its layers take are added to that attribute."""
     while True:
         start = time.perf_counter()

@@ -18,9 +18,10 @@ from ..machine import allocator
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
+from ..model.families import read_spec
+from ..model.known import shape_of_checkpoint
 from ..model.prompt import ImageSource, Processor, check_sources
-from ..model.sizes import shape_of_checkpoint
-from ..model.spec import ModelSpec, read_spec
+from ..model.spec import ModelSpec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
 from .debug import RuntimeView
@@ -213,13 +214,14 @@ class Runtime:
         """
         options = checked_options(options)
         check_sources(images)
-        token_ids, spans = self._processor.lay_out(len(images), prompt)
-        max_new_tokens = self.planner.new_tokens(len(token_ids), options)
+        pictures = self._processor.measure(images)
+        laid_out = self._processor.lay_out(pictures, prompt)
+        max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
         pages = self._loop.pool.pages or self.planner.pool_pages(None)
-        plan = self.planner.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
+        plan = self.planner.plan(pages, options, prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1, state)
         device = state.stats if state else None
-        return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
+        return Request(self._processor.read(images, pictures, laid_out), options, plan, max_new_tokens, device)
 
     def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Generation:
         """Queue a prepared request; ``priority`` and ``deadline`` as

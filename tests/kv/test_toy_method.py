@@ -32,7 +32,7 @@ from avl_edge.kv.methods import (
 from avl_edge.kv.methods.arithmetic import share, spread
 from avl_edge.kv.methods.full import FullPolicy
 from avl_edge.machine import profile
-from avl_edge.model.sizes import shape_of_checkpoint
+from avl_edge.model.known import shape_of_checkpoint
 from avl_edge.planning.estimate import PlanRequest, plan
 from tests import ROOT
 from tests.conftest import Checkpoints

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from avl_edge.model.prompt.preprocess import digest
+from tests.equipment.pixels import stacked
 from tests.equipment.small_processors import (
     BOS_TEMPLATE,
     KINDS,
@@ -40,7 +41,7 @@ def test_token_ids_and_pixels_equal_transformers(tmp_path: Path, kind: str, temp
         expected = reference(path, images, prompt, system, source is not None)
         assert list(got.token_ids) == list(expected["input_ids"][0])
         if number:
-            assert np.array_equal(got.pixel_values, np.stack(expected["pixel_values"]))
+            assert np.array_equal(stacked(got), np.stack(expected["pixel_values"]))
         else:
             assert got.pixel_values is None
 
@@ -78,7 +79,7 @@ def test_spans_point_at_the_placeholders_of_each_picture(tmp_path: Path) -> None
         assert span.digest == digest(pixels)
     assert [b.start - a.start for a, b in zip(prompt.spans, prompt.spans[1:], strict=False)] == [TOKENS, TOKENS]
     assert prompt.spans[0].digest == prompt.spans[2].digest != prompt.spans[1].digest
-    assert prompt.pixel_values.dtype == np.float32
+    assert stacked(prompt).dtype == np.float32
 
 
 def test_detokenizer_skips_special_tokens(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from avl_edge.errors import BadInput, BadModel
-from avl_edge.model.sizes import KNOWN, PRECISIONS, AnyRes, Precision, known_shape, shape_of_checkpoint
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.families.llava_next.pictures import AnyRes
+from avl_edge.model.known import KNOWN, known_shape, shape_of_checkpoint
+from avl_edge.model.sizes import PRECISIONS, Precision
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import SPECS
 

@@ -30,6 +30,6 @@ class Cuda(Target):
         kernel_shape(spec.text, self.dtype)
 
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
-        model = load_model(spec, checkpoint.load_weights(self.directory, progress), self._gpu.device)
+        model = load_model(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes), self._gpu.device)
         store = RowStore(pages, shape, model.dtype, str(self._gpu.device))
         return CudaBackend.on_gpu(model, store, self._gpu)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -41,6 +41,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""What a PNG with an orientation has in it."""
 _HEAD_BYTES = 64
 _USE = "use JPEG, PNG, WebP or BMP"
 
@@ -69,6 +72,26 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, bytes):
         return _decode(source, "the picture")
     return _decode(_read(Path(source)), f"'{os.fspath(source)}'")
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height in pixels of the picture that :func:`open_image` gives, without decoding one; raises as far as
+    headers tell."""
+    _check_source(source)
+    if isinstance(source, Image.Image):
+        return _upright_size(source)
+    name = "the picture" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
+    content = source if isinstance(source, bytes) else _read(Path(source))
+    with _opened(content, name) as image:
+        # Pillow looks for the orientation of a PNG behind its pixels, which it decodes for that.
+        if image.format == "PNG" and not any(each in content for each in _PNG_ORIENTATIONS):
+            return image.size
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+    return (image.height, image.width) if turned else image.size
 
 
 def _check_source(source: object) -> None:
@@ -115,6 +138,13 @@ def _read_bounded(file: BinaryIO, name: str) -> bytes:
 
 
 def _decode(content: bytes, name: str) -> Image.Image:
+    with _opened(content, name) as image:
+        return _convert(image, name, in_place=True)
+
+
+@contextmanager
+def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
+    """The picture as Pillow opens it, not yet decoded, once its headers are sound."""
     if len(content) > MAX_BYTES:
         raise _too_many_bytes(name)
     kind = identify(content[:_HEAD_BYTES])
@@ -127,7 +157,7 @@ def _decode(content: bytes, name: str) -> Image.Image:
     _check_cost(header, name)
     with _whatever_decoders_raise(name), Image.open(io.BytesIO(content), formats=[kind]) as image:
         _check_single_frame(image, name)
-        return _convert(image, name, in_place=True)
+        yield image
 
 
 def _refusal(head: bytes, kind: str | None, name: str) -> str:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config import KvShape, require
-from ..pictures import Picture, PictureRule
+from ..config import KvShape, require
+from ..request import Picture
+from .pictures import PictureRule
 
 PRECISIONS: dict[str, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
 """Bytes per parameter; int8 and int4 with one fp16 scale for each group of 128."""

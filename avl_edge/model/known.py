@@ -1,4 +1,4 @@
-"""The published models by name, and any LLaVA-1.5 checkpoint by its config.json.
+"""The published models by name, and any checkpoint of a known family by its config.json.
 
 Sizes are those of the models' config.json files.
 """
@@ -7,21 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...config import read_json
-from ...errors import BadModel, quoted
-from ..pictures import AnyRes, Fixed, Merged, PictureRule
-from ..spec import ModelSpec, read_spec
+from ..config import read_json
+from ..errors import BadModel, quoted
+from .families import published, read_spec
+from .pictures import Fixed, Merged
 from .sizes import DecoderShape, ModelShape, VisionShape
-
-
-def _clip(
-    width: int, inner: int, layers: int, positions: int, patch: int, hidden: int, runs: int, extra: int = 0
-) -> VisionShape:
-    """CLIP with LLaVA's two-layer projector from ``width`` features to ``hidden``."""
-    embeddings = width * (1 + 3 * patch**2 + positions) + 4 * width
-    projector = width * hidden + hidden + hidden * hidden + hidden
-    small = 4 * width + inner + width + 4 * width
-    return VisionShape(width, inner, layers, patch, embeddings + projector + extra, small, runs=runs, states=runs)
+from .spec import ModelSpec
 
 
 def _qwen2(hidden: int) -> VisionShape:
@@ -55,28 +46,13 @@ _QWEN_VL_VISION = VisionShape(
 )
 
 
-_SQUARE = Fixed.clip(24**2)
-
-
-def _llava(name: str, decoder: DecoderShape, rule: PictureRule) -> ModelShape:
-    newline = decoder.hidden_size if isinstance(rule, AnyRes) else 0
-    return ModelShape(name, decoder, _clip(1024, 4096, 24, _SQUARE.patches, 14, decoder.hidden_size, 23, newline), rule)
-
-
-_VICUNA_7B = DecoderShape(4096, 11008, 32, 32, 32, 128, 32064, 4096)
-_VICUNA_13B = DecoderShape(5120, 13824, 40, 40, 40, 128, 32064, 4096)
-_MISTRAL_7B = DecoderShape(4096, 14336, 32, 32, 8, 128, 32064, 32768)
 _QWEN2_PICTURES = Merged(patch=14, min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
 _QWEN3_PICTURES = Merged(patch=16, min_pixels=256 * 256, max_pixels=4096 * 4096)
 
 KNOWN: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        _llava("llava-1.5-7b", _VICUNA_7B, _SQUARE),
-        _llava("llava-1.5-13b", _VICUNA_13B, _SQUARE),
-        _llava("llava-1.6-vicuna-7b", _VICUNA_7B, AnyRes()),
-        _llava("llava-1.6-vicuna-13b", _VICUNA_13B, AnyRes()),
-        _llava("llava-1.6-mistral-7b", _MISTRAL_7B, AnyRes()),
+        *published(),
         ModelShape(
             "qwen-vl",
             DecoderShape(4096, 11008, 32, 32, 32, 128, 151936, 8192, qkv_bias=True),
@@ -127,7 +103,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def shape_of_checkpoint(directory: Path, name: str) -> ModelShape:
-    """The shape of a LLaVA-1.5 checkpoint from its config.json alone; :class:`BadModel` as `read_spec`."""
+    """The shape of a checkpoint from its config.json alone; :class:`BadModel` as `read_spec`."""
     spec = read_spec(directory)
     config = read_json(directory / "config.json") or {}
     dtype = config.get("dtype") or config.get("torch_dtype") or config["text_config"].get("dtype") or "float32"
@@ -137,8 +113,8 @@ def shape_of_checkpoint(directory: Path, name: str) -> ModelShape:
 
 
 def shape_of_spec(spec: ModelSpec, name: str, itemsize: int) -> ModelShape:
-    """The shape of a LLaVA-1.5 model whose elements have ``itemsize`` bytes."""
-    text, vision = spec.text, spec.vision
+    """The shape of a model whose elements have ``itemsize`` bytes."""
+    text = spec.text
     decoder = DecoderShape(
         text.hidden_size,
         text.intermediate_size,
@@ -152,21 +128,9 @@ def shape_of_spec(spec: ModelSpec, name: str, itemsize: int) -> ModelShape:
         text.qkv_bias,
         text.out_bias,
         text.mlp_bias,
+        text.head_norms,
     )
-    features = len(spec.feature_layers)
-    # A projector that takes several layers' features has one wider matrix.
-    wider = (features - 1) * vision.hidden_size * text.hidden_size
-    tower = _clip(
-        vision.hidden_size,
-        vision.intermediate_size,
-        vision.layers,
-        spec.picture.patches,
-        vision.patch_size,
-        text.hidden_size,
-        max(spec.feature_layers),
-        wider,
-    )
-    return ModelShape(name, decoder, tower, spec.picture, itemsize)
+    return ModelShape(name, decoder, spec.vision_shape, spec.picture, itemsize)
 
 
 def known_shape(name: str) -> ModelShape:
