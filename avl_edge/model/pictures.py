@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..config import require
 from ..request import Picture, RopePositions
 
 
@@ -24,6 +22,11 @@ class PictureRule(Protocol):
 
 class ImageCodec(ABC):
     """How a picture becomes pixels, and stands in the prompt."""
+
+    image_token: ClassVar[str] = "<image>"
+    """The placeholder, where no file of a checkpoint says it."""
+    chat_template: ClassVar[str | None] = None
+    """For a checkpoint that brings none; None: as LLaVA was trained."""
 
     rule: PictureRule
 
@@ -60,25 +63,3 @@ class Fixed:
 
     def __call__(self, width: int, height: int) -> Picture:  # noqa: ARG002
         return Picture(1, self.patches, self.tokens)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Qwen2-VL and later: the picture keeps its shape, in multiples of two patches, within a range of pixels."""
-
-    patch: int
-    min_pixels: int
-    max_pixels: int
-
-    def __call__(self, width: int, height: int) -> Picture:
-        require(max(width, height) <= 200 * min(width, height), "a picture may be at most 200 times as long as wide")
-        edge = 2 * self.patch
-        wide, high = (max(edge, round(length / edge) * edge) for length in (width, height))
-        if wide * high > self.max_pixels:
-            shrink = math.sqrt(width * height / self.max_pixels)
-            wide, high = (max(edge, math.floor(length / shrink / edge) * edge) for length in (width, height))
-        elif wide * high < self.min_pixels:
-            stretch = math.sqrt(self.min_pixels / (width * height))
-            wide, high = (math.ceil(length * stretch / edge) * edge for length in (width, height))
-        tokens = (wide // edge) * (high // edge)
-        return Picture(1, 4 * tokens, tokens)

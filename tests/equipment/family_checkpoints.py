@@ -23,9 +23,13 @@ from transformers import (
     LlavaNextProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.equipment.checkpoints import CHAT_TEMPLATE, IMAGE, TOKENIZER_SIZE, VOCAB_SIZE, make_tokenizer
 
@@ -65,6 +69,21 @@ SPECS: dict[str, Family] = {
     "llava_next-vicuna": Family("llava_next", 21),
     "llava_next-mistral": Family("llava_next", 22, {"num_key_value_heads": 2}, decoder="mistral"),
     "llava_next-qwen2": Family("llava_next", 23, {"num_key_value_heads": 1}, decoder="qwen2", tied=True),
+    "qwen2_vl": Family("qwen2_vl", 31, {"num_key_value_heads": 2}, decoder="qwen2"),
+    "qwen2_vl-tied": Family("qwen2_vl", 32, {"num_key_value_heads": 1}, tied=True, decoder="qwen2"),
+    "qwen2_vl-mha": Family("qwen2_vl", 33, vision={"depth": 1, "mlp_ratio": 3}, decoder="qwen2"),
+    "qwen2_5_vl": Family("qwen2_5_vl", 34, {"num_key_value_heads": 2}, decoder="qwen2"),
+    "qwen2_5_vl-tied": Family(
+        "qwen2_5_vl", 35, {"num_key_value_heads": 1}, {"window_size": 84, "depth": 4}, tied=True, decoder="qwen2"
+    ),
+    "qwen2_5_vl-mha": Family("qwen2_5_vl", 36, vision={"fullatt_block_indexes": [0, 2]}, decoder="qwen2"),
+    "qwen3_vl": Family("qwen3_vl", 37, {"num_key_value_heads": 2}, decoder="qwen3"),
+    "qwen3_vl-tied": Family(
+        "qwen3_vl", 48, {"num_key_value_heads": 1, "head_dim": 24}, {"depth": 4}, tied=True, decoder="qwen3"
+    ),
+    "qwen3_vl-mha": Family(
+        "qwen3_vl", 39, vision={"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 49}, decoder="qwen3"
+    ),
     "llava_next-two-grids": Family("llava_next", 24, config={"image_grid_pinpoints": [[56, 56], [168, 168]]}),
 }
 
@@ -81,7 +100,7 @@ _TEXT: dict[str, Any] = {
 
 
 @torch.no_grad()
-def make_family(directory: Path, family: Family) -> Path:
+def make_family(directory: Path, family: Family, dtype: torch.dtype = torch.float32) -> Path:
     """Write model, tokenizer and processor into ``directory``."""
     tokenizer = make_tokenizer(family.byte_level)
     config = _CONFIGS[family.kind](family, tokenizer)
@@ -90,7 +109,7 @@ def make_family(directory: Path, family: Family) -> Path:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     _PROCESSORS[family.kind](family, tokenizer, directory)
     return directory
 
@@ -178,6 +197,63 @@ def _tiles(grids: list[list[int]], height: int, width: int) -> int:
     return count
 
 
-_CONFIGS: dict[str, Any] = {"llava_next": _llava_next_config}
-_PROCESSORS: dict[str, Any] = {"llava_next": _save_llava_next}
-_INPUTS: dict[str, Any] = {"llava_next": _llava_next_inputs}
+# --- the Qwens ---
+
+_QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
+_QWEN_VISION: dict[str, Any] = {"depth": 3, "num_heads": 2, "hidden_size": 32}
+_QWEN_PATCHES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
+
+
+def _qwen_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> Any:
+    tokenizer.add_special_tokens({"additional_special_tokens": _QWEN_TOKENS})
+    head_dim = family.text.get("head_dim", 16)
+    sections = [head_dim // 2 - 2 * (3 * head_dim // 16), 3 * head_dim // 16, 3 * head_dim // 16]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    text = {**_TEXT, "rope_parameters": rope, "tie_word_embeddings": family.tied, **family.text}
+    vision = {**_QWEN_VISION, "patch_size": _QWEN_PATCHES[family.kind], "out_hidden_size": text["hidden_size"]}
+    if family.kind == "qwen2_vl":
+        vision |= {"embed_dim": vision["hidden_size"], "mlp_ratio": 2, "hidden_size": text["hidden_size"]}
+        del vision["out_hidden_size"]
+        kind: Any = Qwen2VLConfig
+    elif family.kind == "qwen2_5_vl":
+        vision |= {"intermediate_size": 48, "window_size": 56, "fullatt_block_indexes": [1]}
+        kind = Qwen2_5_VLConfig
+    else:
+        vision |= {"intermediate_size": 48, "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 36}
+        text["head_dim"] = head_dim
+        kind = Qwen3VLConfig
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in zip(("vision_start", "vision_end", "image", "video"), _QWEN_TOKENS[:4], strict=True)
+    }
+    return kind(
+        text_config=text, vision_config=vision | family.vision, tie_word_embeddings=family.tied, **ids, **family.config
+    )
+
+
+def _save_qwen(family: Family, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    edge = 2 * _QWEN_PATCHES[family.kind]
+    Qwen2VLImageProcessorPil(
+        min_pixels=4 * edge**2, max_pixels=20 * edge**2, patch_size=_QWEN_PATCHES[family.kind]
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _qwen_inputs(directory: Path, images: Sequence[Image.Image], prompt: str) -> Inputs:
+    """By the picture processor that needs no torchvision, and the documented layout."""
+    given = Qwen2VLImageProcessorPil.from_pretrained(directory)(images=list(images), return_tensors="pt")
+    grids = given["image_grid_thw"]
+    counts = (grids.prod(1) // 4).tolist()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    placed = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in counts)
+    text = f"<|im_start|>user\n{placed}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    types = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    pixels = [part.numpy() for part in given["pixel_values"].split(grids.prod(1).tolist())]
+    return Inputs(ids[0].tolist(), pixels, {"input_ids": ids, "mm_token_type_ids": types, **given})
+
+
+_QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+_CONFIGS: dict[str, Any] = {"llava_next": _llava_next_config, **dict.fromkeys(_QWENS, _qwen_config)}
+_PROCESSORS: dict[str, Any] = {"llava_next": _save_llava_next, **dict.fromkeys(_QWENS, _save_qwen)}
+_INPUTS: dict[str, Any] = {"llava_next": _llava_next_inputs, **dict.fromkeys(_QWENS, _qwen_inputs)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from avl_edge import BadModel, Options, Runtime
+from avl_edge.model.known import shape_of_checkpoint
+from avl_edge.request import Prompt
+from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
-from tests.equipment.family_checkpoints import SPECS, Inputs, make_family, reference_inputs
+from tests.equipment.family_checkpoints import SPECS, Inputs, reference_inputs
 from tests.equipment.recorder import Recorder
 
 TOKENS, PROMPT = 64, "What is shown in this picture?"
 IMAGES = [random_image(n, size) for n, size in enumerate(((90, 62), (61, 201), (57, 56), (33, 300)))]
-Families = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = make_family(tmp_path_factory.mktemp(name), SPECS[name])
-        return made[name]
-
-    return make
 
 
 def _rolled(count: int, name: str) -> list[Image.Image]:
@@ -58,9 +49,22 @@ def _reference(directory: Path, inputs: Inputs, tokens: list[int]) -> tuple[list
     return chosen, model(**{**inputs.model, **longer}).logits[0, length - 1 : -1]
 
 
+def _check_positions(directory: Path, inputs: Inputs, prompt: Prompt) -> None:
+    """By transformers, where the model has positions of its own."""
+    model = AutoModelForImageTextToText.from_pretrained(directory).model
+    if not hasattr(model, "get_rope_index"):
+        assert prompt.rope is None
+        return
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+    expected, delta = model.get_rope_index(*(inputs.model[name] for name in names))
+    assert prompt.rope is not None
+    assert np.array_equal(prompt.rope.coordinates, expected[:, 0])
+    assert prompt.rope.next == len(prompt) + int(delta)
+
+
 @pytest.mark.parametrize("images", [1, 2, 4])
 @pytest.mark.parametrize("name", SPECS)
-def test_all_is_what_transformers_makes_of_it(family: Families, name: str, images: int) -> None:
+def test_all_is_what_transformers_makes_of_it(family: Checkpoints, name: str, images: int) -> None:
     directory, pictures = family(name), _rolled(images, name)
     runtime = Runtime.load(directory, threaded=False)
     record = Recorder(runtime)
@@ -72,10 +76,63 @@ def test_all_is_what_transformers_makes_of_it(family: Families, name: str, image
     assert generation.prompt.pixel_values is not None
     for ours, theirs in zip(generation.prompt.pixel_values, inputs.pixels, strict=True):
         assert np.array_equal(ours.values.reshape(theirs.shape), theirs)
+    _check_positions(directory, inputs, generation.prompt)
     chosen, logits = _reference(directory, inputs, tokens)
     assert tokens == chosen
     assert (torch.stack(record.logits) - logits).abs().max() <= 2e-4
     assert len(set(tokens)) > 8
+
+
+def _old_name(name: str) -> str:
+    """As files on the hub have it."""
+    for new, old in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl-tied", "qwen2_5_vl"])
+def test_files_as_they_are_on_the_hub(family: Checkpoints, tmp_path: Path, name: str) -> None:
+    """The decoder's sizes beside the vision encoder's, tensors by older names, pixels without a section of theirs."""
+    directory = family(name)
+    expected = _tokens(directory)
+    for path in (*directory.glob("*token*"), directory / "generation_config.json"):
+        shutil.copy(path, tmp_path)
+    save_file(
+        {_old_name(name): tensor for name, tensor in load_file(directory / "model.safetensors").items()},
+        tmp_path / "model.safetensors",
+    )
+    config = json.loads((directory / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    config |= {key: value for key, value in text.items() if key != "model_type"}
+    config |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = json.loads((directory / "preprocessor_config.json").read_text())
+    size = settings.pop("size")
+    settings |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    settings["image_processor_type"] = "Qwen2VLImageProcessor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert not any(name.startswith("model.language_model") for name in load_file(tmp_path / "model.safetensors"))
+    assert _tokens(tmp_path) == expected
+
+
+def _tokens(directory: Path) -> tuple[int, ...]:
+    options = Options(method="full", max_new_tokens=16)
+    return Runtime.load(directory, threaded=False).generate(IMAGES[:1], PROMPT, options).result().token_ids
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_image_tokens_of_any_size_are_counted_from_small_files(family: Checkpoints, tmp_path: Path, name: str) -> None:
+    for file in ("config.json", "preprocessor_config.json"):
+        shutil.copy(family(name) / file, tmp_path)
+    rule, random = shape_of_checkpoint(tmp_path, name).picture, np.random.default_rng(0)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    for width, height in random.integers(20, 3000, (200, 2)).tolist():
+        assert rule(width, height).tokens == processor.get_number_of_image_patches(height, width) // 4
 
 
 @pytest.mark.parametrize(
@@ -86,20 +143,51 @@ def test_all_is_what_transformers_makes_of_it(family: Families, name: str, image
         ("llava_next-vicuna", {"image_grid_pinpoints": [[56 * 9, 56 * 8]]}, "image_grid_pinpoints must be"),
         ("llava_next-vicuna", {"image_grid_pinpoints": "all"}, "image_grid_pinpoints must be"),
         ("llava_next-vicuna", {"image_grid_pinpoints": [[56, True]]}, "image_grid_pinpoints must be"),
+        ("qwen2_vl", {"vision_config": {"in_channels": 4}}, "in_channels 4 is not supported: it must be 3"),
+        ("qwen2_vl", {"vision_config": {"temporal_patch_size": 1}}, "temporal_patch_size 1 is not supported"),
+        ("qwen2_vl", {"vision_config": {"num_heads": 3}}, "is not a multiple of 4 "),
+        ("qwen2_5_vl", {"vision_config": {"window_size": 5}}, "window_size 5 is smaller than a token"),
+        ("qwen2_5_vl", {"vision_config": {"fullatt_block_indexes": "all"}}, "must be a list of layers, not 'all'"),
+        ("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": [2, 1]}}, "ascending and fewer"),
+        ("qwen3_vl", {"vision_config": {"num_position_embeddings": 35}}, "35 is no square"),
+        ("qwen3_vl", {"text_config": {"rope_parameters": {"mrope_section": [1, 2]}}}, "3 numbers with the sum 8"),
     ],
 )
 def test_an_option_that_is_not_served_is_refused_in_a_line(
-    family: Families, tmp_path: Path, name: str, changes: dict[str, Any], reason: str
+    family: Checkpoints, tmp_path: Path, name: str, changes: dict[str, Any], reason: str
 ) -> None:
     shutil.copytree(family(name), tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(config))
     with pytest.raises(BadModel, match=reason) as caught:
         Runtime.open(tmp_path / "copy")
     assert "\n" not in str(caught.value)
 
 
-def test_tiles_of_another_size_than_the_towers_are_refused(family: Families, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"patch_size": 16}, "patch_size is 16, but the model's is 14"),
+        ({"do_resize": False}, "do_resize must be true"),
+        ({"size": {"shortest_edge": 9, "longest_edge": 3}}, "min_pixels and max_pixels must be numbers of pixels"),
+        ({"min_pixels": "few"}, "min_pixels and max_pixels must be numbers of pixels"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "is not supported, only Qwen2VLImageProcessor"),
+    ],
+)
+def test_settings_of_pictures_that_do_not_fit_are_refused(
+    family: Checkpoints, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    shutil.copytree(family("qwen2_vl"), tmp_path / "copy")
+    path = tmp_path / "copy" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(BadModel, match=reason):
+        Runtime.open(tmp_path / "copy")
+
+
+def test_tiles_of_another_size_than_the_towers_are_refused(family: Checkpoints, tmp_path: Path) -> None:
     shutil.copytree(family("llava_next-vicuna"), tmp_path / "copy")
     path = tmp_path / "copy" / "processor_config.json"
     settings = json.loads(path.read_text())

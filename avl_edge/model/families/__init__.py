@@ -20,6 +20,9 @@ from ..spec import ModelSpec
 FAMILIES: dict[str, str] = {
     "llava": "avl_edge.model.families.llava",
     "llava_next": "avl_edge.model.families.llava_next",
+    "qwen2_vl": "avl_edge.model.families.qwen2_vl",
+    "qwen2_5_vl": "avl_edge.model.families.qwen2_5_vl",
+    "qwen3_vl": "avl_edge.model.families.qwen3_vl",
 }
 """By ``model_type``: the package that reads and runs such checkpoints."""
 

@@ -74,14 +74,7 @@ class ImageProcessorConfig:
 
         Raises BadModel if neither exists, or if a setting is broken or unsupported.
         """
-        nested, legacy = directory / "processor_config.json", directory / "preprocessor_config.json"
-        settings = (read_json(nested) or {}).get("image_processor")
-        if settings is not None:
-            return cls.parse(settings, f"{nested}, image_processor", kinds)
-        settings = read_json(legacy)
-        if settings is None:
-            raise BadModel(f"{directory} has no preprocessor_config.json: download the model's processor files")
-        return cls.parse(settings, str(legacy), kinds)
+        return cls.parse(*read_image_settings(directory), kinds)
 
     @classmethod
     def parse(cls, settings: Any, where: str, kinds: Kinds = _SQUARE) -> ImageProcessorConfig:
@@ -106,6 +99,23 @@ class ImageProcessorConfig:
             convert_rgb=reader.flag("do_convert_rgb"),
             pad_to_square=pads,
         )
+
+
+def read_image_settings(directory: Path) -> tuple[Any, str]:
+    """The image processor's settings in a model's directory, as they are written, and what they are read from."""
+    settings, where = find_image_settings(directory)
+    if settings is None:
+        raise BadModel(f"{directory} has no preprocessor_config.json: download the model's processor files")
+    return settings, where
+
+
+def find_image_settings(directory: Path) -> tuple[Any, str]:
+    """The same, or None for the settings where there are none."""
+    nested, legacy = directory / "processor_config.json", directory / "preprocessor_config.json"
+    settings = (read_json(nested) or {}).get("image_processor")
+    if settings is not None:
+        return settings, f"{nested}, image_processor"
+    return read_json(legacy), str(legacy)
 
 
 def _kind(settings: Mapping[str, Any], where: str, kinds: Kinds) -> str:

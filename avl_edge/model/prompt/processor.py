@@ -66,11 +66,12 @@ class Processor:
         if not directory.is_dir():
             raise BadModel(f"{directory} is not a directory: give the directory of a model")
         text = TextTokenizer.open(directory, vocab_size)
-        image_token = _image_token(directory, text, image_token_id)
+        codec = open_codec(directory)
+        image_token = _image_token(directory, text, image_token_id, codec.image_token)
         return cls(
-            codec=open_codec(directory),
+            codec=codec,
             text=text,
-            template=open_template(directory, text.named, image_token),
+            template=open_template(directory, text.named, image_token, codec.chat_template),
             image_token_id=image_token_id,
             image_token=image_token,
             context=context,
@@ -189,10 +190,11 @@ class Processor:
         return starts
 
 
-def _image_token(directory: Path, text: TextTokenizer, image_token_id: int) -> str:
-    """The image placeholder's text, which must be the token of the id that the model replaces."""
+def _image_token(directory: Path, text: TextTokenizer, image_token_id: int, usual: str) -> str:
+    """The image placeholder's text, ``usual`` where no file says it, which must be the token of the id that the model
+    replaces."""
     declared = (read_json(directory / "processor_config.json") or {}).get("image_token")
-    placeholder = text.named.get("image_token") or declared or "<image>"
+    placeholder = text.named.get("image_token") or declared or usual
     actual = text.tokenizer.id_to_token(image_token_id) if image_token_id >= 0 else None
     if actual != placeholder:
         raise BadModel(
