@@ -23,7 +23,8 @@ class Picture:
     """What a picture's size decides, before a pixel is read: ``crops`` runs of the vision encoder over ``patches`` each
     give ``tokens`` for the decoder.
 
-    ``rows`` and ``columns``: the grid in which the tokens stand, where the model's positions or newlines follow it.
+    ``rows`` and ``columns``: the grid in which the tokens stand, where the model's positions or newlines follow it;
+    ``tiles``: how many rows and columns of crops there are beside an overview.
     """
 
     crops: int
@@ -31,6 +32,7 @@ class Picture:
     tokens: int
     rows: int = 0
     columns: int = 0
+    tiles: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, eq=False)

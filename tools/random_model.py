@@ -40,5 +40,9 @@ class RandomWeights(Weights):
             return drawn.fill_(1)
         return drawn.normal_(generator=self._generator).mul_(shape[-1] ** -0.5)
 
+    def has(self, name: str) -> bool:  # noqa: ARG002
+        """Any tensor can be drawn, and none is stored."""
+        return False
+
     def deny(self, name: str) -> None:
         """Nothing is stored, so nothing is there too many."""

@@ -65,6 +65,10 @@ class Weights:
             raise BadModel(f"{name} is stored as {tensor.dtype}: only float checkpoints are supported")
         return tensor.to(self.dtype)
 
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor of that name."""
+        return name in self._tensors
+
     def deny(self, name: str) -> None:
         """:class:`BadModel` when the file has ``name`` though config.json says that there is none."""
         if name in self._tensors:

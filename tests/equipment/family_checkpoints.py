@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    InternVLConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
@@ -26,8 +27,10 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3Config,
     Qwen3VLConfig,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -84,6 +87,14 @@ SPECS: dict[str, Family] = {
     "qwen3_vl-mha": Family(
         "qwen3_vl", 39, vision={"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 49}, decoder="qwen3"
     ),
+    "internvl-qwen2": Family("internvl", 41, {"num_key_value_heads": 2}, decoder="qwen2"),
+    "internvl-qwen3": Family(
+        "internvl", 52, {"head_dim": 16}, {"norm_type": "rms_norm", "use_qk_norm": True}, decoder="qwen3"
+    ),
+    "internvl-tied": Family(
+        "internvl", 43, {"num_key_value_heads": 1}, {"use_mean_pooling": False}, tied=True, decoder="qwen2"
+    ),
+    "internvl-llama": Family("internvl", 44, config={"vision_feature_layer": -2}),
     "llava_next-two-grids": Family("llava_next", 24, config={"image_grid_pinpoints": [[56, 56], [168, 168]]}),
 }
 
@@ -123,6 +134,8 @@ def _draw(model: Any, family: Family) -> None:
             value = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
         elif name.endswith("bias"):
             value = 0.2 * noise
+        elif "lambda" in name:
+            value = 0.5 + 0.1 * noise
         elif ("embed" in name and "patch" not in name) or parameter.dim() == 1:
             value = (0.05 if family.tied and "embed_tokens" in name else 0.5) * noise
         else:
@@ -253,7 +266,53 @@ def _qwen_inputs(directory: Path, images: Sequence[Image.Image], prompt: str) ->
     return Inputs(ids[0].tolist(), pixels, {"input_ids": ids, "mm_token_type_ids": types, **given})
 
 
+# --- InternVL ---
+
+_INTERNVL_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"]
+
+
+def _internvl_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
+    tokenizer.add_special_tokens({"additional_special_tokens": _INTERNVL_TOKENS})
+    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True, **family.vision}
+    return InternVLConfig(
+        vision_config=vision,
+        text_config=kinds[family.decoder](**{**_TEXT, "tie_word_embeddings": family.tied, **family.text}),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=family.tied,
+        **family.config,
+    )
+
+
+def _save_internvl(family: Family, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:  # noqa: ARG001
+    GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _internvl_inputs(directory: Path, images: Sequence[Image.Image], prompt: str) -> Inputs:
+    """By the picture processor that needs no torchvision, and the documented layout."""
+    given = GotOcr2ImageProcessorPil.from_pretrained(directory)(images=list(images), return_tensors="pt")
+    counts = given["num_patches"].tolist()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    placed = "".join("<img>" + "<IMG_CONTEXT>" * (4 * count) + "</img>\n" for count in counts)
+    text = f"<|im_start|>user\n{placed}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    pixels = [part.numpy() for part in given["pixel_values"].split(counts)]
+    return Inputs(ids[0].tolist(), pixels, {"input_ids": ids, "pixel_values": given["pixel_values"]})
+
+
 _QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-_CONFIGS: dict[str, Any] = {"llava_next": _llava_next_config, **dict.fromkeys(_QWENS, _qwen_config)}
-_PROCESSORS: dict[str, Any] = {"llava_next": _save_llava_next, **dict.fromkeys(_QWENS, _save_qwen)}
-_INPUTS: dict[str, Any] = {"llava_next": _llava_next_inputs, **dict.fromkeys(_QWENS, _qwen_inputs)}
+_CONFIGS: dict[str, Any] = dict.fromkeys(_QWENS, _qwen_config) | {
+    "llava_next": _llava_next_config,
+    "internvl": _internvl_config,
+}
+_PROCESSORS: dict[str, Any] = dict.fromkeys(_QWENS, _save_qwen) | {
+    "llava_next": _save_llava_next,
+    "internvl": _save_internvl,
+}
+_INPUTS: dict[str, Any] = dict.fromkeys(_QWENS, _qwen_inputs) | {
+    "llava_next": _llava_next_inputs,
+    "internvl": _internvl_inputs,
+}

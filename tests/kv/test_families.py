@@ -31,7 +31,7 @@ from tests.equipment.recorder import Recorder
 
 STEPS, PROMPT = 48, "What is shown in the picture, and how many boats are there?"
 IMAGES = [random_image(1, (70, 90)), random_image(2, (200, 64))]
-ONE_OF_EACH = ["llava_next-mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+ONE_OF_EACH = ["llava_next-mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl-qwen2"]
 
 AVL = {
     "published": ({}, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from avl_edge import BadModel, Options, Runtime
@@ -125,14 +127,23 @@ def _tokens(directory: Path) -> tuple[int, ...]:
     return Runtime.load(directory, threaded=False).generate(IMAGES[:1], PROMPT, options).result().token_ids
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def _patches(directory: Path, name: str) -> Callable[[int, int], int]:
+    """The tokens of a picture of some height and width, by transformers."""
+    if name == "internvl-qwen2":
+        processor = GotOcr2ImageProcessorPil.from_pretrained(directory)
+        return lambda height, width: 4 * processor.get_number_of_image_patches(height, width)
+    qwen = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    return lambda height, width: qwen.get_number_of_image_patches(height, width) // 4
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl-qwen2"])
 def test_image_tokens_of_any_size_are_counted_from_small_files(family: Checkpoints, tmp_path: Path, name: str) -> None:
+    """Those of LLaVA-1.6 are in `test_shapes`."""
     for file in ("config.json", "preprocessor_config.json"):
         shutil.copy(family(name) / file, tmp_path)
-    rule, random = shape_of_checkpoint(tmp_path, name).picture, np.random.default_rng(0)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
-    for width, height in random.integers(20, 3000, (200, 2)).tolist():
-        assert rule(width, height).tokens == processor.get_number_of_image_patches(height, width) // 4
+    rule, expected = shape_of_checkpoint(tmp_path, name).picture, _patches(tmp_path, name)
+    for width, height in np.random.default_rng(0).integers(20, 3000, (200, 2)).tolist():
+        assert rule(width, height).tokens == expected(height, width)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +161,12 @@ def test_image_tokens_of_any_size_are_counted_from_small_files(family: Checkpoin
         ("qwen2_5_vl", {"vision_config": {"fullatt_block_indexes": "all"}}, "must be a list of layers, not 'all'"),
         ("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": [2, 1]}}, "ascending and fewer"),
         ("qwen3_vl", {"vision_config": {"num_position_embeddings": 35}}, "35 is no square"),
+        ("internvl-qwen2", {"vision_feature_select_strategy": "full"}, "strategy 'full' is not supported"),
+        ("internvl-qwen2", {"vision_feature_layer": [1, 2]}, r"vision_feature_layer \[1, 2\] is no layer"),
+        ("internvl-qwen2", {"downsample_ratio": 0.3}, "downsample_ratio 0.3 does not divide 4 patches"),
+        ("internvl-qwen2", {"vision_config": {"image_size": [56, 28]}}, "image_size must be that of a square"),
+        ("internvl-qwen2", {"vision_config": {"norm_type": "batch"}}, "norm_type 'batch' is not supported"),
+        ("internvl-qwen2", {"text_config": {"model_type": "gpt_oss"}}, "model_type 'gpt_oss' is not supported"),
         ("qwen3_vl", {"text_config": {"rope_parameters": {"mrope_section": [1, 2]}}}, "3 numbers with the sum 8"),
     ],
 )
@@ -168,19 +185,25 @@ def test_an_option_that_is_not_served_is_refused_in_a_line(
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("name", "changes", "reason"),
     [
-        ({"patch_size": 16}, "patch_size is 16, but the model's is 14"),
-        ({"do_resize": False}, "do_resize must be true"),
-        ({"size": {"shortest_edge": 9, "longest_edge": 3}}, "min_pixels and max_pixels must be numbers of pixels"),
-        ({"min_pixels": "few"}, "min_pixels and max_pixels must be numbers of pixels"),
-        ({"image_processor_type": "CLIPImageProcessor"}, "is not supported, only Qwen2VLImageProcessor"),
+        ("internvl-qwen2", {"size": {"height": 28, "width": 28}}, "size must be that of the vision tower, 56 x 56"),
+        ("internvl-qwen2", {"max_patches": 0}, "min_patches and max_patches must be numbers of tiles"),
+        ("qwen2_vl", {"patch_size": 16}, "patch_size is 16, but the model's is 14"),
+        ("qwen2_vl", {"do_resize": False}, "do_resize must be true"),
+        (
+            "qwen2_vl",
+            {"size": {"shortest_edge": 9, "longest_edge": 3}},
+            "min_pixels and max_pixels must be numbers of pixels",
+        ),
+        ("qwen2_vl", {"min_pixels": "few"}, "min_pixels and max_pixels must be numbers of pixels"),
+        ("qwen2_vl", {"image_processor_type": "CLIPImageProcessor"}, "is not supported, only Qwen2VLImageProcessor"),
     ],
 )
 def test_settings_of_pictures_that_do_not_fit_are_refused(
-    family: Checkpoints, tmp_path: Path, changes: dict[str, Any], reason: str
+    family: Checkpoints, tmp_path: Path, name: str, changes: dict[str, Any], reason: str
 ) -> None:
-    shutil.copytree(family("qwen2_vl"), tmp_path / "copy")
+    shutil.copytree(family(name), tmp_path / "copy")
     path = tmp_path / "copy" / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(BadModel, match=reason):

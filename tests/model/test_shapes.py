@@ -90,6 +90,27 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
 }
 
 
+INTERNVL = {
+    "internvl3.5-1b": _qwen_text(1024, 3072, 28, 16, 8, 151936),
+    "internvl3.5-2b": _qwen_text(2048, 6144, 28, 16, 8, 151936),
+    "internvl3.5-4b": _qwen_text(2560, 9728, 36, 32, 8, 151936),
+    "internvl3.5-8b": _qwen_text(4096, 12288, 36, 32, 8, 151936),
+    "internvl3.5-14b": _qwen_text(5120, 17408, 40, 40, 8, 151936),
+}
+
+
+@pytest.mark.parametrize("name", INTERNVL)
+def test_parameters_of_internvl_are_those_of_transformers(name: str) -> None:
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen3Config(**INTERNVL[name], tie_word_embeddings=False),
+        vision_config={"attention_bias": True},
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.InternVLForConditionalGeneration(config)
+    assert known_shape(name).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_transformers(name: str) -> None:
     family, text, vision, tied = MODELS[name]
@@ -120,6 +141,7 @@ def test_parameters_are_those_of_transformers(name: str) -> None:
         ("qwen3-vl-2b", 114_688),
         ("qwen3-vl-4b", 147_456),
         ("qwen3-vl-8b", 147_456),
+        ("internvl3.5-8b", 147_456),
     ],
 )
 def test_bytes_of_a_token_in_all_layers_as_published(name: str, row_bytes: int) -> None:
@@ -129,7 +151,14 @@ def test_bytes_of_a_token_in_all_layers_as_published(name: str, row_bytes: int) 
 
 def test_all_known_models_are_compared() -> None:
     # Cosmos-Reason2 are Qwen3-VL models trained further.
-    assert set(KNOWN) == {*MODELS, "qwen-vl", "llava-1.6-mistral-7b", "cosmos-reason2-2b", "cosmos-reason2-8b"}
+    assert set(KNOWN) == {
+        *MODELS,
+        *INTERNVL,
+        "qwen-vl",
+        "llava-1.6-mistral-7b",
+        "cosmos-reason2-2b",
+        "cosmos-reason2-8b",
+    }
     assert replace(KNOWN["cosmos-reason2-8b"], name="qwen3-vl-8b") == KNOWN["qwen3-vl-8b"]
     assert replace(KNOWN["cosmos-reason2-2b"], name="qwen3-vl-2b") == KNOWN["qwen3-vl-2b"]
     # The counts that the two models' files are published with.

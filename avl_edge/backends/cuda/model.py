@@ -21,6 +21,9 @@ class DeviceWeights(Weights):
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self._device)
 
+    def has(self, name: str) -> bool:
+        return self._weights.has(name)
+
     def deny(self, name: str) -> None:
         self._weights.deny(name)
 

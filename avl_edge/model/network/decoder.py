@@ -25,7 +25,9 @@ class Decoder:
         self.embedding = weights.take("text.embed_tokens.weight", spec.vocab_size, size)
         self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
         self._norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
-        self._head = self.embedding if spec.tied_head else weights.take("head.weight", spec.vocab_size, size)
+        # A file with a head of its own has it for a reason, whatever its config says.
+        tied = spec.tied_head and not weights.has("head.weight")
+        self._head = self.embedding if tied else weights.take("head.weight", spec.vocab_size, size)
         self._rope = Rope(spec.head_dim, spec.rope)
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from ....request import PixelValues
+from ....request import Picture, PixelValues
 from ...checkpoint import Weights
 from ...network.image_features import ImageFeatures
 from ..llava.network import VisionEncoder as SquareEncoder
-from .pictures import TiledPicture
 from .spec import LlavaNextSpec
 
 
@@ -24,11 +23,10 @@ class VisionEncoder:
 
     def run(self, pixels: PixelValues, like: Tensor) -> Generator[None, None, ImageFeatures]:
         """The features of a picture, those of the overview first; stops between two layers."""
-        assert isinstance(pixels.picture, TiledPicture)
         squares = yield from self._squares.squares(torch.from_numpy(pixels.values).to(like))
         return ImageFeatures(torch.cat([squares[0], self._in_rows(squares[1:], pixels.picture)]))
 
-    def _in_rows(self, tiles: Tensor, picture: TiledPicture) -> Tensor:
+    def _in_rows(self, tiles: Tensor, picture: Picture) -> Tensor:
         """``[tiles, patches, hidden]`` to ``[rows * (columns + 1), hidden]``: unpadded, a newline behind each row."""
         (down, across), size = picture.tiles, tiles.shape[-1]
         side = round(tiles.shape[1] ** 0.5)

@@ -18,23 +18,18 @@ from ...prompt.preprocess import on_white, preprocess
 
 
 @dataclass(frozen=True)
-class TiledPicture(Picture):
-    """``tiles``: how many rows and columns of them there are. ``rows`` and ``columns`` count patches of the tiles
-    together, without those that hold nothing but padding; a newline ends each row."""
-
-    tiles: tuple[int, int] = (1, 1)
-
-
-@dataclass(frozen=True)
 class AnyRes:
-    """``crop``: edge in pixels of a tile; ``side``: patches along it; ``grids``: the (rows, columns) of tiles there
-    are."""
+    """``crop``: edge in pixels of a tile; ``side``: patches along it; ``grids``: (rows, columns) that tiles may have.
+
+    A picture's rows and columns are patches of its tiles together, without those that hold nothing but padding; a
+    newline ends each row.
+    """
 
     crop: int = 336
     side: int = 24
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
-    def __call__(self, width: int, height: int) -> TiledPicture:
+    def __call__(self, width: int, height: int) -> Picture:
         grid = self.grid(width, height)
         high, wide = grid[0] * self.side, grid[1] * self.side
         if width * high > wide * height:  # wider than the grid: rows of padding above and below
@@ -45,7 +40,7 @@ class AnyRes:
             wide -= (wide - content) // 2 * 2
         tile = Fixed.clip(self.side**2)
         tokens = tile.tokens + high * wide + high
-        return TiledPicture(1 + grid[0] * grid[1], tile.patches, tokens, high, wide, grid)
+        return Picture(1 + grid[0] * grid[1], tile.patches, tokens, high, wide, grid)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The tiles that keep most of the picture's pixels, and waste the fewest of their own."""
@@ -80,7 +75,6 @@ class TileCodec(ImageCodec):
         return cls(rule, replace(config, resize=(side, side), crop=None))
 
     def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
-        assert isinstance(picture, TiledPicture)
         rgb, side = on_white(image) if self.config.convert_rgb else image.convert("RGB"), self.rule.crop
         canvas = self._fitted(rgb, picture.tiles)
         rows, columns = picture.tiles
