@@ -117,7 +117,7 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
     if document is None:
         path = directory / "model.safetensors"
         if not path.exists():
-            raise BadModel(f"{directory} has no model.safetensors and no model.safetensors.index.json")
+            raise BadModel(_no_weights(directory))
         names: list[str] = _open(path).keys()
         yield from (_Source(name, path) for name in names)
         return
@@ -128,6 +128,13 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
         if not isinstance(file, str) or Path(file).name != file:
             raise BadModel(f"{index} places {quoted(name)} outside of its directory ({quoted(file)})")
         yield _Source(name, directory / file)
+
+
+def _no_weights(directory: Path) -> str:
+    missing = f"{directory} has no model.safetensors and no model.safetensors.index.json"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        return f"{missing}, but pickled weights, which are never read: convert them to safetensors"
+    return missing
 
 
 def _read(sources: Mapping[str, _Source]) -> Iterator[tuple[str, Tensor]]:

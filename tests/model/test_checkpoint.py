@@ -123,6 +123,15 @@ def test_an_index_that_lies(checkpoint: Checkpoints, tmp_path: Path) -> None:
         Runtime.open(copy)
 
 
+def test_pickled_weights_are_not_read(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(BadModel, match=r"no model\.safetensors and .*, but pickled weights, .* convert them"):
+        Runtime.open(copy)
+    (copy / "pytorch_model.bin").unlink()
+    with pytest.raises(BadModel, match=r"no model\.safetensors\.index\.json$"):
+        Runtime.open(copy)
+
+
 def test_mixed_dtypes_follow_the_embedding(copy: Path) -> None:
     path = copy / "model.safetensors"
     name = "language_model.model.norm.weight"
