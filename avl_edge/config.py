@@ -252,6 +252,16 @@ def parse_size(text: str) -> int:
     return count
 
 
+def size_in_bytes(name: str, value: object) -> int:
+    """Bytes of a size that is given as a number or as text; :class:`BadInput`, by ``name``, for anything else, and for
+    nothing."""
+    size = parse_size(value) if isinstance(value, str) else value
+    if not _is_whole(size):
+        raise BadInput(f"{name} must be bytes or a size like '12GB', not {value!r}")
+    require(size > 0, f"{name} must be more than 0 bytes")
+    return size
+
+
 def format_names(text: str | None, core: str | None, secondary: str | None, every: str | None) -> Formats | None:
     """Formats from names given for single tiers and for ``every`` other one; None when none is given."""
     if text is core is secondary is every is None:

@@ -48,6 +48,17 @@ class PixelValues:
 
 
 @dataclass(frozen=True, eq=False)
+class Pixels:
+    """The preprocessed ``pictures`` of a prompt, an entry for each of its spans."""
+
+    pictures: tuple[PixelValues, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.pictures)
+
+
+@dataclass(frozen=True, eq=False)
 class RopePositions:
     """Where RoPE turns the tokens of a prompt to: ``coordinates`` int32 ``[axes, n]`` (time, row and column for
     M-RoPE), and on all axes ``next`` for the first token after them, which need not be ``n``."""
@@ -61,12 +72,13 @@ class Prompt:
     """A prompt ready for the model.
 
     ``token_ids`` holds every position, image placeholders already expanded; ``pixel_values`` has an entry for each of
-    the ``spans``, and is None without images. ``rope`` is None where a token's position is its place in the prompt.
+    the ``spans``, and is None without images, and where they were let go. ``rope`` is None where a token's position is
+    its place in the prompt.
     """
 
     token_ids: tuple[int, ...]
     spans: tuple[ImageSpan, ...]
-    pixel_values: tuple[PixelValues, ...] | None
+    pixel_values: Pixels | None
     rope: RopePositions | None = None
 
     def __len__(self) -> int:

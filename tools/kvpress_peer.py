@@ -147,7 +147,8 @@ class Peer:
         """The greedy answer to a prompt with pictures as the runtime made it: the same ids and pixels."""
         token_ids = torch.tensor([prompt.token_ids])
         watch = Watch(self._new_cache(config=self._model.config.text_config))
-        pixels = torch.stack([torch.from_numpy(each.values) for each in prompt.pixel_values or ()])
+        assert prompt.pixel_values is not None
+        pixels = torch.stack([torch.from_numpy(each.values) for each in prompt.pixel_values.pictures])
         with torch.inference_mode(), press(self._model) if press else contextlib.nullcontext():
             output = self._model.generate(
                 input_ids=token_ids,

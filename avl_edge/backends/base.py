@@ -44,7 +44,8 @@ class Backend(Protocol):
     def begin_prefill(
         self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
     ) -> ForwardTask[Tensor]:
-        """Run the prompt, leave in ``cache`` what its policy stores; the last token's logits ``[vocabulary]``.
+        """Run the prompt, leave in ``cache`` what its policy stores; the last token's logits ``[vocabulary]``,
+        where they were computed.
 
         Of a question over a shared prefix only the tokens from the cache's ``begin`` on are run, without ``features``.
         Of a shared prefix, whose prompt ends with its images, the rows are all that counts.

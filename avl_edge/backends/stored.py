@@ -23,8 +23,9 @@ from ..kv.smoothing import Angles, Fit, Smoothing
 from ..kv.store import RowStore
 
 BYTES_AT_ONCE = 2**24
-"""Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
-many."""
+"""Bytes of rows in the model's dtype that are converted together; a layer's are, however many."""
+CONVERSION_COPIES = 3
+"""Times so many bytes are taken meanwhile."""
 
 
 class StoredRows:

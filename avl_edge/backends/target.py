@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +11,12 @@ import torch
 from ..config import KvShape, Progress, PromptShape
 from ..errors import BadInput
 from ..kv.methods import Choice
+from ..machine.ledger import Entry
 from ..model import checkpoint
 from ..model.families import read_spec
+from ..model.sizes import ModelShape
 from ..model.spec import ModelSpec
+from ..request import Picture
 from .base import Backend
 
 
@@ -28,6 +32,14 @@ class Target(ABC):
     """Whether nobody else's step fits between two layers of a prompt."""
     cannot_give_back: str | None = None
     """Why rows cannot give memory back while requests run; None where they can."""
+    cannot_bound_memory: str | None = None
+    """Why the memory of the process cannot be bounded before the weights are loaded; None where it can."""
+    library_bytes = 96 * 2**20
+    """What libraries take beside tensors once they compute. On a CPU (x86, torch 2.x, resident memory): 17 MiB of their
+    code that is read with its first use, 25 MiB of compiled kernels and of freed blocks below a MiB, which the C
+    library keeps, and as much again in reserve, for threads and other processors."""
+    recorded_steps_bytes = 0
+    """The most that recorded decode steps hold, where the memory of the process is bounded."""
 
     def __init__(self, directory: Path) -> None:
         """Raises what is wrong with the device or the model's files."""
@@ -56,6 +68,17 @@ class Target(ABC):
             return False
         return True
 
+    def weight_bytes(self, model: ModelShape) -> int:
+        """What the weights of ``model`` take here."""
+        return model.weight_bytes(model.stored)
+
+    def workspace_bytes(self, model: ModelShape, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
+        """What a prompt of so many tokens takes here while it and its pictures run."""
+        return model.workspace_bytes(pictures, tokens, image_tokens)
+
     @abstractmethod
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
-        """Read the weights and reserve the rows of a pool of ``pages``."""
+    def load(
+        self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None, recorded_steps: Entry
+    ) -> Backend:
+        """Read the weights and reserve the rows of a pool of ``pages``; steps that are recorded are counted under
+        ``recorded_steps``."""

@@ -40,6 +40,7 @@ from ..measure.evaluate import (
 from ..measure.perplexity import HEADER, TEXT, WindowLayout
 from ..model.demo import DEMO
 from ..serving.runtime import Runtime
+from .memory import MaxMemory
 from .options import FORMATS, MEMORY, METHOD, OUTPUT, Json, Model, Threads, checkpoint_of
 from .progress import progress, stderr
 from .terminal import Debug, readers_may_leave
@@ -146,6 +147,7 @@ def evaluate(
     threads: Threads = None,
     methods: Methods = "full,avl",
     kv_fraction: KvFraction = None,
+    max_memory: MaxMemory = None,
     window: Window = 1024,
     prompt_tokens: PromptTokens = 128,
     windows: Windows = 1,
@@ -172,17 +174,21 @@ def evaluate(
         torch.set_num_threads(threads)
     if is_text:
         layout = WindowLayout(window, prompt_tokens, as_image)
-        document = _with_command(text_document(data, model, settings, layout, windows))
+        document = _with_command(text_document(data, model, settings, layout, windows, max_memory))
         _publish(document, out, None, as_json)
         return
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
+    require(
+        max_memory is None or not (kl or attention),
+        "--kl and --attention hold more than --max-memory counts: leave them out, or it",
+    )
     if kl:
         checkpoint_of(model)
     if plots:
         require_plots(plots)
     document = _with_command(
-        _answered(data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out)
+        _answered(data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out, max_memory)
     )
     _publish(document, out, plots, as_json)
 
@@ -211,9 +217,10 @@ def _answered(
     kl: bool,
     attention: int,
     out: Path | None,
+    max_memory: str | None,
 ) -> dict[str, Any]:
     """The evaluation on questions; its answers are kept beside ``out``."""
-    runtime = Runtime.open(model)
+    runtime = Runtime.open(model, max_memory=max_memory)
     for setting in settings:
         setting.check(runtime.kv_shape)
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:

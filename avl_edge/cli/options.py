@@ -125,8 +125,22 @@ def checkpoint_of(model: str) -> Path:
     return directory
 
 
-def given_parameters(texts: list[str] | None, **named: float | None) -> dict[str, float]:
+def given_parameters(
+    texts: list[str] | None,
+    prefill_keep: float | None,
+    secondary: float | None,
+    core: float | None,
+    refresh: float | None,
+    text_keep: float | None,
+) -> dict[str, float]:
     """A method's parameters from ``--set`` and from options of their own; :class:`BadInput` for one given twice."""
+    named = {
+        "prefill_keep": prefill_keep,
+        "secondary": secondary,
+        "core": core,
+        "refresh": refresh,
+        "text_keep": text_keep,
+    }
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in map(parse_parameter, texts or []):
         if name in given:

@@ -19,6 +19,7 @@ from ..model.known import KNOWN, known_shape, shape_of_checkpoint
 from ..model.sizes import PRECISIONS, ModelShape, Precision
 from ..planning import estimate
 from ..planning.estimate import PlanRequest
+from .memory import MaxPlannedMemory
 from .options import (
     MEMORY,
     Core,
@@ -86,14 +87,6 @@ Head: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Format of the decoder's head, likewise.", show_default="as stored", rich_help_panel=MEMORY),
 ]
-MaxMemory: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        help="The most memory for the whole process, like 12GB.",
-        show_default="what the device has",
-        rich_help_panel=MEMORY,
-    ),
-]
 TargetMs: TypeAlias = Annotated[
     float | None,
     typer.Option("--target-ms-per-token", help="The longest that a decode step of all streams may take, on average."),
@@ -119,7 +112,7 @@ def plan(
     refresh: Refresh = None,
     text_keep: TextKeep = None,
     parameters: Parameters = None,
-    max_memory: MaxMemory = None,
+    max_memory: MaxPlannedMemory = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
     core_format: CoreFormat = None,
@@ -140,14 +133,7 @@ def plan(
         max_new_tokens=_max_new_tokens(max_new_tokens, image_tokens),
         streams=streams,
         method=method,
-        parameters=given_parameters(
-            parameters,
-            prefill_keep=prefill_keep,
-            secondary=secondary,
-            core=core,
-            refresh=refresh,
-            text_keep=text_keep,
-        ),
+        parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         weights=Precision(weights or shape.stored.body, head or shape.stored.head) if weights or head else None,
         max_memory=None if max_memory is None else parse_size(max_memory),

@@ -23,7 +23,8 @@ from ..model.prompt import ImageSource, read_stream
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
-from . import several
+from . import memory, several
+from .memory import MaxMemory
 from .options import (
     MEMORY,
     METHOD,
@@ -129,6 +130,7 @@ def run(
     text_keep: TextKeep = None,
     parameters: Parameters = None,
     kv_budget: KvBudget = None,
+    max_memory: MaxMemory = None,
     reserve: Reserve = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
@@ -143,9 +145,7 @@ def run(
     """Answer questions about one or more images. The answer to a single one streams to stdout."""
     options = Options(
         method=method,
-        parameters=given_parameters(
-            parameters, prefill_keep=prefill_keep, secondary=secondary, core=core, refresh=refresh, text_keep=text_keep
-        ),
+        parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         preset=preset,
         kv_budget=kv_budget,
@@ -162,13 +162,14 @@ def run(
         stop=stop or (),
         logprobs=logprobs,
     )
-    _ask(_open(model, device, reserve, threads), _images(image or []), prompt, options, Show(as_json, stats, explain))
+    runtime = _open(model, device, threads, reserve, max_memory)
+    _ask(runtime, image or [], prompt, options, Show(as_json, stats, explain))
 
 
-def _open(model: str, device: str | None, reserve: str | None, threads: int | None) -> Runtime:
+def _open(model: str, device: str | None, threads: int | None, reserve: str | None, max_memory: str | None) -> Runtime:
     if threads is not None:
         torch.set_num_threads(threads)
-    runtime = Runtime.open(model, device=device)
+    runtime = Runtime.open(model, device=device, max_memory=max_memory)
     # Where rows cannot give memory back, a profile's reserve is no default.
     left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
     if left is not None:
@@ -185,7 +186,8 @@ class Show:
     explain: bool
 
 
-def _ask(runtime: Runtime, images: list[ImageSource], prompts: list[str], options: Options, show: Show) -> None:
+def _ask(runtime: Runtime, names: list[str], prompts: list[str], options: Options, show: Show) -> None:
+    images = _images(names, runtime.max_pixels)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
         _ask_several(runtime, several.plan(runtime, images, prompts, options), options, show)
@@ -202,9 +204,10 @@ def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
     with readers_may_leave():
         result = _answer(runtime, request, quiet=show.as_json)
         if show.as_json:
-            print(json.dumps(result.to_dict()))
+            print(json.dumps({**result.to_dict(), "memory": asdict(runtime.memory())}))
     if show.stats:
         stderr.print(_table(result))
+        print(_memory(runtime), file=sys.stderr)
 
 
 def _ask_several(runtime: Runtime, asked: several.Several, options: Options, show: Show) -> None:
@@ -217,13 +220,14 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
     with readers_may_leave(), asked.session as session:
         results = asked.answer(runtime, quiet=show.as_json)
         if show.as_json:
-            print(asked.document(results))
+            print(json.dumps({**asked.document(results), "memory": asdict(runtime.memory())}))
         held = several.describe(session.stats)
     if show.stats:
         print(held, file=sys.stderr)
         for prompt, result in zip(asked.prompts, results, strict=True):
             print(prompt, file=sys.stderr)
             stderr.print(_table(result))
+        print(_memory(runtime), file=sys.stderr)
 
 
 def _load(runtime: Runtime, pool_bytes: int) -> None:
@@ -231,10 +235,14 @@ def _load(runtime: Runtime, pool_bytes: int) -> None:
         runtime.load_weights(pool_bytes=pool_bytes, progress=report)
 
 
-def _images(names: list[str]) -> list[ImageSource]:
+def _memory(runtime: Runtime) -> str:
+    return f"memory: {memory.spoken(runtime.memory())}"
+
+
+def _images(names: list[str], max_pixels: int) -> list[ImageSource]:
     if names.count("-") > 1:
         raise BadInput("only one --image can be read from stdin: give the others as files")
-    return [read_stream(sys.stdin.buffer) if name == "-" else _path(name) for name in names]
+    return [read_stream(sys.stdin.buffer, max_pixels) if name == "-" else _path(name) for name in names]
 
 
 def _path(name: str) -> Path:

@@ -152,16 +152,31 @@ def _tensor(file: safe_open, source: _Source) -> Tensor:
 def _open(path: Path) -> safe_open:
     """An open file. What its header says of shapes and places is checked by safetensors: none may overlap, leave a gap
     or end beyond the file."""
-    missing = BadModel(f"{path} is missing or may not be read: the checkpoint's index names it")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
     except (OSError, ValueError):
-        raise missing from None
+        raise _missing(path) from None
     if length > _MOST_HEADER_BYTES:
         raise BadModel(f"{path} is damaged: its header would have {length} bytes; copy the checkpoint again")
     with refusing(lambda reason: BadModel(f"{path} is damaged or cut off; copy the checkpoint again ({reason})")):
         return safe_open(path, framework="pt")
+
+
+def stored_bytes(directory: Path) -> int:
+    """What the checkpoint's files of weights weigh; :class:`BadModel` where one is missing."""
+    return sum(_size(path) for path in {source.path for source in _sources(directory, {}).values()})
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise _missing(path) from None
+
+
+def _missing(path: Path) -> BadModel:
+    return BadModel(f"{path} is missing or may not be read: the checkpoint's index names it")
 
 
 def _canonical(name: str, prefixes: Mapping[str, str]) -> str:

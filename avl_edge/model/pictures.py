@@ -19,6 +19,10 @@ class PictureRule(Protocol):
 
     def __call__(self, width: int, height: int) -> Picture: ...
 
+    def heaviest(self, tokens: int) -> list[Picture]:
+        """Pictures that have up to so many tokens together, and for that many the vision encoder most to do."""
+        ...
+
 
 class ImageCodec(ABC):
     """How a picture becomes pixels, and stands in the prompt."""
@@ -40,8 +44,11 @@ class ImageCodec(ABC):
         return image_token * picture.tokens
 
     @abstractmethod
-    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
-        """What the vision encoder takes, of an upright RGB ``image``; ``picture`` is the ``rule``'s for its size."""
+    def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
+        """What the vision encoder takes, of an upright RGB ``image``; ``picture`` is the ``rule``'s for its size.
+
+        BadImage where there would be more than twice ``max_pixels`` on the way.
+        """
 
     def rope(self, length: int, places: Sequence[tuple[int, Picture]]) -> RopePositions | None:  # noqa: ARG002
         """The positions of a prompt of ``length`` tokens with pictures, each with the place of its first token; None
@@ -63,3 +70,6 @@ class Fixed:
 
     def __call__(self, width: int, height: int) -> Picture:  # noqa: ARG002
         return Picture(1, self.patches, self.tokens)
+
+    def heaviest(self, tokens: int) -> list[Picture]:
+        return [self(0, 0)] * (tokens // self.tokens)

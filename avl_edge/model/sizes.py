@@ -13,6 +13,11 @@ from .pictures import PictureRule
 PRECISIONS: dict[str, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
 """Bytes per parameter; int8 and int4 with one fp16 scale for each group of 128."""
 
+_SAMPLER_BYTES = 40
+"""Of each logit while a token is drawn: float32 scores, weights in two precisions, int64 ids and their order."""
+_ROW_BOOKS_BYTES = 32
+"""Of each row beside its key and value: int32 id and position, its score so far and of this step, and their copies."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -179,3 +184,13 @@ class ModelShape:
         d = self.decoder
         width = 3 * d.hidden_size + 2 * d.query_size + 2 * d.key_size + 3 * d.intermediate_size + 2 * d.head_dim
         return self.itemsize * (tokens * width + image_tokens * d.hidden_size + d.vocab_size)
+
+    def workspace_bytes(self, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
+        """Live tensors of vision encoder or prefill, whichever are more: they do not run at once."""
+        return max(self.vision.peak_bytes(pictures, self.itemsize), self.activation_bytes(tokens, image_tokens))
+
+    def step_workspace_bytes(self, tokens: int) -> int:
+        """What a sequence of so many tokens takes in a decode step beside its rows, whatever its method: a token's
+        activations, the sampler's copies of its logits, and for each row its id, position and score."""
+        rows = self.decoder.layers * tokens
+        return self.activation_bytes(1, 0) + self.decoder.vocab_size * _SAMPLER_BYTES + rows * _ROW_BOOKS_BYTES

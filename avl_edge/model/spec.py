@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config import KvShape
+from ..request import Picture
 from .pictures import ImageCodec, PictureRule
 from .sizes import VisionShape
 
@@ -64,6 +65,10 @@ class ModelSpec(ABC):
     @abstractmethod
     def picture(self) -> PictureRule:
         """From the size of a picture to patches and tokens."""
+
+    @abstractmethod
+    def pixel_bytes(self, picture: Picture) -> int:
+        """Of a picture as the vision encoder takes it, preprocessed."""
 
     @property
     @abstractmethod

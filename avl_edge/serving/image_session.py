@@ -18,6 +18,7 @@ from ..model.prompt import ImageSource, Processor, check_sources
 from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats, Picture
 from .generation import Generation
+from .picture_reader import PictureReader
 from .requests import Request, SharedPrefix
 from .scheduler import SESSION_CLOSED
 
@@ -27,6 +28,9 @@ class SessionRuntime(Protocol):
 
     @property
     def home(self) -> object: ...
+
+    @property
+    def read_pictures(self) -> PictureReader: ...
 
     def submit(self, request: Request) -> Generation: ...
 
@@ -71,14 +75,16 @@ class ImageSession:
         options: Options,
     ) -> ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
-        not let questions share rows, :class:`DoesNotFit` beyond the budget."""
+        not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
+        take the memory for them."""
         check_sources(images)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
-        pictures = processor.measure(images)
+        pictures = runtime.read_pictures.measure(images)
         laid_out = processor.lay_out_images(pictures)
         planner.new_tokens(len(laid_out), options)
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
-        prefix = SharedPrefix(processor.read(images, pictures, laid_out), plan, runtime.home)
+        prompt = runtime.read_pictures(images, pictures, laid_out)
+        prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
         return cls(runtime, processor, planner, prefix, pictures, options)
 
     def load(self) -> ImageSessionStats:
@@ -88,7 +94,9 @@ class ImageSession:
         """
         prefix = self._prefix
         nothing: KvPlan[Method] = KvPlan(Full(), prefix.plan.formats, 0, 0, None, 0)
-        self._runtime.submit(Request(prefix.prompt, Options(), nothing, 0, prefix=prefix)).result()
+        prompt = replace(prefix.prompt, pixel_values=prefix.pixels)
+        workspace = self._planner.workspace(_head(prefix), 0)
+        self._runtime.submit(Request(prompt, Options(), nothing, 0, prefix=prefix, workspace=workspace)).result()
         return self.stats
 
     def ask(self, prompt: str, options: Options | None = None) -> Generation:
@@ -103,7 +111,7 @@ class ImageSession:
         """Check a question and plan its memory, holding nothing: for :meth:`avl_edge.Runtime.submit`.
 
         Raises :class:`BadInput` for what cannot be answered from the session's rows, or once it is closed, and
-        :class:`DoesNotFit` for what exceeds its budget.
+        :class:`TooLarge` for what exceeds its budget.
         """
         prefix, planner, shape = self._prefix, self._planner, self._planner.shape
         require(not prefix.is_closed, SESSION_CLOSED)
@@ -131,8 +139,9 @@ class ImageSession:
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
         what = f"{len(laid_out) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
-        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.prompt.pixel_values)
-        return Request(asked, options, plan, max_new_tokens, prefix=prefix)
+        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels)
+        workspace = planner.workspace(whole, max_new_tokens - 1, self._pictures)
+        return Request(asked, options, plan, max_new_tokens, prefix=prefix, workspace=workspace)
 
     @property
     def peak_bytes(self) -> int:
@@ -157,7 +166,7 @@ class ImageSession:
 
     def close(self) -> None:
         """Take no more questions; the rows are free when the last one on its way has ended. Closing twice is safe."""
-        self._prefix.is_closed = True
+        self._prefix.is_closed, self._prefix.pixels = True, None
         self._runtime.free_image_sessions()
 
     def __enter__(self) -> ImageSession:
@@ -169,7 +178,7 @@ class ImageSession:
         self.close()
 
     def __del__(self) -> None:
-        self._prefix.is_closed = True
+        self._prefix.is_closed, self._prefix.pixels = True, None
         self._runtime.free_image_sessions(wait=False)
 
 

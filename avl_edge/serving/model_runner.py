@@ -31,13 +31,14 @@ class ModelRunner:
         """Admit a request and run its pictures and its prompt, before it the prefix of its image session where nobody
         has yet: the last token's logits ``[vocabulary]``, None where it asks for no token."""
         request = sequence.request
+        self._scheduler.begin(sequence)
         if request.prefix and not request.prefix.is_ready:
             yield from self._prefix(sequence, request.prefix)
         if request.max_new_tokens == 0:
             return None
         cache, features = self._scheduler.admit(sequence), None
         if request.prefix is None:
-            features = yield from self._encode(request.prompt, sequence)
+            features = yield from self._encode(sequence, request.prompt, sequence)
         task = self._backend.begin_prefill(request.prompt, features, cache)
         del features  # the task lets go of them after its first layer
         return (yield from _run(task, sequence, "prefill_seconds"))
@@ -46,21 +47,25 @@ class ModelRunner:
         """Admit the pictures of an image session and run them."""
         cache = self._scheduler.admit_prefix(prefix, sequence)
         prefix.encode_seconds = prefix.prefill_seconds = 0.0
-        features = yield from self._encode(prefix.prompt, prefix)
+        features = yield from self._encode(sequence, prefix.prompt, prefix)
         task = self._backend.begin_prefill(prefix.prompt, features, cache)
         del features
         yield from _run(task, prefix, "prefill_seconds")
-        prefix.is_ready, prefix.runner = True, None
+        self._scheduler.finish_prefix(prefix)
         yield
 
-    def _encode(self, prompt: Prompt, of: Running | SharedPrefix) -> Layers[ImageFeatures | None]:
-        """The features of a prompt's pictures; None for a prompt without pictures."""
-        if prompt.pixel_values is None:
+    def _encode(self, sequence: Running, prompt: Prompt, of: Running | SharedPrefix) -> Layers[ImageFeatures | None]:
+        """The features of the pixels of ``sequence``, which are let go; None for a prompt
+        without pictures. ``of``: whose time it takes."""
+        if not prompt.spans:
             return None
         features = self._features.find(prompt)
         if features is None:
-            features = yield from _run(self._backend.begin_encode(prompt.pixel_values), of, "encode_seconds")
+            assert sequence.pixels is not None, "pixels are let go once they are encoded, and by who has ended"
+            features = yield from _run(self._backend.begin_encode(sequence.pixels.pictures), of, "encode_seconds")
+            sequence.pixels = None
             yield
+        sequence.pixels = None
         self._features.keep(prompt, features)
         return features
 

@@ -11,10 +11,11 @@ from types import TracebackType
 
 from ..backends.target import Target
 from ..backends.targets import open_target
-from ..config import Options, Progress, checked_options, require
+from ..config import Options, Progress, checked_options, require, size_in_bytes
 from ..errors import BadInput, BadModel, EngineClosed
 from ..kv.cache import prompt_shape
 from ..machine import allocator
+from ..machine.ledger import MemoryStats
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
@@ -23,12 +24,14 @@ from ..model.known import shape_of_checkpoint
 from ..model.prompt import ImageSource, Processor, check_sources
 from ..model.spec import ModelSpec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
+from ..planning.memory_planner import MemoryPlanner
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
 from .debug import RuntimeView
 from .engine import Engine
 from .engine_loop import EngineLoop
 from .generation import Generation
 from .image_session import ImageSession
+from .picture_reader import PictureReader
 from .requests import Request
 from .schedule_policy import FirstComeFirstServed, SchedulePolicy
 from .scheduler import SESSION_CLOSED
@@ -52,6 +55,7 @@ class Runtime:
         *,
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -61,7 +65,10 @@ class Runtime:
         self._processor = processor
         steps = spec.text.layers if target.runs_prompts_whole else 1
         schedule = schedule or FirstComeFirstServed(steps)
-        self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule)
+        self._memory = MemoryPlanner(self.planner, max_memory)
+        ledger = self._memory.ledger
+        self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
+        self.read_pictures = PictureReader(processor, ledger)
         self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
 
@@ -76,6 +83,7 @@ class Runtime:
             pool=loop.pool,
             rows=loop.backend.rows if loop.backend else None,
             features=loop.features,
+            ledger=loop.ledger,
             monitor=loop.monitor,
             device_watcher=self._watcher,
             replace_backend=lambda backend: self.engine.call(lambda: loop.use(backend)),
@@ -94,14 +102,20 @@ class Runtime:
         device: str | None = None,
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
+        max_memory: int | str | None = None,
     ) -> Runtime:
         """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
         of a built package. ``device``: one of :data:`~avl_edge.backends.targets.TARGETS`, which raises what is wrong
         with it; None takes tensorrt for a package, and the cpu for others.
 
         ``schedule`` says who is served when; None: first come, first served. Not ``threaded``, the model runs in the
-        one thread that asks, while it waits: for tests.
+        one thread that asks, while it waits: for tests. ``max_memory`` (bytes, or a size like "12GB") bounds the whole
+        process: what it holds already, the weights, the pool and whatever requests take beside their rows
+        (:meth:`memory`); :class:`TooLarge`, naming the least that would do, where not even the model fits.
         """
+        most = None if max_memory is None else size_in_bytes("max_memory", max_memory)
+        if most is not None:
+            allocator.bound()
         given = DEMO if model == "demo" else Path(model)
         if not os.fspath(model) or not given.is_dir():
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
@@ -110,7 +124,7 @@ class Runtime:
         target.check_model(spec)
         name = "demo" if model == "demo" else given.resolve().name
         processor = Processor.of(spec, target.directory)
-        return cls(name, target, spec, processor, threaded=threaded, schedule=schedule)
+        return cls(name, target, spec, processor, threaded=threaded, schedule=schedule, max_memory=most)
 
     @classmethod
     def load(
@@ -127,10 +141,11 @@ class Runtime:
         device_root: str | os.PathLike[str] = "/",
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
+        max_memory: int | str | None = None,
     ) -> Runtime:
         """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
         ``profile`` or the device; ``device_root`` is where both look at the machine."""
-        runtime = cls.open(model, device=device, threaded=threaded, schedule=schedule)
+        runtime = cls.open(model, device=device, threaded=threaded, schedule=schedule, max_memory=max_memory)
         profiles = (profile,) if isinstance(profile, DeviceProfile) else profile
         if reserve_bytes is not None:
             runtime.keep_free(reserve_bytes, root=device_root)
@@ -144,7 +159,8 @@ class Runtime:
     def load_weights(self, *, pool_bytes: int | None = None, progress: Progress | None = None) -> None:
         """Map and read the weights and reserve the pool, once, for all requests.
 
-        ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most.
+        ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most, and where the memory of the process is
+        bounded what the longest prompt leaves. Raises :class:`TooLarge` for a pool beyond that bound.
         """
         interrupted = threading.Event()
 
@@ -164,8 +180,11 @@ class Runtime:
         if self._loop.backend is not None:
             raise BadInput("the weights are loaded already: open another Runtime for another pool")
         allocator.bound()
-        pages = self.planner.pool_pages(pool_bytes)
-        self._loop.load(lambda: self._target.load(self.spec, self.kv_shape, pages, progress), pages)
+        pages = self._memory.pool_pages(pool_bytes)
+        weight_bytes, recorded = self._target.weight_bytes(self.planner.model), self._loop.ledger["recorded_steps"]
+        self._loop.load(
+            lambda: self._target.load(self.spec, self.kv_shape, pages, progress, recorded), pages, weight_bytes
+        )
 
     @property
     def load_ms(self) -> float:
@@ -210,24 +229,48 @@ class Runtime:
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
 
-        Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
+        Raises :class:`BadInput` for what cannot be answered, :class:`TooLarge` for what exceeds the model's context,
+        its budget, or the memory of the process, and :class:`Busy` while the pixels of others take that for its own.
         """
         options = checked_options(options)
         check_sources(images)
-        pictures = self._processor.measure(images)
+        pictures = self.read_pictures.measure(images)
         laid_out = self._processor.lay_out(pictures, prompt)
         max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
-        pages = self._loop.pool.pages or self.planner.pool_pages(None)
-        plan = self.planner.plan(pages, options, prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1, state)
-        device = state.stats if state else None
-        return Request(self._processor.read(images, pictures, laid_out), options, plan, max_new_tokens, device)
+        shape, steps = prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1
+        pixel_bytes = self.read_pictures.pixel_bytes(pictures)
+        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pictures, pixel_bytes)
+        workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
+        read = self.read_pictures(images, pictures, laid_out)
+        return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
+
+    @property
+    def max_pixels(self) -> int:
+        """The most that a picture may have: what the memory of the process leaves for decoding one, where that is
+        bounded."""
+        return self.read_pictures.max_pixels
+
+    def kv_bytes_left(self, prompt_bytes: int) -> int | None:
+        """What the memory of the process leaves for the rows of requests, beside what a prompt takes; None where it is
+        not bounded."""
+        return self._memory.kv_bytes_left(prompt_bytes, self._loop.pool.pages)
+
+    def require_memory(self, prompt_bytes: int, kv_bytes: int, what: str) -> None:
+        """Raise :class:`TooLarge`, naming the least ``max_memory`` that would do, where no pool could be loaded that
+        holds ``kv_bytes`` beside what a prompt takes."""
+        self._memory.require(prompt_bytes, kv_bytes, self._loop.pool.pages, what)
+
+    def memory(self) -> MemoryStats:
+        """What the process holds now, by kind, as it is counted: of activations what requests were planned to take, and
+        of the process and its libraries what was reserved for them."""
+        return self._loop.ledger.stats
 
     def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Generation:
         """Queue a prepared request; ``priority`` and ``deadline`` as
         :meth:`~avl_edge.serving.engine.Engine.submit` says. Loads the weights if nobody did.
 
-        Raises :class:`DoesNotFit` when even an empty pool could not hold it, :class:`BadInput` for a question about an
+        Raises :class:`TooLarge` when even an empty pool could not hold it, :class:`BadInput` for a question about an
         image session that was closed, or is another runtime's, and :class:`EngineClosed`.
         """
         prefix = request.prefix
@@ -254,7 +297,7 @@ class Runtime:
         another; they share its rows. See :class:`~avl_edge.serving.image_session.ImageSession` for what ``options``
         say.
 
-        Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
+        Checks and plans, and raises, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
         return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
 

@@ -75,7 +75,9 @@ def test_a_core_picked_on_the_device_is_the_oracles(checkpoint: Checkpoints, cho
     requests = [(random_prompt(oracle.spec, seed), method, chosen) for seed, method in enumerate(methods)]
     requests.append((random_prompt(oracle.spec, 4, images=0), Coarse(), chosen))  # nothing to choose from
     run_both(oracle, ours, requests, STEP_OF[chosen.text])
-    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+    assert device.log.count("synchronize") == device.log.count("replay") + len(requests), (
+        "a prompt and a step wait once each"
+    )
 
 
 def test_a_method_that_picks_its_core_answers_a_text_alone(checkpoint: Checkpoints) -> None:
@@ -93,7 +95,9 @@ def test_formats_and_methods_share_a_batch(checkpoint: Checkpoints) -> None:
     requests = [(random_prompt(oracle.spec, seed), *each) for seed, each in enumerate(chosen)]
     requests.append((random_prompt(oracle.spec, 9), Avl(refresh=2), FORMATS_OF["falling"]))
     run_both(oracle, ours, requests, STEP_OF["int4"])
-    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+    assert device.log.count("synchronize") == device.log.count("replay") + len(requests), (
+        "a prompt and a step wait once each"
+    )
 
 
 def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -> None:
@@ -115,7 +119,7 @@ def test_methods_share_a_batch(checkpoint: Checkpoints) -> None:
     requests = [(random_prompt(oracle.spec, seed), method, Formats()) for seed, method in enumerate(METHODS.values())]
     run_both(oracle, ours, requests, 1e-4)
     waits = device.log.count("synchronize")
-    assert waits == device.log.count("replay"), "a step waits once"
+    assert waits == device.log.count("replay") + len(requests), "a prompt and a step wait once each"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat"])

@@ -121,7 +121,7 @@ def test_a_prompt_and_pictures_are_advanced_layer_by_layer(checkpoint: Checkpoin
     prompt = random_prompt(side.spec, 3, images=2)
     results = []
     for layers in (1, 2, 1000):
-        encode, calls = side.backend.begin_encode(prompt.pixel_values), 1
+        encode, calls = side.backend.begin_encode(prompt.pixel_values.pictures), 1
         while (features := encode.advance(layers)) is None:
             calls += 1
         vision = 2 * max(side.spec.feature_layers)
@@ -134,7 +134,7 @@ def test_a_prompt_and_pictures_are_advanced_layer_by_layer(checkpoint: Checkpoin
     for features, logits in results[1:]:
         assert torch.equal(features.tokens, results[0][0].tokens)
         assert torch.equal(logits, results[0][1])
-    alone = [run_whole(side.backend.begin_encode(prompt.pixel_values[at : at + 1])) for at in range(2)]
+    alone = [run_whole(side.backend.begin_encode(prompt.pixel_values.pictures[at : at + 1])) for at in range(2)]
     assert torch.equal(ImageFeatures.joined(alone).tokens, results[0][0].tokens), (
         "a picture's features do not depend on its company"
     )

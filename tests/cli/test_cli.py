@@ -136,4 +136,5 @@ def _encoding(name: str) -> dict[str, str]:
 
 
 def _without_times(document: str) -> dict[str, object]:
-    return {name: value for name, value in json.loads(document).items() if name != "timings"}
+    """Nor with what the process held."""
+    return {name: value for name, value in json.loads(document).items() if name not in ("timings", "memory")}

@@ -24,7 +24,7 @@ from avl_edge.model.families.llava import LlavaSpec
 from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.request import ImageSpan, Prompt
 from tests.equipment.cuda_on_cpu import HostDevice, backend_for
-from tests.equipment.pixels import as_pictures
+from tests.equipment.pixels import as_pixels
 
 METHODS: dict[str, Method] = {
     "full": Full(),
@@ -57,7 +57,7 @@ def random_prompt(spec: LlavaSpec, seed: int, text: int = 12, images: int = 1) -
     spans = tuple(ImageSpan(f"{seed}{i}", 3 + text // 2 + i * (length + 1), length) for i in range(images))
     side = spec.vision.image_size
     pixels = rng.standard_normal((images, 3, side, side), dtype=np.float32)
-    return Prompt(tuple(map(int, ids)), spans, as_pictures(spec, pixels) or None)
+    return Prompt(tuple(map(int, ids)), spans, as_pixels(spec, pixels))
 
 
 class Side:
@@ -76,7 +76,9 @@ class Side:
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
         cache = self.admit(prompt, method, formats)
-        features = None if prompt.pixel_values is None else run_whole(self.backend.begin_encode(prompt.pixel_values))
+        features = (
+            None if prompt.pixel_values is None else run_whole(self.backend.begin_encode(prompt.pixel_values.pictures))
+        )
         return cache, run_whole(self.backend.begin_prefill(prompt, features, cache))
 
 
@@ -88,7 +90,7 @@ class PrefixSide(Side):
         plan = kv_plan(method, formats, self.shape, prompt_shape(len(head), head.spans), 0)
         self.head, self.shared = head, SharedPrefixCache(self.pool, plan, len(head), head.spans, self.shape.layers)
         self.lent = [self.shared]
-        features = run_whole(self.backend.begin_encode(head.pixel_values))
+        features = run_whole(self.backend.begin_encode(head.pixel_values.pictures))
         run_whole(self.backend.begin_prefill(head, features, self.shared))
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:

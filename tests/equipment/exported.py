@@ -31,7 +31,7 @@ from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.package.export import DECODER, VISION, Settings, export_model
 from avl_edge.request import ImageSpan, Prompt
 from tests.conftest import Checkpoints
-from tests.equipment.pixels import as_pictures
+from tests.equipment.pixels import as_pixels
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -259,7 +259,7 @@ def prompt_of(exported: Exported, lengths: tuple[int, int], images: int, seed: i
     for span in spans:
         token_ids[span.start : span.start + span.length] = spec.image_token_id
     pixels = random.standard_normal((images, 3, side, side), dtype=np.float32)
-    return Prompt(tuple(map(int, token_ids)), spans, as_pictures(spec, pixels) or None)
+    return Prompt(tuple(map(int, token_ids)), spans, as_pixels(spec, pixels))
 
 
 def start(
@@ -284,6 +284,8 @@ def start(
     ]
     logits = []
     for prompt, cache in zip(prompts, caches, strict=True):
-        features = None if prompt.pixel_values is None else run_whole(backend.begin_encode(prompt.pixel_values))
+        features = (
+            None if prompt.pixel_values is None else run_whole(backend.begin_encode(prompt.pixel_values.pictures))
+        )
         logits.append(run_whole(backend.begin_prefill(prompt, features, cache)).numpy())
     return backend, recorded, store, caches, logits

@@ -78,7 +78,7 @@ def open_processor(path: Path, kind: str = "llama", **changes: Any) -> Processor
     def open_codec(directory: Path) -> SquareCodec:
         return SquareCodec.open(directory, Fixed(tokens, tokens), edge)
 
-    return Processor.open(path, open_codec, **(arguments | changes))
+    return Processor.open(path, open_codec, lambda _: 12 * edge**2, **(arguments | changes))
 
 
 def pictures(number: int) -> list[Image.Image]:

@@ -33,8 +33,9 @@ def test_tokens_and_core_equal_the_oracle(checkpoint: Checkpoints, name: str, se
     recorder = Recorder(runtime)
     formats = Formats("exact", f"lowrank:{settings.rank}", f"lowrank:{settings.rank}@{settings.low}")
     parameters = {"core": settings.core, "decay": settings.decay}
-    generation = runtime.generate([IMAGE], PROMPT, Options("attentionpack", parameters, formats, max_new_tokens=STEPS))
-    prompt = generation.prompt
+    options = Options("attentionpack", parameters, formats, max_new_tokens=STEPS)
+    request = runtime.prepare([IMAGE], PROMPT, options)
+    generation, prompt = runtime.submit(request), request.prompt
     assert prompt.pixel_values is not None
     expected = generate(
         oracle.load_model(directory),

@@ -68,10 +68,9 @@ def _assert_equal(
     checkpoint: Checkpoints, name: str, images: int, options: Options, settings: oracle.AvlSettings
 ) -> None:
     directory = checkpoint(name, dtype=torch.float64)
-    generation = Runtime.load(directory, threaded=False).generate(
-        IMAGES[:images], PROMPT, replace(options, max_new_tokens=STEPS)
-    )
-    prompt = generation.prompt
+    runtime = Runtime.load(directory, threaded=False)
+    request = runtime.prepare(IMAGES[:images], PROMPT, replace(options, max_new_tokens=STEPS))
+    generation, prompt = runtime.submit(request), request.prompt
     expected = oracle.generate(
         oracle.load_model(directory),
         torch.tensor([prompt.token_ids]),

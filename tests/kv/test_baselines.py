@@ -67,8 +67,8 @@ def test_tokens_and_rows_equal_the_oracle(
     directory = checkpoint(name, dtype=torch.float64)
     options = Options(method=method, parameters=settings, max_new_tokens=STEPS)
     runtime = Runtime.load(directory, threaded=False)
-    generation = runtime.generate(IMAGES[:images], PROMPT, options)
-    prompt = generation.prompt
+    request = runtime.prepare(IMAGES[:images], PROMPT, options)
+    generation, prompt = runtime.submit(request), request.prompt
     pixels = None if prompt.pixel_values is None else torch.from_numpy(stacked(prompt)).double()
     case = oracles.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     for step, truth in enumerate(ORACLES[method](case, **settings)):

@@ -112,10 +112,9 @@ def picture(tmp_path: Path) -> str:
 def test_it_answers_as_the_oracle(checkpoint: Checkpoints) -> None:
     """Transformers, from whom every second image row is hidden after the prompt."""
     directory = checkpoint("llama-mha", dtype=torch.float64)
-    generation = Runtime.load(directory, threaded=False).generate(
-        [IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS)
-    )
-    prompt = generation.prompt
+    runtime = Runtime.load(directory, threaded=False)
+    request = runtime.prepare([IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS))
+    generation, prompt = runtime.submit(request), request.prompt
     pixels = torch.from_numpy(stacked(prompt)).double()
     case = oracle_baselines.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     hidden = case.images[1::2]

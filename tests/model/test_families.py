@@ -70,13 +70,14 @@ def test_all_is_what_transformers_makes_of_it(family: Checkpoints, name: str, im
     directory, pictures = family(name), _rolled(images, name)
     runtime = Runtime.load(directory, threaded=False)
     record = Recorder(runtime)
-    generation = runtime.generate(pictures, PROMPT, Options(method="full", max_new_tokens=TOKENS))
+    request = runtime.prepare(pictures, PROMPT, Options(method="full", max_new_tokens=TOKENS))
+    generation = runtime.submit(request)
     tokens = list(generation.result().token_ids)
 
     inputs = reference_inputs(directory, SPECS[name], pictures, PROMPT)
     assert list(generation.prompt.token_ids) == inputs.token_ids
-    assert generation.prompt.pixel_values is not None
-    for ours, theirs in zip(generation.prompt.pixel_values, inputs.pixels, strict=True):
+    assert request.prompt.pixel_values is not None
+    for ours, theirs in zip(request.prompt.pixel_values.pictures, inputs.pixels, strict=True):
         assert np.array_equal(ours.values.reshape(theirs.shape), theirs)
     _check_positions(directory, inputs, generation.prompt)
     chosen, logits = _reference(directory, inputs, tokens)

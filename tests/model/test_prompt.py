@@ -72,8 +72,8 @@ def test_spans_point_at_the_placeholders_of_each_picture(tmp_path: Path) -> None
     processor = open_processor(model_directory(tmp_path, template=touching))
     images = pictures(3)
     prompt = processor([images[0], images[1], images[0]], "What changed?")
-    assert len(prompt.spans) == len(prompt.pixel_values) == 3
-    for span, pixels in zip(prompt.spans, prompt.pixel_values, strict=True):
+    assert len(prompt.spans) == len(prompt.pixel_values.pictures) == 3
+    for span, pixels in zip(prompt.spans, prompt.pixel_values.pictures, strict=True):
         assert span.length == TOKENS
         assert set(prompt.token_ids[span.start : span.start + TOKENS]) == {image_id()}
         assert span.digest == digest(pixels)

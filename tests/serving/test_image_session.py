@@ -57,7 +57,8 @@ def test_full_attention_equals_transformers(checkpoint: Checkpoints, name: str, 
             logits.clear()
             question = session.ask(prompt)
             tokens = list(question.result().token_ids)
-            ids, pixels = torch.tensor([question.prompt.token_ids]), torch.from_numpy(stacked(question.prompt))
+            ids = torch.tensor([question.prompt.token_ids])
+            pixels = torch.from_numpy(stacked(runtime.prepare(IMAGES[:images], prompt).prompt))
             with torch.no_grad():
                 expected = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=24, do_sample=False)
                 whole = torch.cat([ids, torch.tensor([tokens])], 1)
@@ -76,7 +77,8 @@ def test_bfloat16_is_as_close_to_float64_as_a_plain_request(checkpoint: Checkpoi
         logits = Recorder(runtime).logits
         session = runtime.open_images(IMAGES, FULL)
         question = session.ask(SECOND) if shared else runtime.generate(IMAGES, SECOND, FULL)
-        tokens, prompt = list(question.result().token_ids), question.prompt
+        tokens, prompt = list(question.result().token_ids), runtime.prepare(IMAGES, SECOND).prompt
+        assert prompt.token_ids == question.prompt.token_ids
         ids = torch.tensor([[*prompt.token_ids, *tokens]])
         with torch.no_grad():
             exact = model(input_ids=ids, pixel_values=torch.from_numpy(stacked(prompt)).double()).logits
@@ -123,7 +125,8 @@ def test_avl_equals_the_oracle(checkpoint: Checkpoints, name: str, images: int, 
     session = runtime.open_images(IMAGES[:images])
     session.load()
     question = session.ask(SECOND, Options(method="avl", parameters=settings, max_new_tokens=32))
-    ids, pixels = torch.tensor([question.prompt.token_ids]), torch.from_numpy(stacked(question.prompt))
+    ids = torch.tensor([question.prompt.token_ids])
+    pixels = torch.from_numpy(stacked(runtime.prepare(IMAGES[:images], SECOND).prompt))
     expected = oracle.generate(oracle.load_model(directory), ids, pixels, AvlSettings(**settings), 32)
     _compare(question, expected)
 

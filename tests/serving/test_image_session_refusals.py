@@ -156,10 +156,11 @@ def test_several_prompts_are_answered_as_each_alone(run: Any) -> None:
     assert [each["prompt"] for each in document["answers"]] == [FIRST, SECOND]
     for answer in document["answers"]:
         single = alone[answer.pop("prompt")]
-        assert set(answer) == set(single)
+        assert {*answer, "memory"} == set(single), "what the process held is told once"
         assert (answer["token_ids"], answer["usage"]) == (single["token_ids"], single["usage"])
         assert answer["kv"]["bytes_stored"] + answer["kv"]["bytes_shared"] == single["kv"]["bytes_stored"]
     assert document["session"]["bytes_stored"] == document["answers"][0]["kv"]["bytes_shared"]
+    assert document["memory"]["entries"]["weights"] == alone[FIRST]["memory"]["entries"]["weights"]
     code, _, err = run(*BOTH, "--stats")
     assert code == 0
     assert err.count("KV shared") == err.count("KV stored / peak / full") == 2

@@ -41,8 +41,8 @@ def _options(**options: Any) -> Options:
 def test_greedy_tokens_with_penalties_are_those_of_transformers(runtime: Runtime, directory: Path, bias: bool) -> None:
     likely = runtime.generate([IMAGE], PROMPT, _options()).result().token_ids[0]
     biases = {likely: -4.0, 40: 1.5} if bias else {}
-    generation = runtime.generate([IMAGE], PROMPT, _options(repetition_penalty=1.3, logit_bias=biases))
-    found, prompt = generation.result().token_ids, generation.prompt
+    request = runtime.prepare([IMAGE], PROMPT, _options(repetition_penalty=1.3, logit_bias=biases))
+    found, prompt = runtime.submit(request).result().token_ids, request.prompt
     model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
     ids = torch.tensor([prompt.token_ids])
     more: dict[str, Any] = {"sequence_bias": [[[token], each] for token, each in biases.items()]} if bias else {}

@@ -53,8 +53,8 @@ def peer(directory: Path) -> Peer:
 def full(directory: Path) -> list[tuple[Prompt, Result]]:
     """Prompts about different pictures, with what full attention answers."""
     runtime, options = Runtime.load(directory), Options(method="full", max_new_tokens=STEPS)
-    generations = [runtime.generate([random_image(seed, (90, 70))], PROMPT, options) for seed in (1, 2, 3)]
-    return [(generation.prompt, generation.result()) for generation in generations]
+    requests = [runtime.prepare([random_image(seed, (90, 70))], PROMPT, options) for seed in (1, 2, 3)]
+    return [(request.prompt, runtime.submit(request).result()) for request in requests]
 
 
 @pytest.fixture(scope="module")

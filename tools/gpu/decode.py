@@ -23,7 +23,7 @@ from avl_edge.model.checkpoint import Weights
 from avl_edge.model.families.llava import LlavaSpec
 from avl_edge.model.spec import ModelSpec
 from avl_edge.model.vision_language import VisionLanguageModel
-from avl_edge.request import ImageSpan, PixelValues, Prompt
+from avl_edge.request import ImageSpan, Pixels, PixelValues, Prompt
 from tools.gpu.dut import DeviceUnderTest, backend, require, row_store
 
 STEPS = 12
@@ -75,7 +75,7 @@ def random_prompt(spec: ModelSpec, seed: int) -> Prompt:
     ids = rng.integers(10, spec.text.vocab_size // 2, before + image + after)
     side = spec.vision.image_size
     pixels = PixelValues(rng.standard_normal((3, side, side), dtype=np.float32), spec.picture(side, side))
-    return Prompt(tuple(map(int, ids)), (ImageSpan(str(seed), before, image),), (pixels,))
+    return Prompt(tuple(map(int, ids)), (ImageSpan(str(seed), before, image),), Pixels((pixels,)))
 
 
 class Sequences(DecodeLoop):

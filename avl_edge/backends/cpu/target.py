@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
 from ...config import KvShape, Progress
 from ...kv.store import RowStore
+from ...machine.ledger import Entry
 from ...model import checkpoint
+from ...model.sizes import ModelShape
 from ...model.spec import ModelSpec
 from ...model.vision_language import VisionLanguageModel
+from ...request import Picture
 from ..base import Backend
 from ..target import Target
 from .backend import TorchBackend
@@ -15,6 +23,25 @@ from .backend import TorchBackend
 class Cpu(Target):
     """A checkpoint on the processor."""
 
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
+    def weight_bytes(self, model: ModelShape) -> int:
+        """The checkpoint's files: all of them is mapped and read, also what no layer takes."""
+        return max(super().weight_bytes(model), checkpoint.stored_bytes(self.directory))
+
+    def workspace_bytes(self, model: ModelShape, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
+        if self.dtype != torch.float16:
+            return super().workspace_bytes(model, pictures, tokens, image_tokens)
+        # Prompts in float16 are widened here, a matrix at a time.
+        decoder, wide = model.decoder, replace(model, itemsize=4)
+        matrix = 4 * decoder.hidden_size * max(decoder.intermediate_size, decoder.query_size)
+        return super().workspace_bytes(wide, pictures, tokens, image_tokens) + matrix
+
+    def load(
+        self,
+        spec: ModelSpec,
+        shape: KvShape,
+        pages: int,
+        progress: Progress | None,
+        recorded_steps: Entry,  # noqa: ARG002
+    ) -> Backend:
         model = VisionLanguageModel(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes))
         return TorchBackend(model, RowStore(pages, shape, model.dtype))

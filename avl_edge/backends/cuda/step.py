@@ -54,7 +54,8 @@ class DecodeStep(RecordedStep):
             size = (text.layers, bucket.scanned)
             outputs["picked"] = torch.zeros(size, dtype=torch.int8, device=device)
             self._ends = torch.zeros(len(bucket.formats) * batch, dtype=torch.int32, device=device)
-        super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs)
+        scratch = (self._scratch, self._attended)
+        super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs, scratch)
 
     def run(self) -> None:
         decoder, tables = self._model.decoder, self.tables

@@ -23,8 +23,8 @@ from torch import Tensor
 from ...kv.cache import SequenceCache
 from ...kv.pool import RowTable
 from ...kv.selection import Selection, StepScores
-from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
+from ...machine.ledger import Entry
 from ...model.network.image_features import ImageFeatures
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
@@ -49,8 +49,11 @@ class EngineBackend:
 
     name = "tensorrt"
 
-    def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator) -> None:
-        """``store``: the pool, in the engines' dtype, on the accelerator's device."""
+    def __init__(
+        self, engines: Engines, store: RowStore, accelerator: Accelerator, recorded_steps: Entry | None = None
+    ) -> None:
+        """``store``: the pool, in the engines' dtype, on the accelerator's device. ``recorded_steps``: under which
+        recorded steps are counted."""
         self.engines, self._store, self.accelerator = engines, store, accelerator
         text, device = engines.spec.text, accelerator.device
         with device:
@@ -63,7 +66,9 @@ class EngineBackend:
             each.take_memory(self._memory.data_ptr())
         stream = accelerator.stream()
         self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
-        self.steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
+        self.steps = RecordedSteps(
+            accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket), recorded_steps
+        )
 
     @torch.inference_mode()
     def require_rows(self) -> None:
@@ -109,15 +114,13 @@ class EngineBackend:
     def begin_prefill(
         self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
     ) -> ForwardTask[Tensor]:
-        """A prompt runs whole; its logits come as float32 to the CPU, and the rows are there when it is done."""
+        """A prompt runs whole; its logits, float32, and its rows are there when it is done."""
         return WholeTask(lambda: self._prompt(prompt, features, cache))
 
     def _prompt(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Tensor:
         logits = self._run(prompt, features, cache)[names.LOGITS][0]
-        if isinstance(cache, SharedPrefixCache):
-            self.accelerator.synchronize()
-            return logits
-        return logits.cpu()
+        self.accelerator.synchronize()
+        return logits
 
     def _run(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Buffers:
         """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
@@ -143,7 +146,7 @@ class EngineBackend:
         return distances(values, cache, layer)
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        """One step for every sequence; greedy tokens are chosen on the device, logits come as float32 to the CPU."""
+        """One step for every sequence; greedy tokens are chosen on the device, logits, float32, stay there."""
         pieces = self._pieces(len(caches))
         return StepResult.joined([(some.start, self._decode(token_ids[some], caches[some], greedy)) for some in pieces])
 
@@ -165,7 +168,7 @@ class EngineBackend:
             return batch.result()
         reads = [own for own, _ in asked]
         step = self.steps.of(self._bucket(reads, any(scores for _, scores in asked)))
-        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
+        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads):
             for at, (_, scores) in enumerate(asked):
                 if not scores:
                     batch.attempt(at, self._settle, batch.caches[at], None)
@@ -173,7 +176,7 @@ class EngineBackend:
             if scores:
                 batch.attempt(at, self._settle, batch.caches[at], step.scores(at, own))
         count = len(batch.caches)
-        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
+        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits(count))
 
     def _settle(self, cache: SequenceCache, scores: StepScores | None) -> None:
         self.rows.move(cache, cache.settle(scores))

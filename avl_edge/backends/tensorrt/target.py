@@ -10,6 +10,7 @@ from ...config import KvShape, Progress, PromptShape, require
 from ...kv.methods import Choice
 from ...kv.store import RowStore
 from ...machine.device import probe
+from ...machine.ledger import Entry
 from ...model.spec import ModelSpec
 from ...package.engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Platform, decoder_formats, open_package
 from ...package.export import decoder_bindings, vision_bindings
@@ -29,6 +30,11 @@ class TensorRt(Target):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
     cannot_give_back = Cuda.cannot_give_back
+    cannot_bound_memory = (
+        "what an engine takes is known once it is loaded, so that the memory of a process with one cannot be bounded "
+        "before: give a KV budget, or the checkpoint with --device cuda"
+    )
+    library_bytes = Cuda.library_bytes
     runs_prompts_whole = True
 
     def __init__(self, directory: Path) -> None:
@@ -82,7 +88,14 @@ class TensorRt(Target):
             return "it was built with prune_after never; build it with another, or prune nothing"
         return f"it prunes after layer {layer}, by the last token's attention"
 
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:  # noqa: ARG002
+    def load(
+        self,
+        spec: ModelSpec,  # noqa: ARG002
+        shape: KvShape,
+        pages: int,
+        progress: Progress | None,
+        recorded_steps: Entry,
+    ) -> Backend:
         job, device = self._job, self._gpu.device
         vision = vision_bindings(job.spec, job.settings.precision)
         decoder = decoder_bindings(job.spec, job.settings.precision, job.settings.prune_after)
@@ -96,6 +109,6 @@ class TensorRt(Target):
                     progress(done + 1, len(wanted))
         store = RowStore(pages, shape, self.dtype, str(device))
         engines = Engines(job.spec, job.recipe, opened[0], vision, opened[1], decoder)
-        backend = EngineBackend(engines, store, self._gpu)
+        backend = EngineBackend(engines, store, self._gpu, recorded_steps)
         backend.require_rows()
         return backend

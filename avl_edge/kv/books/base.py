@@ -173,7 +173,8 @@ class Books(Protocol):
         """Make ``wanted`` ``[L, width]`` the core, and give rows that change their tier ids of its share: those that
         leave the core, and those that enter it.
 
-        Layer by layer: what one leaves another may take. So the bytes of a layer's rows are read before those of a
+        Two rows that change places take each other's ids, so that no page is left or taken for them. The others go
+        layer by layer, and what one leaves another may take. So the bytes of a layer's rows are read before those of a
         later layer are written, and those of a layer, or of neighbouring ones, all before any of these is written.
         """
         ...

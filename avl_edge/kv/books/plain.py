@@ -92,10 +92,12 @@ class PlainBooks:
             was, now, ids = columns.core[layer, :count], wanted[layer, :count], columns.ids[layer]
             places = [np.flatnonzero(was & ~now), np.flatnonzero(~was & now)]
             before = [ids[where] for where in places]
+            pairs = min(map(len, before))  # of rows that change places, which take each other's ids
             for share, old in zip(shares, before, strict=True):
-                self.release(pages, share, old)
+                self.release(pages, share, old[pairs:])
             for way, where in enumerate(places):
-                ids[where] = self.take(pages, shares[not way], len(where))
+                more = self.take(pages, shares[not way], len(where) - pairs)
+                ids[where] = np.concatenate([before[not way][:pairs], more])
                 found[way].append((columns.positions[layer, where], before[way], ids[where]))
             columns.core[layer, :count], columns.core_counts[layer] = now, np.count_nonzero(now)
         leaving, entering = map(_joined, found)

@@ -76,7 +76,9 @@ def watch(
     for number, question in enumerate(items):
         options = Options(max_new_tokens=max_new_tokens)
         try:
-            request = runtime.prepare([open_image(question.image)], questions.prompt(question), options)
+            request = runtime.prepare(
+                [open_image(question.image, runtime.max_pixels)], questions.prompt(question), options
+            )
         except (BadInput, DoesNotFit):
             continue
         method = Watched()

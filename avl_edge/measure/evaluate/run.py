@@ -75,7 +75,7 @@ class EvaluationRun:
         """
         if not settings:
             return None, {}
-        picture = open_image(question.image)
+        picture = open_image(question.image, self._runtime.max_pixels)
         full = self._runtime.prepare(
             [picture], prompt, Options(method=REFERENCE.method, max_new_tokens=self._max_new_tokens)
         )

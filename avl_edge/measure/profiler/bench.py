@@ -26,7 +26,7 @@ from ...model.known import shape_of_spec
 from ...model.sampling import Sampler
 from ...model.sizes import ModelShape
 from ...model.vision_language import VisionLanguageModel
-from ...request import ImageSpan, PixelValues, Prompt
+from ...request import ImageSpan, Pixels, PixelValues, Prompt
 from .timing import forget_peak, now, peak_bytes, per_step, timed
 
 SIDE = 336
@@ -121,11 +121,13 @@ class Bench:
         picture, chance = self.spec.picture(SIDE, SIDE), np.random.default_rng(trial.text)
         shape, each = trial.prompt(picture.tokens), picture.tokens
         images = (chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(trial.images))
-        pixels = tuple(PixelValues(self._codec.pixels(Image.fromarray(image), picture), picture) for image in images)
+        pixels = tuple(
+            PixelValues(self._codec.pixels(Image.fromarray(image), picture, SIDE**2), picture) for image in images
+        )
         spans = tuple(ImageSpan("", shape.prefix + image * each, each) for image in range(trial.images))
         ids = tuple(map(int, chance.integers(0, self.spec.text.vocab_size, shape.length)))
         rope = self._codec.rope(len(ids), [(span.start, picture) for span in spans])
-        return Prompt(ids, spans, pixels or None, rope)
+        return Prompt(ids, spans, Pixels(pixels) if pixels else None, rope)
 
 
 def _prefill(loop: DecodeLoop, inputs: Prompt, cache: SequenceCache) -> tuple[float, float, Tensor]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ...config import read_json
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
-from ...request import ImageSpan, Picture, PixelValues, Prompt
+from ...request import ImageSpan, Picture, Pixels, PixelValues, Prompt
 from ..pictures import ImageCodec
 from ..spec import ModelSpec
 from .detokenizer import Detokenizer
-from .images import ImageSource, image_size, open_image
+from .images import MAX_PIXELS, ImageSource, image_size, open_image
 from .preprocess import digest
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
@@ -29,6 +29,7 @@ class Processor:
     """Everything of a model directory that stands between a person and the model. Read-only; threads may share it."""
 
     codec: ImageCodec
+    pixel_bytes: Callable[[Picture], int]
     text: TextTokenizer
     template: ChatTemplate
     image_token_id: int
@@ -42,6 +43,7 @@ class Processor:
         return cls.open(
             directory,
             spec.image_codec,
+            spec.pixel_bytes,
             image_token_id=spec.image_token_id,
             context=spec.text.context,
             vocab_size=spec.text.vocab_size,
@@ -52,6 +54,7 @@ class Processor:
         cls,
         directory: Path,
         open_codec: Callable[[Path], ImageCodec],
+        pixel_bytes: Callable[[Picture], int],
         *,
         image_token_id: int,
         context: int,
@@ -59,8 +62,9 @@ class Processor:
     ) -> Processor:
         """Reads the processor's files and checks them against the model.
 
-        ``open_codec`` reads what they say of pictures. ``context`` is the model's, in tokens, ``vocab_size`` the number
-        of rows of the embedding. Raises BadModel for files that are missing, broken or mismatched.
+        ``open_codec`` reads what they say of pictures, ``pixel_bytes`` says what the pixels of one weigh. ``context``
+        is the model's, in tokens, ``vocab_size`` the number of rows of the embedding. Raises BadModel for files that
+        are missing, broken or mismatched.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -70,6 +74,7 @@ class Processor:
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
         return cls(
             codec=codec,
+            pixel_bytes=pixel_bytes,
             text=text,
             template=open_template(directory, text.named, image_token, codec.chat_template),
             image_token_id=image_token_id,
@@ -84,13 +89,13 @@ class Processor:
         pictures = self.measure(images)
         return self.read(images, pictures, self.lay_out(pictures, prompt, system))
 
-    def measure(self, images: Sequence[ImageSource]) -> list[Picture]:
+    def measure(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
         """What the pictures will be for the model, by their headers, where their size matters.
 
-        Raises BadImage as far as a header tells that one is no use.
+        Raises BadImage as far as a header tells that one is no use, or has more than ``max_pixels``.
         """
         fixed = self.codec.fixed
-        return [self.codec.rule(*image_size(image)) if fixed is None else fixed for image in images]
+        return [self.codec.rule(*image_size(image, max_pixels)) if fixed is None else fixed for image in images]
 
     def lay_out(self, pictures: Sequence[Picture], prompt: str, system: str | None = None) -> Prompt:
         """A turn with such pictures: token ids, and where each picture stands (digests still empty, no pixels).
@@ -125,18 +130,24 @@ class Processor:
             raise BadInput("this model's chat template writes the question before the pictures: ask one at a time")
         return heads[0]
 
-    def read(self, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt) -> Prompt:
-        """Decode and preprocess the images that were measured as ``pictures`` and stand in ``laid_out``. Raises
-        BadImage for one that is no use."""
-        pixels = tuple(self._read(image, picture) for image, picture in zip(images, pictures, strict=True))
-        named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, pixels, strict=True))
-        return replace(laid_out, spans=tuple(named), pixel_values=pixels or None)
+    def read(
+        self,
+        images: Sequence[ImageSource],
+        pictures: Sequence[Picture],
+        laid_out: Prompt,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Prompt:
+        """Decode and preprocess the images that were measured as ``pictures`` and stand in ``laid_out``, one after the
+        other. Raises BadImage for one that is no use, or has more than ``max_pixels``."""
+        read = [self._read(image, picture, max_pixels) for image, picture in zip(images, pictures, strict=True)]
+        named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, read, strict=True))
+        return replace(laid_out, spans=tuple(named), pixel_values=Pixels(tuple(read)) if read else None)
 
-    def _read(self, source: ImageSource, picture: Picture) -> PixelValues:
-        image = open_image(source)
+    def _read(self, source: ImageSource, picture: Picture, max_pixels: int) -> PixelValues:
+        image = open_image(source, max_pixels)
         if picture != self.codec.fixed and picture != self.codec.rule(*image.size):
             raise BadImage("a picture was changed while it was read: give it again")
-        return PixelValues(self.codec.pixels(image, picture), picture)
+        return PixelValues(self.codec.pixels(image, picture, max_pixels), picture)
 
     def detokenizer(self) -> Detokenizer:
         """A new one for each sequence."""

@@ -29,12 +29,20 @@ class Cells:
         rows, columns = max(1, height // self.cell), max(1, width // self.cell)
         return Picture(1, rows * columns, rows * columns, rows, columns)
 
+    def heaviest(self, tokens: int) -> list[Picture]:
+        return [Picture(1, tokens, tokens, 1, tokens)] if tokens else []
+
 
 @dataclass(frozen=True)
 class CellCodec(ImageCodec):
     rule: Cells
 
-    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
+    def pixels(
+        self,
+        image: Image.Image,
+        picture: Picture,
+        max_pixels: int,  # noqa: ARG002
+    ) -> npt.NDArray[np.float32]:
         small = image.resize((picture.columns, picture.rows), Image.Resampling.BOX)
         return np.asarray(small, dtype=np.float32).reshape(-1, 3) / 255
 
@@ -49,6 +57,9 @@ class ToySpec(ModelSpec):
     @property
     def picture(self) -> Cells:
         return Cells(self.cell)
+
+    def pixel_bytes(self, picture: Picture) -> int:
+        return 4 * 3 * picture.tokens
 
     @property
     def vision_shape(self) -> VisionShape:

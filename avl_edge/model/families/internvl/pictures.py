@@ -46,6 +46,9 @@ class Tiled:
         crops = rows * columns + (rows * columns > 1)
         return Picture(crops, self.patches, crops * self.tokens, tiles=(rows, columns))
 
+    def heaviest(self, tokens: int) -> list[Picture]:
+        return [Picture(1, self.patches, self.tokens)] * (tokens // self.tokens)
+
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The (rows, columns) of tiles whose shape comes closest; of equal ones the most that the picture fills to more
         than half."""
@@ -93,9 +96,9 @@ class TileCodec(ImageCodec):
     def placeholder(self, picture: Picture, image_token: str) -> str:
         return f"<img>{image_token * picture.tokens}</img>"
 
-    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
+    def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
         rgb, side = on_white(image) if self.config.convert_rgb else image.convert("RGB"), self.rule.side
         rows, columns = picture.tiles
-        whole = preprocess(rgb, replace(self.config, resize=(rows * side, columns * side)))
+        whole = preprocess(rgb, replace(self.config, resize=(rows * side, columns * side)), max_pixels)
         tiles = whole.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
-        return tiles if len(tiles) == 1 else np.concatenate([tiles, preprocess(rgb, self.config)[None]])
+        return tiles if len(tiles) == 1 else np.concatenate([tiles, preprocess(rgb, self.config, max_pixels)[None]])

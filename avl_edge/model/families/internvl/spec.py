@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ....errors import BadModel, quoted
+from ....request import Picture
 from ...config_fields import Fields, divides
 from ...pictures import ImageCodec
 from ...sizes import VisionShape
@@ -59,6 +60,9 @@ class InternVlSpec(ModelSpec):
     @property
     def vision_shape(self) -> VisionShape:
         return vision_shape(self.vision, self.merge, self.text.hidden_size, self.feature_layer)
+
+    def pixel_bytes(self, picture: Picture) -> int:
+        return 4 * picture.crops * 3 * self.vision.image_size**2
 
     def image_codec(self, directory: Path) -> ImageCodec:
         return TileCodec.open(directory, self.picture)

@@ -44,5 +44,10 @@ class SquareCodec(ImageCodec):
     def fixed(self) -> Picture:
         return self.rule(0, 0)
 
-    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:  # noqa: ARG002
-        return preprocess(image, self.config)
+    def pixels(
+        self,
+        image: Image.Image,
+        picture: Picture,  # noqa: ARG002
+        max_pixels: int,
+    ) -> npt.NDArray[np.float32]:
+        return preprocess(image, self.config, max_pixels)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ....request import Picture
 from ...clip_config import ClipSpec, read_clip, read_feature_layers
 from ...config_fields import Fields
 from ...pictures import Fixed, ImageCodec
@@ -36,6 +37,9 @@ class ClipModelSpec(ModelSpec):
     drop_class_token: bool
     projector_activation: str
     projector_bias: bool
+
+    def pixel_bytes(self, picture: Picture) -> int:
+        return 4 * picture.crops * 3 * self.vision.image_size**2
 
     @property
     def vision_shape(self) -> VisionShape:

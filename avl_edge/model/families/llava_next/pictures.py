@@ -42,6 +42,12 @@ class AnyRes:
         tokens = tile.tokens + high * wide + high
         return Picture(1 + grid[0] * grid[1], tile.patches, tokens, high, wide, grid)
 
+    def heaviest(self, tokens: int) -> list[Picture]:
+        """None has fewer tokens than its overview."""
+        tile = Fixed.clip(self.side**2)
+        crops = 1 + max(rows * columns for rows, columns in self.grids)
+        return [Picture(crops, tile.patches, tile.tokens)] * (tokens // tile.tokens)
+
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The tiles that keep most of the picture's pixels, and waste the fewest of their own."""
 
@@ -74,13 +80,13 @@ class TileCodec(ImageCodec):
             )
         return cls(rule, replace(config, resize=(side, side), crop=None))
 
-    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
+    def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
         rgb, side = on_white(image) if self.config.convert_rgb else image.convert("RGB"), self.rule.crop
         canvas = self._fitted(rgb, picture.tiles)
         rows, columns = picture.tiles
         corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
         tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
-        return np.stack([preprocess(each, self.config) for each in (rgb, *tiles)])
+        return np.stack([preprocess(each, self.config, max_pixels) for each in (rgb, *tiles)])
 
     def _fitted(self, image: Image.Image, tiles: tuple[int, int]) -> Image.Image:
         """The whole picture in the middle of a black canvas of so many rows and columns of tiles."""

@@ -56,6 +56,9 @@ class Merged:
         rows, columns = high // edge, wide // edge
         return Picture(1, self.merge**2 * rows * columns, rows * columns, rows, columns)
 
+    def heaviest(self, tokens: int) -> list[Picture]:
+        return [Picture(1, self.merge**2 * tokens, tokens, 1, tokens)] if tokens else []
+
 
 def read_limits(directory: Path, least: int, most: int) -> tuple[int, int]:
     """The fewest and the most pixels of a picture by the image processor's settings; ``least`` and ``most`` where a
@@ -98,10 +101,10 @@ class PatchCodec(ImageCodec):
             raise BadModel(f"{where}: do_resize must be true: the model takes whole tokens")
         return cls(rule, ImageProcessorConfig.parse(_without_size(settings), where, _KINDS))
 
-    def pixels(self, image: Image.Image, picture: Picture) -> npt.NDArray[np.float32]:
+    def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
         patch, merge, rows, columns = self.rule.patch, self.rule.merge, picture.rows, picture.columns
         size = rows * merge * patch, columns * merge * patch
-        whole = preprocess(image, replace(self.config, resize=size))
+        whole = preprocess(image, replace(self.config, resize=size), max_pixels)
         blocks = whole.reshape(3, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
         shown = np.broadcast_to(blocks[..., None, :, :], (*blocks.shape[:5], FRAMES, patch, patch))
         return np.ascontiguousarray(shown).reshape(rows * columns * merge**2, -1)

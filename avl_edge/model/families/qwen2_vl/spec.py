@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ....errors import BadModel, quoted
+from ....request import Picture
 from ...config_fields import Fields, divides
 from ...pictures import ImageCodec
 from ...sizes import VisionShape
@@ -49,6 +50,9 @@ class QwenSpec(ModelSpec):
     @property
     def picture(self) -> Merged:
         return Merged(self.vision.patch_size, self.min_pixels, self.max_pixels, self.vision.merge)
+
+    def pixel_bytes(self, picture: Picture) -> int:
+        return 4 * picture.patches * self.vision.patch_values
 
     def image_codec(self, directory: Path) -> ImageCodec:
         return PatchCodec.open(directory, self.picture)
