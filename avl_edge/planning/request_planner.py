@@ -99,7 +99,8 @@ class RequestPlanner:
     @property
     def most_features(self) -> int:
         """Bytes of the features of a context full of pictures."""
-        return self.spec.text.context * self.spec.text.hidden_size * self.shape.itemsize
+        width = (1 + self.model.vision.deep) * self.spec.text.hidden_size
+        return self.spec.text.context * width * self.shape.itemsize
 
     @property
     def model(self) -> ModelShape:

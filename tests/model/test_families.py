@@ -219,3 +219,17 @@ def test_tiles_of_another_size_than_the_towers_are_refused(family: Checkpoints, 
     path.write_text(json.dumps(settings))
     with pytest.raises(BadModel, match="must be those of the vision tower, 56 x 56 pixels"):
         Runtime.open(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["llava_next-mistral", "qwen2_5_vl", "qwen3_vl", "internvl-qwen2"])
+def test_features_and_pixels_weigh_what_was_planned(family: Checkpoints, name: str) -> None:
+    """DeepStack's are features too."""
+    runtime = Runtime.load(family(name), threaded=False)
+    request = runtime.prepare(IMAGES[:2], PROMPT, Options(max_new_tokens=1))
+    assert request.prompt.pixel_values is not None
+    for each in request.prompt.pixel_values.pictures:
+        assert each.nbytes == runtime.spec.pixel_bytes(each.picture)
+    runtime.submit(request).result()
+    tokens, text = sum(span.length for span in request.prompt.spans), runtime.spec.text
+    each = runtime.planner.most_features // text.context
+    assert runtime.memory().entries["features"].used == tokens * each

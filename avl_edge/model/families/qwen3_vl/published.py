@@ -23,7 +23,8 @@ def vision_shape(vit: PatchVitSpec, hidden: int, positions: int, deep: int) -> V
     width, inner = vit.hidden_size, vit.intermediate_size
     mergers = (1 + deep) * merger_parameters(vit, hidden) + 2 * width * (1 + deep * vit.merge**2)
     outside = vit.patch_values * width + width + positions**2 * width + mergers
-    return VisionShape(width, inner, vit.layers, vit.patch_size, outside, 4 * width + inner + width + 4 * width)
+    small = 4 * width + inner + width + 4 * width
+    return VisionShape(width, inner, vit.layers, vit.patch_size, outside, small, deep=deep)
 
 
 def _model(name: str, decoder: DecoderShape, vit: PatchVitSpec) -> ModelShape:
