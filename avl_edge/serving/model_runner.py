@@ -59,13 +59,13 @@ class ModelRunner:
         without pictures. ``of``: whose time it takes."""
         if not prompt.spans:
             return None
-        features = self._features.find(prompt)
+        features = known = self._features.find(prompt)
         if features is None:
             assert sequence.pixels is not None, "pixels are let go once they are encoded, and by who has ended"
             features = yield from _run(self._backend.begin_encode(sequence.pixels.pictures), of, "encode_seconds")
-            sequence.pixels = None
-            yield
         sequence.pixels = None
+        if known is None:
+            yield
         self._features.keep(prompt, features)
         return features
 

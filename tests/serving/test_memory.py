@@ -114,15 +114,18 @@ def test_a_request_may_be_submitted_twice(runtime: Runtime) -> None:
 def test_an_image_session_has_pixels_until_its_rows_are_there(runtime: Runtime) -> None:
     session = runtime.open_images(IMAGES[:2], OPTIONS)
     assert _pixels(runtime) == 2 * PICTURE
-    questions = [session.ask(PROMPT) for _ in range(3)]
+    early, questions = session.prepare(PROMPT), [session.ask(PROMPT) for _ in range(3)]
     assert _pixels(runtime) == 2 * PICTURE, "questions share them"
     while not questions[0].cache:
         runtime.engine.run_once()
     next(questions[0])
-    assert _pixels(runtime) == 0, "whoever else waits"
     asked = session.prepare(PROMPT)
     assert asked.prompt.pixel_values is None
-    answers = [runtime.submit(asked).result(), *(question.result() for question in questions)]
+    late = runtime.submit(early)
+    assert early.prompt.pixel_values is not None
+    del early
+    assert _pixels(runtime) == 0, "whoever else waits, and though one was prepared when there were some"
+    answers = [late.result(), runtime.submit(asked).result(), *(question.result() for question in questions)]
     assert len({answer.token_ids for answer in answers}) == 1
 
 
@@ -230,6 +233,8 @@ def test_a_process_that_is_too_small_is_refused_before_anything_is_loaded(checkp
     with pytest.raises(TooLarge) as refusal:
         runtime.prepare([IMAGES[0]], PROMPT, OPTIONS)
     least = _least(refusal)
+    with pytest.raises(TooLarge, match="prompt tokens and 8 new ones: the smallest that would do"):
+        runtime.prepare([IMAGES[0]], PROMPT, Options(kv_budget="1GB", max_new_tokens=8))
     with pytest.raises(TooLarge):
         Runtime.open(directory, max_memory=least - 1, threaded=False).prepare([IMAGES[0]], PROMPT, OPTIONS)
     runtime = Runtime.open(directory, max_memory=least, threaded=False)
