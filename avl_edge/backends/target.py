@@ -13,8 +13,10 @@ from ..errors import BadInput
 from ..kv.methods import Choice
 from ..machine.ledger import Entry
 from ..model import checkpoint
-from ..model.sizes import ModelShape, Picture
+from ..model.families import read_spec
+from ..model.sizes import ModelShape
 from ..model.spec import ModelSpec
+from ..request import Picture
 from .base import Backend
 
 
@@ -46,7 +48,7 @@ class Target(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """That of exact rows."""
-        return checkpoint.stored_dtype(self.directory)
+        return checkpoint.stored_dtype(self.directory, read_spec(self.directory).prefixes)
 
     def check_model(self, spec: ModelSpec) -> None:  # noqa: B027
         """Raise :class:`BadInput` for a model that does not run here, whatever it is asked."""

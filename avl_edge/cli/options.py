@@ -21,7 +21,7 @@ MEMORY = "Memory options"
 OUTPUT = "Output options"
 FORMATS = "exact, int8, int8/int4, int4, lowrank:R or lowrank:R+int8"
 
-Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
+Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a checkpoint.")]
 Threads: TypeAlias = Annotated[
     int | None,
     typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),

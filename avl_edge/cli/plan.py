@@ -15,7 +15,8 @@ from ..errors import BadInput
 from ..machine import profile
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
-from ..model.sizes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
+from ..model.known import KNOWN, known_shape, shape_of_checkpoint
+from ..model.sizes import PRECISIONS, ModelShape, Precision
 from ..planning import estimate
 from ..planning.estimate import PlanRequest
 from .memory import MaxPlannedMemory

@@ -73,7 +73,7 @@ Images: TypeAlias = Annotated[
     ),
 ]
 AnyModel: TypeAlias = Annotated[
-    str, typer.Option(help="'demo', the directory of a LLaVA-1.5 checkpoint, or one that avl-edge build has made.")
+    str, typer.Option(help="'demo', the directory of a checkpoint, or one that avl-edge build has made.")
 ]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Device: TypeAlias = Annotated[

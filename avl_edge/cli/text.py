@@ -14,9 +14,9 @@ from ..machine import allocator, device
 from ..measure.evaluate import Setting
 from ..measure.perplexity import WindowLayout, files_of, measure, plans_of, read_windows, report
 from ..model.checkpoint import load_weights, stored_dtype
-from ..model.network import Llava
+from ..model.families import read_spec
 from ..model.prompt import Processor
-from ..model.spec import read_spec
+from ..model.vision_language import VisionLanguageModel
 from ..planning.request_planner import RequestPlanner
 from .options import checkpoint_of
 from .progress import progress
@@ -34,7 +34,7 @@ def text_document(
         f"a window of {layout.length} tokens is longer than this model's context of {spec.text.context}",
     )
     read = read_windows(files_of(data), Processor.of(spec, directory).text, layout, windows)
-    dtype = stored_dtype(directory)
+    dtype = stored_dtype(directory, spec.prefixes)
     shape = spec.text.kv_shape(dtype.itemsize)
     for setting in settings:
         setting.check(shape)
@@ -47,7 +47,7 @@ def text_document(
         planner = RequestPlanner(open_target(directory, "cpu"), spec, shape)
         _bound_memory(planner, size_in_bytes("--max-memory", max_memory), layout, len(read) * len(plans), needed)
     with progress("loading") as loading:
-        network = Llava(spec, load_weights(directory, loading))
+        network = VisionLanguageModel(spec, load_weights(directory, loading, spec.prefixes))
     with progress("decoding") as decoding:
         scores = measure(network, read, layout, plans, decoding)
     about = {"model": directory.absolute().name, "dtype": str(dtype).removeprefix("torch.")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -64,15 +65,22 @@ class Weights:
             raise BadModel(f"{name} is stored as {tensor.dtype}: only float checkpoints are supported")
         return tensor.to(self.dtype)
 
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor of that name."""
+        return name in self._tensors
+
     def deny(self, name: str) -> None:
         """:class:`BadModel` when the file has ``name`` though config.json says that there is none."""
         if name in self._tensors:
             raise BadModel(f"the checkpoint has {name}, which config.json says the model does not: they do not match")
 
 
-def load_weights(directory: Path, progress: Progress | None = None) -> Weights:
-    """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer."""
-    sources = _sources(directory)
+def load_weights(
+    directory: Path, progress: Progress | None = None, prefixes: Mapping[str, str] = MappingProxyType({})
+) -> Weights:
+    """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer.
+    ``prefixes``: those of the model's family (:attr:`avl_edge.model.spec.ModelSpec.prefixes`)."""
+    sources = _sources(directory, prefixes)
     tensors: dict[str, Tensor] = {}
     for done, (name, tensor) in enumerate(_read(sources), start=1):
         tensors[name] = tensor
@@ -88,11 +96,11 @@ def _page_in(tensor: Tensor) -> None:
         tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
-def _sources(directory: Path) -> dict[str, _Source]:
+def _sources(directory: Path, prefixes: Mapping[str, str]) -> dict[str, _Source]:
     """By canonical name; :class:`BadModel` where two tensors have one, since either may be the right one."""
     found: dict[str, _Source] = {}
     for source in _tensor_files(directory):
-        name = _canonical(source.name)
+        name = _canonical(source.name, prefixes)
         if name in found:
             raise BadModel(
                 f"{directory} has two tensors for {name}: {quoted(found[name].name)} and {quoted(source.name)}; copy "
@@ -109,7 +117,7 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
     if document is None:
         path = directory / "model.safetensors"
         if not path.exists():
-            raise BadModel(f"{directory} has no model.safetensors and no model.safetensors.index.json")
+            raise BadModel(_no_weights(directory))
         names: list[str] = _open(path).keys()
         yield from (_Source(name, path) for name in names)
         return
@@ -120,6 +128,13 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
         if not isinstance(file, str) or Path(file).name != file:
             raise BadModel(f"{index} places {quoted(name)} outside of its directory ({quoted(file)})")
         yield _Source(name, directory / file)
+
+
+def _no_weights(directory: Path) -> str:
+    missing = f"{directory} has no model.safetensors and no model.safetensors.index.json"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        return f"{missing}, but pickled weights, which are never read: convert them to safetensors"
+    return missing
 
 
 def _read(sources: Mapping[str, _Source]) -> Iterator[tuple[str, Tensor]]:
@@ -150,7 +165,7 @@ def _open(path: Path) -> safe_open:
 
 def stored_bytes(directory: Path) -> int:
     """What the checkpoint's files of weights weigh; :class:`BadModel` where one is missing."""
-    return sum(_size(path) for path in {source.path for source in _sources(directory).values()})
+    return sum(_size(path) for path in {source.path for source in _sources(directory, {}).values()})
 
 
 def _size(path: Path) -> int:
@@ -164,16 +179,16 @@ def _missing(path: Path) -> BadModel:
     return BadModel(f"{path} is missing or may not be read: the checkpoint's index names it")
 
 
-def _canonical(name: str) -> str:
-    for prefix, canonical in _PREFIXES:
+def _canonical(name: str, prefixes: Mapping[str, str]) -> str:
+    for prefix, canonical in (*prefixes.items(), *_PREFIXES):
         if name.startswith(prefix):
             return canonical + name[len(prefix) :]
     return name
 
 
-def stored_dtype(directory: Path) -> torch.dtype:
+def stored_dtype(directory: Path, prefixes: Mapping[str, str] = MappingProxyType({})) -> torch.dtype:
     """The dtype that the model will compute in, from the file headers alone."""
-    source = _sources(directory).get("text.embed_tokens.weight")
+    source = _sources(directory, prefixes).get("text.embed_tokens.weight")
     if source is None:
-        raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold a LLaVA decoder")
+        raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold the model's decoder")
     return _tensor(_open(source.path), source).dtype

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor
-
 from ..machine.ledger import Entry
 from ..request import Prompt
+from .network.image_features import ImageFeatures
 
 
 class FeatureCache:
-    """The features ``[images, tokens, hidden]`` of the prompts' pictures that were asked about last, as many as the
+    """The features of the prompts' pictures that were asked about last, as many as the
     bytes of ``entry`` hold; those of a prompt that are more than that alone are not kept.
 
     Found again by the digests of all pictures of a prompt together: on some devices pictures that were encoded in other
@@ -20,18 +19,18 @@ class FeatureCache:
 
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
-        self._kept: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], ImageFeatures] = OrderedDict()
 
     def forget(self) -> None:
         """Give their memory back."""
         self._kept.clear()
         self._entry.clear()
 
-    def find(self, prompt: Prompt) -> Tensor | None:
+    def find(self, prompt: Prompt) -> ImageFeatures | None:
         """Those of a prompt's pictures, if they are there."""
         return self._kept.get(_digests(prompt))
 
-    def keep(self, prompt: Prompt, features: Tensor) -> None:
+    def keep(self, prompt: Prompt, features: ImageFeatures) -> None:
         """Keep those of a prompt's pictures, as the latest. Others go, the least recently used first, as far as the
         entry's limit asks."""
         key, limit = _digests(prompt), self._entry.limit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..config import Options, PromptShape, format_size
 from ..errors import TooLarge
 from ..kv.budget import KvPlan
@@ -9,6 +11,7 @@ from ..kv.layout import page_bytes
 from ..kv.methods import Method
 from ..machine import allocator
 from ..machine.ledger import Ledger
+from ..request import Picture
 from .device_watcher import DeviceState
 from .process_memory import PIXELS_BYTES
 from .request_planner import RequestPlanner
@@ -60,11 +63,12 @@ class MemoryPlanner:
         prompt: PromptShape,
         steps: int,
         state: DeviceState | None = None,
+        pictures: Sequence[Picture] | None = None,
         pixel_bytes: int = 0,
     ) -> KvPlan[Method]:
         """:meth:`RequestPlanner.plan`, before there is a pool (``pool_pages`` 0) within what the process may take
-        beside ``pixel_bytes``."""
-        prompt_bytes = self._planner.workspace(prompt, steps).prompt_bytes
+        beside ``pixel_bytes`` of ``pictures``."""
+        prompt_bytes = self._planner.workspace(prompt, steps, pictures).prompt_bytes
         if pool_pages:
             self.ledger["activations"].require_possible(prompt_bytes, "the prompt")
         what = f"{prompt.length} prompt tokens and {steps + 1} new ones"

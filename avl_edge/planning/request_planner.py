@@ -4,7 +4,7 @@ setting."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..backends.stored import BYTES_AT_ONCE, CONVERSION_COPIES
@@ -16,13 +16,17 @@ from ..kv.budget import KvPlan, fit, kv_plan
 from ..kv.layout import PAGE_ROWS, can_hold, page_bytes
 from ..kv.methods import Choice, Full, Method
 from ..kv.quality import Preset
-from ..model.sizes import ModelShape, shape_of_spec
+from ..model.known import shape_of_spec
+from ..model.sizes import ModelShape
 from ..model.spec import ModelSpec
+from ..request import Picture
 from .device_watcher import DeviceState
 from .process_memory import ProcessMemory, Workspace
 
 DEFAULT_STREAMS = 4
 _DEFAULT_POOL_LIMIT = 4 * 2**30
+_MEGAPIXEL = (1000, 1000)
+"""The picture for whose pixels there is room in every process."""
 PACKED = tuple(Formats(name, name, name) for name in ("int8", "int8/int4", "int4"))
 """What an image session's budget tries after exact rows: packing loses less than anything else (docs/quality.md)."""
 
@@ -86,7 +90,7 @@ class RequestPlanner:
             weights=self.target.weight_bytes(model),
             recorded_steps=self.target.recorded_steps_bytes,
             conversions=CONVERSION_COPIES * min(max(BYTES_AT_ONCE, layer), self.shape.layers * layer),
-            picture=12 * self.spec.vision.image_size**2,
+            picture=self.spec.pixel_bytes(self.spec.picture(*_MEGAPIXEL)),
             most_features=self.most_features,
         )
         memory.require(self.workspace(PromptShape(1, 0, 0), 0).prompt_bytes, page_bytes(self.shape), "the model")
@@ -95,17 +99,19 @@ class RequestPlanner:
     @property
     def most_features(self) -> int:
         """Bytes of the features of a context full of pictures."""
-        return self.spec.text.context * self.spec.text.hidden_size * self.shape.itemsize
+        width = (1 + self.model.vision.deep) * self.spec.text.hidden_size
+        return self.spec.text.context * width * self.shape.itemsize
 
     @property
     def model(self) -> ModelShape:
         """The model by its sizes."""
         return shape_of_spec(self.spec, self.target.directory.name, self.shape.itemsize)
 
-    def workspace(self, prompt: PromptShape, steps: int) -> Workspace:
-        """What a request takes beside its rows, with so many ``steps`` after its prompt."""
+    def workspace(self, prompt: PromptShape, steps: int, pictures: Sequence[Picture] | None = None) -> Workspace:
+        """What a request takes beside its rows, with so many ``steps`` after its prompt. ``pictures``: those that have
+        its image tokens (None: those that take the most)."""
         model, tokens = self.model, prompt.length + steps + 1
-        pictures = [model.picture(0, 0)] * (prompt.images // self.spec.tokens_per_image)
+        pictures = model.picture.heaviest(prompt.images) if pictures is None else pictures
         step = model.step_workspace_bytes(tokens)
         # A step reads as many rows as a prompt of all its tokens has, a layer at a time.
         return Workspace(self.target.workspace_bytes(model, pictures, tokens, prompt.images) + step, step)
@@ -113,7 +119,7 @@ class RequestPlanner:
     @property
     def longest(self) -> PromptShape:
         """The prompt that takes most: a full context, of pictures as far as they go."""
-        images = (self.spec.text.context - 1) // self.spec.tokens_per_image * self.spec.tokens_per_image
+        images = sum(each.tokens for each in self.spec.picture.heaviest(self.spec.text.context - 1))
         return PromptShape(1, images, self.spec.text.context - 1 - images)
 
     def plan(

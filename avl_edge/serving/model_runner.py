@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.base import Backend, ForwardTask
 from ..backends.step_batch import StepResult
 from ..model.features import FeatureCache
+from ..model.network.image_features import ImageFeatures
 from ..request import Prompt
 from .requests import Running, SharedPrefix
 from .scheduler import Scheduler
@@ -53,15 +54,15 @@ class ModelRunner:
         self._scheduler.finish_prefix(prefix)
         yield
 
-    def _encode(self, sequence: Running, prompt: Prompt, of: Running | SharedPrefix) -> Layers[Tensor | None]:
-        """Features ``[images, tokens, hidden]`` of the pixels of ``sequence``, which are let go; None for a prompt
+    def _encode(self, sequence: Running, prompt: Prompt, of: Running | SharedPrefix) -> Layers[ImageFeatures | None]:
+        """The features of the pixels of ``sequence``, which are let go; None for a prompt
         without pictures. ``of``: whose time it takes."""
         if not prompt.spans:
             return None
         features = known = self._features.find(prompt)
         if features is None:
             assert sequence.pixels is not None, "pixels are let go once they are encoded, and by who has ended"
-            features = yield from _run(self._backend.begin_encode(sequence.pixels), of, "encode_seconds")
+            features = yield from _run(self._backend.begin_encode(sequence.pixels.pictures), of, "encode_seconds")
         sequence.pixels = None
         if known is None:
             yield
@@ -75,7 +76,7 @@ class ModelRunner:
         return self._backend.decode(tokens, caches, greedy=all(sequence.sampler.greedy for sequence in sequences))
 
 
-def _run(task: ForwardTask, of: Running | SharedPrefix, spent: str) -> Layers[Tensor]:
+def _run(task: ForwardTask[T], of: Running | SharedPrefix, spent: str) -> Layers[T]:
     """A task's result; the seconds that its layers take are added to that attribute."""
     while True:
         start = time.perf_counter()

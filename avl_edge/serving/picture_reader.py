@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from ..machine.ledger import Ledger
-from ..model.prompt import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource, Processor
-from ..request import ImageSpan, Prompt
+from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource
+from ..model.prompt import Processor
+from ..request import Picture, Prompt
 
 
 class PictureReader:
@@ -30,23 +31,27 @@ class PictureReader:
         limit = self._decoding.limit
         return MAX_PIXELS if limit is None else min(MAX_PIXELS, limit // DECODING_BYTES_PER_PIXEL)
 
-    def pixel_bytes(self, images: int) -> int:
-        """What so many pictures take while they are read: each alone, and then all in one."""
-        return 2 * self._processor.pixel_bytes(images)
+    def measure(self, images: Sequence[ImageSource]) -> list[Picture]:
+        """:meth:`~avl_edge.model.prompt.Processor.measure`."""
+        with nullcontext() if self._decoding.limit is None else self._turn:
+            return self._processor.measure(images, self.max_pixels)
 
-    def __call__(
-        self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]
-    ) -> Prompt:
+    def pixel_bytes(self, pictures: Sequence[Picture]) -> int:
+        """What pictures take while they are read: in two arrangements, as they are cut and as the encoder takes
+        them."""
+        return 2 * sum(map(self._processor.pixel_bytes, pictures))
+
+    def __call__(self, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt) -> Prompt:
         """:meth:`~avl_edge.model.prompt.Processor.read`. Raises :class:`TooLarge` and :class:`Busy` where there is no
         memory for the pixels, before any is decoded."""
-        nbytes, holder = self.pixel_bytes(len(images)), object()
+        nbytes, holder = self.pixel_bytes(pictures), object()
         if not images:
-            return self._processor.read(images, token_ids, spans)
+            return self._processor.read(images, pictures, laid_out)
         what = "one picture" if len(images) == 1 else f"{len(images)} pictures"
         try:
             self._pixels.hold(holder, nbytes, f"the pixels of {what}")
             with nullcontext() if self._decoding.limit is None else self._turn:
-                prompt = self._decode(images, token_ids, spans)
+                prompt = self._decode(images, pictures, laid_out)
             assert prompt.pixel_values is not None
             self._pixels.hold(holder, prompt.pixel_values.nbytes, "")
             weakref.finalize(prompt.pixel_values, self._pixels.release, holder).atexit = False
@@ -55,12 +60,10 @@ class PictureReader:
             raise
         return prompt
 
-    def _decode(
-        self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]
-    ) -> Prompt:
+    def _decode(self, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt) -> Prompt:
         holder = object()
         try:
             self._decoding.hold(holder, self._decoding.limit or 0, "")
-            return self._processor.read(images, token_ids, spans, self.max_pixels)
+            return self._processor.read(images, pictures, laid_out, self.max_pixels)
         finally:
             self._decoding.release(holder)

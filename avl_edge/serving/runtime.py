@@ -19,9 +19,11 @@ from ..machine.ledger import MemoryStats
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
-from ..model.prompt import ImageSource, Processor, check_sources
-from ..model.sizes import shape_of_checkpoint
-from ..model.spec import ModelSpec, read_spec
+from ..model.families import read_spec
+from ..model.images import ImageSource, check_sources
+from ..model.known import shape_of_checkpoint
+from ..model.prompt import Processor
+from ..model.spec import ModelSpec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.memory_planner import MemoryPlanner
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
@@ -233,14 +235,15 @@ class Runtime:
         """
         options = checked_options(options)
         check_sources(images)
-        token_ids, spans = self._processor.lay_out(len(images), prompt)
-        max_new_tokens = self.planner.new_tokens(len(token_ids), options)
+        pictures = self.read_pictures.measure(images)
+        laid_out = self._processor.lay_out(pictures, prompt)
+        max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
-        shape, steps = prompt_shape(len(token_ids), spans), max_new_tokens - 1
-        pixel_bytes = self.read_pictures.pixel_bytes(len(images))
-        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pixel_bytes)
-        workspace, device = self.planner.workspace(shape, steps), state.stats if state else None
-        read = self.read_pictures(images, token_ids, spans)
+        shape, steps = prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1
+        pixel_bytes = self.read_pictures.pixel_bytes(pictures)
+        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pictures, pixel_bytes)
+        workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
+        read = self.read_pictures(images, pictures, laid_out)
         return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
 
     @property

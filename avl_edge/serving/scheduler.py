@@ -160,9 +160,11 @@ class Scheduler:
         prompt, shared = request.prompt, request.prefix.cache if request.prefix else None
         sequence.held = (sequence.held[0], self._held_clock())
         if shared:
-            sequence.cache = QuestionCache(shared, request.plan, len(prompt), prompt.spans)
+            sequence.cache = QuestionCache(shared, request.plan, len(prompt), prompt.spans, prompt.rope)
         else:
-            sequence.cache = SequenceCache(self._pool, request.plan, len(prompt), prompt.spans, self._layers)
+            sequence.cache = SequenceCache(
+                self._pool, request.plan, len(prompt), prompt.spans, self._layers, rope=prompt.rope
+            )
         return sequence.cache
 
     def admit_prefix(self, prefix: SharedPrefix, runner: Running) -> SharedPrefixCache:
@@ -172,7 +174,8 @@ class Scheduler:
         prefix.runner = runner
         if prefix not in self._prefixes:
             self._prefixes.append(prefix)
-        prefix.cache = SharedPrefixCache(self._pool, prefix.plan, len(prefix.prompt), prefix.prompt.spans, self._layers)
+        prompt = prefix.prompt
+        prefix.cache = SharedPrefixCache(self._pool, prefix.plan, len(prompt), prompt.spans, self._layers, prompt.rope)
         return prefix.cache
 
     def finish_prefix(self, prefix: SharedPrefix) -> None:

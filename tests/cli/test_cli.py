@@ -22,7 +22,7 @@ def test_faults_of_ours_have_their_own_code_and_no_trace(run, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr("avl_edge.backends.cpu.target.Llava", fail)
+    monkeypatch.setattr("avl_edge.backends.cpu.target.VisionLanguageModel", fail)
     outcome = run()
     assert outcome.code == 1
     assert (

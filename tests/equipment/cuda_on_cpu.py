@@ -22,7 +22,7 @@ from avl_edge.kv.formats import decode, decode_coarse, decode_coefficients, enco
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 
 _SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4, torch.uint8: 1, torch.int8: 1}
 

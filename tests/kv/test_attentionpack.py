@@ -10,6 +10,7 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle_attentionpack import PackSettings, generate
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 
 STEPS = 24
@@ -39,7 +40,7 @@ def test_tokens_and_core_equal_the_oracle(checkpoint: Checkpoints, name: str, se
     expected = generate(
         oracle.load_model(directory),
         torch.tensor([prompt.token_ids]),
-        torch.from_numpy(prompt.pixel_values),
+        torch.from_numpy(stacked(prompt)),
         settings,
         STEPS,
     )

@@ -14,6 +14,7 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle
 from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
+from tests.equipment.pixels import stacked
 
 STEPS = 48
 PROMPT = "What is shown in the picture, and how many boats are there?"
@@ -73,7 +74,7 @@ def _assert_equal(
     expected = oracle.generate(
         oracle.load_model(directory),
         torch.tensor([prompt.token_ids]),
-        torch.tensor(prompt.pixel_values),
+        torch.from_numpy(stacked(prompt)),
         settings,
         STEPS,
     )

@@ -19,6 +19,7 @@ from tests.equipment import oracle_baselines as oracles
 from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
 from tests.equipment.oracle import load_model
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 
 STEPS = 32
@@ -68,7 +69,7 @@ def test_tokens_and_rows_equal_the_oracle(
     runtime = Runtime.load(directory, threaded=False)
     request = runtime.prepare(IMAGES[:images], PROMPT, options)
     generation, prompt = runtime.submit(request), request.prompt
-    pixels = None if prompt.pixel_values is None else torch.tensor(prompt.pixel_values).double()
+    pixels = None if prompt.pixel_values is None else torch.from_numpy(stacked(prompt)).double()
     case = oracles.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     for step, truth in enumerate(ORACLES[method](case, **settings)):
         event = next(generation)

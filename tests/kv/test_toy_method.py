@@ -32,7 +32,7 @@ from avl_edge.kv.methods import (
 from avl_edge.kv.methods.arithmetic import share, spread
 from avl_edge.kv.methods.full import FullPolicy
 from avl_edge.machine import profile
-from avl_edge.model.sizes import shape_of_checkpoint
+from avl_edge.model.known import shape_of_checkpoint
 from avl_edge.planning.estimate import PlanRequest, plan
 from tests import ROOT
 from tests.conftest import Checkpoints
@@ -41,6 +41,7 @@ from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
 from tests.equipment.image_sessions import FIRST, SECOND, is_empty
 from tests.equipment.oracle import load_model
+from tests.equipment.pixels import stacked
 
 IMAGE, STEPS = random_image(3, 56), 24
 
@@ -114,7 +115,7 @@ def test_it_answers_as_the_oracle(checkpoint: Checkpoints) -> None:
     runtime = Runtime.load(directory, threaded=False)
     request = runtime.prepare([IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS))
     generation, prompt = runtime.submit(request), request.prompt
-    pixels = torch.tensor(prompt.pixel_values).double()
+    pixels = torch.from_numpy(stacked(prompt)).double()
     case = oracle_baselines.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     hidden = case.images[1::2]
     assert len(hidden) == 8

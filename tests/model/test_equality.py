@@ -12,6 +12,7 @@ from avl_edge import Options, Runtime
 from avl_edge.request import Prompt
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import SPECS, random_image
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 
 TOKENS = 64
@@ -29,7 +30,7 @@ def _generate(directory: object, images: list[Image.Image]) -> tuple[Prompt, lis
 
 def _inputs(prompt: Prompt, dtype: torch.dtype) -> dict[str, Tensor]:
     assert prompt.pixel_values is not None
-    return {"input_ids": torch.tensor([prompt.token_ids]), "pixel_values": torch.tensor(prompt.pixel_values).to(dtype)}
+    return {"input_ids": torch.tensor([prompt.token_ids]), "pixel_values": torch.from_numpy(stacked(prompt)).to(dtype)}
 
 
 @torch.no_grad()

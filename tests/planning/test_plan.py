@@ -16,7 +16,8 @@ from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.methods import H2O, METHODS, Avl, Coarse, Distinct, FastV, Full, Method, Streaming
 from avl_edge.kv.pool import RowPool
 from avl_edge.machine import profile
-from avl_edge.model.sizes import Precision, known_shape
+from avl_edge.model.known import known_shape
+from avl_edge.model.sizes import Precision
 from avl_edge.planning.estimate import Answer, PlanRequest, plan, prompt_work
 from avl_edge.request import ImageSpan
 from tests.equipment.settled import settle

@@ -15,6 +15,7 @@ from avl_edge.errors import InvalidLogits
 from avl_edge.model.network.decoder import Decoder
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 from tests.equipment.sampling_reference import log_softmax, processed
 
@@ -47,7 +48,7 @@ def test_greedy_tokens_with_penalties_are_those_of_transformers(runtime: Runtime
     more: dict[str, Any] = {"sequence_bias": [[[token], each] for token, each in biases.items()]} if bias else {}
     expected = model.generate(
         input_ids=ids,
-        pixel_values=torch.tensor(prompt.pixel_values),
+        pixel_values=torch.from_numpy(stacked(prompt)),
         max_new_tokens=24,
         do_sample=False,
         repetition_penalty=1.3,

@@ -21,6 +21,7 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle_baselines as oracles
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle import load_model, top
+from tests.equipment.pixels import stacked
 from tools.compare_kvpress import Comparison, press_settings
 from tools.kvpress_peer import PRESSES, Peer, Press, load_kvpress, ratio_of, rows_of
 
@@ -135,7 +136,7 @@ def test_a_press_answers_as_a_full_cache_behind_masks(
     """The oracle evicts nothing and hides rows: so steps go on at the prompt's positions, and see what was kept."""
     prompt, result = full[0]
     rows = rows_of(0.25, len(prompt))
-    pixels = torch.tensor(prompt.pixel_values).double()
+    pixels = torch.from_numpy(stacked(prompt)).double()
     case = oracles.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     truth = oracles.answer(
         case,

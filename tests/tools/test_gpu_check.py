@@ -23,8 +23,8 @@ from avl_edge.backends.cuda import CudaBackend
 from avl_edge.backends.stored import StoredRows
 from avl_edge.backends.tensorrt.attention import Attention, Sizes
 from avl_edge.model.checkpoint import load_weights
+from avl_edge.model.families import read_spec
 from avl_edge.model.sampling import Sampler
-from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment import trt_calls
 from tests.equipment.cuda_on_cpu import HostDevice

@@ -25,7 +25,7 @@ from avl_edge.attention.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
 from avl_edge.backends.steps import CudaDevice
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.demo import DEMO
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 from avl_edge.resources import BrokenInstallation
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
 from tools.gpu.dut import DeviceUnderTest, GpuUnderTest

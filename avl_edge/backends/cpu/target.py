@@ -11,9 +11,10 @@ from ...config import KvShape, Progress
 from ...kv.store import RowStore
 from ...machine.ledger import Entry
 from ...model import checkpoint
-from ...model.network import Llava
-from ...model.sizes import ModelShape, Picture
+from ...model.sizes import ModelShape
 from ...model.spec import ModelSpec
+from ...model.vision_language import VisionLanguageModel
+from ...request import Picture
 from ..base import Backend
 from ..target import Target
 from .backend import TorchBackend
@@ -42,5 +43,5 @@ class Cpu(Target):
         progress: Progress | None,
         recorded_steps: Entry,  # noqa: ARG002
     ) -> Backend:
-        model = Llava(spec, checkpoint.load_weights(self.directory, progress))
+        model = VisionLanguageModel(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes))
         return TorchBackend(model, RowStore(pages, shape, model.dtype))

@@ -32,7 +32,6 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -42,9 +41,10 @@ from ...kv.pool.rows import Index
 from ...kv.selection import StepScores
 from ...kv.store import RowStore
 from ...machine.ledger import Entry
-from ...model.network import Llava
+from ...model.network.image_features import ImageFeatures
 from ...model.spec import TextSpec
-from ...request import Prompt
+from ...model.vision_language import VisionLanguageModel
+from ...request import PixelValues, Prompt
 from ..base import ForwardTask, Layers, LayerTask
 from ..prefill import Attention, Prefill
 from ..step_batch import StepBatch, StepResult
@@ -71,7 +71,7 @@ class CudaBackend:
 
     def __init__(
         self,
-        model: Llava,
+        model: VisionLanguageModel,
         store: RowStore,
         kernels: Kernels,
         accelerator: Accelerator,
@@ -90,7 +90,7 @@ class CudaBackend:
 
     @classmethod
     def on_gpu(
-        cls, model: Llava, store: RowStore, accelerator: CudaDevice, recorded_steps: Entry | None = None
+        cls, model: VisionLanguageModel, store: RowStore, accelerator: CudaDevice, recorded_steps: Entry | None = None
     ) -> CudaBackend:
         """With the kernels compiled for this model and GPU, or taken from the cache.
 
@@ -108,16 +108,18 @@ class CudaBackend:
     def _angles(self) -> Tensor:
         return rope_table(self._model, self._accelerator.device)
 
-    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
+    def begin_encode(self, pictures: Sequence[PixelValues]) -> ForwardTask[ImageFeatures]:
         """The features stay on the device."""
-        return LayerTask(self._model.encode(pixels))
+        return LayerTask(self._model.encode(pictures))
 
-    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+    def begin_prefill(
+        self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
+    ) -> ForwardTask[Tensor]:
         """Logits and rows are there when the last layer is done."""
         self._kernels.prepare(cache.formats.by_tier().values())
         return LayerTask(self._prompt(prompt, features, cache))
 
-    def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Layers:
+    def _prompt(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Layers[Tensor]:
         last = yield from self._prefill.run(prompt, features, cache)
         self._accelerator.synchronize()
         return last

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...attention.cuda import Bases, Kernels, Lists, Pool, Scan, Step, Workspace
-from ...model.network import Llava
+from ...model.vision_language import VisionLanguageModel
 from ..steps import Accelerator, Bucket, RecordedStep, StepTables
 
 
@@ -18,7 +18,7 @@ class DecodeStep(RecordedStep):
 
     def __init__(
         self,
-        model: Llava,
+        model: VisionLanguageModel,
         kernels: Kernels,
         pool: Pool,
         accelerator: Accelerator,
@@ -108,7 +108,7 @@ class DecodeStep(RecordedStep):
         return Bases(address(ids), self.tables.bucket.rank, address(positions), address(self._angles))
 
 
-def rope_table(model: Llava, device: torch.device) -> Tensor:
+def rope_table(model: VisionLanguageModel, device: torch.device) -> Tensor:
     """The cosines and sines that the model rotates keys by, at every position: ``[context, 2, d / 2]``."""
     text = model.spec.text
     both = torch.cat(model.decoder.angles(torch.arange(text.context, device=device)), dim=1)

@@ -25,10 +25,11 @@ from ...kv.pool import RowTable
 from ...kv.selection import Selection, StepScores
 from ...kv.store import RowStore
 from ...machine.ledger import Entry
+from ...model.network.image_features import ImageFeatures
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
 from ...package.export import bindings as names
-from ...request import Prompt
+from ...request import PixelValues, Prompt
 from ..base import ForwardTask, Layers, LayerTask, WholeTask
 from ..step_batch import StepBatch, StepResult
 from ..steps import Accelerator, Bucket, Reads, RecordedSteps
@@ -91,17 +92,17 @@ class EngineBackend:
                     "use --device cuda, and report TensorRT's version"
                 )
 
-    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
+    def begin_encode(self, pictures: Sequence[PixelValues]) -> ForwardTask[ImageFeatures]:
         """As many pictures at once as the engine was built for; the features stay on the device."""
-        return LayerTask(self._pictures(pixels))
+        return LayerTask(self._pictures(np.stack([each.values for each in pictures])))
 
-    def _pictures(self, pixels: npt.NDArray[np.float32]) -> Layers:
+    def _pictures(self, pixels: npt.NDArray[np.float32]) -> Layers[ImageFeatures]:
         most, encoded = self.engines.recipe.images, list[Tensor]()
         for at in range(0, len(pixels), most):
             if at:
                 yield
             encoded.append(self._encode(pixels[at : at + most]))
-        return torch.cat(encoded)
+        return ImageFeatures(torch.cat(encoded).flatten(0, 1))
 
     def _encode(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         device, dims = self.accelerator.device, {"I": len(pixels)}
@@ -110,16 +111,18 @@ class EngineBackend:
         self._vision.run(dims, run.addresses, self.accelerator.stream())
         return run[names.FEATURES]
 
-    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+    def begin_prefill(
+        self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
+    ) -> ForwardTask[Tensor]:
         """A prompt runs whole; its logits, float32, and its rows are there when it is done."""
         return WholeTask(lambda: self._prompt(prompt, features, cache))
 
-    def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+    def _prompt(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Tensor:
         logits = self._run(prompt, features, cache)[names.LOGITS][0]
         self.accelerator.synchronize()
         return logits
 
-    def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
+    def _run(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Buffers:
         """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
         text = self.engines.spec.text
         listed, pruned = Listed(cache, text.layers), pruned_after(cache, text.layers)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attention.cuda import FORMATS
 from ...kv.layout import UNIT
 from ...kv.store import RowStore
-from ...model.spec import ModelSpec
+from ...model.families.llava import LlavaSpec
 from ...package.engine import Recipe
 from ...package.export import Binding, Bindings
 from ...package.export import bindings as names
@@ -38,7 +38,7 @@ class Runner(Protocol):
 class Engines:
     """A model's two engines, their tables, and the sizes that they were built for."""
 
-    spec: ModelSpec
+    spec: LlavaSpec
     recipe: Recipe
     vision: Runner
     vision_bindings: Bindings

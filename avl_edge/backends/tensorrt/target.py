@@ -53,9 +53,10 @@ class TensorRt(Target):
         dtype: torch.dtype = getattr(torch, self._job.settings.precision)
         return dtype
 
-    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:
+    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:  # noqa: ARG002
         recipe = self._job.recipe
-        fits = prompt.length <= recipe.prompt_tokens and prompt.images <= recipe.images * spec.tokens_per_image
+        images = recipe.images * self._job.spec.tokens_per_image
+        fits = prompt.length <= recipe.prompt_tokens and prompt.images <= images
         require(
             fits,
             f"the {what} takes {prompt.length} tokens, {prompt.images} of images, but the package was built for "
@@ -65,7 +66,7 @@ class TensorRt(Target):
     def check(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> None:
         method, formats = choice
         precision = self._job.settings.precision
-        served = decoder_formats(spec, precision)
+        served = decoder_formats(self._job.spec, precision)
         others = ", ".join(sorted(set(formats.by_tier().values()) - set(served)))
         message = f"this package's engine, of {precision}, reads {', '.join(served)} rows, not {others}"
         require(not others, f"{message}: give other formats, or {_ELSEWHERE}")
@@ -88,11 +89,16 @@ class TensorRt(Target):
         return f"it prunes after layer {layer}, by the last token's attention"
 
     def load(
-        self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None, recorded_steps: Entry
+        self,
+        spec: ModelSpec,  # noqa: ARG002
+        shape: KvShape,
+        pages: int,
+        progress: Progress | None,
+        recorded_steps: Entry,
     ) -> Backend:
         job, device = self._job, self._gpu.device
-        vision = vision_bindings(spec, job.settings.precision)
-        decoder = decoder_bindings(spec, job.settings.precision, job.settings.prune_after)
+        vision = vision_bindings(job.spec, job.settings.precision)
+        decoder = decoder_bindings(job.spec, job.settings.precision, job.settings.prune_after)
         wanted = {VISION_ENGINE: vision, DECODER_ENGINE: decoder}
         opened = []
         with open_package(self._package, files=wanted) as package:
@@ -102,7 +108,7 @@ class TensorRt(Target):
                 if progress:
                     progress(done + 1, len(wanted))
         store = RowStore(pages, shape, self.dtype, str(device))
-        engines = Engines(spec, job.recipe, opened[0], vision, opened[1], decoder)
+        engines = Engines(job.spec, job.recipe, opened[0], vision, opened[1], decoder)
         backend = EngineBackend(engines, store, self._gpu, recorded_steps)
         backend.require_rows()
         return backend

@@ -1,4 +1,5 @@
-"""The LLaMA family's decoder, once: RMSNorm, RoPE, grouped-query attention, gated MLP; biases where stored.
+"""The LLaMA family's decoder, once: RMSNorm, RoPE, grouped-query attention, gated MLP; biases and norms of
+heads where there are such.
 
 Attention itself is not here: a layer gives query, key and value, the backend attends as its pool and policy
 say, and the layer takes the result.
@@ -24,7 +25,9 @@ class Decoder:
         self.embedding = weights.take("text.embed_tokens.weight", spec.vocab_size, size)
         self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
         self._norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
-        self._head = self.embedding if spec.tied_head else weights.take("head.weight", spec.vocab_size, size)
+        # A file with a head of its own has it for a reason, whatever its config says.
+        tied = spec.tied_head and not weights.has("head.weight")
+        self._head = self.embedding if tied else weights.take("head.weight", spec.vocab_size, size)
         self._rope = Rope(spec.head_dim, spec.rope)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -32,7 +35,7 @@ class Decoder:
         return F.embedding(token_ids, self.embedding)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """RoPE's cosines and sines for int64 ``positions`` ``[n]``."""
+        """RoPE's cosines and sines for ``positions`` ``[n]``, or ``[axes, n]`` (see :class:`Rope`)."""
         return self._rope.angles(positions, self.embedding.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -50,6 +53,10 @@ class DecoderLayer:
         self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
         self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
         self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
+        self._query_norm = self._key_norm = None
+        if spec.head_norms:
+            self._query_norm = RmsNorm.take(weights, f"{name}.self_attn.q_norm", head_dim, spec.norm_eps)
+            self._key_norm = RmsNorm.take(weights, f"{name}.self_attn.k_norm", head_dim, spec.norm_eps)
         self._out = Linear.take(weights, f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
         self._gate = Linear.take(weights, f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
         self._up = Linear.take(weights, f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
@@ -62,6 +69,8 @@ class DecoderLayer:
         query, key, value = (
             part(normed).view(len(hidden), -1, self._head_dim) for part in (self._query, self._key, self._value)
         )
+        if self._query_norm and self._key_norm:
+            query, key = self._query_norm(query), self._key_norm(key)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:

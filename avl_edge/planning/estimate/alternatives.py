@@ -15,7 +15,8 @@ from typing import Any
 from ...config import format_size
 from ...errors import BadInput, TooLarge
 from ...machine.profile import DeviceProfile, PowerMode, short
-from ...model.sizes import KNOWN, PRECISIONS, ModelShape, Precision
+from ...model.known import KNOWN
+from ...model.sizes import PRECISIONS, ModelShape, Precision
 from .estimate import Estimate, estimates, first_fit
 from .request import PlanRequest
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from ...config import Formats, Options, PromptShape, require
 from ...errors import BadInput
-from ...model.sizes import ModelShape, Picture, Precision
+from ...model.sizes import ModelShape, Precision
+from ...request import Picture
 
 _MOST_TOKENS = 2**31 - 1
 

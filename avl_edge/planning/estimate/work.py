@@ -10,7 +10,8 @@ from functools import lru_cache
 from ...config import Formats, KvShape, PromptShape
 from ...kv.layout import Format, smoothing_rows
 from ...kv.methods import Method, Policy, Tiers
-from ...model.sizes import ModelShape, Picture, Precision
+from ...model.sizes import ModelShape, Precision
+from ...request import Picture
 
 Amounts = dict[str, float]
 """How much of what each cost is the price of, under the cost's name."""

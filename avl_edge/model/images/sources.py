@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -44,6 +44,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""What a PNG with an orientation has in it."""
 _HEAD_BYTES = 64
 _USE = "use JPEG, PNG, WebP or BMP"
 
@@ -76,6 +79,26 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
 
 def _most_bytes(max_pixels: int) -> int:
     return MAX_BYTES * max_pixels // MAX_PIXELS
+
+
+def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height in pixels of the picture that :func:`open_image` gives, without decoding one; raises as far as
+    headers tell."""
+    _check_source(source)
+    if isinstance(source, Image.Image):
+        return _upright_size(source)
+    name = "the picture" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
+    content = source if isinstance(source, bytes) else _read(Path(source), _most_bytes(max_pixels))
+    with _opened(content, name, max_pixels) as image:
+        # Pillow looks for the orientation of a PNG behind its pixels, which it decodes for that.
+        if image.format == "PNG" and not any(each in content for each in _PNG_ORIENTATIONS):
+            return image.size
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+    return (image.height, image.width) if turned else image.size
 
 
 def _check_source(source: object) -> None:
@@ -123,6 +146,13 @@ def _read_bounded(file: BinaryIO, name: str, most: int) -> bytes:
 
 
 def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
+    with _opened(content, name, max_pixels) as image:
+        return _convert(image, name, max_pixels, in_place=True)
+
+
+@contextmanager
+def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture as Pillow opens it, not yet decoded, once its headers are sound."""
     if len(content) > _most_bytes(max_pixels):
         raise _too_many_bytes(name, _most_bytes(max_pixels))
     kind = identify(content[:_HEAD_BYTES])
@@ -135,7 +165,7 @@ def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
     _check_cost(header, name)
     with _whatever_decoders_raise(name), Image.open(io.BytesIO(content), formats=[kind]) as image:
         _check_single_frame(image, name)
-        return _convert(image, name, max_pixels, in_place=True)
+        yield image
 
 
 def _refusal(head: bytes, kind: str | None, name: str) -> str:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config import KvShape, require
-from ..pictures import Picture, PictureRule
+from ..config import KvShape, require
+from ..request import Picture
+from .pictures import PictureRule
 
 PRECISIONS: dict[str, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
 """Bytes per parameter; int8 and int4 with one fp16 scale for each group of 128."""
@@ -82,7 +83,8 @@ class VisionShape:
     ``patch_size``: edge of a patch in pixels. ``outside`` counts the parameters that are in no layer: embeddings,
     norms, merger or projector; ``layer_small`` a layer's norms and biases. ``gated``: three matrices in the MLP, not
     two. ``runs``: layers that the features need (None: all). ``states``: layer outputs held until the end.
-    ``window``: patches that see each other in all but ``unwindowed`` layers (0: no windows).
+    ``window``: patches that see each other in all but ``unwindowed`` layers (0: no windows). ``deep``: vectors of the
+    decoder's width that a token has beside its own, for early layers of the decoder (DeepStack).
     """
 
     hidden_size: int
@@ -96,6 +98,7 @@ class VisionShape:
     states: int = 1
     window: int = 0
     unwindowed: int = 0
+    deep: int = 0
 
     @property
     def layer_parameters(self) -> int:
@@ -182,7 +185,8 @@ class ModelShape:
         """
         d = self.decoder
         width = 3 * d.hidden_size + 2 * d.query_size + 2 * d.key_size + 3 * d.intermediate_size + 2 * d.head_dim
-        return self.itemsize * (tokens * width + image_tokens * d.hidden_size + d.vocab_size)
+        features = image_tokens * (1 + self.vision.deep) * d.hidden_size
+        return self.itemsize * (tokens * width + features + d.vocab_size)
 
     def workspace_bytes(self, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
         """Live tensors of vision encoder or prefill, whichever are more: they do not run at once."""

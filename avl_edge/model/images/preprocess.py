@@ -13,8 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...errors import BadImage
-from .image_config import ImageProcessorConfig
-from .images import MAX_PIXELS
+from ...request import PixelValues
+from .config import ImageProcessorConfig
+from .sources import MAX_PIXELS
 
 _RESIZED = 2
 """On the way to its new size a picture may have so many times the pixels that it may have before."""
@@ -27,7 +28,7 @@ def preprocess(
 ) -> npt.NDArray[np.float32]:
     """float32 ``[3, height, width]``, contiguous, of a Pillow picture of any mode; ``config.output_size`` if fixed.
     BadImage where there would be more than twice ``max_pixels`` on the way."""
-    rgb = _on_white(image) if config.convert_rgb else image.convert("RGB")
+    rgb = on_white(image) if config.convert_rgb else image.convert("RGB")
     _check_size(rgb.size, config, max_pixels)
     if config.resize is not None:
         rgb = _resize(rgb, config.resize, config)
@@ -38,12 +39,15 @@ def preprocess(
     return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
 
-def digest(pixels: npt.NDArray[np.float32]) -> str:
-    """SHA-256, in hex, of the preprocessed pixels' bytes (little endian, row by row)."""
-    return hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).hexdigest()
+def digest(pixels: PixelValues) -> str:
+    """SHA-256, in hex, of a picture's pixels (little endian, row by row) and of their shape: pictures of one colour may
+    differ in nothing else."""
+    found = hashlib.sha256(repr((pixels.values.shape, pixels.picture)).encode())
+    found.update(np.ascontiguousarray(pixels.values, dtype="<f4").tobytes())
+    return found.hexdigest()
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """RGB, what is transparent (an alpha channel or a colour key) blended onto white."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
