@@ -336,7 +336,7 @@ def backend_for(
     """The GPU backend over a checkpoint, on the CPU, its kernels the reference or those of ``module``, by format."""
     spec = read_spec(directory)
     device = HostDevice()
-    model = load_model(spec, load_weights(directory), device.device)
+    model = load_model(spec, load_weights(directory, prefixes=spec.prefixes), device.device)
     text = spec.text
     store = RowStore(pages, text.kv_shape(model.dtype.itemsize), model.dtype)
     group = text.heads // text.kv_heads
