@@ -1,4 +1,4 @@
-"""The processor: torch and the native attention kernel. Serves everything."""
+"""The processor: torch, and the native step or attention kernel. Serves everything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from ...model.network import Llava
 from ...model.spec import ModelSpec
 from ..base import Backend
 from ..target import Target
+from . import native
 from .backend import TorchBackend
+from .native import NativeBackend
 
 
 class Cpu(Target):
@@ -17,4 +19,5 @@ class Cpu(Target):
 
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
         model = Llava(spec, checkpoint.load_weights(self.directory, progress))
-        return TorchBackend(model, RowStore(pages, shape, model.dtype))
+        store = RowStore(pages, shape, model.dtype)
+        return NativeBackend(model, store) if native.serves(model) else TorchBackend(model, store)
