@@ -1,10 +1,10 @@
 """The native libraries and the files that lie beside the package; all else about it is in pyproject.toml.
 
-The CPU's attention kernel with its decode step, and the row books, are plain shared libraries with a C interface, built as extensions so that
-they land in the package. They are optional: without a compiler the install succeeds, `avl_edge.attention.native` says
-at its first use what is missing, and `avl_edge.kv.books` does its work in numpy. The GPU's kernels are compiled on the
-device by `avl_edge.attention.cuda`, so their sources are copied into the package, as device profiles and build recipes
-are.
+The CPU's decode step with its attention kernel, and the row books, are plain shared libraries with a C interface, built
+as extensions so that they land in the package. They are optional: without a compiler the install succeeds,
+`avl_edge.attention.native` says at its first use what is missing, and `avl_edge.kv.books` does its work in numpy. The
+GPU's kernels are compiled on the device by `avl_edge.attention.cuda`, so their sources are copied into the package, as
+device profiles and build recipes are.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 attention kernel. Knows addresses and sizes, no model.
 
 Sums are float32. Vectors that meet bfloat16 or int4 weights are rounded to bfloat16, as torch rounds them; between
-products nothing is rounded. A sequence's numbers are the same, bit for bit, in any batch and with any number of threads.
+products nothing is rounded. A sequence's numbers are the same, bit for bit, in any batch and with any number of
+threads.
 """
 
 from __future__ import annotations
@@ -86,10 +87,10 @@ class Weights:
 class Step:
     """What a step takes of B sequences and L layers: contiguous arrays on the CPU.
 
-    ``tokens`` int32 ``[B]``; ``cosines`` and ``sines`` float32 ``[B, d]``, RoPE's; ``slots`` int32 ``[L, B]``, where new
-    rows go, in the formats with the numbers ``written`` int32 ``[B]`` among :data:`ROW_FORMATS`; ``smoothing`` int32
-    ``[L, B]``, the exact rows by which keys are smoothed, -1: none; ``rows`` int32 ``[L, capacity]``, those that are
-    attended, format by format and sequence by sequence, as ``offsets`` int32 ``[L, formats * B + 1]`` say.
+    ``tokens`` int32 ``[B]``; ``cosines`` and ``sines`` float32 ``[B, d]``, RoPE's; ``slots`` int32 ``[L, B]``, where
+    new rows go, in the formats with the numbers ``written`` int32 ``[B]`` among :data:`ROW_FORMATS`; ``smoothing``
+    int32 ``[L, B]``, the exact rows by which keys are smoothed, -1: none; ``rows`` int32 ``[L, capacity]``, those that
+    are attended, format by format and sequence by sequence, as ``offsets`` int32 ``[L, formats * B + 1]`` say.
     """
 
     tokens: npt.NDArray[np.int32]

@@ -63,7 +63,7 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
     """The C function `avl_attend`, of a CALL and its PARTs, each packed, in this order; it returns 0, EINVAL for
     offsets or ERANGE for row ids that do not fit, or ENOMEM. None where there is no :func:`library`."""
     loaded = library()
-    return None if loaded is None else loaded.avl_attend  # type: ignore[no-any-return]
+    return None if loaded is None else loaded.avl_attend
 
 
 def _share_openmp() -> None:

@@ -10,11 +10,17 @@
 #pragma once
 
 #include <cstdint>
-
-#include "vectors.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+
+// GCC makes one instruction of a product and a sum where it sees fit, in one tile and not in another, and so one bit of
+// their sums may differ; clang does it by what the source says. Where it pays, it is asked for by name.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include "vectors.h"
 
 // Weights, [outputs, inputs]; `format` is 0 for float, 1 for bfloat16, 2 for half; or 3 for codes of 8 bits, int8, and 4
 // for codes of 4 bits, of which an even element is in the low half of a byte and the next one in its high half. A code
@@ -93,7 +99,7 @@ inline void arrange_fours(const float* from, int64_t count, float* to) {
     }
 }
 
-// Dense weights by vectors of floats. `Wide` reads the weights of a chunk.
+// Dense weights by vectors of floats, which `add` takes a chunk at a time.
 struct Floats32 {
     using Element = float;
     static constexpr int chunk = kLanes;
@@ -118,7 +124,7 @@ struct Pairs {
     }
 };
 
-// The products of kSide rows, or one, and `Batch` vectors; each(q) is where vector q begins.
+// The products of kSide rows, or one, with `Batch` vectors.
 template <class Format, int Side, int Batch> INLINE inline void multiply_dense(const Product& product, int64_t row, int b) {
     using Element = typename Format::Element;
     const Matrix& matrix = *product.matrix;
@@ -244,6 +250,51 @@ KERNELS(AnyKernels, , false, 1)
 #ifdef __x86_64__
 KERNELS(Avx2Kernels, __attribute__((target("avx2,fma"))), false, 1)
 KERNELS(Avx512Kernels, __attribute__((target("avx512bw,avx512vl,fma"))), true, 4)
+
+// Codes of 8 bits, widened by name: GCC would take them apart.
+#define TARGET __attribute__((target("avx512bw,avx512vl,fma")))
+struct ByteKernels {
+    template <int Side, int Batch> TARGET static void tile(const Product& product, int64_t row, int b) {
+        const Matrix& matrix = *product.matrix;
+        const int64_t inputs = matrix.inputs, group = matrix.group, groups = inputs / group;
+        const int8_t* codes = static_cast<const int8_t*>(matrix.data) + row * inputs;
+        const float* vectors = product.vectors + b * product.stride;
+        __m512 total[Side][Batch];
+        UNROLL for (int r = 0; r < Side; ++r)
+            UNROLL for (int q = 0; q < Batch; ++q) total[r][q] = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; ++g) {
+            __m512 part[Side][Batch];
+            UNROLL for (int r = 0; r < Side; ++r)
+                UNROLL for (int q = 0; q < Batch; ++q) part[r][q] = _mm512_setzero_ps();
+            const auto add = [&](int64_t i, __mmask16 mask) TARGET INLINE {
+                __m512 vector[Batch];
+                UNROLL for (int q = 0; q < Batch; ++q)
+                    vector[q] = _mm512_maskz_loadu_ps(mask, vectors + q * product.stride + i);
+                UNROLL for (int r = 0; r < Side; ++r) {
+                    const __m128i narrow = _mm_maskz_loadu_epi8(mask, codes + r * inputs + i);
+                    const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
+                    UNROLL for (int q = 0; q < Batch; ++q) part[r][q] = _mm512_fmadd_ps(wide, vector[q], part[r][q]);
+                }
+            };
+            const int64_t end = (g + 1) * group, whole = end - group % kLanes;
+            for (int64_t i = g * group; i < whole; i += kLanes) add(i, 0xffff);
+            if (whole < end) add(whole, __mmask16((1 << (end - whole)) - 1));
+            UNROLL for (int r = 0; r < Side; ++r) {
+                const __m512 scale = _mm512_set1_ps(matrix.scales[(row + r) * groups + g]);
+                UNROLL for (int q = 0; q < Batch; ++q) total[r][q] = _mm512_fmadd_ps(part[r][q], scale, total[r][q]);
+            }
+        }
+        UNROLL for (int r = 0; r < Side; ++r)
+            UNROLL for (int q = 0; q < Batch; ++q)
+                product.out[(b + q) * product.out_stride + row + r] = ::sum((Floats)total[r][q]);
+    }
+    TARGET static void codes8(const Product& product, int64_t begin, int64_t end) {
+        each_tile<4>(product, begin, end, [&](int64_t row, int b, auto side, auto batch) TARGET {
+            tile<side, batch>(product, row, b);
+        });
+    }
+};
+#undef TARGET
 
 // With products of bfloat16 pairs.
 #define TARGET __attribute__((target("avx512bw,avx512vl,avx512bf16,fma")))
@@ -371,7 +422,7 @@ inline Kernel kernel_for(int64_t format) {
             if (format == kBfloat16) return {Bf16Kernels::bfloat16, arrange_bfloats};
             if (format == kCodes4) return {Bf16Kernels::codes4, arrange_fours};
         }
-        return kernel_of<Avx512Kernels>(format);
+        return format == kCodes8 ? Kernel{ByteKernels::codes8, arrange_plain} : kernel_of<Avx512Kernels>(format);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernel_of<Avx2Kernels>(format);
 #endif

@@ -23,6 +23,8 @@ from ..step_batch import StepBatch, StepResult
 from ..stored import StoredRows
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
+Asked = tuple[bool, bool, list[Selection]]
+"""Of a sequence, before its step: whether it picks its core, whether it wants scores, and what it reads."""
 
 
 class TorchBackend:
@@ -65,11 +67,8 @@ class TorchBackend:
         asked = batch.ask(lambda cache: (cache.picks_core, cache.wants_scores, cache.rows_read_now))
         return self._decode(batch, asked, greedy=greedy) if batch.caches else batch.result()
 
-    def _decode(
-        self, batch: StepBatch, asked: Sequence[tuple[bool, bool, list[Selection]]], *, greedy: bool
-    ) -> StepResult:
-        """A step that has begun; ``asked`` of each sequence: whether it picks its core, whether it wants scores, and
-        what it reads."""
+    def _decode(self, batch: StepBatch, asked: Sequence[Asked], *, greedy: bool) -> StepResult:
+        """A step that has begun."""
         decoder, rows = self.model.decoder, self.rows
         reads = [read for _, _, read in asked]
         scores = [StepScores(read, self._score_type) if wanted else None for _, wanted, read in asked]

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ...attention import native
 from ...attention.decoder import DENSE, ROW_FORMATS, Layer, Matrix, NativeDecoder, Step, Weights
-from ...kv.cache import SequenceCache
 from ...kv.selection import Selection, StepScores, is_low_rank, list_rows
 from ...kv.store import RowStore
 from ...model.network import Llava
 from ...model.network.layers import Linear
 from ..step_batch import StepBatch, StepResult
-from .backend import TorchBackend
+from .backend import Asked, TorchBackend
 
 
 def serves(model: Llava) -> bool:
@@ -56,17 +55,12 @@ class NativeBackend(TorchBackend):
         super().__init__(model, store)
         self.name = "torch-cpu+native-step"
         self.native_steps = self.torch_steps = 0
-        self._decoder = NativeDecoder(_weights(model), *store.arenas("exact"), threads or default_threads())
+        self._decoder = NativeDecoder(decoder_weights(model), *store.arenas("exact"), threads or default_threads())
 
-    @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        batch = StepBatch(token_ids, caches)
-        asked = batch.ask(lambda cache: (cache.picks_core, cache.wants_scores, cache.rows_read_now))
-        if not batch.caches:
-            return batch.result()
-        if any(picks or any(map(is_low_rank, read)) for picks, _, read in asked):
+    def _decode(self, batch: StepBatch, asked: Sequence[Asked], *, greedy: bool) -> StepResult:
+        if any(picks_core or any(map(is_low_rank, read)) for picks_core, _, read in asked):
             self.torch_steps += 1
-            return self._decode(batch, asked, greedy=greedy)
+            return super()._decode(batch, asked, greedy=greedy)
         self.native_steps += 1
         reads = [read for _, _, read in asked]
         tables = _Tables(batch, reads)
@@ -114,7 +108,8 @@ def _by_layer(of_sequences: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.i
     return np.ascontiguousarray(np.stack(of_sequences, axis=1))
 
 
-def _weights(model: Llava) -> Weights:
+def decoder_weights(model: Llava) -> Weights:
+    """A network's decoder as the native step takes it; matrices stay where they are."""
     decoder, text = model.decoder, model.spec.text
     layers = [
         Layer(each.attention_norm.weight.float(), each.mlp_norm.weight.float(), [_matrix(of) for of in each.linears])
