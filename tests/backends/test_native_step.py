@@ -17,6 +17,7 @@ from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.backends.cpu.native import NativeBackend
 from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.config import Formats
+from avl_edge.errors import BadInput
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.network import Llava
@@ -174,7 +175,10 @@ def test_what_is_not_served_is_torchs(made: Made, checkpoint: Checkpoints, monke
     with monkeypatch.context() as patch:
         patch.setattr(native.native, "available", lambda: False)
         assert not native.serves(model)
-    runtime = Runtime.load(checkpoint("llama-tied"), device="cpu", threaded=False)
+    directory = checkpoint("llama-tied")
+    with pytest.raises(BadInput, match="threads must be 1 or more, not 0"):
+        Runtime.load(directory, device="cpu", threads=0)
+    runtime = Runtime.load(directory, device="cpu", threaded=False, threads=2)
     result = runtime.generate([], "What?", Options(max_new_tokens=2)).result()
     assert result.backend == "torch-cpu+native-step"
     runtime.close()

@@ -7,7 +7,7 @@ settles: the form that a step has on a GPU (:mod:`avl_edge.backends.steps`).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -50,12 +50,20 @@ class NativeBackend(TorchBackend):
     ``torch_steps`` count both.
     """
 
-    def __init__(self, model: Llava, store: RowStore, threads: int | None = None) -> None:
-        """A model that this module :func:`serves`. ``threads``: of a step, :func:`default_threads` where None."""
+    def __init__(
+        self,
+        model: Llava,
+        store: RowStore,
+        threads: int | None = None,
+        *,
+        decoder: Callable[[Weights, Tensor, Tensor, int], NativeDecoder] = NativeDecoder,
+    ) -> None:
+        """A model that this module :func:`serves`. ``threads``: of a step, :func:`default_threads` where None;
+        ``decoder`` runs it."""
         super().__init__(model, store)
         self.name = "torch-cpu+native-step"
         self.native_steps = self.torch_steps = 0
-        self._decoder = NativeDecoder(decoder_weights(model), *store.arenas("exact"), threads or default_threads())
+        self._decoder = decoder(decoder_weights(model), *store.arenas("exact"), threads or default_threads())
 
     def _decode(self, batch: StepBatch, asked: Sequence[Asked], *, greedy: bool) -> StepResult:
         if any(picks_core or any(map(is_low_rank, read)) for picks_core, _, read in asked):

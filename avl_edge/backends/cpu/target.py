@@ -20,4 +20,4 @@ class Cpu(Target):
     def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
         model = Llava(spec, checkpoint.load_weights(self.directory, progress))
         store = RowStore(pages, shape, model.dtype)
-        return NativeBackend(model, store) if native.serves(model) else TorchBackend(model, store)
+        return NativeBackend(model, store, self.threads) if native.serves(model) else TorchBackend(model, store)
