@@ -15,12 +15,14 @@ import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..kv.books.base import address
 from . import native
 
 ROW_FORMATS = ("exact", "int8", "int8/int4", "int4")
@@ -94,8 +96,8 @@ class Step:
     """
 
     tokens: npt.NDArray[np.int32]
-    cosines: Tensor
-    sines: Tensor
+    cosines: npt.NDArray[np.float32]
+    sines: npt.NDArray[np.float32]
     slots: npt.NDArray[np.int32]
     written: npt.NDArray[np.int32]
     smoothing: npt.NDArray[np.int32]
@@ -117,8 +119,8 @@ class NativeDecoder:
         if library is None:
             raise OSError(errno.ENOENT, "the native library was not built")
         self._kept = weights, keys, values
-        self._size = len(weights.layers), weights.head.data.shape[0]
         _, kv_heads, dim = keys.shape
+        self._size = len(weights.layers), weights.head.data.shape[0], dim
         layers = b"".join(
             struct.pack("2P", each.attention_norm.data_ptr(), each.mlp_norm.data_ptr())
             + b"".join(matrix.pack() for matrix in each.matrices)
@@ -155,30 +157,27 @@ class NativeDecoder:
 
         ValueError for tables that do not fit, IndexError for a token or a row that is none: then nothing was written.
         """
-        batch, (layers, vocabulary) = len(step.tokens), self._size
-        shapes = {
-            "slots": (layers, batch),
-            "written": (batch,),
-            "smoothing": (layers, batch),
-            "offsets": (layers, len(ROW_FORMATS) * batch + 1),
-        }
-        arrays = [getattr(step, name) for name in ("tokens", "slots", "written", "smoothing", "rows", "offsets")]
-        if not all(each.dtype == np.int32 and each.flags.c_contiguous for each in arrays) or any(
-            getattr(step, name).shape != shape for name, shape in shapes.items()
-        ):
-            raise ValueError("the tables of a step are int32, contiguous, and of one batch")
-        if len(step.rows) != layers or (scores is not None and scores.shape != step.rows.shape):
-            raise ValueError("rows and scores are of all layers")
+        batch, (layers, vocabulary, dim) = len(step.tokens), self._size
+        lists, capacity = len(ROW_FORMATS) * batch, step.rows.shape[1]
+        tables: list[tuple[npt.NDArray[Any], tuple[int, ...]]] = [
+            (step.tokens, (batch,)),
+            (step.slots, (layers, batch)),
+            (step.written, (batch,)),
+            (step.smoothing, (layers, batch)),
+            (step.rows, (layers, capacity)),
+            (step.offsets, (layers, lists + 1)),
+            (step.cosines, (batch, dim)),
+            (step.sines, (batch, dim)),
+        ]
+        kinds = [np.int32] * 6 + [np.float32] * 3
+        if scores is not None:
+            tables.append((scores, (layers, capacity)))
+        for (table, shape), kind in zip(tables, kinds, strict=False):
+            if table.shape != shape or table.dtype != kind or not table.flags.c_contiguous:
+                raise ValueError(f"a table of a step is {kind.__name__} {list(shape)}, not {table.dtype} {table.shape}")
         logits = torch.empty(batch, vocabulary, dtype=torch.float32)
-        packed = _STEP.pack(
-            *[each.ctypes.data for each in arrays],
-            step.cosines.data_ptr(),
-            step.sines.data_ptr(),
-            0 if scores is None else scores.ctypes.data,
-            logits.data_ptr(),
-            step.rows.shape[1],
-            batch,
-        )
+        addresses = [address(table) for table, _ in tables] + ([0] if scores is None else [])
+        packed = _STEP.pack(*addresses, logits.data_ptr(), capacity, batch)
         status = self._step(self._handle, packed)
         if status:
             raise _error(status)

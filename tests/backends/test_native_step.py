@@ -261,7 +261,7 @@ def test_a_forked_process_goes_on_by_itself() -> None:
         decoder = NativeDecoder(Weights([layer], ones, of(500, 32), of(500, 32), 2, 1e-5), keys, values, 3)
         zero = np.zeros((1, 1), dtype=np.int32)
         offsets = np.array([[0, 1, 1, 1, 1]], dtype=np.int32)
-        angle = torch.ones(1, 16), torch.zeros(1, 16)
+        angle = np.ones((1, 16), dtype=np.float32), np.zeros((1, 16), dtype=np.float32)
         step = Step(np.array([3], dtype=np.int32), *angle, zero, np.zeros(1, dtype=np.int32), zero - 1, zero, offsets)
         expected = decoder.step(step)
         child = os.fork()

@@ -23,6 +23,8 @@ from ...model.network.layers import Linear
 from ..step_batch import StepBatch, StepResult
 from .backend import Asked, TorchBackend
 
+Floats = npt.NDArray[np.float32]
+
 
 def serves(model: Llava) -> bool:
     """Whether the native step runs this model: gated by SiLU, in float32, bfloat16 or float16, with even heads; and the
@@ -63,6 +65,7 @@ class NativeBackend(TorchBackend):
         super().__init__(model, store)
         self.name = "torch-cpu+native-step"
         self.native_steps = self.torch_steps = 0
+        self._rope: list[Floats] = [np.empty((0, store.shape.head_dim), dtype=np.float32)] * 2
         self._decoder = decoder(decoder_weights(model), *store.arenas("exact"), threads or default_threads())
 
     def _decode(self, batch: StepBatch, asked: Sequence[Asked], *, greedy: bool) -> StepResult:
@@ -73,14 +76,21 @@ class NativeBackend(TorchBackend):
         reads = [read for _, _, read in asked]
         tables = _Tables(batch, reads)
         weights = np.empty(tables.rows.shape, dtype=np.float32) if any(wanted for _, wanted, _ in asked) else None
-        cosines, sines = (each.float().flatten(1) for each in self.model.decoder.angles(torch.tensor(batch.positions)))
-        logits = self._decoder.step(tables.step(batch, cosines, sines), weights)
+        logits = self._decoder.step(tables.step(batch, *self._angles(batch.positions)), weights)
         for at, (cache, (_, wanted, read)) in enumerate(zip(batch.caches, asked, strict=True)):
             scores = StepScores(read, np.float32) if wanted else None
             if scores is not None and weights is not None:
                 scores.give(tables.lists[at], tables.offsets, weights)
             batch.attempt(at, self._settle, cache, scores)
         return batch.result(tokens=logits.argmax(-1).tolist()) if greedy else batch.result(logits=logits)
+
+    def _angles(self, positions: Sequence[int]) -> list[Floats]:
+        """RoPE's cosines and sines ``[B, d]``, as the model rounds them, from tables that grow with the positions."""
+        reach = max(positions) + 1
+        if reach > len(self._rope[0]):
+            angles = self.model.decoder.angles(torch.arange(2 * reach))
+            self._rope = [each.float().flatten(1).numpy() for each in angles]
+        return [table[positions] for table in self._rope]
 
 
 class _Tables:
@@ -99,11 +109,11 @@ class _Tables:
         self.rows = np.empty((layers, int(self.offsets[:, -1].max())), dtype=np.int32)
         list_rows(numbered, self.offsets, self.rows)
 
-    def step(self, batch: StepBatch, cosines: Tensor, sines: Tensor) -> Step:
+    def step(self, batch: StepBatch, cosines: Floats, sines: Floats) -> Step:
         return Step(
             np.array(batch.token_ids, dtype=np.int32),
-            cosines.contiguous(),
-            sines.contiguous(),
+            cosines,
+            sines,
             _by_layer(batch.slots),
             np.array([ROW_FORMATS.index(cache.formats.text) for cache in batch.caches], dtype=np.int32),
             _by_layer([cache.rows.smoothing for cache in batch.caches]),
