@@ -58,7 +58,7 @@ class Team final : public Workers {
 
   private:
     static constexpr int kBits = 24, kMost = (1 << kBits) - (1 << 16);  // counters overshoot by a thread each
-    static constexpr int kLooks = 2000, kYields = 50;
+    static constexpr int kLooks = 1000, kWaits = 100;
 
     static bool has_items(uint64_t ticket) { return (ticket & ((1 << kBits) - 1)) < ticket >> kBits; }
 
@@ -71,7 +71,9 @@ class Team final : public Workers {
             wake_.notify_all();
         }
         while (work(0)) {}
-        for (int looks = 0; left_.load(std::memory_order_acquire); ++looks) looks < kLooks ? pause() : std::this_thread::yield();
+        // Who has taken an item and not done it soon has lost its core, maybe to this thread.
+        for (int looks = 0; left_.load(std::memory_order_acquire); ++looks)
+            looks < kWaits ? pause() : std::this_thread::yield();
     }
 
     // One item, if there is one. It is there as long as the job is, whose fields hold still as long as it is not done.
@@ -87,12 +89,8 @@ class Team final : public Workers {
     void serve(int seat) {
         for (int looks = 0; !closed_.load(std::memory_order_relaxed);) {
             if (work(seat)) looks = 0;
-            else if (awake_.load(std::memory_order_relaxed) && looks < kLooks + kYields) {
-                ++looks < kLooks ? pause() : std::this_thread::yield();
-            } else {
-                sleep();
-                looks = 0;
-            }
+            else if (awake_.load(std::memory_order_relaxed) && looks++ < kLooks) pause();
+            else sleep(), looks = 0;
         }
     }
 
