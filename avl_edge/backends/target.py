@@ -30,6 +30,8 @@ class Target(ABC):
     """Of a pool; None where its memory is the only bound."""
     runs_prompts_whole = False
     """Whether nobody else's step fits between two layers of a prompt."""
+    threads: int | None = None
+    """Of the processor, for decode steps there; None: as many as torch uses."""
     cannot_give_back: str | None = None
     """Why rows cannot give memory back while requests run; None where they can."""
     cannot_bound_memory: str | None = None

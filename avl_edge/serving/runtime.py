@@ -143,6 +143,7 @@ class Runtime:
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
         max_memory: int | str | None = None,
+        threads: int | None = None,
     ) -> Runtime:
         """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
         ``profile`` or the device; ``device_root`` is where both look at the machine."""
@@ -154,15 +155,21 @@ class Runtime:
             runtime.follow(
                 profiles, follow_device=follow_device, target_ms_per_token=target_ms_per_token, root=device_root
             )
-        runtime.load_weights(pool_bytes=pool_bytes, progress=progress)
+        runtime.load_weights(pool_bytes=pool_bytes, progress=progress, threads=threads)
         return runtime
 
-    def load_weights(self, *, pool_bytes: int | None = None, progress: Progress | None = None) -> None:
+    def load_weights(
+        self, *, pool_bytes: int | None = None, progress: Progress | None = None, threads: int | None = None
+    ) -> None:
         """Map and read the weights and reserve the pool, once, for all requests.
 
         ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most, and where the memory of the process is
-        bounded what the longest prompt leaves. Raises :class:`TooLarge` for a pool beyond that bound.
+        bounded what the longest prompt leaves. ``threads`` are those of a decode step on a processor; None takes as
+        many as torch uses, which are the cores that this process may use, or fewer. Raises :class:`TooLarge` for a pool
+        beyond that bound.
         """
+        require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
+        self._target.threads = threads
         interrupted = threading.Event()
 
         def report(done: int, total: int) -> None:

@@ -21,9 +21,9 @@ from tests.equipment.processes import run_python
 
 @pytest.fixture
 def _forget_library() -> Iterator[None]:
-    native.core_attention.cache_clear()
+    native.library.cache_clear()
     yield
-    native.core_attention.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.usefixtures("_forget_library")

@@ -23,6 +23,8 @@ from ..step_batch import StepBatch, StepResult
 from ..stored import StoredRows
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
+Asked = tuple[bool, bool, list[Selection]]
+"""Of a sequence, before its step: whether it picks its core, whether it wants scores, and what it reads."""
 
 
 class TorchBackend:
@@ -63,10 +65,13 @@ class TorchBackend:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        decoder, rows, batch = self.model.decoder, self.rows, StepBatch(token_ids, caches)
+        batch = StepBatch(token_ids, caches)
         asked = batch.ask(lambda cache: (cache.picks_core, cache.wants_scores, cache.rows_read_now))
-        if not batch.caches:
-            return batch.result()
+        return self._decode(batch, asked, greedy=greedy) if batch.caches else batch.result()
+
+    def _decode(self, batch: StepBatch, asked: Sequence[Asked], *, greedy: bool) -> StepResult:
+        """A step that has begun."""
+        decoder, rows = self.model.decoder, self.rows
         reads = [read for _, _, read in asked]
         scores = [StepScores(read, self._score_type) if wanted else None for _, wanted, read in asked]
         hidden = decoder.embed(torch.tensor(batch.token_ids))

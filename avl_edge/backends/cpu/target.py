@@ -1,4 +1,4 @@
-"""The processor: torch and the native attention kernel. Serves everything."""
+"""The processor: torch, and the native step or attention kernel. Serves everything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from ...model.vision_language import VisionLanguageModel
 from ...request import Picture
 from ..base import Backend
 from ..target import Target
+from . import native
 from .backend import TorchBackend
+from .native import NativeBackend
 
 
 class Cpu(Target):
@@ -44,4 +46,5 @@ class Cpu(Target):
         recorded_steps: Entry,  # noqa: ARG002
     ) -> Backend:
         model = VisionLanguageModel(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes))
-        return TorchBackend(model, RowStore(pages, shape, model.dtype))
+        store = RowStore(pages, shape, model.dtype)
+        return NativeBackend(model, store, self.threads) if native.serves(model) else TorchBackend(model, store)

@@ -24,10 +24,10 @@ class Decoder:
         self.spec = spec
         self.embedding = weights.take("text.embed_tokens.weight", spec.vocab_size, size)
         self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
-        self._norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
+        self.norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
         # A file with a head of its own has it for a reason, whatever its config says.
         tied = spec.tied_head and not weights.has("head.weight")
-        self._head = self.embedding if tied else weights.take("head.weight", spec.vocab_size, size)
+        self.head = self.embedding if tied else weights.take("head.weight", spec.vocab_size, size)
         self._rope = Rope(spec.head_dim, spec.rope)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` to ``[n, vocabulary]``."""
-        return F.linear(self._norm(hidden), self._head)
+        return F.linear(self.norm(hidden), self.head)
 
 
 class DecoderLayer:
@@ -48,8 +48,8 @@ class DecoderLayer:
         size, inner, head_dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
         queries, keys = spec.heads * head_dim, spec.kv_heads * head_dim
         self._head_dim = head_dim
-        self._norm1 = RmsNorm.take(weights, f"{name}.input_layernorm", size, spec.norm_eps)
-        self._norm2 = RmsNorm.take(weights, f"{name}.post_attention_layernorm", size, spec.norm_eps)
+        self.attention_norm = RmsNorm.take(weights, f"{name}.input_layernorm", size, spec.norm_eps)
+        self.mlp_norm = RmsNorm.take(weights, f"{name}.post_attention_layernorm", size, spec.norm_eps)
         self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
         self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
         self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
@@ -63,9 +63,14 @@ class DecoderLayer:
         self._down = Linear.take(weights, f"{name}.mlp.down_proj", size, inner, bias=spec.mlp_bias)
         self._activation = activation(spec.activation)
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Of queries, keys, values and the attention's result, then gate, up and down of the MLP."""
+        return self._query, self._key, self._value, self._out, self._gate, self._up, self._down
+
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[n, hidden]`` to query ``[n, heads, d]``, key and value ``[n, kv_heads, d]``; query and key rotated."""
-        normed = self._norm1(hidden)
+        normed = self.attention_norm(hidden)
         query, key, value = (
             part(normed).view(len(hidden), -1, self._head_dim) for part in (self._query, self._key, self._value)
         )
@@ -76,5 +81,5 @@ class DecoderLayer:
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output from its input and the attention's result ``[n, heads, d]``."""
         hidden = hidden + self._out(attended.flatten(1))
-        normed = self._norm2(hidden)
+        normed = self.mlp_norm(hidden)
         return hidden + self._down(self._activation(self._gate(normed)) * self._up(normed))
