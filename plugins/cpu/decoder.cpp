@@ -26,7 +26,9 @@ template <class Work> void share(Team& team, int items, const Work& work) {
 
 int64_t bytes_of(const Matrix& matrix) {
     const int64_t count = matrix.inputs;
-    return matrix.format == kFloat32 ? 4 * count : matrix.format == kCodes8 ? count : matrix.format == kCodes4 ? count / 2 : 2 * count;
+    return matrix.format == kFloat32 ? 4 * count
+         : matrix.format == kCodes8  ? count
+         : matrix.format == kCodes4  ? count / 2 : 2 * count;
 }
 
 bool is_sound(const Matrix& matrix, int64_t outputs, int64_t inputs) {
