@@ -1,7 +1,7 @@
 // Products of a matrix of weights with the vectors of a batch, the weights read where they lie, once for all vectors.
 //
-// Each product adds up by itself and in one order, whatever stands beside it: kRows rows of weights go side by side, and
-// up to `Batch` vectors of an instruction set. So neither a batch nor a thread changes a bit of it.
+// Each product adds up by itself and in one order, whatever stands beside it: kRows rows of weights go side by side,
+// and up to `Batch` vectors of an instruction set. So neither a batch nor a thread changes a bit of it.
 //
 // A format says in chunks of how many elements weights are read, and in which order it wants a vector's elements in a
 // chunk; they are brought into it once per product (arrange). Sums are in float. Vectors meet weights in bfloat16 and
@@ -22,10 +22,10 @@
 
 #include "vectors.h"
 
-// Weights, [outputs, inputs]; `format` is 0 for float, 1 for bfloat16, 2 for half; or 3 for codes of 8 bits, int8, and 4
-// for codes of 4 bits, of which an even element is in the low half of a byte and the next one in its high half. A code
-// stands for (code - zero) * scale. There is one scale, and one zero, for `group` neighbours of a row: [outputs, inputs
-// / group]. No zeros: 0 of 8 bits, 8 of 4 bits, where a group is a multiple of 32. `bias` [outputs] may be null.
+// Weights, [outputs, inputs]; `format` is 0 for float, 1 for bfloat16, 2 for half; or 3 for codes of 8 bits, int8, and
+// 4 for codes of 4 bits, of which an even element is in the low half of a byte and the next one in its high half. A
+// code stands for (code - zero) * scale. There is one scale, and one zero, for `group` neighbours of a row: [outputs,
+// inputs / group]. No zeros: 0 of 8 bits, 8 of 4 bits, where a group is a multiple of 32. `bias` [outputs] may be null.
 struct Matrix {
     const void* data;
     const float* scales;
@@ -125,7 +125,8 @@ struct Pairs {
 };
 
 // The products of kSide rows, or one, with `Batch` vectors.
-template <class Format, int Side, int Batch> INLINE inline void multiply_dense(const Product& product, int64_t row, int b) {
+template <class Format, int Side, int Batch>
+INLINE inline void multiply_dense(const Product& product, int64_t row, int b) {
     using Element = typename Format::Element;
     const Matrix& matrix = *product.matrix;
     const int64_t inputs = matrix.inputs, whole = inputs / Format::chunk * Format::chunk;
@@ -192,7 +193,8 @@ INLINE inline void multiply_codes(const Product& product, int64_t row, int b) {
         for (int64_t i = begin; i < whole; i += Format::chunk)
             UNROLL for (int r = 0; r < Side; ++r)
                 UNROLL for (int q = 0; q < Batch; ++q)
-                    Format::add(codes + r * bytes + i * Bits / 8, zeros[r], vectors + q * product.stride + i, part[r][q]);
+                    Format::add(codes + r * bytes + i * Bits / 8, zeros[r], vectors + q * product.stride + i,
+                                part[r][q]);
         if (whole < end) {  // codes of 8 bits alone: of 4 bits a group is whole chunks
             UNROLL for (int r = 0; r < Side; ++r) {
                 uint8_t rest[kLanes] = {};
@@ -215,7 +217,8 @@ INLINE inline void multiply_codes(const Product& product, int64_t row, int b) {
 
 // Calls work(row, b, side, batch) for all rows from begin on, kSide at a time, then one; and for all vectors, `Most` at
 // a time, then one.
-template <int Most, class Work> INLINE inline void each_tile(const Product& product, int64_t begin, int64_t end, Work work) {
+template <int Most, class Work>
+INLINE inline void each_tile(const Product& product, int64_t begin, int64_t end, Work work) {
     const auto rows = [&](int64_t row, auto side) INLINE {
         int b = 0;
         for (; b + Most <= product.batch; b += Most) work(row, b, side, Constant<Most>());

@@ -117,7 +117,8 @@ struct Bf16Kernels {
                 numbers[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(four, 8), table);
                 numbers[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(four, 12), table);
                 UNROLL for (int q = 0; q < Batch; ++q) {
-                    const uint16_t* vector = reinterpret_cast<const uint16_t*>(product.vectors + (b + q) * product.stride);
+                    const float* own = product.vectors + (b + q) * product.stride;
+                    const uint16_t* vector = reinterpret_cast<const uint16_t*>(own);
                     part[r][q] = _mm512_setzero_ps();
                     UNROLL for (int k = 0; k < 4; ++k)
                         part[r][q] = _mm512_dpbf16_ps(
