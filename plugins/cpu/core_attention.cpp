@@ -210,7 +210,12 @@ template <class Work> void parallel(Workers& workers, int items, const Work& wor
 struct OpenMp final : Workers {
     using Workers::Workers;
     void run(int items, Task task, const void* data) override {
-        struct Team { Task task; const void* data; int items; std::atomic<int> next, taken; } team{task, data, items, {0}, {0}};
+        struct Team {
+            Task task;
+            const void* data;
+            int items;
+            std::atomic<int> next, taken;
+        } team{task, data, items, {0}, {0}};
         const auto body = [](void* of) {
             Team& team = *static_cast<Team*>(of);
             const int seat = team.taken.fetch_add(1, std::memory_order_relaxed);

@@ -1,6 +1,6 @@
 // A decode step of all layers and sequences: embedding, for each layer norm, query, key and value, RoPE, the new rows
-// into the pool, attention over the rows that are listed (core_attention.cpp), output, norm and gated MLP; then norm and
-// head.
+// into the pool, attention over the rows that are listed (core_attention.cpp), output, norm and gated MLP; then norm
+// and head.
 //
 // Between products everything is in float, in the caller's thread as long as it is little. Work is cut by rows of
 // weights and by sequences, never within a sum: what a sequence gets depends, to the last bit, neither on its
@@ -26,7 +26,9 @@ template <class Work> void share(Team& team, int items, const Work& work) {
 
 int64_t bytes_of(const Matrix& matrix) {
     const int64_t count = matrix.inputs;
-    return matrix.format == kFloat32 ? 4 * count : matrix.format == kCodes8 ? count : matrix.format == kCodes4 ? count / 2 : 2 * count;
+    return matrix.format == kFloat32 ? 4 * count
+         : matrix.format == kCodes8  ? count
+         : matrix.format == kCodes4  ? count / 2 : 2 * count;
 }
 
 bool is_sound(const Matrix& matrix, int64_t outputs, int64_t inputs) {
@@ -38,7 +40,8 @@ bool is_sound(const Matrix& matrix, int64_t outputs, int64_t inputs) {
     return matrix.format == kCodes8 ? !matrix.zeros : group == 32 || group == 64 || group % kBlock == 0;
 }
 
-// Vectors of a batch in the order of a format of weights; made anew when the vectors change, or the order that is asked.
+// Vectors of a batch in the order of a format of weights; made anew when the vectors change, or the order that is
+// asked.
 struct Vectors {
     std::vector<float> arranged;
     void (*order)(const float*, int64_t, float*) = nullptr;
@@ -226,7 +229,7 @@ class Run {
         : open_(open), model_(open.model), step_(step), queries_(int64_t(model_.heads) * model_.dim),
           width_(open.width()) {
         const int64_t batch = step.batch, inner = model_.layers[0].gate.outputs;
-        hidden_.resize(batch * model_.hidden), normed_.resize(batch * model_.hidden), out_.resize(batch * model_.hidden);
+        for (std::vector<float>* each : {&hidden_, &normed_, &out_}) each->resize(batch * model_.hidden);
         query_.resize(batch * queries_), attended_.resize(batch * queries_);
         key_.resize(batch * width_), value_.resize(batch * width_), smoothed_.resize(batch * 2 * width_);
         gate_.resize(batch * inner), up_.resize(batch * inner);
@@ -258,7 +261,7 @@ class Run {
         Output output{&matrix, kernel, out_.data(), nullptr};
         multiply(open_.team, vectors, step_.batch, &output, 1, [&](int, int64_t begin, int64_t end) {
             for (int64_t b = 0; b < step_.batch; ++b)
-                for (int64_t at = b * model_.hidden + begin; at < b * model_.hidden + end; ++at) hidden_[at] += out_[at];
+                for (int64_t i = begin; i < end; ++i) hidden_[b * model_.hidden + i] += out_[b * model_.hidden + i];
         });
     }
 
@@ -290,7 +293,8 @@ class Run {
     // Turns a sequence's query and key, and puts its new row into the pool.
     void append(int index, int b) {
         const int dim = model_.dim, group = model_.heads / model_.kv_heads;
-        float *query = query_.data() + b * queries_, *key = key_.data() + b * width_, *value = value_.data() + b * width_;
+        float* query = query_.data() + b * queries_;
+        float *key = key_.data() + b * width_, *value = value_.data() + b * width_;
         const float *cosines = step_.cosines + int64_t(b) * dim, *sines = step_.sines + int64_t(b) * dim;
         for (int head = 0; head < model_.heads; ++head) rotate(query + head * dim, cosines, sines, dim);
         for (int head = 0; head < model_.kv_heads; ++head) rotate(key + head * dim, cosines, sines, dim);
@@ -379,8 +383,8 @@ extern "C" int32_t avl_decoder_step(void* decoder, const DecodeStep* step) try {
     return 0;
 } catch (const std::bad_alloc&) { return ENOMEM; }
 
-// A matrix by vectors [batch, inputs], as a step multiplies them: out [batch, outputs], `times` times. 0, EINVAL, EAGAIN
-// or ENOMEM.
+// A matrix by vectors [batch, inputs], as a step multiplies them: out [batch, outputs], `times` times. 0, EINVAL,
+// EAGAIN or ENOMEM.
 extern "C" int32_t avl_multiply(const Matrix* matrix, const float* vectors, float* out, int32_t batch, int32_t threads,
                                 int32_t times) try {
     if (batch < 1 || threads < 1 || !is_sound(*matrix, matrix->outputs, matrix->inputs)) return EINVAL;
