@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..config import format_size, require
@@ -42,7 +41,7 @@ from ..model.demo import DEMO
 from ..serving.runtime import Runtime
 from .memory import MaxMemory
 from .options import FORMATS, MEMORY, METHOD, OUTPUT, Json, Model, Threads, checkpoint_of
-from .progress import progress, stderr
+from .progress import Paper, progress, stderr
 from .terminal import Debug, readers_may_leave
 from .text import text_document, text_table
 
@@ -248,7 +247,7 @@ def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_
         if as_json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            Console(highlight=False).print(text_table(document) if "texts" in document else _table(document))
+            Paper().print(text_table(document) if "texts" in document else _table(document))
 
 
 def _names(text: str) -> list[str]:

@@ -67,13 +67,7 @@ SystemTokens: TypeAlias = Annotated[
         help="How many of them stand before the image.", show_default=f"{PlanRequest.system_tokens}, at most half"
     ),
 ]
-MaxNewTokens: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        help="The longest answer, in tokens.",
-        show_default=f"{Options.max_new_tokens}; 1, the prompt alone, with --image-tokens",
-    ),
-]
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Streams: TypeAlias = Annotated[int, typer.Option(help="Requests at a time.")]
 Weights: TypeAlias = Annotated[
     str | None,
@@ -102,7 +96,7 @@ def plan(
     image_tokens: ImageTokens = None,
     prompt_tokens: PromptTokens = PlanRequest.prompt_tokens,
     system_tokens: SystemTokens = None,
-    max_new_tokens: MaxNewTokens = None,
+    max_new_tokens: MaxNewTokens = Options.max_new_tokens,
     streams: Streams = PlanRequest.streams,
     target_ms_per_token: TargetMs = None,
     method: Method = None,
@@ -130,7 +124,7 @@ def plan(
         image_tokens=image_tokens,
         prompt_tokens=prompt_tokens,
         system_tokens=_system_tokens(system_tokens, prompt_tokens),
-        max_new_tokens=_max_new_tokens(max_new_tokens, image_tokens),
+        max_new_tokens=max_new_tokens,
         streams=streams,
         method=method,
         parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
@@ -157,11 +151,6 @@ def _print_plan(shape: ModelShape, of_device: DeviceProfile, request: PlanReques
 def _system_tokens(given: int | None, prompt_tokens: int) -> int:
     """A question stands after its picture, however short the prompt."""
     return given if given is not None else min(PlanRequest.system_tokens, max(prompt_tokens, 0) // 2)
-
-
-def _max_new_tokens(given: int | None, image_tokens: int | None) -> int:
-    """Counts of tokens are given to ask what a prompt holds, as papers do; a picture is given to be asked about."""
-    return given if given is not None else 1 if image_tokens is not None else Options.max_new_tokens
 
 
 def _print(text: str) -> None:

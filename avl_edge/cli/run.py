@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import torch
@@ -15,11 +13,9 @@ from rich.table import Table
 
 from ..backends.targets import TARGETS
 from ..config import Options, format_names, format_size, require
-from ..errors import BadInput
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
-from ..model.prompt import ImageSource, read_stream
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
@@ -58,6 +54,7 @@ from .options import (
 )
 from .progress import progress, stderr
 from .reserve import Reserve, reserve_bytes, spoken
+from .sources import check_stdin, pictures, questions
 from .terminal import Debug, readers_may_leave
 
 Prompts: TypeAlias = Annotated[
@@ -65,7 +62,8 @@ Prompts: TypeAlias = Annotated[
     typer.Option(
         "--prompt",
         metavar="TEXT",
-        help="The question; given several times, the pictures are read once and all are asked together.",
+        help="The question, - for stdin or @FILE; given several times, the pictures are read once and all are asked "
+        "together.",
     ),
 ]
 Images: TypeAlias = Annotated[
@@ -187,7 +185,8 @@ class Show:
 
 
 def _ask(runtime: Runtime, names: list[str], prompts: list[str], options: Options, show: Show) -> None:
-    images = _images(names, runtime.max_pixels)
+    check_stdin(names, prompts)
+    images, prompts = pictures(names, runtime.max_pixels), questions(prompts)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
         _ask_several(runtime, several.plan(runtime, images, prompts, options), options, show)
@@ -203,6 +202,8 @@ def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
     _load(runtime, request.plan.peak_bytes)
     with readers_may_leave():
         result = _answer(runtime, request, quiet=show.as_json)
+        if result.finish_reason == "length" and not show.as_json:
+            _say_cut(request)
         if show.as_json:
             print(json.dumps({**result.to_dict(), "memory": asdict(runtime.memory())}))
     if show.stats:
@@ -219,6 +220,9 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
     _load(runtime, asked.peak_bytes)
     with readers_may_leave(), asked.session as session:
         results = asked.answer(runtime, quiet=show.as_json)
+        for request, result in zip(asked.requests, results, strict=True) if not show.as_json else ():
+            if result.finish_reason == "length":
+                _say_cut(request)
         if show.as_json:
             print(json.dumps({**asked.document(results), "memory": asdict(runtime.memory())}))
         held = several.describe(session.stats)
@@ -239,20 +243,6 @@ def _memory(runtime: Runtime) -> str:
     return f"memory: {memory.spoken(runtime.memory())}"
 
 
-def _images(names: list[str], max_pixels: int) -> list[ImageSource]:
-    if names.count("-") > 1:
-        raise BadInput("only one --image can be read from stdin: give the others as files")
-    return [read_stream(sys.stdin.buffer, max_pixels) if name == "-" else _path(name) for name in names]
-
-
-def _path(name: str) -> Path:
-    if not name:
-        raise BadInput("the path of the picture is empty: give the path of a JPEG, PNG, WebP or BMP file")
-    if re.match(r"(https?|ftp|data):", name):
-        raise BadInput(f"'{name[:80]}' is an address, not a file: download the picture and give its path")
-    return Path(name)
-
-
 def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
     with runtime.submit(request) as generation:
         for event in generation:
@@ -261,6 +251,12 @@ def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
         if not quiet:
             print()
         return generation.result()
+
+
+def _say_cut(request: Request) -> None:
+    tokens = request.max_new_tokens
+    cure = "raise --max-new-tokens" if tokens == request.options.max_new_tokens else "the model's context is full"
+    print(f"avl-edge: the answer was cut after {tokens} token{'s' if tokens > 1 else ''}: {cure}", file=sys.stderr)
 
 
 def _say_plan(request: Request) -> None:
@@ -293,6 +289,9 @@ def _spoken(formats: dict[str, str]) -> str:
     return ", ".join(f"{tier} {name}" for tier, name in formats.items() if name != "exact")
 
 
+_ENDS = {"stop": "by the model, or at a stop string", "length": "cut at the longest answer", "cancelled": "cancelled"}
+
+
 def _table(result: Result) -> Table:
     kv, timings, usage = result.kv, result.timings, result.usage
     settings = " ".join(f"{name}={value:g}" for name, value in result.settings.items())
@@ -300,6 +299,7 @@ def _table(result: Result) -> Table:
         ("method", f"{result.method} {settings}".strip()),
         ("formats", _spoken(result.formats) or "exact"),
         ("tokens", f"{usage.prompt_tokens} prompt ({usage.image_tokens} image), {usage.completion_tokens} new"),
+        ("ended", _ENDS[result.finish_reason]),
         ("load / encode / prefill", f"{timings.load_ms:.0f} / {timings.encode_ms:.0f} / {timings.prefill_ms:.0f} ms"),
         ("first token", f"{timings.ttft_ms:.0f} ms"),
         ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),

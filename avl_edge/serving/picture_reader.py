@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from ..config import Picture
 from ..machine.ledger import Ledger
 from ..model.prompt import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource, Processor
-from ..request import Picture, Prompt
+from ..request import Prompt
 
 
 class PictureReader:

@@ -85,7 +85,7 @@ def test_a_picture_from_stdin(model: str, picture: str) -> None:
     direct = subprocess.run([*COMMAND, *options, "--image", picture], capture_output=True, timeout=120)
     assert piped.returncode == direct.returncode == 0
     assert piped.stdout == direct.stdout != b"\n"
-    assert direct.stderr == b""
+    assert direct.stderr == b"avl-edge: the answer was cut after 8 tokens: raise --max-new-tokens\n"
 
 
 def test_interrupt_stops_with_130_and_no_trace(model: str, picture: str) -> None:

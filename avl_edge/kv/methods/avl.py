@@ -57,7 +57,7 @@ class Avl(Method):
     text_keep: float = parameter(70, "percent of text rows kept after the image", "T")
     heavy: float = parameter(70, "percent of kept text that is heavy hitters, the rest recent")
     text_floor: int = parameter(20, "the fewest text rows kept after the image")
-    prune_layer: int = parameter(2, "the last layer (0-based) that all image tokens reach")
+    prune_layer: int = parameter(2, "the last layer (0-based) that all image tokens reach", is_layer=True)
     prompt_mean: int = parameter(0, "1: rank by all text after the image; 0: by the last token")
     by_values: int = parameter(0, "1: store rows whose values stand out; 0: by attention")
     drift: float = parameter(0, "percent of core attention lost that refreshes too; 0: never")
