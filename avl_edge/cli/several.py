@@ -11,7 +11,7 @@ from typing import Any
 from ..config import Formats, Options, format_size
 from ..errors import BadInput, TooLarge
 from ..kv.budget import first_within
-from ..model.prompt import ImageSource
+from ..model.images import ImageSource
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
 from ..serving.requests import Request

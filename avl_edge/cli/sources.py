@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from ..config import format_size, read_bytes
 from ..errors import BadInput, reason
-from ..model.prompt import ImageSource, read_stream
+from ..model.images import ImageSource, read_stream
 
 STDIN = "-"
 QUESTION_BYTES = 2**24

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..config import format_size
 from ..errors import TooLarge
 from ..machine.ledger import EntryName
-from ..model.prompt import DECODING_BYTES_PER_PIXEL, MAX_PIXELS
+from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS
 
 PIXELS_BYTES = 512 * 2**20
 """The most that the pixels of requests take that have not been encoded, a few more where memory is bounded: 380

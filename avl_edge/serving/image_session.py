@@ -14,7 +14,8 @@ from ..kv.budget import KvPlan, first_within, kv_plan, plan_after
 from ..kv.cache import prompt_shape
 from ..kv.layout import Format
 from ..kv.methods import Choice, Distinct, Full, Method, candidates, sharing_methods
-from ..model.prompt import ImageSource, Processor, check_sources
+from ..model.images import ImageSource, check_sources
+from ..model.prompt import Processor
 from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats
 from .generation import Generation

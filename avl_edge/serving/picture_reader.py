@@ -10,7 +10,8 @@ from contextlib import nullcontext
 
 from ..config import Picture
 from ..machine.ledger import Ledger
-from ..model.prompt import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource, Processor
+from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource
+from ..model.prompt import Processor
 from ..request import Prompt
 
 

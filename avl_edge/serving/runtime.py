@@ -20,8 +20,9 @@ from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
 from ..model.families import read_spec
+from ..model.images import ImageSource, check_sources
 from ..model.known import shape_of_checkpoint
-from ..model.prompt import ImageSource, Processor, check_sources
+from ..model.prompt import Processor
 from ..model.spec import ModelSpec
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.memory_planner import MemoryPlanner

@@ -20,10 +20,10 @@ from packaging.version import Version
 from PIL import Image
 
 from avl_edge.errors import BadImage, BadInput, BadModel
-from avl_edge.model.prompt import check_sources, open_image
-from avl_edge.model.prompt.headers import read_header
-from avl_edge.model.prompt.image_config import ImageProcessorConfig
-from avl_edge.model.prompt.preprocess import preprocess
+from avl_edge.model.images import check_sources, open_image
+from avl_edge.model.images.config import ImageProcessorConfig
+from avl_edge.model.images.headers import read_header
+from avl_edge.model.images.preprocess import preprocess
 
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}, "crop_size": 56}
 SETTINGS = {

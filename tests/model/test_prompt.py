@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avl_edge.model.prompt.preprocess import digest
+from avl_edge.model.images.preprocess import digest
 from tests.equipment.pixels import stacked
 from tests.equipment.small_processors import (
     BOS_TEMPLATE,

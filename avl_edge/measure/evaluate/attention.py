@@ -21,7 +21,7 @@ from ...kv.cache import prompt_shape
 from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, Step
 from ...kv.methods.full import FullPolicy
 from ...kv.methods.policy import Queries
-from ...model.prompt import open_image
+from ...model.images import open_image
 from ...serving.runtime import Runtime
 from .questions import Questions
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ...config import Options, Progress
 from ...errors import BadInput, DoesNotFit
 from ...kv.cache import prompt_shape
-from ...model.prompt import open_image
+from ...model.images import open_image
 from ...serving.requests import Request
 from ...serving.runtime import Runtime
 from .answers import Answer, AnswerLog

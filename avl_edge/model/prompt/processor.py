@@ -11,11 +11,11 @@ from pathlib import Path
 from ...config import Picture, read_json
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
 from ...request import ImageSpan, Pixels, PixelValues, Prompt
+from ..images.preprocess import digest
+from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
 from ..spec import ModelSpec
 from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
-from .images import MAX_PIXELS, ImageSource, image_size, open_image
-from .preprocess import digest
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
 from .text_tokenizer import TextTokenizer

@@ -13,9 +13,9 @@ from PIL import Image
 from ....config import Picture
 from ....errors import BadModel
 from ...image_settings import read_image_settings
+from ...images.config import CLIP, ImageProcessorConfig
+from ...images.preprocess import on_white, preprocess
 from ...prompt.codec import ImageCodec
-from ...prompt.image_config import CLIP, ImageProcessorConfig
-from ...prompt.preprocess import on_white, preprocess
 from .pictures import Tiled
 from .spec import InternVlSpec
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from ....config import Picture
 from ....errors import BadModel
+from ...images.config import ImageProcessorConfig
+from ...images.preprocess import preprocess
 from ...pictures import Fixed
 from ...prompt.codec import ImageCodec
-from ...prompt.image_config import ImageProcessorConfig
-from ...prompt.preprocess import preprocess
 from .spec import LlavaSpec
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ....config import Picture
 from ....errors import BadModel
+from ...images.config import CLIP, ImageProcessorConfig
+from ...images.preprocess import on_white, preprocess
 from ...prompt.codec import ImageCodec
-from ...prompt.image_config import CLIP, ImageProcessorConfig
-from ...prompt.preprocess import on_white, preprocess
 from .pictures import AnyRes
 from .spec import LlavaNextSpec
 

@@ -15,9 +15,9 @@ from ....config import Picture
 from ....errors import BadModel, quoted
 from ....request import RopePositions
 from ...image_settings import read_image_settings
+from ...images.config import CLIP, ImageProcessorConfig
+from ...images.preprocess import preprocess
 from ...prompt.codec import ImageCodec
-from ...prompt.image_config import CLIP, ImageProcessorConfig
-from ...prompt.preprocess import preprocess
 from .pictures import FRAMES, Merged
 from .spec import QwenSpec
 

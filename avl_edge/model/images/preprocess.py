@@ -14,8 +14,8 @@ from PIL import Image
 
 from ...errors import BadImage
 from ...request import PixelValues
-from .image_config import ImageProcessorConfig
-from .images import MAX_PIXELS
+from .config import ImageProcessorConfig
+from .sources import MAX_PIXELS
 
 _RESIZED = 2
 """On the way to its new size a picture may have so many times the pixels that it may have before."""
