@@ -93,6 +93,19 @@ class PromptShape:
         return self.prefix + self.images + self.suffix
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What a picture's size decides: ``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the
+    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops."""
+
+    crops: int
+    patches: int
+    tokens: int
+    rows: int = 0
+    columns: int = 0
+    tiles: tuple[int, int] = (1, 1)
+
+
 _RANGES = {
     "temperature": (0, 100),
     "top_p": (0, 1),

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .config import Picture
+
 
 @dataclass(frozen=True)
 class ImageSpan:
@@ -16,23 +18,6 @@ class ImageSpan:
     digest: str
     start: int
     length: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What a picture's size decides, before a pixel is read: ``crops`` runs of the vision encoder over ``patches`` each
-    give ``tokens`` for the decoder.
-
-    ``rows`` and ``columns``: the grid in which the tokens stand, where the model's positions or newlines follow it;
-    ``tiles``: how many rows and columns of crops there are beside an overview.
-    """
-
-    crops: int
-    patches: int
-    tokens: int
-    rows: int = 0
-    columns: int = 0
-    tiles: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,11 +125,18 @@ def test_imports_stand_at_the_top(path: Path) -> None:
         assert at_top or name[0] in OPTIONAL, f"deferred import of {'.'.join(name)}"
 
 
-def test_only_five_files_import_by_a_name_that_they_compute() -> None:
-    """The package's face, the commands and the families of models, which are imported when they are asked for, packages
-    of the extras, and the console script, which is ready for Ctrl-C before it imports."""
+def test_only_six_files_import_by_a_name_that_they_compute() -> None:
+    """The package's face, the commands, the families of models and their parts, which are imported when they are asked
+    for, packages of the extras, and the console script, which is ready for Ctrl-C before it imports."""
     files = {path for path in PACKAGE.rglob("*.py") if re.search(r"\b(import_module|__import__)\(", path.read_text())}
-    imports = ("__init__.py", "__main__.py", "cli/commands.py", "model/families/__init__.py", "optional.py")
+    imports = (
+        "__init__.py",
+        "__main__.py",
+        "cli/commands.py",
+        "optional.py",
+        "model/prompt/codec.py",
+        "model/families/__init__.py",
+    )
     assert files == {PACKAGE / name for name in imports}
     assert _lazy_commands() <= {_name(path) for path in _files()}, "commands lie in the command line's wing"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import KvShape, Progress, PromptShape
+from ..config import KvShape, Picture, Progress, PromptShape
 from ..errors import BadInput
 from ..kv.methods import Choice
 from ..machine.ledger import Entry
@@ -16,7 +16,6 @@ from ..model import checkpoint
 from ..model.families import read_spec
 from ..model.sizes import ModelShape
 from ..model.spec import ModelSpec
-from ..request import Picture
 from .base import Backend
 
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import KvShape, require
-from ..request import Picture
+from ..config import KvShape, Picture, require
 from .pictures import PictureRule
 
 PRECISIONS: dict[str, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}

@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from ..config import KvShape
-from ..request import Picture
-from .pictures import ImageCodec, PictureRule
+from ..config import KvShape, Picture
+from .pictures import PictureRule
 from .sizes import VisionShape
 
 
@@ -55,6 +53,8 @@ class ModelSpec(ABC):
     """How names of tensors may begin in this family's files, beside those that all have (see
     :mod:`avl_edge.model.checkpoint`), and what stands for it in canonical names."""
 
+    codec: ClassVar[str]
+    """The module with the family's ``open_codec(spec, directory)``; it needs Pillow and the tokenizer's package."""
     network: ClassVar[str]
     """The module with the family's ``VisionEncoder``; it needs torch."""
 
@@ -74,8 +74,3 @@ class ModelSpec(ABC):
     @abstractmethod
     def vision_shape(self) -> VisionShape:
         """The sizes of the vision encoder and of what makes its output the decoder's input."""
-
-    @abstractmethod
-    def image_codec(self, directory: Path) -> ImageCodec:
-        """From pictures to pixels and places, by the settings in a checkpoint's directory; :class:`BadModel` for files
-        that are missing, broken or do not fit the model."""

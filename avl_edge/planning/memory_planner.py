@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config import Options, PromptShape, format_size
+from ..config import Options, Picture, PromptShape, format_size
 from ..errors import TooLarge
 from ..kv.budget import KvPlan
 from ..kv.layout import page_bytes
 from ..kv.methods import Method
 from ..machine import allocator
 from ..machine.ledger import Ledger
-from ..request import Picture
 from .device_watcher import DeviceState
 from .process_memory import PIXELS_BYTES
 from .request_planner import RequestPlanner

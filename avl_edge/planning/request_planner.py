@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..backends.stored import BYTES_AT_ONCE, CONVERSION_COPIES
 from ..backends.target import Target
-from ..config import Formats, KvShape, Options, PromptShape, format_size, require
+from ..config import Formats, KvShape, Options, Picture, PromptShape, format_size, require
 from ..errors import BadInput, TooLarge
 from ..kv import quality
 from ..kv.budget import KvPlan, fit, kv_plan
@@ -19,7 +19,6 @@ from ..kv.quality import Preset
 from ..model.known import shape_of_spec
 from ..model.sizes import ModelShape
 from ..model.spec import ModelSpec
-from ..request import Picture
 from .device_watcher import DeviceState
 from .process_memory import ProcessMemory, Workspace
 

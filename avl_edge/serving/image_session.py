@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
-from ..config import Formats, Options, PromptShape, checked_options, require
+from ..config import Formats, Options, Picture, PromptShape, checked_options, require
 from ..errors import BadInput
 from ..kv import quality
 from ..kv.budget import KvPlan, first_within, kv_plan, plan_after
@@ -17,7 +17,7 @@ from ..kv.methods import Choice, Distinct, Full, Method, candidates, sharing_met
 from ..model.images import ImageSource, check_sources
 from ..model.prompt import Processor
 from ..planning.request_planner import RequestPlanner
-from ..request import ImageSessionStats, Picture
+from ..request import ImageSessionStats
 from .generation import Generation
 from .picture_reader import PictureReader
 from .requests import Request, SharedPrefix

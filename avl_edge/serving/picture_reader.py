@@ -8,10 +8,11 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from ..config import Picture
 from ..machine.ledger import Ledger
 from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource
 from ..model.prompt import Processor
-from ..request import Picture, Prompt
+from ..request import Prompt
 
 
 class PictureReader:

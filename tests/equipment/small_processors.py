@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from avl_edge.model.families.llava.pictures import SquareCodec
+from avl_edge.model.families.llava.codec import SquareCodec
 from avl_edge.model.pictures import Fixed
 from avl_edge.model.prompt import Processor
 from tests.equipment.small_tokenizers import byte_level, llama, llama_legacy, unigram

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avl_edge.config import Picture
 from avl_edge.errors import BadImage, BadInput
 from avl_edge.model.images import open_image
 from avl_edge.model.images.preprocess import digest
 from avl_edge.model.images.sources import image_size
-from avl_edge.request import Picture, PixelValues
+from avl_edge.request import PixelValues
 from tests.equipment.checkpoints import random_image
 
 

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from ...config import KvShape, Progress
+from ...config import KvShape, Picture, Progress
 from ...kv.store import RowStore
 from ...machine.ledger import Entry
 from ...model import checkpoint
 from ...model.sizes import ModelShape
 from ...model.spec import ModelSpec
 from ...model.vision_language import VisionLanguageModel
-from ...request import Picture
 from ..base import Backend
 from ..target import Target
 from . import native

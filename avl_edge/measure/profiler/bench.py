@@ -23,6 +23,7 @@ from ...machine import allocator
 from ...model import checkpoint
 from ...model.families import read_spec
 from ...model.known import shape_of_spec
+from ...model.prompt.codec import open_codec
 from ...model.sampling import Sampler
 from ...model.sizes import ModelShape
 from ...model.vision_language import VisionLanguageModel
@@ -93,7 +94,7 @@ class Bench:
     def __init__(self, directory: Path, name: str, progress: Progress | None = None) -> None:
         allocator.bound()
         self.spec = read_spec(directory)
-        self._codec = self.spec.image_codec(directory)
+        self._codec = open_codec(self.spec, directory)
         self._model = VisionLanguageModel(self.spec, checkpoint.load_weights(directory, progress, self.spec.prefixes))
         self.dtype = self._model.dtype
         self.shape = shape_of_spec(self.spec, name, self.dtype.itemsize)

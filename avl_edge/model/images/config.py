@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...config import read_json
 from ...errors import BadModel, quoted, shortened
+from ..image_settings import read_image_settings
 
 Kinds = Mapping[str, Mapping[str, Any]]
 """By the name of an image processor: its defaults."""
@@ -99,23 +99,6 @@ class ImageProcessorConfig:
             convert_rgb=reader.flag("do_convert_rgb"),
             pad_to_square=pads,
         )
-
-
-def read_image_settings(directory: Path) -> tuple[Any, str]:
-    """The image processor's settings in a model's directory, as they are written, and what they are read from."""
-    settings, where = find_image_settings(directory)
-    if settings is None:
-        raise BadModel(f"{directory} has no preprocessor_config.json: download the model's processor files")
-    return settings, where
-
-
-def find_image_settings(directory: Path) -> tuple[Any, str]:
-    """The same, or None for the settings where there are none."""
-    nested, legacy = directory / "processor_config.json", directory / "preprocessor_config.json"
-    settings = (read_json(nested) or {}).get("image_processor")
-    if settings is not None:
-        return settings, f"{nested}, image_processor"
-    return read_json(legacy), str(legacy)
 
 
 def _kind(settings: Mapping[str, Any], where: str, kinds: Kinds) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from ...config import read_json
+from ...config import Picture, read_json
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
-from ...request import ImageSpan, Picture, Pixels, PixelValues, Prompt
+from ...request import ImageSpan, Pixels, PixelValues, Prompt
 from ..images.preprocess import digest
 from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
-from ..pictures import ImageCodec
 from ..spec import ModelSpec
+from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
@@ -42,7 +43,7 @@ class Processor:
         """:meth:`open` for the model that ``spec`` describes."""
         return cls.open(
             directory,
-            spec.image_codec,
+            partial(open_codec, spec),
             spec.pixel_bytes,
             image_token_id=spec.image_token_id,
             context=spec.text.context,
@@ -53,7 +54,7 @@ class Processor:
     def open(
         cls,
         directory: Path,
-        open_codec: Callable[[Path], ImageCodec],
+        codec_of: Callable[[Path], ImageCodec],
         pixel_bytes: Callable[[Picture], int],
         *,
         image_token_id: int,
@@ -62,7 +63,7 @@ class Processor:
     ) -> Processor:
         """Reads the processor's files and checks them against the model.
 
-        ``open_codec`` reads what they say of pictures, ``pixel_bytes`` says what the pixels of one weigh. ``context``
+        ``codec_of`` reads what they say of pictures, ``pixel_bytes`` says what the pixels of one weigh. ``context``
         is the model's, in tokens, ``vocab_size`` the number of rows of the embedding. Raises BadModel for files that
         are missing, broken or mismatched.
         """
@@ -70,7 +71,7 @@ class Processor:
         if not directory.is_dir():
             raise BadModel(f"{directory} is not a directory: give the directory of a model")
         text = TextTokenizer.open(directory, vocab_size)
-        codec = open_codec(directory)
+        codec = codec_of(directory)
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
         return cls(
             codec=codec,

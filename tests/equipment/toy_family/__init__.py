@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from avl_edge.config import Picture
 from avl_edge.model.config_fields import Fields
-from avl_edge.model.pictures import ImageCodec
+from avl_edge.model.prompt.codec import ImageCodec
 from avl_edge.model.sizes import ModelShape, VisionShape
 from avl_edge.model.spec import ModelSpec
 from avl_edge.model.text_config import read_text
-from avl_edge.request import Picture
 
 PUBLISHED: tuple[ModelShape, ...] = ()
 
@@ -49,6 +49,7 @@ class CellCodec(ImageCodec):
 
 @dataclass(frozen=True)
 class ToySpec(ModelSpec):
+    codec: ClassVar[str] = __name__
     network: ClassVar[str] = f"{__package__}.network"
     prefixes: ClassVar[dict[str, str]] = {"toy.": "vision."}
 
@@ -65,8 +66,9 @@ class ToySpec(ModelSpec):
     def vision_shape(self) -> VisionShape:
         return VisionShape(3, 1, 1, self.cell, 3 * self.text.hidden_size, 0)
 
-    def image_codec(self, directory: Path) -> CellCodec:  # noqa: ARG002
-        return CellCodec(self.picture)
+
+def open_codec(spec: ToySpec, directory: Path) -> CellCodec:  # noqa: ARG001
+    return CellCodec(spec.picture)
 
 
 def read(config: Fields, directory: Path) -> ToySpec:  # noqa: ARG001

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ....config import Picture
 from ....errors import BadModel, quoted
-from ....request import Picture
 from ...config_fields import Fields, divides
-from ...pictures import ImageCodec
 from ...sizes import VisionShape
 from ...spec import ModelSpec
 from ...text_config import read_text
-from .pictures import TileCodec, Tiled, read_tile_counts
+from .pictures import Tiled, read_tile_counts
 from .published import vision_shape
 from .vit_spec import InternVitSpec
 
@@ -43,6 +42,7 @@ class InternVlSpec(ModelSpec):
     """An InternVL checkpoint. ``feature_layer``: so many layers of the tower run; ``merge`` x ``merge`` patches become
     a token; from ``least_tiles`` to ``most_tiles`` of a picture."""
 
+    codec: ClassVar[str] = f"{__package__}.codec"
     network: ClassVar[str] = f"{__package__}.network"
 
     vision: InternVitSpec
@@ -63,9 +63,6 @@ class InternVlSpec(ModelSpec):
 
     def pixel_bytes(self, picture: Picture) -> int:
         return 4 * picture.crops * 3 * self.vision.image_size**2
-
-    def image_codec(self, directory: Path) -> ImageCodec:
-        return TileCodec.open(directory, self.picture)
 
 
 def read(config: Fields, directory: Path) -> InternVlSpec:

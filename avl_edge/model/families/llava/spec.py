@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ....request import Picture
+from ....config import Picture
 from ...clip_config import ClipSpec, read_clip, read_feature_layers
 from ...config_fields import Fields
-from ...pictures import Fixed, ImageCodec
+from ...pictures import Fixed
 from ...sizes import VisionShape
 from ...spec import ModelSpec
 from ...text_config import read_text
-from .pictures import SquareCodec
 from .published import vision_shape
 
 # What config.json leaves out equals these (transformers' LlavaConfig).
@@ -62,6 +61,7 @@ class ClipModelSpec(ModelSpec):
 class LlavaSpec(ClipModelSpec):
     """A LLaVA-1.5 checkpoint."""
 
+    codec: ClassVar[str] = f"{__package__}.codec"
     network: ClassVar[str] = f"{__package__}.network"
 
     @property
@@ -71,9 +71,6 @@ class LlavaSpec(ClipModelSpec):
     @property
     def tokens_per_image(self) -> int:
         return self.picture.tokens
-
-    def image_codec(self, directory: Path) -> ImageCodec:
-        return SquareCodec.open(directory, self.picture, self.vision.image_size)
 
 
 def read(config: Fields, directory: Path) -> LlavaSpec:  # noqa: ARG001

@@ -7,7 +7,8 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from ....request import Picture, PixelValues
+from ....config import Picture
+from ....request import PixelValues
 from ...checkpoint import Weights
 from ...network.image_features import ImageFeatures
 from ..llava.network import VisionEncoder as SquareEncoder

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 from ....errors import BadModel, quoted
 from ...config_fields import Fields
-from ...pictures import ImageCodec
 from ...sizes import VisionShape
 from ..llava.spec import DEFAULTS, ClipModelSpec, read_fields
-from .pictures import AnyRes, TileCodec
+from .pictures import AnyRes
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _MOST_TILES, _MOST_GRIDS = 64, 64
@@ -22,6 +21,7 @@ _MOST_TILES, _MOST_GRIDS = 64, 64
 class LlavaNextSpec(ClipModelSpec):
     """A LLaVA-1.6 checkpoint. ``grids``: the (rows, columns) of tiles in which a picture may be seen."""
 
+    codec: ClassVar[str] = f"{__package__}.codec"
     network: ClassVar[str] = f"{__package__}.network"
     prefixes: ClassVar[Mapping[str, str]] = {"model.image_newline": "newline", "image_newline": "newline"}
 
@@ -35,9 +35,6 @@ class LlavaNextSpec(ClipModelSpec):
     def vision_shape(self) -> VisionShape:
         shape = super().vision_shape
         return replace(shape, outside=shape.outside + self.text.hidden_size)  # the newline
-
-    def image_codec(self, directory: Path) -> ImageCodec:
-        return TileCodec.open(directory, self.picture)
 
 
 def read(config: Fields, directory: Path) -> LlavaNextSpec:  # noqa: ARG001

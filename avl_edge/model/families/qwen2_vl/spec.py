@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ....config import Picture
 from ....errors import BadModel, quoted
-from ....request import Picture
 from ...config_fields import Fields, divides
-from ...pictures import ImageCodec
 from ...sizes import VisionShape
 from ...spec import ModelSpec, TextSpec
 from ...text_config import read_text
-from .pictures import FRAMES, Merged, PatchCodec, read_limits
+from .pictures import FRAMES, Merged, read_limits
 from .published import MAX_PIXELS, MIN_PIXELS, vision_shape
 from .vit_spec import PatchVitSpec
 
@@ -35,6 +34,7 @@ _VISION_DEFAULTS: dict[str, Any] = {
 class QwenSpec(ModelSpec):
     """A Qwen that sees. ``min_pixels`` and ``max_pixels``: the range to which pictures are resized."""
 
+    codec: ClassVar[str] = f"{__package__}.codec"
     prefixes: ClassVar[Mapping[str, str]] = {
         "model.visual.": "vision.",
         "visual.": "vision.",
@@ -53,9 +53,6 @@ class QwenSpec(ModelSpec):
 
     def pixel_bytes(self, picture: Picture) -> int:
         return 4 * picture.patches * self.vision.patch_values
-
-    def image_codec(self, directory: Path) -> ImageCodec:
-        return PatchCodec.open(directory, self.picture)
 
 
 @dataclass(frozen=True)

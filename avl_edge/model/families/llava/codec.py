@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ....config import Picture
 from ....errors import BadModel
-from ....request import Picture
 from ...images.config import ImageProcessorConfig
 from ...images.preprocess import preprocess
-from ...pictures import Fixed, ImageCodec
+from ...pictures import Fixed
+from ...prompt.codec import ImageCodec
+from .spec import LlavaSpec
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,8 @@ class SquareCodec(ImageCodec):
         max_pixels: int,
     ) -> npt.NDArray[np.float32]:
         return preprocess(image, self.config, max_pixels)
+
+
+def open_codec(spec: LlavaSpec, directory: Path) -> SquareCodec:
+    """By the settings in ``directory``."""
+    return SquareCodec.open(directory, spec.picture, spec.vision.image_size)
