@@ -202,7 +202,7 @@ def test_the_command_line_knows_it(checkpoint: Checkpoints, picture: str, capsys
     listed = json.loads(call("methods", "--json")[1])[-1]
     assert listed["name"] == "thinned"
     help_ = "percent of image rows stored, evenly spaced"
-    assert listed["parameters"] == [{"name": "keep", "default": 50, "help": help_, "symbol": "N"}]
+    assert listed["parameters"] == [{"name": "keep", "default": 50, "help": help_, "symbol": "N", "is_layer": False}]
     assert (parameter_help("keep"), parameter_defaults("keep")) == (f"N: {help_}.", "thinned 50")
     directory = str(checkpoint("llama-mha"))
     asked = ["run", "--model", directory, "--image", picture, "--prompt", FIRST, "--max-new-tokens", "4", "--json"]
