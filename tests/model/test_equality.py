@@ -57,7 +57,6 @@ def test_bfloat16_is_as_close_to_float64_as_transformers(checkpoint: Checkpoints
     """Greedy tokens of two bfloat16 programs part at ties, so errors are compared: ours, and transformers' own."""
     directory = checkpoint("llama-bf16")
     prompt, tokens, logits = _generate(directory, IMAGES[:images])
-    assert logits.dtype == torch.bfloat16
     exact_model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float64).eval()
     exact = _reference_logits(exact_model, _inputs(prompt, torch.float64), tokens)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).eval()
