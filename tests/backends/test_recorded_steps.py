@@ -12,7 +12,7 @@ from tests.equipment.cuda_sides import both, random_prompt
 def test_recordings_are_kept_as_far_as_their_bytes_go(checkpoint: Checkpoints) -> None:
     """All tensors of a step are counted; the least recently used goes first, and the one that runs never does."""
     _, ours, device = both(checkpoint("llama-mha"))
-    caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(4)]
+    caches = [ours.start(random_prompt(ours.spec, seed), Full())[0] for seed in range(4)]
     ours.backend.decode([5], caches[:1])
     ours.backend.decode([5] * 2, caches[:2])
     steps, entry = ours.backend.steps, ours.backend.steps.entry
