@@ -142,8 +142,6 @@ class NativeDecoder:
             weights.epsilon,
             dim**-0.5,
         )
-        library.avl_decoder_open.restype = ctypes.c_void_p
-        library.avl_decoder_close.argtypes = (ctypes.c_void_p,)
         library.avl_decoder_step.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
         self._handle: int | None = library.avl_decoder_open(packed)
         if self._handle is None:

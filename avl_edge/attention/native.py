@@ -47,6 +47,7 @@ def library() -> ctypes.CDLL | None:
         _share_openmp()
         loaded = ctypes.CDLL(str(found[0]), use_errno=True)
         loaded.avl_attend.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+        loaded.avl_decoder_close.argtypes = (ctypes.c_void_p,)  # which an older build does not have
     except (OSError, AttributeError) as error:
         warnings.warn(
             f"Decoding is slower than it could be, because the native attention kernel is missing ({error}): install "
@@ -56,6 +57,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     loaded.avl_attend.restype = ctypes.c_int32
+    loaded.avl_decoder_open.restype = ctypes.c_void_p
     return loaded
 
 
