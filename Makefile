@@ -29,7 +29,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tools.bench_decode
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info avl_edge/attention/*.so
+	rm -rf $(VENV) build dist *.egg-info avl_edge/attention/*.so avl_edge/kv/books/*.so
 
 # The package is installed in place, so that its kernels are built once and its sources stay editable.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard plugins/cpu/*)

@@ -1,10 +1,10 @@
 """The native libraries and the files that lie beside the package; all else about it is in pyproject.toml.
 
-The CPU's attention kernel and the row books are plain shared libraries with a C interface, built as extensions so that
-they land in the package. They are optional: without a compiler the install succeeds, `avl_edge.attention.native` says
-at its first use what is missing, and `avl_edge.kv.books` does its work in numpy. The GPU's kernels are compiled on the
-device by `avl_edge.attention.cuda`, so their sources are copied into the package, as device profiles and build recipes
-are.
+The CPU's decode step with its attention kernel, and the row books, are plain shared libraries with a C interface, built
+as extensions so that they land in the package. They are optional: without a compiler the install succeeds,
+`avl_edge.attention.native` says at its first use what is missing, and `avl_edge.kv.books` does its work in numpy. The
+GPU's kernels are compiled on the device by `avl_edge.attention.cuda`, so their sources are copied into the package, as
+device profiles and build recipes are.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ setup(
     ext_modules=[
         Extension(
             "avl_edge.attention._core_attention",
-            sources=["plugins/cpu/core_attention.cpp"],
-            depends=[f"plugins/cpu/{name}.h" for name in ("items", "rows", "step", "vectors")],
+            sources=["plugins/cpu/core_attention.cpp", "plugins/cpu/decoder.cpp"],
+            depends=sorted(map(str, Path("plugins/cpu").glob("*.h"))),
             language="c++",
             # No -march: the source chooses the instruction set when it runs, so that one wheel serves every processor.
             # No -fopenmp: linked with no OpenMP runtime, the library binds to the one that torch has loaded.
             # -g0: some builds of Python add -g, and debug information would be most of the file.
-            extra_compile_args=["-std=c++17", "-O3", "-g0"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,
         ),
         Extension(

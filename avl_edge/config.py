@@ -55,9 +55,10 @@ class Formats:
 
     def __post_init__(self) -> None:
         for tier, name in self.by_tier().items():
+            others = "" if tier == "text" else ", lowrank:R, lowrank:R+int8"
             require(
                 isinstance(name, str) and _FORMAT.fullmatch(name) is not None,
-                f"the {tier} format must be exact, int8, int8/int4, int4, lowrank:R or lowrank:R+int8, not {name!r}",
+                f"the {tier} format must be one of exact, int8, int8/int4, int4{others}, not {name!r}",
             )
         low_rank = self.text.startswith("lowrank")
         require(not low_rank, "text rows cannot be low-rank: choose exact, int8, int8/int4 or int4")
@@ -90,6 +91,19 @@ class PromptShape:
     @property
     def length(self) -> int:
         return self.prefix + self.images + self.suffix
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture's size decides: ``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the
+    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops."""
+
+    crops: int
+    patches: int
+    tokens: int
+    rows: int = 0
+    columns: int = 0
+    tiles: tuple[int, int] = (1, 1)
 
 
 _RANGES = {
@@ -250,6 +264,16 @@ def parse_size(text: str) -> int:
     count = int(Fraction(match.group(1)) * _UNITS[unit])
     require(count < 2**63, f"{text[:40]} is more memory than any machine has")
     return count
+
+
+def size_in_bytes(name: str, value: object) -> int:
+    """Bytes of a size that is given as a number or as text; :class:`BadInput`, by ``name``, for anything else, and for
+    nothing."""
+    size = parse_size(value) if isinstance(value, str) else value
+    if not _is_whole(size):
+        raise BadInput(f"{name} must be bytes or a size like '12GB', not {value!r}")
+    require(size > 0, f"{name} must be more than 0 bytes")
+    return size
 
 
 def format_names(text: str | None, core: str | None, secondary: str | None, every: str | None) -> Formats | None:

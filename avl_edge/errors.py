@@ -53,9 +53,11 @@ class DoesNotFit(AvlEdgeError):
 
 
 class TooLarge(DoesNotFit):
-    """It never fits: it is more than the model's context, its budget, the pool or the device holds."""
+    """It never fits: it is more than the model's context, its budget, the pool or the device holds. ``smallest``: the
+    least budget that would do, in bytes, where that is why."""
 
     http_status = 413
+    smallest: int | None = None
 
 
 class Busy(DoesNotFit):

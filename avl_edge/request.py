@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .config import Picture
 
 
 @dataclass(frozen=True)
@@ -18,20 +20,68 @@ class ImageSpan:
     length: int
 
 
+@dataclass(frozen=True, eq=False)
+class PixelValues:
+    """A preprocessed picture, as its family's vision encoder takes it: float32 ``values`` of any shape."""
+
+    values: npt.NDArray[np.float32]
+    picture: Picture
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """The preprocessed ``pictures`` of a prompt, an entry for each of its spans."""
+
+    pictures: tuple[PixelValues, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.pictures)
+
+
+@dataclass(frozen=True, eq=False)
+class RopePositions:
+    """Where RoPE turns the tokens of a prompt to: ``coordinates`` int32 ``[axes, n]`` (time, row and column for
+    M-RoPE), and on all axes ``next`` for the first token after them, which need not be ``n``."""
+
+    coordinates: npt.NDArray[np.int32]
+    next: int
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt ready for the model.
 
-    ``token_ids`` holds every position, image placeholders already expanded;
-    ``pixel_values`` is float32 ``[images, 3, height, width]``, or None without images.
+    ``token_ids`` holds every position, image placeholders already expanded; ``pixel_values`` has an entry for each of
+    the ``spans``, and is None without images, and where they were let go. ``rope`` is None where a token's position is
+    its place in the prompt.
     """
 
     token_ids: tuple[int, ...]
     spans: tuple[ImageSpan, ...]
-    pixel_values: npt.NDArray[np.float32] | None
+    pixel_values: Pixels | None
+    rope: RopePositions | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def coordinates(self) -> npt.NDArray[np.int32]:
+        """The RoPE positions of all tokens: int32 ``[axes, n]``."""
+        return np.arange(len(self), dtype=np.int32)[None] if self.rope is None else self.rope.coordinates
+
+    def up_to_images(self) -> Prompt:
+        """The same up to the end of the last image: what does not depend on what is asked about it."""
+        end = self.spans[-1].start + self.spans[-1].length
+        rope = self.rope
+        if rope is not None:
+            before = rope.coordinates[:, :end]
+            rope = RopePositions(before, int(before.max()) + 1)
+        return replace(self, token_ids=self.token_ids[:end], rope=rope)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 from hypothesis import settings
 
 from tests.equipment.checkpoints import SPECS, CheckpointSpec, make_checkpoint
+from tests.equipment.family_checkpoints import SPECS as FAMILY_SPECS
+from tests.equipment.family_checkpoints import make_family
 
 Checkpoints = Callable[..., Path]
 
@@ -41,6 +43,19 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """``family(name, dtype=...)``: the directory of a random checkpoint of another family, made once."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = make_family(tmp_path_factory.mktemp(name), FAMILY_SPECS[name], dtype)
+        return made[name, dtype]
+
+    return make
 
 
 @pytest.fixture(scope="session")

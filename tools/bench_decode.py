@@ -28,8 +28,9 @@ from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import SequenceCache, prompt_shape
 from avl_edge.kv.methods import Avl, Full, Method
 from avl_edge.measure.profiler.timing import per_step
-from avl_edge.model.network import Llava
+from avl_edge.model.network.image_features import ImageFeatures
 from avl_edge.model.spec import ModelSpec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.request import ImageSpan, Prompt
 from tools.random_model import RandomWeights, random_spec
 from tools.record import machine
@@ -63,7 +64,7 @@ class Stopwatch:
             self.seconds += time.perf_counter() - start
 
 
-def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[dict[str, Any]]:
+def measure(spec: ModelSpec, model: VisionLanguageModel, image_rows: int, steps: int) -> list[dict[str, Any]]:
     """The cases of one prompt: full attention and the published A-VL, step by step in turn."""
     length = PREFIX + image_rows + SUFFIX
     prompt = Prompt((1,) * length, (ImageSpan("", PREFIX, image_rows),), None)
@@ -74,7 +75,8 @@ def measure(spec: ModelSpec, model: Llava, image_rows: int, steps: int) -> list[
     watch = Stopwatch(attend_parts)
     loop = DecodeLoop(TorchBackend.with_pages(model, sum(plan.pages for plan in plans), watch))
     generator = torch.Generator().manual_seed(1)
-    features = torch.empty(1, image_rows, spec.text.hidden_size, dtype=model.dtype).normal_(generator=generator)
+    drawn = torch.empty(image_rows, spec.text.hidden_size, dtype=model.dtype).normal_(generator=generator)
+    features = ImageFeatures(drawn)
     cases = []
     for plan in plans:
         loop.prefill(prompt, features, plan)
@@ -108,7 +110,7 @@ def main(
 ) -> None:
     """Time decode steps and print one JSON document."""
     spec = random_spec(layers, 4096, 11008, 32, VOCABULARY)  # LLaVA-1.5-7B's layers
-    model = Llava(spec, RandomWeights(getattr(torch, dtype)))
+    model = VisionLanguageModel(spec, RandomWeights(getattr(torch, dtype)))
     cases = [row for image_rows in (576, 2340) for row in measure(spec, model, image_rows, steps)]
     ratios = {
         f"{part}_avl_to_full_at_{full['image_rows']}": round(avl[part] / full[part], 3)

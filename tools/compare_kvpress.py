@@ -80,7 +80,7 @@ from avl_edge.measure.evaluate import (
 )
 from avl_edge.model.checkpoint import stored_dtype
 from avl_edge.model.demo import DEMO
-from avl_edge.model.prompt import open_image
+from avl_edge.model.images import open_image
 from avl_edge.serving.requests import Request
 from tools.kvpress_peer import PRESSES, Peer, Press, load_kvpress, rows_of
 from tools.record import machine

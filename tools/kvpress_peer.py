@@ -147,12 +147,13 @@ class Peer:
         """The greedy answer to a prompt with pictures as the runtime made it: the same ids and pixels."""
         token_ids = torch.tensor([prompt.token_ids])
         watch = Watch(self._new_cache(config=self._model.config.text_config))
-        pixels = torch.from_numpy(prompt.pixel_values).to(self._model.dtype)
+        assert prompt.pixel_values is not None
+        pixels = torch.stack([torch.from_numpy(each.values) for each in prompt.pixel_values.pictures])
         with torch.inference_mode(), press(self._model) if press else contextlib.nullcontext():
             output = self._model.generate(
                 input_ids=token_ids,
                 attention_mask=torch.ones_like(token_ids),
-                pixel_values=pixels,
+                pixel_values=pixels.to(self._model.dtype),
                 past_key_values=watch.cache,
                 logits_processor=[watch],
                 max_new_tokens=max_new_tokens,

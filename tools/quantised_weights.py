@@ -32,8 +32,8 @@ from transformers import LlavaForConditionalGeneration
 from avl_edge.config import require
 from avl_edge.errors import AvlEdgeError
 from avl_edge.measure.perplexity import WindowLayout, read_windows
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
-from avl_edge.model.spec import read_spec
 
 LEVELS = {"int8": 127, "int4": 7}
 POWERS = tuple(step / 10 for step in range(10))

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from avl_edge.model.checkpoint import Weights
-from avl_edge.model.spec import ModelSpec, TextSpec, VisionSpec
+from avl_edge.model.clip_config import ClipSpec
+from avl_edge.model.families.llava import LlavaSpec
+from avl_edge.model.spec import TextSpec
 
 CPU = torch.device("cpu")
 
 
-def random_spec(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> ModelSpec:
+def random_spec(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> LlavaSpec:
     """A decoder like LLaVA-1.5's, with a vision tower of a few numbers: prompts come with random features."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     sizes = (hidden, inner, layers, heads, heads, hidden // heads)
     text = TextSpec(*sizes, "silu", 1e-5, vocabulary, 4096, False, False, False, False, rope)
-    return ModelSpec(VisionSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), text, 0, (0,), True, "gelu", True)
+    return LlavaSpec(text, 0, ClipSpec(8, 8, 1, 1, 28, 14, "gelu", 1e-5), (0,), True, "gelu", True)
 
 
 class RandomWeights(Weights):
@@ -37,6 +39,10 @@ class RandomWeights(Weights):
         if name.endswith("norm.weight"):
             return drawn.fill_(1)
         return drawn.normal_(generator=self._generator).mul_(shape[-1] ** -0.5)
+
+    def has(self, name: str) -> bool:  # noqa: ARG002
+        """Any tensor can be drawn, and none is stored."""
+        return False
 
     def deny(self, name: str) -> None:
         """Nothing is stored, so nothing is there too many."""

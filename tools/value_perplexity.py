@@ -23,8 +23,8 @@ from torch import Tensor
 from avl_edge.config import require
 from avl_edge.errors import AvlEdgeError
 from avl_edge.measure.perplexity import Window, WindowLayout, files_of, read_windows
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
-from avl_edge.model.spec import read_spec
 from tools.text_perplexity import load, rows_of, write
 
 VARIANTS = ",".join(

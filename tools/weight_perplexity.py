@@ -20,9 +20,9 @@ import typer
 from avl_edge.config import require
 from avl_edge.errors import AvlEdgeError
 from avl_edge.measure.perplexity import Window, WindowLayout, files_of, read_windows
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
 from avl_edge.model.prompt.text_tokenizer import TextTokenizer
-from avl_edge.model.spec import read_spec
 from tools.quantised_weights import CALIBRATION_TOKENS, LEVELS, quantise
 from tools.text_perplexity import load, rows_of, write
 

@@ -38,16 +38,16 @@ FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "coa
 
 
 @lru_cache(maxsize=1)
-def core_attention() -> Callable[[bytes, bytes], int] | None:
-    """The C function `avl_attend`, of a CALL and its PARTs, each packed, in this order; it returns 0, EINVAL for
-    offsets or ERANGE for row ids that do not fit, or ENOMEM. None, after one warning, when it is missing or cannot be
-    loaded."""
+def library() -> ctypes.CDLL | None:
+    """None, after one warning, when it is missing or cannot be loaded."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := DIRECTORY / f"_core_attention{suffix}").is_file()]
     try:
         if not found:
             raise OSError("the library was not built")
         _share_openmp()
-        function = ctypes.CDLL(str(found[0])).avl_attend
+        loaded = ctypes.CDLL(str(found[0]), use_errno=True)
+        loaded.avl_attend.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+        loaded.avl_decoder_close.argtypes = (ctypes.c_void_p,)  # which an older build does not have
     except (OSError, AttributeError) as error:
         warnings.warn(
             f"Decoding is slower than it could be, because the native attention kernel is missing ({error}): install "
@@ -56,8 +56,16 @@ def core_attention() -> Callable[[bytes, bytes], int] | None:
             stacklevel=2,
         )
         return None
-    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int32
-    return function
+    loaded.avl_attend.restype = ctypes.c_int32
+    loaded.avl_decoder_open.restype = ctypes.c_void_p
+    return loaded
+
+
+def core_attention() -> Callable[[bytes, bytes], int] | None:
+    """The C function `avl_attend`, of a CALL and its PARTs, each packed, in this order; it returns 0, EINVAL for
+    offsets or ERANGE for row ids that do not fit, or ENOMEM. None where there is no :func:`library`."""
+    loaded = library()
+    return None if loaded is None else loaded.avl_attend
 
 
 def _share_openmp() -> None:

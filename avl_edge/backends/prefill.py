@@ -13,7 +13,8 @@ from ..attention.kernels import attend_prompt
 from ..kv.cache import SequenceCache
 from ..kv.pool.rows import Index
 from ..kv.shared_prefix import SharedPrefixCache
-from ..model.network import Llava
+from ..model.network.image_features import ImageFeatures
+from ..model.vision_language import DeepStack, VisionLanguageModel
 from ..request import Prompt
 from .base import Layers
 from .stored import StoredRows, distances
@@ -27,26 +28,30 @@ Score = Callable[[Tensor, Tensor, Index], Attention]
 class Prefill:
     """Runs prompts of ``model`` and writes ``rows``; both lie on one device. ``score`` is asked where a policy is."""
 
-    def __init__(self, model: Llava, rows: StoredRows, score: Score) -> None:
+    def __init__(self, model: VisionLanguageModel, rows: StoredRows, score: Score) -> None:
         self._model, self._rows, self._score = model, rows, score
         self._scale = model.spec.text.head_dim**-0.5
 
-    def run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Layers:
+    def run(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Layers[Tensor]:
         """The last token's logits ``[vocabulary]``, on the device, of the tokens from the cache's ``begin`` on: with
         ``features`` of the prompt's pictures, or over the rows that a shared prefix stored of them. Of a shared prefix,
         which asks for no token, its last hidden state."""
         decoder, begin = self._model.decoder, cache.begin
-        hidden = self._model.embed(prompt.token_ids[begin:], () if begin else prompt.spans, features)
-        del features  # they are in the embeddings now: nothing of them is held between two layers
-        positions = torch.arange(begin, len(prompt), device=hidden.device)
+        spans = () if begin else prompt.spans
+        hidden = self._model.embed(prompt.token_ids[begin:], spans, features)
+        deep = DeepStack(spans, features, hidden.device)
+        del features  # they are in the embeddings now: nothing but deep ones is held between two layers
+        positions = torch.from_numpy(prompt.coordinates[:, begin:]).to(hidden.device)
         angles = decoder.angles(positions)
         for index in range(len(decoder.layers)):
             if index:
                 yield
             hidden, survivors = self._layer(index, hidden, angles, cache)
             if survivors is not None:
-                positions = positions[survivors]
+                positions = positions[:, survivors]
                 angles = decoder.angles(positions)
+                deep.keep(survivors)
+            deep.add(hidden)
         return hidden[0] if isinstance(cache, SharedPrefixCache) else decoder.logits(hidden)[0]
 
     def _layer(

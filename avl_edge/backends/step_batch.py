@@ -19,7 +19,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class StepResult:
     """What a step gives for each of its sequences, in their order: the likeliest ``tokens`` of a greedy step, else
-    ``logits`` ``[sequences, vocabulary]`` on the CPU.
+    ``logits`` ``[sequences, vocabulary]``, where they were computed.
 
     ``failures``, by the sequence's number in the step: those whose policy raised. Nothing else of them counts, and
     their rows are in no order: drop them.
@@ -92,6 +92,6 @@ class StepBatch:
             spread = dict(zip(self._numbers, tokens, strict=False))
             tokens = [spread.get(number, 0) for number in range(self._size)] if tokens else tokens
             if logits is not None:
-                chosen = torch.tensor(self._numbers, dtype=torch.int64)
+                chosen = torch.tensor(self._numbers, dtype=torch.int64, device=logits.device)
                 logits = logits.new_zeros(self._size, logits.shape[-1]).index_copy_(0, chosen, logits)
         return StepResult(tokens, logits, self._failures)

@@ -23,12 +23,14 @@ from ..kv.smoothing import Angles, Fit, Smoothing
 from ..kv.store import RowStore
 
 BYTES_AT_ONCE = 2**24
-"""Bytes of rows in the model's dtype that are converted together, by three times as much memory; a layer's are, however
-many."""
+"""Bytes of rows in the model's dtype that are converted together; a layer's are, however many."""
+CONVERSION_COPIES = 3
+"""Times so many bytes are taken meanwhile."""
 
 
 class StoredRows:
-    """The rows of all sequences in one store. ``angles`` gives RoPE's cosines and sines for positions."""
+    """The rows of all sequences in one store. ``angles`` gives RoPE's cosines and sines for positions,
+    ``[n]`` or ``[axes, n]``."""
 
     def __init__(self, store: RowStore, angles: Angles, fit: Fit = Smoothing.fit) -> None:
         """``fit`` makes the smoothing of a prompt's keys."""
@@ -58,7 +60,8 @@ class StoredRows:
         if ranks:
             order, positions = cache.stored_images(stored)
             basis, chosen = self._store.index(cache.rows.take_basis(layer, ranks[0])), self._store.index(order)
-            self._low_rank.begin(basis, keys[chosen], values[chosen], self._store.index(positions))
+            coordinates = self._store.index(cache.coordinates(positions))
+            self._low_rank.begin(basis, keys[chosen], values[chosen], coordinates)
         smoothing = self._smoothing(cache, layer)
         for each in stored:
             chosen = self._store.index(each.order)
@@ -70,7 +73,8 @@ class StoredRows:
     ) -> Smoothing:
         """Fit a layer's smoothing to ``keys`` ``[m, H_kv, d]`` at ``positions`` ``[m]``, and keep it in the row that
         the cache has for it."""
-        smoothing = self._fit(keys, self._store.index(positions), cache.reach, self._angles)
+        coordinates = self._store.index(cache.coordinates(positions))
+        smoothing = self._fit(keys, coordinates, cache.reach, self._angles)
         ids = self._store.index(cache.rows.smoothing[layer : layer + 1])
         self._store.write(ids, smoothing.center[None], smoothing.scale[None])
         return smoothing
@@ -129,19 +133,21 @@ class StoredRows:
     ) -> tuple[Tensor, list[Tensor]]:
         """One query ``[H, d]``, as it meets stored keys, over rows of any formats: what
         :func:`avl_edge.attention.lowrank.attend` gives for them."""
-        lists = [cache.rows.layers[layer].basis, *(each.ids for each in read), *(each.positions for each in read)]
-        basis, *rest = self._store.indices(lists)
-        order = zip(read, rest[: len(read)], rest[len(read) :], strict=True)
+        basis, *every = self._store.indices([cache.rows.layers[layer].basis, *(each.ids for each in read)])
         smoothing = self._smoothing(cache, layer)
-        rows = [self._read(each.format, ids, positions, basis, smoothing) for each, ids, positions in order]
+        rows = []
+        for each, ids in zip(read, every, strict=True):
+            if is_low_rank(each):
+                rows.append(self._read_low_rank(cache, each, ids, basis, smoothing))
+            else:
+                rows.append(lowrank.Rows(*self._store.read(ids, each.format)))
         return lowrank.attend(query, rows, scale)
 
-    def _read(
-        self, name: str, ids: Tensor, positions: Tensor, basis: Tensor, smoothing: Smoothing | None
+    def _read_low_rank(
+        self, cache: SequenceCache, read: Selected, ids: Tensor, basis: Tensor, smoothing: Smoothing | None
     ) -> lowrank.Rows:
-        if Format(name).rank is None:
-            return lowrank.Rows(*self._store.read(ids, name))
-        rows = self._low_rank.read(Format(name), ids, basis, positions)
+        coordinates = self._store.index(cache.coordinates(read.positions))
+        rows = self._low_rank.read(Format(read.format), ids, basis, coordinates)
         return rows if smoothing is None else replace(rows, keys=smoothing.keys(rows.keys))
 
     def move(self, cache: SequenceCache, moved: Sequence[Moved]) -> None:
@@ -220,7 +226,8 @@ class StoredRows:
         if form.rank is None:
             return self._store.read(ids, form.name)
         basis, smoothing = self._store.index(cache.rows.layers[layer].basis), self._smoothing(cache, layer)
-        keys, values = self._low_rank.dense(form, ids, basis, self._store.index(moved.positions))
+        coordinates = self._store.index(cache.coordinates(moved.positions))
+        keys, values = self._low_rank.dense(form, ids, basis, coordinates)
         return keys if smoothing is None else smoothing.keys(keys), values
 
     def _write(
@@ -238,7 +245,8 @@ class StoredRows:
             return
         basis, smoothing = self._store.index(cache.rows.layers[layer].basis), self._smoothing(cache, layer)
         keys = keys if smoothing is None else smoothing.original(keys)
-        self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, self._store.index(positions))
+        coordinates = self._store.index(cache.coordinates(positions))
+        self._low_rank.write(Format(name), self._store.index(ids), basis, keys, values, coordinates)
 
 
 def _groups(moved: Moved, first: int) -> list[tuple[int, Moved]]:

@@ -8,6 +8,7 @@ stdout holds the answer and nothing else. Exit codes: 0 done, 1 our fault (or a 
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import traceback
@@ -16,11 +17,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..errors import MESSAGE_LENGTH, AvlEdgeError, shortened
+from ..errors import MESSAGE_LENGTH, AvlEdgeError, BadInput, reason, shortened
 from .commands import LazyGroup
-from .terminal import Debug
-
-INTERRUPTED = 128 + signal.SIGINT
+from .terminal import INTERRUPTED, Debug, quit_at_once
 
 app = typer.Typer(
     cls=LazyGroup,
@@ -32,6 +31,11 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """The console script."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, quit_at_once)
+    if sys.stdout is None:
+        print("avl-edge: stdout is closed: send it somewhere, such as > /dev/null", file=sys.stderr)
+        sys.exit(BadInput.exit_code)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     sys.exit(run_app(sys.argv[1:]))
@@ -58,6 +62,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     """One line for the person who meets ``error``, and its exit code."""
     if isinstance(error, AvlEdgeError):
         return str(error), error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{shortened(repr(os.fspath(error.filename)), MESSAGE_LENGTH)} cannot be used: {reason(error)}", 2
     if hasattr(error, "format_message"):  # Typer's own usage errors
         return f"{shortened(error.format_message(), MESSAGE_LENGTH)} (see --help)", 2
     said = shortened(str(error), MESSAGE_LENGTH)

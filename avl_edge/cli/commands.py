@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -10,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from .help import Command, Group
+from .terminal import quit_at_once
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class LazyGroup(Group):
 def _load(name: str) -> Any:
     module, _, attribute = COMMANDS[name].target.partition(":")
     found = getattr(import_module(f".{module}", __package__), attribute)
+    if signal.getsignal(signal.SIGINT) is quit_at_once:  # from here on there is something to end in order
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not isinstance(found, typer.Typer):
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
         alone.command(name, cls=Command)(found)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..config import format_size, require
@@ -39,9 +38,11 @@ from ..measure.evaluate import (
 )
 from ..measure.perplexity import HEADER, TEXT, WindowLayout
 from ..model.demo import DEMO
+from ..model.weight_format import WeightFormats
 from ..serving.runtime import Runtime
-from .options import FORMATS, MEMORY, METHOD, OUTPUT, Json, Model, Threads, checkpoint_of
-from .progress import progress, stderr
+from .memory import MaxMemory
+from .options import FORMATS, MEMORY, METHOD, OUTPUT, HeadFormat, Json, Model, Threads, WeightsFormat, checkpoint_of
+from .progress import Paper, progress, stderr
 from .terminal import Debug, readers_may_leave
 from .text import text_document, text_table
 
@@ -146,6 +147,9 @@ def evaluate(
     threads: Threads = None,
     methods: Methods = "full,avl",
     kv_fraction: KvFraction = None,
+    max_memory: MaxMemory = None,
+    weights: WeightsFormat = None,
+    head: HeadFormat = None,
     window: Window = 1024,
     prompt_tokens: PromptTokens = 128,
     windows: Windows = 1,
@@ -166,23 +170,30 @@ def evaluate(
     """
     is_text = data.startswith(TEXT)
     _refuse(context, *((_OF_QUESTIONS, "questions") if is_text else (_OF_TEXTS, "texts")))
+    packed = WeightFormats.of(weights, head)
     settings = settings_of(_names(methods), _fractions(kv_fraction or ("1" if is_text else "0.5")))
     require(out is None or not (out.is_dir() or not out.name), f"{out} is a folder: give --out the name of a file")
     if threads is not None:
         torch.set_num_threads(threads)
     if is_text:
         layout = WindowLayout(window, prompt_tokens, as_image)
-        document = _with_command(text_document(data, model, settings, layout, windows))
+        document = _with_command(text_document(data, model, settings, layout, windows, max_memory, packed))
         _publish(document, out, None, as_json)
         return
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     require(not kl or REFERENCE in settings, "--kl compares with full attention: name full in --methods too")
+    require(
+        max_memory is None or not (kl or attention),
+        "--kl and --attention hold more than --max-memory counts: leave them out, or it",
+    )
     if kl:
         checkpoint_of(model)
     if plots:
         require_plots(plots)
     document = _with_command(
-        _answered(data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out)
+        _answered(
+            data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out, max_memory, packed
+        )
     )
     _publish(document, out, plots, as_json)
 
@@ -211,9 +222,12 @@ def _answered(
     kl: bool,
     attention: int,
     out: Path | None,
+    max_memory: str | None,
+    packed: WeightFormats,
 ) -> dict[str, Any]:
     """The evaluation on questions; its answers are kept beside ``out``."""
-    runtime = Runtime.open(model)
+    names = packed.named()
+    runtime = Runtime.open(model, max_memory=max_memory, weights=names.get("weights"), head=names.get("head"))
     for setting in settings:
         setting.check(runtime.kv_shape)
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
@@ -221,7 +235,9 @@ def _answered(
         metric = metric or asked_of.metric
         require_packages(metric)
         directory = DEMO if model == "demo" else Path(model)
-        log = AnswerLog(out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, max_new_tokens, kl))
+        log = AnswerLog(
+            out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, packed, max_new_tokens, kl)
+        )
         with progress("loading") as loading:
             runtime.load_weights(progress=loading)
         run = EvaluationRun(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
@@ -241,7 +257,7 @@ def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_
         if as_json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            Console(highlight=False).print(text_table(document) if "texts" in document else _table(document))
+            Paper().print(text_table(document) if "texts" in document else _table(document))
 
 
 def _names(text: str) -> list[str]:

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from ..config import format_size
-from ..model.sizes import KNOWN, ModelShape
+from ..model.known import KNOWN
+from ..model.sizes import ModelShape
 from .terminal import AsJson, Debug, readers_may_leave
 
 PICTURE = (1280, 960)

@@ -21,7 +21,7 @@ MEMORY = "Memory options"
 OUTPUT = "Output options"
 FORMATS = "exact, int8, int8/int4, int4, lowrank:R or lowrank:R+int8"
 
-Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a LLaVA-1.5 checkpoint.")]
+Model: TypeAlias = Annotated[str, typer.Option(help="'demo', or the directory of a checkpoint.")]
 Threads: TypeAlias = Annotated[
     int | None,
     typer.Option(min=1, max=os.cpu_count(), help="CPU threads; fewer are faster where others keep the cores busy."),
@@ -139,8 +139,22 @@ def checkpoint_of(model: str) -> Path:
     return directory
 
 
-def given_parameters(texts: list[str] | None, **named: float | None) -> dict[str, float]:
+def given_parameters(
+    texts: list[str] | None,
+    prefill_keep: float | None,
+    secondary: float | None,
+    core: float | None,
+    refresh: float | None,
+    text_keep: float | None,
+) -> dict[str, float]:
     """A method's parameters from ``--set`` and from options of their own; :class:`BadInput` for one given twice."""
+    named = {
+        "prefill_keep": prefill_keep,
+        "secondary": secondary,
+        "core": core,
+        "refresh": refresh,
+        "text_keep": text_keep,
+    }
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in map(parse_parameter, texts or []):
         if name in given:

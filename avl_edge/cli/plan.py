@@ -15,9 +15,11 @@ from ..errors import BadInput
 from ..machine import profile
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
-from ..model.sizes import KNOWN, PRECISIONS, ModelShape, Precision, known_shape, shape_of_checkpoint
+from ..model.known import KNOWN, known_shape, shape_of_checkpoint
+from ..model.sizes import PRECISIONS, ModelShape, Precision
 from ..planning import estimate
 from ..planning.estimate import PlanRequest
+from .memory import MaxPlannedMemory
 from .options import (
     MEMORY,
     Core,
@@ -65,13 +67,7 @@ SystemTokens: TypeAlias = Annotated[
         help="How many of them stand before the image.", show_default=f"{PlanRequest.system_tokens}, at most half"
     ),
 ]
-MaxNewTokens: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        help="The longest answer, in tokens.",
-        show_default=f"{Options.max_new_tokens}; 1, the prompt alone, with --image-tokens",
-    ),
-]
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Streams: TypeAlias = Annotated[int, typer.Option(help="Requests at a time.")]
 Weights: TypeAlias = Annotated[
     str | None,
@@ -84,14 +80,6 @@ Weights: TypeAlias = Annotated[
 Head: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Format of the decoder's head, likewise.", show_default="as stored", rich_help_panel=MEMORY),
-]
-MaxMemory: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        help="The most memory for the whole process, like 12GB.",
-        show_default="what the device has",
-        rich_help_panel=MEMORY,
-    ),
 ]
 TargetMs: TypeAlias = Annotated[
     float | None,
@@ -108,7 +96,7 @@ def plan(
     image_tokens: ImageTokens = None,
     prompt_tokens: PromptTokens = PlanRequest.prompt_tokens,
     system_tokens: SystemTokens = None,
-    max_new_tokens: MaxNewTokens = None,
+    max_new_tokens: MaxNewTokens = Options.max_new_tokens,
     streams: Streams = PlanRequest.streams,
     target_ms_per_token: TargetMs = None,
     method: Method = None,
@@ -118,7 +106,7 @@ def plan(
     refresh: Refresh = None,
     text_keep: TextKeep = None,
     parameters: Parameters = None,
-    max_memory: MaxMemory = None,
+    max_memory: MaxPlannedMemory = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
     core_format: CoreFormat = None,
@@ -136,17 +124,10 @@ def plan(
         image_tokens=image_tokens,
         prompt_tokens=prompt_tokens,
         system_tokens=_system_tokens(system_tokens, prompt_tokens),
-        max_new_tokens=_max_new_tokens(max_new_tokens, image_tokens),
+        max_new_tokens=max_new_tokens,
         streams=streams,
         method=method,
-        parameters=given_parameters(
-            parameters,
-            prefill_keep=prefill_keep,
-            secondary=secondary,
-            core=core,
-            refresh=refresh,
-            text_keep=text_keep,
-        ),
+        parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         weights=Precision(weights or shape.stored.body, head or shape.stored.head) if weights or head else None,
         max_memory=None if max_memory is None else parse_size(max_memory),
@@ -170,11 +151,6 @@ def _print_plan(shape: ModelShape, of_device: DeviceProfile, request: PlanReques
 def _system_tokens(given: int | None, prompt_tokens: int) -> int:
     """A question stands after its picture, however short the prompt."""
     return given if given is not None else min(PlanRequest.system_tokens, max(prompt_tokens, 0) // 2)
-
-
-def _max_new_tokens(given: int | None, image_tokens: int | None) -> int:
-    """Counts of tokens are given to ask what a prompt holds, as papers do; a picture is given to be asked about."""
-    return given if given is not None else 1 if image_tokens is not None else Options.max_new_tokens
 
 
 def _print(text: str) -> None:

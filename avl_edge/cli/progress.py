@@ -1,9 +1,10 @@
-"""What goes to stderr while a command computes."""
+"""Consoles of rich: what goes to stderr while a command computes, and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -12,6 +13,16 @@ from rich.progress import Progress as Bar
 from ..config import Progress
 
 stderr = Console(stderr=True, highlight=False)
+
+
+class Paper(Console):
+    """stdout for tables. Its base ends the process when a reader has left."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
 
 
 @contextmanager

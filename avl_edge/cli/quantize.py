@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from ..config import format_size
+from ..model.families import read_spec
 from ..model.prompt import Processor
-from ..model.spec import read_spec
 from ..model.weight_format import WeightFormats
 from ..package.quantize import calibration_prompts, quantize_checkpoint
 from .options import HeadFormat, WeightsFormat, checkpoint_of
@@ -20,7 +20,7 @@ from .terminal import AsJson, Debug, readers_may_leave
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="'demo', or the directory of a LLaVA-1.5 checkpoint in 16 or 32 bits.")],
+    model: Annotated[str, typer.Argument(help="'demo', or the directory of a checkpoint in 16 or 32 bits.")],
     out: Annotated[Path, typer.Option(help="The new checkpoint's folder, new or empty.")],
     weights: WeightsFormat = None,
     head: HeadFormat = None,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import torch
@@ -15,15 +13,14 @@ from rich.table import Table
 
 from ..backends.targets import TARGETS
 from ..config import Options, format_names, format_size, require
-from ..errors import BadInput
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
-from ..model.prompt import ImageSource, read_stream
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
-from . import several
+from . import memory, several
+from .memory import MaxMemory
 from .options import (
     MEMORY,
     METHOD,
@@ -31,6 +28,7 @@ from .options import (
     Core,
     CoreFormat,
     FrequencyPenalty,
+    HeadFormat,
     Json,
     KvFormat,
     LogitBias,
@@ -51,12 +49,14 @@ from .options import (
     Threads,
     TopK,
     TopP,
+    WeightsFormat,
     WithLogprobs,
     given_biases,
     given_parameters,
 )
 from .progress import progress, stderr
 from .reserve import Reserve, reserve_bytes, spoken
+from .sources import check_stdin, pictures, questions
 from .terminal import Debug, readers_may_leave
 
 Prompts: TypeAlias = Annotated[
@@ -64,7 +64,8 @@ Prompts: TypeAlias = Annotated[
     typer.Option(
         "--prompt",
         metavar="TEXT",
-        help="The question; given several times, the pictures are read once and all are asked together.",
+        help="The question, - for stdin or @FILE; given several times, the pictures are read once and all are asked "
+        "together.",
     ),
 ]
 Images: TypeAlias = Annotated[
@@ -74,7 +75,7 @@ Images: TypeAlias = Annotated[
     ),
 ]
 AnyModel: TypeAlias = Annotated[
-    str, typer.Option(help="'demo', the directory of a LLaVA-1.5 checkpoint, or one that avl-edge build has made.")
+    str, typer.Option(help="'demo', the directory of a checkpoint, or one that avl-edge build has made.")
 ]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Device: TypeAlias = Annotated[
@@ -129,7 +130,10 @@ def run(
     text_keep: TextKeep = None,
     parameters: Parameters = None,
     kv_budget: KvBudget = None,
+    max_memory: MaxMemory = None,
     reserve: Reserve = None,
+    weights: WeightsFormat = None,
+    head: HeadFormat = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
     core_format: CoreFormat = None,
@@ -143,9 +147,7 @@ def run(
     """Answer questions about one or more images. The answer to a single one streams to stdout."""
     options = Options(
         method=method,
-        parameters=given_parameters(
-            parameters, prefill_keep=prefill_keep, secondary=secondary, core=core, refresh=refresh, text_keep=text_keep
-        ),
+        parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
         preset=preset,
         kv_budget=kv_budget,
@@ -162,13 +164,22 @@ def run(
         stop=stop or (),
         logprobs=logprobs,
     )
-    _ask(_open(model, device, reserve, threads), _images(image or []), prompt, options, Show(as_json, stats, explain))
+    runtime = _open(model, device, threads, reserve, max_memory, weights, head)
+    _ask(runtime, image or [], prompt, options, Show(as_json, stats, explain))
 
 
-def _open(model: str, device: str | None, reserve: str | None, threads: int | None) -> Runtime:
+def _open(
+    model: str,
+    device: str | None,
+    threads: int | None,
+    reserve: str | None,
+    max_memory: str | None,
+    weights: str | None,
+    head: str | None,
+) -> Runtime:
     if threads is not None:
         torch.set_num_threads(threads)
-    runtime = Runtime.open(model, device=device)
+    runtime = Runtime.open(model, device=device, max_memory=max_memory, weights=weights, head=head)
     # Where rows cannot give memory back, a profile's reserve is no default.
     left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
     if left is not None:
@@ -185,7 +196,9 @@ class Show:
     explain: bool
 
 
-def _ask(runtime: Runtime, images: list[ImageSource], prompts: list[str], options: Options, show: Show) -> None:
+def _ask(runtime: Runtime, names: list[str], prompts: list[str], options: Options, show: Show) -> None:
+    check_stdin(names, prompts)
+    images, prompts = pictures(names, runtime.max_pixels), questions(prompts)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
         _ask_several(runtime, several.plan(runtime, images, prompts, options), options, show)
@@ -201,10 +214,13 @@ def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
     _load(runtime, request.plan.peak_bytes)
     with readers_may_leave():
         result = _answer(runtime, request, quiet=show.as_json)
+        if result.finish_reason == "length" and not show.as_json:
+            _say_cut(request)
         if show.as_json:
-            print(json.dumps(result.to_dict()))
+            print(json.dumps({**result.to_dict(), "memory": asdict(runtime.memory())}))
     if show.stats:
         stderr.print(_table(result))
+        print(_memory(runtime), file=sys.stderr)
 
 
 def _ask_several(runtime: Runtime, asked: several.Several, options: Options, show: Show) -> None:
@@ -216,14 +232,18 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
     _load(runtime, asked.peak_bytes)
     with readers_may_leave(), asked.session as session:
         results = asked.answer(runtime, quiet=show.as_json)
+        for request, result in zip(asked.requests, results, strict=True) if not show.as_json else ():
+            if result.finish_reason == "length":
+                _say_cut(request)
         if show.as_json:
-            print(asked.document(results))
+            print(json.dumps({**asked.document(results), "memory": asdict(runtime.memory())}))
         held = several.describe(session.stats)
     if show.stats:
         print(held, file=sys.stderr)
         for prompt, result in zip(asked.prompts, results, strict=True):
             print(prompt, file=sys.stderr)
             stderr.print(_table(result))
+        print(_memory(runtime), file=sys.stderr)
 
 
 def _load(runtime: Runtime, pool_bytes: int) -> None:
@@ -231,18 +251,8 @@ def _load(runtime: Runtime, pool_bytes: int) -> None:
         runtime.load_weights(pool_bytes=pool_bytes, progress=report)
 
 
-def _images(names: list[str]) -> list[ImageSource]:
-    if names.count("-") > 1:
-        raise BadInput("only one --image can be read from stdin: give the others as files")
-    return [read_stream(sys.stdin.buffer) if name == "-" else _path(name) for name in names]
-
-
-def _path(name: str) -> Path:
-    if not name:
-        raise BadInput("the path of the picture is empty: give the path of a JPEG, PNG, WebP or BMP file")
-    if re.match(r"(https?|ftp|data):", name):
-        raise BadInput(f"'{name[:80]}' is an address, not a file: download the picture and give its path")
-    return Path(name)
+def _memory(runtime: Runtime) -> str:
+    return f"memory: {memory.spoken(runtime.memory())}"
 
 
 def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
@@ -253,6 +263,12 @@ def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
         if not quiet:
             print()
         return generation.result()
+
+
+def _say_cut(request: Request) -> None:
+    tokens = request.max_new_tokens
+    cure = "raise --max-new-tokens" if tokens == request.options.max_new_tokens else "the model's context is full"
+    print(f"avl-edge: the answer was cut after {tokens} token{'s' if tokens > 1 else ''}: {cure}", file=sys.stderr)
 
 
 def _say_plan(request: Request) -> None:
@@ -285,6 +301,9 @@ def _spoken(formats: dict[str, str]) -> str:
     return ", ".join(f"{tier} {name}" for tier, name in formats.items() if name != "exact")
 
 
+_ENDS = {"stop": "by the model, or at a stop string", "length": "cut at the longest answer", "cancelled": "cancelled"}
+
+
 def _table(result: Result) -> Table:
     kv, timings, usage = result.kv, result.timings, result.usage
     settings = " ".join(f"{name}={value:g}" for name, value in result.settings.items())
@@ -292,6 +311,7 @@ def _table(result: Result) -> Table:
         ("method", f"{result.method} {settings}".strip()),
         ("formats", _spoken(result.formats) or "exact"),
         ("tokens", f"{usage.prompt_tokens} prompt ({usage.image_tokens} image), {usage.completion_tokens} new"),
+        ("ended", _ENDS[result.finish_reason]),
         ("load / encode / prefill", f"{timings.load_ms:.0f} / {timings.encode_ms:.0f} / {timings.prefill_ms:.0f} ms"),
         ("first token", f"{timings.ttft_ms:.0f} ms"),
         ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),

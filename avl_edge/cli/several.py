@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any
 
 from ..config import Formats, Options, format_size
-from ..errors import BadInput
+from ..errors import BadInput, TooLarge
 from ..kv.budget import first_within
-from ..model.prompt import ImageSource
+from ..model.images import ImageSource
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
 from ..serving.requests import Request
@@ -30,6 +31,11 @@ class Several:
         """What the picture and all questions hold at most, together."""
         return self.session.peak_bytes + sum(request.plan.peak_bytes for request in self.requests)
 
+    @property
+    def prompt_bytes(self) -> int:
+        """What the longest prompt takes while it runs."""
+        return max(request.workspace.prompt_bytes for request in self.requests)
+
     def answer(self, runtime: Runtime, *, quiet: bool) -> list[Result]:
         """Decode all questions together; unless ``quiet``, print each with its answer, in the order of the prompts."""
         generations = [runtime.submit(request) for request in self.requests]
@@ -40,34 +46,49 @@ class Several:
                 print(f"{prompt}\n{results[-1].text}", flush=True)
         return results
 
-    def document(self, results: Sequence[Result]) -> str:
-        """What ``--json`` prints."""
+    def document(self, results: Sequence[Result]) -> dict[str, Any]:
+        """What ``--json`` prints of the answers."""
         answers = [{"prompt": prompt, **each.to_dict()} for prompt, each in zip(self.prompts, results, strict=True)]
-        return json.dumps({"session": asdict(self.session.stats), "answers": answers})
+        return {"session": asdict(self.session.stats), "answers": answers}
 
 
 def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str], options: Options) -> Several:
-    """The picture's rows and all questions', in the first formats in which ``options``' budget holds them together.
+    """The picture's rows and all questions', in the first formats in which ``options``' budget, or without one what the
+    memory of the process leaves, holds them together.
 
-    Raises :class:`BadInput` for methods that share no rows, :class:`TooLarge` beyond the budget.
+    Raises :class:`BadInput` for methods that share no rows, :class:`TooLarge` beyond that.
     """
     if not images:
         raise BadInput("several prompts share a picture: give --image, or ask them one at a time")
 
+    bounded = options.kv_budget is not None or runtime.memory().limit is not None
+
     def every() -> Iterator[Several]:
-        for formats in _formats(runtime, options):
+        for formats in _formats(runtime, options, bounded=bounded):
             session = runtime.open_images(images, replace(options, kv_budget=None, formats=formats))
             yield Several(prompts, session, [session.prepare(prompt) for prompt in prompts])
 
     rows = "with every image row stored" if options.method is None else f"under {options.method}"
     what = f"the picture and {len(prompts)} questions about it, {rows}"
     instead = "raise --kv-budget, store fewer rows (--method distinct), lower --max-new-tokens or ask fewer at a time"
-    return first_within(options.kv_budget_bytes, every(), what, instead)
+    variants = every()
+    first = next(variants)
+    budget = options.kv_budget_bytes
+    if budget is None:
+        budget = runtime.kv_bytes_left(first.prompt_bytes)
+    try:
+        found = first_within(budget, chain([first], variants), what, instead)
+    except TooLarge as error:
+        if options.kv_budget is None:
+            runtime.require_memory(first.prompt_bytes, error.smallest or 0, what)
+        raise
+    runtime.require_memory(found.prompt_bytes, found.peak_bytes, what)
+    return found
 
 
-def _formats(runtime: Runtime, options: Options) -> Iterator[Formats | None]:
+def _formats(runtime: Runtime, options: Options, *, bounded: bool) -> Iterator[Formats | None]:
     yield options.formats
-    if options.kv_budget is not None and options.formats is None:
+    if bounded and options.formats is None:
         yield from runtime.planner.packed
 
 

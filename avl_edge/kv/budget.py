@@ -160,7 +160,9 @@ def first_within(budget: int | None, found: Iterable[P], what: str, instead: str
             return each
         smallest = min(smallest or each.peak_bytes, each.peak_bytes)
     assert budget is not None, "without a budget the first is taken"
-    raise TooLarge(
+    refusal = TooLarge(
         f"a KV budget of {format_size(budget)} ({budget} bytes) does not hold {what}: the smallest that would do is "
         f"{format_size(smallest)} ({smallest} bytes); {instead}"
     )
+    refusal.smallest = smallest
+    raise refusal

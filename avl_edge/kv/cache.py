@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import KvShape, PromptShape
-from ..request import ImageSpan
+from ..request import ImageSpan, RopePositions
 from .books import Ids, Index, Mask
 from .budget import KvPlan
 from .layout import Format, smoothing_rows
@@ -56,14 +56,18 @@ class SequenceCache:
         spans: Sequence[ImageSpan],
         layers: int,
         rows: SequenceRows | None = None,
+        rope: RopePositions | None = None,
     ) -> None:
-        """``rows``: where they are not this sequence's alone. ``reach``: the most tokens that it may come to."""
+        """``rows``: where they are not this sequence's alone. ``rope``: of the prompt's tokens, where their RoPE
+        positions are not their places."""
         shape = prompt_shape(length, spans)
         self.policy = plan.method.policy(shape, layers)
         self.formats = plan.formats
         self.rows = rows or SequenceRows(pool, layers, plan.pages, plan.formats)
         self.length = length
-        self.reach = plan.tokens
+        self._rope = rope
+        self.rope_delta = rope.next - length if rope else 0
+        self._most_tokens = plan.tokens
         self.step = 0
         self.refreshes = 0
         self.rows_read = 0
@@ -96,6 +100,20 @@ class SequenceCache:
     def positions(self, layer: int) -> Ids:  # noqa: ARG002
         """Those of the tokens still in ``layer`` of prefill: int32 ``[m]``, ascending."""
         return self._positions
+
+    def coordinates(self, positions: Ids) -> Ids:
+        """The RoPE positions of the tokens at ``positions`` ``[m]`` of this sequence: int32 ``[m]``, or ``[axes, m]``
+        where those of the prompt's tokens are not their places."""
+        if self._rope is None:
+            return positions
+        prompt = self._rope.coordinates
+        in_prompt = np.minimum(positions, self.length - 1)
+        return np.where(positions < self.length, prompt[:, in_prompt], positions + self.rope_delta).astype(np.int32)
+
+    @property
+    def reach(self) -> int:
+        """RoPE's positions are below this, how ever long the answer may become."""
+        return self._most_tokens + self.rope_delta
 
     def is_image(self, layer: int) -> Mask:
         """Which of them are images', a mask ``[m]``."""
@@ -176,11 +194,11 @@ class SequenceCache:
         return ~self.is_image(layer) & (self.positions(layer) >= self._first_image)
 
     def begin_step(self) -> tuple[int, Ids]:
-        """Room for the next token: its position, and the row that it takes in each layer, in the text's format."""
+        """Room for the next token: its RoPE position, and the row that it takes in each layer, in the text's format."""
         position = self.length + self.step
         self.step += 1
         self.refreshes += self.policy.reads_secondary(self.step)
-        return position, self.rows.append(position)
+        return position + self.rope_delta, self.rows.append(position)
 
     @property
     def picks_core(self) -> bool:
@@ -189,12 +207,8 @@ class SequenceCache:
 
     @property
     def rows_scanned_now(self) -> Selection:
-        """Those among which :meth:`set_core` chooses: the stored image rows."""
+        """Those among which :meth:`pick_core` and :meth:`set_core` choose: the stored image rows."""
         return Selection(self.formats.core, self.rows.image)
-
-    def rows_to_scan(self, layer: int) -> Selected:
-        """:attr:`rows_scanned_now` of one layer."""
-        return self.rows_scanned_now.of(layer)
 
     def pick_core(self, layer: int, weights: Scores) -> None:
         """Choose the core of this step by the coarse ``weights`` of the rows that were scanned."""

@@ -174,7 +174,8 @@ def packing(format_: Format, shape: KvShape, pool_pages: int = 1) -> Packing:
     units = half_page // UNIT
     last = max(pool_pages, 1) * units * (2 if format_.is_mixed else 1)
     require(last <= 2**31, f"rows in {format_.name} cannot be told apart in a pool this large: load with half of it")
-    return Packing(format_, rows, keys + values, units, step // UNIT, run, max(pool_pages, 1) * units)
+    arena_step = min(max(pool_pages, 1) * units, 2**31 - 1)  # beyond the last id, which is an int32, by a record
+    return Packing(format_, rows, keys + values, units, step // UNIT, run, arena_step)
 
 
 def page_bytes(shape: KvShape) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..request import ImageSpan
+from ..request import ImageSpan, RopePositions
 from .books import Ids, Index
 from .budget import KvPlan
 from .cache import NO_SCORES, Scores, SequenceCache
@@ -34,11 +34,20 @@ class SharedPrefixCache(SequenceCache):
     """
 
     def __init__(
-        self, pool: RowPool, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan], layers: int
+        self,
+        pool: RowPool,
+        plan: KvPlan[Method],
+        length: int,
+        spans: Sequence[ImageSpan],
+        layers: int,
+        rope: RopePositions | None = None,
     ) -> None:
-        super().__init__(pool, plan, length, spans, layers)
-        self.reach = length + QUESTION_TOKENS
+        super().__init__(pool, plan, length, spans, layers, rope=rope)
         self.totals: list[Scores] = []
+
+    @property
+    def reach(self) -> int:
+        return self.length + self.rope_delta + QUESTION_TOKENS
 
     def prompt_queries(self, layer: int) -> Index | None:
         queries = np.flatnonzero(self._is_suffix(layer))
@@ -69,10 +78,15 @@ class QuestionCache(SequenceCache):
     """
 
     def __init__(
-        self, shared: SharedPrefixCache, plan: KvPlan[Method], length: int, spans: Sequence[ImageSpan]
+        self,
+        shared: SharedPrefixCache,
+        plan: KvPlan[Method],
+        length: int,
+        spans: Sequence[ImageSpan],
+        rope: RopePositions | None = None,
     ) -> None:
         rows = BorrowingRows(shared.rows, shared.length, plan.pages)
-        super().__init__(shared.rows.pool, plan, length, spans, len(rows.layers), rows)
+        super().__init__(shared.rows.pool, plan, length, spans, len(rows.layers), rows, rope)
         self.begin = shared.length
         self._shared = shared
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..config import Progress, read_json, require
 from ..errors import BadModel, quoted, refusing, shortened
+from ..machine import allocator
 from .weight_format import WeightFormat, WeightFormats
 from .weights import Dense, Grouped, LinearWeight, QuantFormat, StoredLayer, pack, quant_format
 
@@ -99,7 +101,7 @@ class Weights:
             self._require_shape(f"{name}.weight", (packed.outputs, packed.inputs), (outputs, inputs))
             return replace(packed, bias=own)
         if stored:
-            return stored.read(StoredLayer(name, outputs, inputs, self._tensors, own))
+            return self._read(stored, StoredLayer(name, outputs, inputs, self._tensors, own))
         for part in _QUANTIZED_PARTS:
             if f"{name}.{part}" in self._tensors:
                 raise BadModel(
@@ -108,9 +110,19 @@ class Weights:
                 )
         return Dense(self.take(f"{name}.weight", outputs, inputs), own)
 
-    def packs(self, name: str) -> bool:
-        """Whether the layer ``name`` was packed as it was loaded."""
-        return name in self._packed
+    def _read(self, stored: QuantFormat, layer: StoredLayer) -> Grouped:
+        """Of what is held in another form, the file's pages are given back."""
+        found = stored.read(layer)
+        for name, tensor in self._tensors.items():
+            if name.rpartition(".")[0] == layer.name:
+                (_page_in if tensor.data_ptr() == found.codes.data_ptr() else _forget)(tensor)
+        return found
+
+    def has(self, layer: str) -> bool:
+        """Whether there are weights of that layer, in any format."""
+        return layer in self._packed or any(
+            f"{layer}.{part}" in self._tensors for part in ("weight", *_QUANTIZED_PARTS)
+        )
 
     def _require_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if found != expected:
@@ -126,8 +138,14 @@ class Weights:
             raise BadModel(f"the checkpoint has {name}, which config.json says the model does not: they do not match")
 
 
-def load_weights(directory: Path, progress: Progress | None = None, formats: WeightFormats | None = None) -> Weights:
+def load_weights(
+    directory: Path,
+    progress: Progress | None = None,
+    prefixes: Mapping[str, str] = MappingProxyType({}),
+    formats: WeightFormats | None = None,
+) -> Weights:
     """Memory-map all safetensors of ``directory``; read them once, so that the wait is here and not in an answer.
+    ``prefixes``: those of the model's family (:attr:`avl_edge.model.spec.ModelSpec.prefixes`).
 
     With ``formats``, the decoder's matrices are packed one by one, and of these the file's pages may be forgotten.
     :class:`BadInput` where groups do not divide a matrix, or where the checkpoint is quantised already.
@@ -137,16 +155,20 @@ def load_weights(directory: Path, progress: Progress | None = None, formats: Wei
         quantized is None or formats == WeightFormats(),
         f"{directory} is quantised already: leave out --weights and --head, or give the 16-bit checkpoint",
     )
-    mapped = map_tensors(directory)
+    mapped = map_tensors(directory, prefixes)
+    tensors = {name: each.tensor for name, each in mapped.items()}
     packed: dict[str, Grouped] = {}
     for done, (name, (_, tensor)) in enumerate(mapped.items(), start=1):
         packings = _packings(name, tied="head.weight" not in mapped, formats=formats)
         packed |= {layer: pack(tensor, form) for layer, form in packings.items() if tensor.ndim == 2}
-        if name.removesuffix(".weight") not in packed:
+        layer = name.rpartition(".")[0]
+        if layer in packed:
+            _forget(tensor)
+        elif quantized is None or not quantized.stores(layer, tensors):
             _page_in(tensor)
         if progress:
             progress(done, len(mapped))
-    return Weights({name: each.tensor for name, each in mapped.items()}, quantized, packed)
+    return Weights(tensors, quantized, packed)
 
 
 def _packings(name: str, *, tied: bool, formats: WeightFormats) -> dict[str, WeightFormat]:
@@ -174,11 +196,17 @@ def _page_in(tensor: Tensor) -> None:
         tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
-def _sources(directory: Path) -> dict[str, _Source]:
+def _forget(tensor: Tensor) -> None:
+    """Let the system have the pages of a mapped tensor, which are read from the file again if anybody asks."""
+    if tensor.is_contiguous():
+        allocator.advise_free(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+def _sources(directory: Path, prefixes: Mapping[str, str]) -> dict[str, _Source]:
     """By canonical name; :class:`BadModel` where two tensors have one, since either may be the right one."""
     found: dict[str, _Source] = {}
     for source in _tensor_files(directory):
-        name = _canonical(source.name)
+        name = _canonical(source.name, prefixes)
         if name in found:
             raise BadModel(
                 f"{directory} has two tensors for {name}: {quoted(found[name].name)} and {quoted(source.name)}; copy "
@@ -195,9 +223,7 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
     if document is None:
         path = directory / "model.safetensors"
         if not path.exists():
-            if any(directory.glob("*.gguf")):
-                raise BadModel(f"{directory} holds GGUF files, which are llama.cpp's: give the model's safetensors")
-            raise BadModel(f"{directory} has no model.safetensors and no model.safetensors.index.json")
+            raise BadModel(_no_weights(directory))
         names: list[str] = _open(path).keys()
         yield from (_Source(name, path) for name in names)
         return
@@ -210,9 +236,18 @@ def _tensor_files(directory: Path) -> Iterator[_Source]:
         yield _Source(name, directory / file)
 
 
-def map_tensors(directory: Path) -> dict[str, Mapped]:
+def _no_weights(directory: Path) -> str:
+    missing = f"{directory} has no model.safetensors and no model.safetensors.index.json"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        return f"{missing}, but pickled weights, which are never read: convert them to safetensors"
+    if any(directory.glob("*.gguf")):
+        return f"{directory} holds GGUF files, which are llama.cpp's: give the model's safetensors"
+    return missing
+
+
+def map_tensors(directory: Path, prefixes: Mapping[str, str]) -> dict[str, Mapped]:
     """Every tensor of the checkpoint in ``directory``, by canonical name; nothing is read but the files' headers."""
-    sources = _sources(directory)
+    sources = _sources(directory, prefixes)
     files = {path: _open(path) for path in dict.fromkeys(source.path for source in sources.values())}
     return {name: Mapped(source.name, _tensor(files[source.path], source)) for name, source in sources.items()}
 
@@ -226,30 +261,45 @@ def _tensor(file: safe_open, source: _Source) -> Tensor:
 def _open(path: Path) -> safe_open:
     """An open file. What its header says of shapes and places is checked by safetensors: none may overlap, leave a gap
     or end beyond the file."""
-    missing = BadModel(f"{path} is missing or may not be read: the checkpoint's index names it")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
     except (OSError, ValueError):
-        raise missing from None
+        raise _missing(path) from None
     if length > _MOST_HEADER_BYTES:
         raise BadModel(f"{path} is damaged: its header would have {length} bytes; copy the checkpoint again")
     with refusing(lambda reason: BadModel(f"{path} is damaged or cut off; copy the checkpoint again ({reason})")):
         return safe_open(path, framework="pt")
 
 
-def _canonical(name: str) -> str:
-    for prefix, canonical in _PREFIXES:
+def stored_bytes(directory: Path) -> int:
+    """What the checkpoint's files of weights weigh; :class:`BadModel` where one is missing."""
+    return sum(_size(path) for path in {source.path for source in _sources(directory, {}).values()})
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise _missing(path) from None
+
+
+def _missing(path: Path) -> BadModel:
+    return BadModel(f"{path} is missing or may not be read: the checkpoint's index names it")
+
+
+def _canonical(name: str, prefixes: Mapping[str, str]) -> str:
+    for prefix, canonical in (*prefixes.items(), *_PREFIXES):
         if name.startswith(prefix):
             return canonical + name[len(prefix) :]
     return name
 
 
-def stored_dtype(directory: Path) -> torch.dtype:
+def stored_dtype(directory: Path, prefixes: Mapping[str, str] = MappingProxyType({})) -> torch.dtype:
     """The dtype that the model will compute in, from config.json and the file headers alone; :class:`BadModel` for
     weights in a format that is not served."""
     _quantized(directory)
-    source = _sources(directory).get("text.embed_tokens.weight")
+    source = _sources(directory, prefixes).get("text.embed_tokens.weight")
     if source is None:
-        raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold a LLaVA decoder")
+        raise BadModel(f"{directory} has no text.embed_tokens.weight: its safetensors do not hold the model's decoder")
     return _tensor(_open(source.path), source).dtype

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import require
 from .spec import TextSpec
@@ -36,7 +38,8 @@ class WeightFormat:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}" if self.group is None else f"int{self.bits}:{self.group}"
+        """As :meth:`of` takes it, ``int4`` for groups of 128."""
+        return f"int{self.bits}" if self.group in (None, 128) else f"int{self.bits}:{self.group}"
 
     def require_divides(self, inputs: int) -> None:
         """:class:`BadInput` where a matrix of so many ``inputs`` has no whole groups."""
@@ -63,6 +66,11 @@ class WeightFormats:
         """By :meth:`WeightFormat.of`."""
         return cls(*(None if name is None else WeightFormat.of(name) for name in (body, head)))
 
+    def named(self) -> dict[str, str]:
+        """The formats by what they are of, but for those that are None."""
+        names = {"weights": self.body, "head": self.head}
+        return {name: each.name for name, each in names.items() if each is not None}
+
     def check(self, text: TextSpec) -> None:
         """:class:`BadInput` where groups do not divide the inputs of a matrix."""
         if self.body is not None:
@@ -70,3 +78,35 @@ class WeightFormats:
                 self.body.require_divides(inputs)
         if self.head is not None:
             self.head.require_divides(text.hidden_size)
+
+
+def stored_formats(config: Mapping[str, Any]) -> WeightFormats:
+    """What config.json's ``quantization_config`` says of the decoder, for plans; what its layers are, tensors say.
+
+    A group of another size counts as the next smaller one of :data:`GROUPS`, a scale for each output as one of 128.
+    """
+    section = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(section, Mapping):
+        return WeightFormats()
+    groups = section.get("config_groups")
+    if not isinstance(groups, Mapping):
+        body = _nearest(section.get("bits"), section.get("group_size"))
+        return WeightFormats(body, body if section.get("lm_head") is True else None)
+    found: dict[bool, WeightFormat | None] = {}
+    ignored = any("lm_head" in str(each) for each in section.get("ignore") or ())
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            form = _nearest(weights.get("num_bits"), weights.get("group_size"))
+            for target in map(str, group.get("targets") or ()):
+                found["lm_head" in target] = form
+                if target == "Linear" and not ignored:
+                    found[True] = form
+    return WeightFormats(found.get(False), found.get(True))
+
+
+def _nearest(bits: object, group: object) -> WeightFormat | None:
+    if bits == 8:
+        return WeightFormat(8, None)
+    size = group if isinstance(group, int) and group > 0 else 128
+    return WeightFormat(4, max((each for each in GROUPS if each <= size), default=GROUPS[0])) if bits == 4 else None

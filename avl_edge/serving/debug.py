@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..backends.base import Backend
 from ..backends.stored import StoredRows
 from ..kv.pool import RowPool
+from ..machine.ledger import Ledger
 from ..machine.pressure import Monitor
 from ..model.features import FeatureCache
 from ..planning.device_watcher import DeviceWatcher
@@ -28,6 +29,7 @@ class RuntimeView:
     ``running``, and the ``prefixes`` of image sessions. ``pool`` says which rows are whose (``check_integrity`` raises
     where its books are not in order), ``rows`` have their tensors in a ``store``.
     Loading makes a scheduler and a pool of the asked size. ``features`` are those of pictures that were encoded lately.
+    ``ledger`` counts what all of it holds, by kind; :meth:`~avl_edge.Runtime.memory` is its word at one moment.
     ``monitor`` polls the machine's memory for :meth:`~avl_edge.Runtime.keep_free`, ``device_watcher`` its profile for
     :meth:`~avl_edge.Runtime.follow`; None where nobody asked for that.
 
@@ -41,6 +43,7 @@ class RuntimeView:
     pool: RowPool
     rows: StoredRows | None
     features: FeatureCache | None
+    ledger: Ledger
     monitor: Monitor | None
     device_watcher: DeviceWatcher | None
     replace_backend: Callable[[Backend], None]

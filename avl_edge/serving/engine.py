@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -50,7 +51,8 @@ class Engine:
         """Queue a prepared request. Requests of a higher ``priority`` are served before those of a lower one that came
         lately. After ``deadline`` seconds from now it ends with :class:`DeadlineExceeded` if it is not complete.
 
-        Raises :class:`DoesNotFit` when even an empty pool could not hold it, and :class:`EngineClosed`.
+        Raises :class:`TooLarge` when even an empty pool could not hold it, or the memory for prompts not run it, and
+        :class:`EngineClosed`.
         """
         require(isinstance(priority, int), f"a priority is a whole number, not {priority!r}")
         require(
@@ -61,7 +63,11 @@ class Engine:
         self._loop.scheduler.require_room(request)
         options, prompt = request.options, request.prompt
         text_stream = TextStream(self._detokenizer(), options.stop_strings)
-        sequence = Running(request, Sampler(options, prompt.token_ids), text_stream, priority)
+        # The handle keeps its request for as long as somebody looks at the answer, and pixels no longer than needed.
+        queued = replace(request, prompt=replace(prompt, pixel_values=None))
+        sequence = Running(
+            queued, Sampler(options, prompt.token_ids), text_stream, priority, pixels=prompt.pixel_values
+        )
         if deadline is not None:
             sequence.due = sequence.submitted + deadline
         handle = Handle(self, sequence)

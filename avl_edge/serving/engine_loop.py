@@ -9,8 +9,9 @@ from functools import partial
 
 from ..backends.base import Backend
 from ..config import KvShape
-from ..errors import DeadlineExceeded, DoesNotFit
+from ..errors import Busy, DeadlineExceeded
 from ..kv.pool import RowPool
+from ..machine.ledger import EntryName, Ledger
 from ..machine.pressure import Monitor
 from ..model.features import FeatureCache
 from ..request import Result
@@ -25,6 +26,8 @@ from .scheduler import NO_ROOM, Scheduler
 
 _log = logging.getLogger("avl_edge")
 
+_LOADED: tuple[EntryName, ...] = ("weights", "kv_pool", "activations", "features", "recorded_steps")
+"""What is held from loading to the end."""
 _HELD_SECONDS = 0.02
 """How long to wait before memory is looked at again, while it is all that requests wait for."""
 
@@ -32,10 +35,14 @@ _HELD_SECONDS = 0.02
 class EngineLoop:
     """The backend, the pool, the scheduler, and the loop over them.
 
-    Everything here is called on one thread; others post to ``mailbox``. ``name`` of the model, ``ends`` its end tokens.
+    Everything here is called on one thread; others post to ``mailbox``. ``name`` of the model, ``ends`` its end tokens;
+    ``ledger``: under which is counted what all of it holds.
     """
 
-    def __init__(self, name: str, shape: KvShape, ends: Collection[int], policy: SchedulePolicy) -> None:
+    def __init__(
+        self, name: str, shape: KvShape, ends: Collection[int], policy: SchedulePolicy, ledger: Ledger
+    ) -> None:
+        self.ledger = ledger
         self.mailbox = Mailbox()
         self.monitor: Monitor | None = None
         self.load_ms = 0.0
@@ -47,22 +54,27 @@ class EngineLoop:
         self._reset(0)
 
     def _reset(self, pages: int) -> None:
+        for name in _LOADED:
+            self.ledger[name].clear()
         self.pool = RowPool(pages, self._shape)
-        self.scheduler = Scheduler(self.pool, self._shape.layers, self._policy)
+        self.scheduler = Scheduler(self.pool, self._shape.layers, self._policy, self.ledger["activations"])
         self.features: FeatureCache | None = None
         self._runner: ModelRunner | None = None
 
-    def load(self, make: Callable[[], Backend], pages: int) -> None:
-        """Make the backend, and a pool of ``pages`` for its rows."""
+    def load(self, make: Callable[[], Backend], pages: int, weight_bytes: int) -> None:
+        """Make the backend, whose weights take so many bytes, and a pool of ``pages`` for its rows."""
         start = time.perf_counter()
-        backend = make()
         self._reset(pages)
+        self.ledger["weights"].hold("weights", weight_bytes, "the model")
+        self.ledger["kv_pool"].hold("pool", pages * self.pool.page_bytes, "the pool")
+        backend = make()
         self.use(backend)
         self.load_ms = 1000 * (time.perf_counter() - start)
 
     def use(self, backend: Backend) -> None:
         """Compute by ``backend`` from the next step on, over the same rows; pictures are encoded anew."""
-        self.features = FeatureCache()
+        self.features = FeatureCache(self.ledger["features"])
+        self.features.forget()
         self._runner = ModelRunner(backend, self.features, self.scheduler)
         self.backend = backend
 
@@ -122,7 +134,7 @@ class EngineLoop:
         elif isinstance(choice, Decode):
             self._decode(choice.sequences)
         elif stuck := self.scheduler.stuck:
-            self.finish(stuck, "error", DoesNotFit(NO_ROOM))
+            self.finish(stuck, "error", Busy(NO_ROOM))
         elif self.scheduler.waiting:
             self.mailbox.wait(_HELD_SECONDS)
         elif self._drains:

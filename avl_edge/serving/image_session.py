@@ -7,17 +7,19 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
-from ..config import Formats, Options, PromptShape, checked_options, require
+from ..config import Formats, Options, Picture, PromptShape, checked_options, require
 from ..errors import BadInput
 from ..kv import quality
 from ..kv.budget import KvPlan, first_within, kv_plan, plan_after
 from ..kv.cache import prompt_shape
 from ..kv.layout import Format
 from ..kv.methods import Choice, Distinct, Full, Method, candidates, sharing_methods
-from ..model.prompt import ImageSource, Processor, check_sources
+from ..model.images import ImageSource, check_sources
+from ..model.prompt import Processor
 from ..planning.request_planner import RequestPlanner
-from ..request import ImageSessionStats, Prompt
+from ..request import ImageSessionStats
 from .generation import Generation
+from .picture_reader import PictureReader
 from .requests import Request, SharedPrefix
 from .scheduler import SESSION_CLOSED
 
@@ -27,6 +29,9 @@ class SessionRuntime(Protocol):
 
     @property
     def home(self) -> object: ...
+
+    @property
+    def read_pictures(self) -> PictureReader: ...
 
     def submit(self, request: Request) -> Generation: ...
 
@@ -52,11 +57,13 @@ class ImageSession:
         processor: Processor,
         planner: RequestPlanner,
         prefix: SharedPrefix,
+        pictures: Sequence[Picture],
         options: Options,
     ) -> None:
         """:meth:`of` plans the ``prefix``."""
         self._runtime, self._processor, self._planner = runtime, processor, planner
         self._prefix = prefix
+        self._pictures = pictures
         self._options = options
 
     @classmethod
@@ -69,14 +76,17 @@ class ImageSession:
         options: Options,
     ) -> ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
-        not let questions share rows, :class:`DoesNotFit` beyond the budget."""
+        not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
+        take the memory for them."""
         check_sources(images)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
-        token_ids, spans = processor.lay_out_images(len(images))
-        planner.new_tokens(len(token_ids), options)
-        plan = _plan_session(options, prompt_shape(len(token_ids), spans), planner)
-        prefix = SharedPrefix(processor.read(images, token_ids, spans), plan, runtime.home)
-        return cls(runtime, processor, planner, prefix, options)
+        pictures = runtime.read_pictures.measure(images)
+        laid_out = processor.lay_out_images(pictures)
+        planner.new_tokens(len(laid_out), options)
+        plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
+        prompt = runtime.read_pictures(images, pictures, laid_out)
+        prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
+        return cls(runtime, processor, planner, prefix, pictures, options)
 
     def load(self) -> ImageSessionStats:
         """Encode and run the pictures now, while a person still types, say, instead of with the first question.
@@ -85,7 +95,9 @@ class ImageSession:
         """
         prefix = self._prefix
         nothing: KvPlan[Method] = KvPlan(Full(), prefix.plan.formats, 0, 0, None, 0)
-        self._runtime.submit(Request(prefix.prompt, Options(), nothing, 0, prefix=prefix)).result()
+        prompt = replace(prefix.prompt, pixel_values=prefix.pixels)
+        workspace = self._planner.workspace(_head(prefix), 0)
+        self._runtime.submit(Request(prompt, Options(), nothing, 0, prefix=prefix, workspace=workspace)).result()
         return self.stats
 
     def ask(self, prompt: str, options: Options | None = None) -> Generation:
@@ -100,19 +112,19 @@ class ImageSession:
         """Check a question and plan its memory, holding nothing: for :meth:`avl_edge.Runtime.submit`.
 
         Raises :class:`BadInput` for what cannot be answered from the session's rows, or once it is closed, and
-        :class:`DoesNotFit` for what exceeds its budget.
+        :class:`TooLarge` for what exceeds its budget.
         """
         prefix, planner, shape = self._prefix, self._planner, self._planner.shape
         require(not prefix.is_closed, SESSION_CLOSED)
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
-        token_ids, spans = self._processor.lay_out(len(prefix.prompt.spans), prompt)
+        laid_out = self._processor.lay_out(self._pictures, prompt)
         require(
-            self._processor.head(token_ids, spans)[0] == prefix.prompt.token_ids,
+            laid_out.up_to_images().token_ids == prefix.prompt.token_ids,
             "this model's chat template writes something else before the pictures now: open them again",
         )
-        max_new_tokens = planner.new_tokens(len(token_ids), options)
-        whole, shared = prompt_shape(len(token_ids), spans), len(prefix.prompt)
-        planner.target.check_prompt(PromptShape(0, 0, len(token_ids) - shared), planner.spec, "question")
+        max_new_tokens = planner.new_tokens(len(laid_out), options)
+        whole, shared = prompt_shape(len(laid_out), laid_out.spans), len(prefix.prompt)
+        planner.target.check_prompt(PromptShape(0, 0, len(laid_out) - shared), planner.spec, "question")
         (method, formats), share = _choice(options, _head(prefix), planner, prefix.plan.formats)
         planner.target.check(Choice(method, formats), whole, planner.spec)
         require(
@@ -126,10 +138,11 @@ class ImageSession:
         )
         budget = options.kv_budget_bytes
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
-        what = f"{len(token_ids) - shared} tokens of the question and {max_new_tokens} new ones"
+        what = f"{len(laid_out) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
-        asked = Prompt(token_ids, prefix.prompt.spans, prefix.prompt.pixel_values)
-        return Request(asked, options, plan, max_new_tokens, prefix=prefix)
+        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels)
+        workspace = planner.workspace(whole, max_new_tokens - 1, self._pictures)
+        return Request(asked, options, plan, max_new_tokens, prefix=prefix, workspace=workspace)
 
     @property
     def peak_bytes(self) -> int:
@@ -154,7 +167,7 @@ class ImageSession:
 
     def close(self) -> None:
         """Take no more questions; the rows are free when the last one on its way has ended. Closing twice is safe."""
-        self._prefix.is_closed = True
+        self._prefix.is_closed, self._prefix.pixels = True, None
         self._runtime.free_image_sessions()
 
     def __enter__(self) -> ImageSession:
@@ -166,7 +179,7 @@ class ImageSession:
         self.close()
 
     def __del__(self) -> None:
-        self._prefix.is_closed = True
+        self._prefix.is_closed, self._prefix.pixels = True, None
         self._runtime.free_image_sessions(wait=False)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.base import Backend, ForwardTask
 from ..backends.step_batch import StepResult
 from ..model.features import FeatureCache
+from ..model.network.image_features import ImageFeatures
 from ..request import Prompt
 from .requests import Running, SharedPrefix
 from .scheduler import Scheduler
@@ -30,13 +31,14 @@ class ModelRunner:
         """Admit a request and run its pictures and its prompt, before it the prefix of its image session where nobody
         has yet: the last token's logits ``[vocabulary]``, None where it asks for no token."""
         request = sequence.request
+        self._scheduler.begin(sequence)
         if request.prefix and not request.prefix.is_ready:
             yield from self._prefix(sequence, request.prefix)
         if request.max_new_tokens == 0:
             return None
         cache, features = self._scheduler.admit(sequence), None
         if request.prefix is None:
-            features = yield from self._encode(request.prompt, sequence)
+            features = yield from self._encode(sequence, request.prompt, sequence)
         task = self._backend.begin_prefill(request.prompt, features, cache)
         del features  # the task lets go of them after its first layer
         return (yield from _run(task, sequence, "prefill_seconds"))
@@ -45,20 +47,24 @@ class ModelRunner:
         """Admit the pictures of an image session and run them."""
         cache = self._scheduler.admit_prefix(prefix, sequence)
         prefix.encode_seconds = prefix.prefill_seconds = 0.0
-        features = yield from self._encode(prefix.prompt, prefix)
+        features = yield from self._encode(sequence, prefix.prompt, prefix)
         task = self._backend.begin_prefill(prefix.prompt, features, cache)
         del features
         yield from _run(task, prefix, "prefill_seconds")
-        prefix.is_ready, prefix.runner = True, None
+        self._scheduler.finish_prefix(prefix)
         yield
 
-    def _encode(self, prompt: Prompt, of: Running | SharedPrefix) -> Layers[Tensor | None]:
-        """Features ``[images, tokens, hidden]``; None for a prompt without pictures."""
-        if prompt.pixel_values is None:
+    def _encode(self, sequence: Running, prompt: Prompt, of: Running | SharedPrefix) -> Layers[ImageFeatures | None]:
+        """The features of the pixels of ``sequence``, which are let go; None for a prompt
+        without pictures. ``of``: whose time it takes."""
+        if not prompt.spans:
             return None
-        features = self._features.find(prompt)
+        features = known = self._features.find(prompt)
         if features is None:
-            features = yield from _run(self._backend.begin_encode(prompt.pixel_values), of, "encode_seconds")
+            assert sequence.pixels is not None, "pixels are let go once they are encoded, and by who has ended"
+            features = yield from _run(self._backend.begin_encode(sequence.pixels.pictures), of, "encode_seconds")
+        sequence.pixels = None
+        if known is None:
             yield
         self._features.keep(prompt, features)
         return features
@@ -70,7 +76,7 @@ class ModelRunner:
         return self._backend.decode(tokens, caches, greedy=all(sequence.sampler.greedy for sequence in sequences))
 
 
-def _run(task: ForwardTask, of: Running | SharedPrefix, spent: str) -> Layers[Tensor]:
+def _run(task: ForwardTask[T], of: Running | SharedPrefix, spent: str) -> Layers[T]:
     """A task's result; the seconds that its layers take are added to that attribute."""
     while True:
         start = time.perf_counter()

@@ -15,24 +15,26 @@ from ..kv.methods import Method
 from ..kv.shared_prefix import SharedPrefixCache
 from ..model.sampling import Sampler
 from ..model.stop_strings import TextStream
-from ..request import DeviceStats, Logprobs, PressureStats, Prompt, Result, TokenEvent
+from ..planning.process_memory import Workspace
+from ..request import DeviceStats, Logprobs, Pixels, PressureStats, Prompt, Result, TokenEvent
 from .event_stream import EventStream
 from .failure import Failure
 
 
 @dataclass(eq=False)
 class SharedPrefix:
-    """The prefix of an image session, which its questions share: ``prompt`` ends with its last image, ``plan`` counts
-    its rows, ``home`` is the runtime in whose pool they are.
+    """The prefix of an image session, which its questions share: ``prompt``, without its pixels, ends with its last
+    image, ``plan`` counts its rows, ``home`` is the runtime in whose pool they are.
 
     ``cache`` has them from the admission of its first question until it was closed and its last question has ended;
-    ``is_ready``: they are written. ``runner`` is the question that is running it now. Closed, it takes no more
-    questions.
+    ``is_ready``: they are written. ``pixels`` are there for the questions that come until then. ``runner`` is the
+    question that is running it now. Closed, it takes no more questions.
     """
 
     prompt: Prompt
     plan: KvPlan[Method]
     home: object
+    pixels: Pixels | None = None
     cache: SharedPrefixCache | None = None
     runner: Running | None = None
     is_ready: bool = False
@@ -54,7 +56,7 @@ class Request:
 
     ``max_new_tokens`` is the option's, cut where the model's context ends; 0 asks for an image session's rows alone.
     ``device``: what it was planned for. ``prefix``: the picture whose rows it shares with other questions; ``plan``
-    then counts what it adds to them.
+    then counts what it adds to them. ``workspace``: what it takes beside its rows.
     """
 
     prompt: Prompt
@@ -63,6 +65,7 @@ class Request:
     max_new_tokens: int
     device: DeviceStats | None = None
     prefix: SharedPrefix | None = None
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def plans(self) -> tuple[KvPlan[Method], ...]:
@@ -74,6 +77,7 @@ class Request:
 class Running:
     """A request on its way: what it has generated, what it holds, and when things happened (seconds).
 
+    ``request`` is without its pixels: ``pixels`` has them until they are encoded, or the request has ended.
     ``priority`` and ``due`` (on the clock of ``submitted``; None: whenever) are for the schedule. ``prompt_task``: its
     prompt, half-way. ``events`` go to its caller, who reads ``result`` and ``failure``, what ended it before its time,
     once they have ended. ``pressure``: what it gave while memory was short. ``held``: the scheduler's clock of held
@@ -85,6 +89,7 @@ class Running:
     text_stream: TextStream
     priority: int = 0
     due: float | None = None
+    pixels: Pixels | None = None
     cache: SequenceCache | None = None
     prompt_task: Generator[None, None, Tensor | None] | None = None
     token_ids: list[int] = field(default_factory=list)

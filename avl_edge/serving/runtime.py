@@ -6,28 +6,28 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 from types import TracebackType
 
-from ..backends.target import Target
-from ..backends.targets import open_target
-from ..config import Options, Progress, checked_options, require
-from ..errors import BadInput, BadModel, EngineClosed
+from ..config import Options, Progress, checked_options, require, size_in_bytes
+from ..errors import BadInput, EngineClosed
 from ..kv.cache import prompt_shape
 from ..machine import allocator
+from ..machine.ledger import MemoryStats
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
-from ..model.demo import DEMO
-from ..model.prompt import ImageSource, Processor, check_sources
-from ..model.sizes import shape_of_checkpoint
-from ..model.spec import ModelSpec, read_spec
+from ..model.images import ImageSource, check_sources
+from ..model.weight_format import WeightFormats
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
+from ..planning.memory_planner import MemoryPlanner
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
 from .debug import RuntimeView
 from .engine import Engine
 from .engine_loop import EngineLoop
 from .generation import Generation
 from .image_session import ImageSession
+from .model_files import ModelFiles
+from .picture_reader import PictureReader
 from .requests import Request
 from .schedule_policy import FirstComeFirstServed, SchedulePolicy
 from .scheduler import SESSION_CLOSED
@@ -36,23 +36,21 @@ from .scheduler import SESSION_CLOSED
 class Runtime:
     """A model with its row pool, answering any number of requests together.
 
-    ``Runtime.load("demo")`` is ready to :meth:`generate`. :meth:`open` reads only the small files, so that
-    :meth:`prepare` can check and plan (or refuse) a request before :meth:`load_weights` does any work.
+    ``Runtime.load("demo")`` is ready to :meth:`generate`. :meth:`open` reads only the small files: :meth:`prepare` can
+    check and plan (or refuse) a request before :meth:`load_weights` does any work.
     Any thread may ask; an :class:`~avl_edge.serving.engine.Engine` computes on one of its own. :meth:`close`, or
     leaving it as a context manager, ends that.
     """
 
     def __init__(
         self,
-        name: str,
-        target: Target,
-        spec: ModelSpec,
-        processor: Processor,
+        files: ModelFiles,
         *,
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
+        max_memory: int | None = None,
     ) -> None:
-        self.name = name
+        self.name, target, spec, processor = files.name, files.target, files.spec, files.processor
         self.spec = spec
         self.kv_shape = spec.text.kv_shape(target.dtype.itemsize)
         self._target = target
@@ -60,7 +58,10 @@ class Runtime:
         self._processor = processor
         steps = spec.text.layers if target.runs_prompts_whole else 1
         schedule = schedule or FirstComeFirstServed(steps)
-        self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule)
+        self._memory = MemoryPlanner(self.planner, max_memory)
+        ledger = self._memory.ledger
+        self._loop = EngineLoop(self.name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
+        self.read_pictures = PictureReader(processor, ledger)
         self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
 
@@ -75,6 +76,7 @@ class Runtime:
             pool=loop.pool,
             rows=loop.backend.rows if loop.backend else None,
             features=loop.features,
+            ledger=loop.ledger,
             monitor=loop.monitor,
             device_watcher=self._watcher,
             replace_backend=lambda backend: self.engine.call(lambda: loop.use(backend)),
@@ -93,23 +95,26 @@ class Runtime:
         device: str | None = None,
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
+        max_memory: int | str | None = None,
+        weights: str | None = None,
+        head: str | None = None,
     ) -> Runtime:
         """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
         of a built package. ``device``: one of :data:`~avl_edge.backends.targets.TARGETS`, which raises what is wrong
         with it; None takes tensorrt for a package, and the cpu for others.
 
         ``schedule`` says who is served when; None: first come, first served. Not ``threaded``, the model runs in the
-        one thread that asks, while it waits: for tests.
+        one thread that asks, while it waits: for tests. ``max_memory`` (bytes, or a size like "12GB") bounds the whole
+        process: what it holds already, the weights, the pool and whatever requests take beside their rows
+        (:meth:`memory`); :class:`TooLarge`, naming the least that would do, where not even the model fits. ``weights``
+        and ``head``: what the decoder's matrices and its head are packed in as they are loaded, "int8", "int4" or
+        "int4:GROUP" (:class:`BadInput` where that does not fit); None: they stay as they are stored.
         """
-        given = DEMO if model == "demo" else Path(model)
-        if not os.fspath(model) or not given.is_dir():
-            raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
-        target = open_target(given, device)
-        spec = read_spec(target.directory)
-        target.check_model(spec)
-        name = "demo" if model == "demo" else given.resolve().name
-        processor = Processor.of(spec, target.directory)
-        return cls(name, target, spec, processor, threaded=threaded, schedule=schedule)
+        most = None if max_memory is None else size_in_bytes("max_memory", max_memory)
+        if most is not None:
+            allocator.bound()
+        files = ModelFiles.read(model, device, WeightFormats.of(weights, head))
+        return cls(files, threaded=threaded, schedule=schedule, max_memory=most)
 
     @classmethod
     def load(
@@ -126,25 +131,43 @@ class Runtime:
         device_root: str | os.PathLike[str] = "/",
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
+        max_memory: int | str | None = None,
+        threads: int | None = None,
+        weights: str | None = None,
+        head: str | None = None,
     ) -> Runtime:
         """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
         ``profile`` or the device; ``device_root`` is where both look at the machine."""
-        runtime = cls.open(model, device=device, threaded=threaded, schedule=schedule)
+        runtime = cls.open(
+            model,
+            device=device,
+            threaded=threaded,
+            schedule=schedule,
+            max_memory=max_memory,
+            weights=weights,
+            head=head,
+        )
         profiles = (profile,) if isinstance(profile, DeviceProfile) else profile
         if reserve_bytes is not None:
             runtime.keep_free(reserve_bytes, root=device_root)
         if profiles or follow_device:
-            runtime.follow(
-                profiles, follow_device=follow_device, target_ms_per_token=target_ms_per_token, root=device_root
-            )
-        runtime.load_weights(pool_bytes=pool_bytes, progress=progress)
+            target = target_ms_per_token
+            runtime.follow(profiles, follow_device=follow_device, target_ms_per_token=target, root=device_root)
+        runtime.load_weights(pool_bytes=pool_bytes, progress=progress, threads=threads)
         return runtime
 
-    def load_weights(self, *, pool_bytes: int | None = None, progress: Progress | None = None) -> None:
+    def load_weights(
+        self, *, pool_bytes: int | None = None, progress: Progress | None = None, threads: int | None = None
+    ) -> None:
         """Map and read the weights and reserve the pool, once, for all requests.
 
-        ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most.
+        ``pool_bytes`` is its size; None takes four full contexts, 4 GiB at most, and where the memory of the process is
+        bounded what the longest prompt leaves. ``threads`` are those of a decode step on a processor; None takes as
+        many as torch uses, which are the cores that this process may use, or fewer. Raises :class:`TooLarge` for a pool
+        beyond that bound.
         """
+        require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
+        self._target.threads = threads
         interrupted = threading.Event()
 
         def report(done: int, total: int) -> None:
@@ -163,8 +186,11 @@ class Runtime:
         if self._loop.backend is not None:
             raise BadInput("the weights are loaded already: open another Runtime for another pool")
         allocator.bound()
-        pages = self.planner.pool_pages(pool_bytes)
-        self._loop.load(lambda: self._target.load(self.spec, self.kv_shape, pages, progress), pages)
+        pages = self._memory.pool_pages(pool_bytes)
+        weight_bytes, recorded = self._target.weight_bytes(self.planner.model), self._loop.ledger["recorded_steps"]
+        self._loop.load(
+            lambda: self._target.load(self.spec, self.kv_shape, pages, progress, recorded), pages, weight_bytes
+        )
 
     @property
     def load_ms(self) -> float:
@@ -200,7 +226,7 @@ class Runtime:
         request, at most every ``every_ms``: ``profiles`` (of this machine) before those that are shipped. Without it,
         the first of ``profiles``.
         """
-        model = shape_of_checkpoint(self._target.directory, self.name)
+        model = replace(self.planner.model, name=self.name)
         objectives = PlanObjectives(streams, target_ms_per_token)
         self._watcher = DeviceWatcher(
             model, objectives, profiles, follows=follow_device, root=os.fspath(root), every_ms=every_ms
@@ -209,23 +235,48 @@ class Runtime:
     def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
         """Check a request and plan its memory, holding nothing.
 
-        Raises :class:`BadInput` for what cannot be answered and :class:`DoesNotFit` for what exceeds its budget.
+        Raises :class:`BadInput` for what cannot be answered, :class:`TooLarge` for what exceeds the model's context,
+        its budget, or the memory of the process, and :class:`Busy` while the pixels of others take that for its own.
         """
         options = checked_options(options)
         check_sources(images)
-        token_ids, spans = self._processor.lay_out(len(images), prompt)
-        max_new_tokens = self.planner.new_tokens(len(token_ids), options)
+        pictures = self.read_pictures.measure(images)
+        laid_out = self._processor.lay_out(pictures, prompt)
+        max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
-        pages = self._loop.pool.pages or self.planner.pool_pages(None)
-        plan = self.planner.plan(pages, options, prompt_shape(len(token_ids), spans), max_new_tokens - 1, state)
-        device = state.stats if state else None
-        return Request(self._processor.read(images, token_ids, spans), options, plan, max_new_tokens, device)
+        shape, steps = prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1
+        pixel_bytes = self.read_pictures.pixel_bytes(pictures)
+        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pictures, pixel_bytes)
+        workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
+        read = self.read_pictures(images, pictures, laid_out)
+        return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
+
+    @property
+    def max_pixels(self) -> int:
+        """The most that a picture may have: what the memory of the process leaves for decoding one, where that is
+        bounded."""
+        return self.read_pictures.max_pixels
+
+    def kv_bytes_left(self, prompt_bytes: int) -> int | None:
+        """What the memory of the process leaves for the rows of requests, beside what a prompt takes; None where it is
+        not bounded."""
+        return self._memory.kv_bytes_left(prompt_bytes, self._loop.pool.pages)
+
+    def require_memory(self, prompt_bytes: int, kv_bytes: int, what: str) -> None:
+        """Raise :class:`TooLarge`, naming the least ``max_memory`` that would do, where no pool could be loaded that
+        holds ``kv_bytes`` beside what a prompt takes."""
+        self._memory.require(prompt_bytes, kv_bytes, self._loop.pool.pages, what)
+
+    def memory(self) -> MemoryStats:
+        """What the process holds now, by kind, as it is counted: of activations what requests were planned to take, and
+        of the process and its libraries what was reserved for them."""
+        return self._loop.ledger.stats
 
     def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Generation:
         """Queue a prepared request; ``priority`` and ``deadline`` as
         :meth:`~avl_edge.serving.engine.Engine.submit` says. Loads the weights if nobody did.
 
-        Raises :class:`DoesNotFit` when even an empty pool could not hold it, :class:`BadInput` for a question about an
+        Raises :class:`TooLarge` when even an empty pool could not hold it, :class:`BadInput` for a question about an
         image session that was closed, or is another runtime's, and :class:`EngineClosed`.
         """
         prefix = request.prefix
@@ -252,7 +303,7 @@ class Runtime:
         another; they share its rows. See :class:`~avl_edge.serving.image_session.ImageSession` for what ``options``
         say.
 
-        Checks and plans, as :meth:`prepare` does: the pictures are encoded with the first question.
+        Checks and plans, and raises, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
         return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
 

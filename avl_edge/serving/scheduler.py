@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Sequence
 
 from ..config import format_size, require
-from ..errors import DoesNotFit
+from ..errors import TooLarge
 from ..kv.cache import SequenceCache
 from ..kv.pool import RowPool
 from ..kv.shared_prefix import QuestionCache, SharedPrefixCache
+from ..machine.ledger import Entry
 from .requests import Request, Running, SharedPrefix
 from .schedule_policy import Advance, Decode, FirstComeFirstServed, SchedulePolicy
 
@@ -25,8 +26,12 @@ class Scheduler:
     """Keeps who waits and who runs, in ``pool``, and admits by its promises; ``policy`` says in which order, and what
     comes next."""
 
-    def __init__(self, pool: RowPool, layers: int, policy: SchedulePolicy | None = None) -> None:
+    def __init__(
+        self, pool: RowPool, layers: int, policy: SchedulePolicy | None = None, activations: Entry | None = None
+    ) -> None:
+        """``activations``: under which what requests take beside their rows is counted."""
         self._pool = pool
+        self._activations = activations or Entry("activations")
         self._layers = layers
         self._policy = policy or FirstComeFirstServed()
         self._waiting: list[Running] = []  # for their first token; prompts that are half-way among them
@@ -85,10 +90,11 @@ class Scheduler:
         return 1000 * ((self._held_clock() if end is None else end) - begin)
 
     def require_room(self, request: Request) -> None:
-        """Raise :class:`DoesNotFit` for a request that even an empty pool could not hold."""
+        """Raise :class:`TooLarge` for a request that would not fit if it were alone."""
+        self._activations.require_possible(request.workspace.prompt_bytes, "the prompt")
         if sum(plan.pages for plan in request.plans) > self._pool.pages:
             peak = sum(plan.peak_bytes for plan in request.plans)
-            raise DoesNotFit(
+            raise TooLarge(
                 f"the request may hold {format_size(peak)}, but the whole pool has "
                 f"{format_size(self._pool.pages * self._pool.page_bytes)}: load with a larger pool or give the request "
                 f"a KV budget"
@@ -98,6 +104,8 @@ class Scheduler:
         """Queue a request, once; :class:`BadInput` for a question about an image session that was closed."""
         prefix = sequence.request.prefix
         require(not (prefix and prefix.is_closed), SESSION_CLOSED)
+        if prefix and prefix.is_ready:
+            sequence.pixels = None
         if sequence not in self._waiting:
             sequence.held = (self._held_clock(), None)
             self._waiting.append(sequence)
@@ -128,6 +136,8 @@ class Scheduler:
         return found
 
     def _fits(self, sequence: Running) -> bool:
+        if not self._activations.fits(sequence.request.workspace.prompt_bytes):
+            return False
         promised = sum(_unleased(each) for each in self._waiting if each.prompt_task)
         return _unleased(sequence) + promised <= self._pool.pages_unreserved
 
@@ -139,6 +149,10 @@ class Scheduler:
             return None
         return self._waiting[0]
 
+    def begin(self, sequence: Running) -> None:
+        """Its prompt, or the pictures of its image session, begin to run."""
+        self._activations.hold(sequence, sequence.request.workspace.prompt_bytes, "the prompt")
+
     def admit(self, sequence: Running) -> SequenceCache:
         """The cache of a sequence whose prompt runs now, under a lease of its worst case; of a question about an image
         session once :meth:`admit_prefix` has made the prefix's cache."""
@@ -146,9 +160,11 @@ class Scheduler:
         prompt, shared = request.prompt, request.prefix.cache if request.prefix else None
         sequence.held = (sequence.held[0], self._held_clock())
         if shared:
-            sequence.cache = QuestionCache(shared, request.plan, len(prompt), prompt.spans)
+            sequence.cache = QuestionCache(shared, request.plan, len(prompt), prompt.spans, prompt.rope)
         else:
-            sequence.cache = SequenceCache(self._pool, request.plan, len(prompt), prompt.spans, self._layers)
+            sequence.cache = SequenceCache(
+                self._pool, request.plan, len(prompt), prompt.spans, self._layers, rope=prompt.rope
+            )
         return sequence.cache
 
     def admit_prefix(self, prefix: SharedPrefix, runner: Running) -> SharedPrefixCache:
@@ -158,8 +174,16 @@ class Scheduler:
         prefix.runner = runner
         if prefix not in self._prefixes:
             self._prefixes.append(prefix)
-        prefix.cache = SharedPrefixCache(self._pool, prefix.plan, len(prefix.prompt), prefix.prompt.spans, self._layers)
+        prompt = prefix.prompt
+        prefix.cache = SharedPrefixCache(self._pool, prefix.plan, len(prompt), prompt.spans, self._layers, prompt.rope)
         return prefix.cache
+
+    def finish_prefix(self, prefix: SharedPrefix) -> None:
+        """The rows of an image session are written: nobody needs its pixels any more."""
+        prefix.is_ready, prefix.runner, prefix.pixels = True, None, None
+        for each in self.requests:
+            if each.request.prefix is prefix:
+                each.pixels = None
 
     def start(self, sequence: Running) -> None:
         """Its prompt has run: it has its first token, and gets one more in each step."""
@@ -167,6 +191,7 @@ class Scheduler:
         if sequence not in self._decoding:
             self._decoding.append(sequence)
         sequence.prompt_task = None
+        self._activations.hold(sequence, sequence.request.workspace.step_bytes, "a step")
         if sequence in self._waiting:
             self._waiting.remove(sequence)
 
@@ -207,7 +232,8 @@ class Scheduler:
 
     def _forget(self, sequences: Sequence[Running]) -> None:
         for sequence in sequences:
-            sequence.prompt_task = None
+            sequence.prompt_task = sequence.pixels = None
+            self._activations.release(sequence)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
             if sequence in self._decoding:

@@ -251,17 +251,25 @@ extern "C" int32_t avl_retier(const Pool* pool, const Share* core_share, const S
                 where[0][count[0]] = where[1][count[1]] = i;
                 count[0] += was[i] & ~now[i], count[1] += now[i] & ~was[i];
             }
+            int32_t *ids[2][2];  // before and after
             for (int way = 0; way < 2; ++way) {
-                int32_t *positions = moved + way * 3 * room + done[way], *before = positions + room;
+                int32_t* positions = moved + way * 3 * room + done[way];
+                ids[way][0] = positions + room, ids[way][1] = positions + 2 * room;
                 for (int64_t i = 0; i < count[way]; ++i) {
                     const int64_t row = at + where[way][i];
-                    positions[i] = columns->positions[row], before[i] = columns->ids[row];
+                    positions[i] = columns->positions[row], ids[way][0][i] = columns->ids[row];
                 }
-                if (const Status status = release(*pool, *shares[way], before, count[way])) return status;
+            }
+            // Two rows that change places take each other's ids, so that no page is left or taken.
+            const int64_t pairs = std::min(count[0], count[1]);
+            for (int way = 0; way < 2; ++way) {
+                std::copy_n(ids[!way][0], pairs, ids[way][1]);
+                if (const Status status = release(*pool, *shares[way], ids[way][0] + pairs, count[way] - pairs))
+                    return status;
             }
             for (int way = 0; way < 2; ++way) {
-                int32_t* after = moved + (way * 3 + 2) * room + done[way];
-                if (const Status status = take(*pool, *shares[!way], count[way], after)) return status;
+                int32_t* after = ids[way][1];
+                if (const Status status = take(*pool, *shares[!way], count[way] - pairs, after + pairs)) return status;
                 for (int64_t i = 0; i < count[way]; ++i) columns->ids[at + where[way][i]] = after[i];
                 ends[way * layers + layer] = done[way] += count[way];
             }

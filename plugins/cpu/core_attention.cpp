@@ -201,17 +201,30 @@ int cut(Step& step, const Call& call, const Part* parts) {
     return 0;
 }
 
-// Calls work(i, seat) for i = 0 ... items - 1, each once and in any order, on up to `threads` threads of the OpenMP
-// runtime, each of which has a seat of its own, below `threads`.
-template <class Work> void parallel(int items, int threads, const Work& work) {
-    struct Team { const Work& work; int items; std::atomic<int> next, seats; } team{work, items, {0}, {0}};
-    const auto body = [](void* data) {
-        Team& team = *static_cast<Team*>(data);
-        const int seat = team.seats.fetch_add(1, std::memory_order_relaxed);
-        for (int i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.items;) team.work(i, seat);
-    };
-    std::min(items, threads) > 1 ? GOMP_parallel(body, &team, threads, 0) : body(&team);
+// Calls work(i, seat) for i = 0 ... items - 1, each once and in any order.
+template <class Work> void parallel(Workers& workers, int items, const Work& work) {
+    workers.run(items, [](const void* data, int i, int seat) { (*static_cast<const Work*>(data))(i, seat); }, &work);
 }
+
+// Up to `seats` threads of the OpenMP runtime, each of which has a seat of its own.
+struct OpenMp final : Workers {
+    using Workers::Workers;
+    void run(int items, Task task, const void* data) override {
+        struct Team {
+            Task task;
+            const void* data;
+            int items;
+            std::atomic<int> next, taken;
+        } team{task, data, items, {0}, {0}};
+        const auto body = [](void* of) {
+            Team& team = *static_cast<Team*>(of);
+            const int seat = team.taken.fetch_add(1, std::memory_order_relaxed);
+            for (int i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.items;)
+                team.task(team.data, i, seat);
+        };
+        std::min(items, seats) > 1 ? GOMP_parallel(body, &team, seats, 0) : body(&team);
+    }
+};
 
 // The query as floats, then in the order of each source's keys, one after the other.
 void order_query(Step& step, const Call& call, float* to) {
@@ -246,13 +259,13 @@ struct Scratch {
     float* of_seat(int at) const { return kept() + weights + seat * at; }
 };
 
-void run(Step& step, const Call& call, int threads) {
-    const Scratch scratch(step, call, threads);
-    step.peak = scratch.of_seat(threads);
+void run(Step& step, const Call& call, Workers& workers) {
+    const Scratch scratch(step, call, workers.seats);
+    step.peak = scratch.of_seat(workers.seats);
     step.mass = step.peak + scratch.cells;
     step.sums = call.out ? step.mass + scratch.cells : nullptr;
     order_query(step, call, scratch.floats.get());
-    parallel(int(step.items.size()), threads, [&](int i, int at) {
+    parallel(workers, int(step.items.size()), [&](int i, int at) {
         const Item& item = step.items[i];
         const Split& split = step.splits[item.split];
         float* kept = scratch.kept() + int64_t(item.heads.begin) * step.group * step.total + split.entry;
@@ -261,22 +274,28 @@ void run(Step& step, const Call& call, int threads) {
         source.key_reader.multiply(step, item, own);
         if (step.sums) source.value_reader.add(step, item, own);
     });
-    parallel(call.batch * call.heads, threads, [&](int i, int at) {
+    parallel(workers, call.batch * call.heads, [&](int i, int at) {
         merge(step, i, scratch.of_seat(at));
         if (call.out) write_out(call.format, scratch.of_seat(at), call.out, int64_t(i) * call.dim, call.dim);
     });
     if (call.scores)
-        parallel(step.first[call.batch], threads, [&](int i, int) { average(step, i, scratch.kept(), call.scores); });
+        parallel(workers, step.first[call.batch], [&](int i, int) { average(step, i, scratch.kept(), call.scores); });
 }
 }  // namespace
 
-// Returns 0, EINVAL for offsets or ERANGE for row ids that do not fit, or ENOMEM. Scratch: about heads * (d + 2) floats
-// for each split; for each thread the weights of an item, or those of all rows where there are scores; the query.
-extern "C" int32_t avl_attend(const Call* call, const Part* parts) try {
+// Returns 0, EINVAL for offsets or ERANGE for row ids that do not fit. Scratch: about heads * (d + 2) floats for each
+// split; for each thread the weights of an item, or those of all rows where there are scores; the query.
+int32_t attend(const Call& call, const Part* parts, Workers& workers) {
     Step step{};
-    step.heads = call->heads, step.kv_heads = call->kv_heads, step.dim = call->dim, step.scale = call->scale;
-    step.group = call->heads / call->kv_heads;
-    if (const int status = cut(step, *call, parts)) return status;
-    run(step, *call, std::max(1, call->threads));
+    step.heads = call.heads, step.kv_heads = call.kv_heads, step.dim = call.dim, step.scale = call.scale;
+    step.group = call.heads / call.kv_heads;
+    if (const int status = cut(step, call, parts)) return status;
+    run(step, call, workers);
     return 0;
+}
+
+// The same on threads of the OpenMP runtime; ENOMEM where there is no memory.
+extern "C" int32_t avl_attend(const Call* call, const Part* parts) try {
+    OpenMp workers(std::max(1, call->threads));
+    return attend(*call, parts, workers);
 } catch (const std::bad_alloc&) { return ENOMEM; }

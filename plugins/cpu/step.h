@@ -28,6 +28,22 @@ struct Part {
     int32_t key_format, value_format;
 };
 
+// Threads that share out work. `run` calls task(data, i, seat) for i = 0 ... items - 1, each once and in any order, on
+// up to `seats` threads, each of which has a seat of its own, below `seats`; it returns when all is done.
+struct Workers {
+    using Task = void (*)(const void* data, int i, int seat);
+    const int seats;
+
+    explicit Workers(int seats) : seats(seats) {}
+    virtual void run(int items, Task task, const void* data) = 0;
+
+  protected:
+    ~Workers() = default;
+};
+
+// The call on other threads than its own; `threads` of it counts for nothing. Throws std::bad_alloc.
+int32_t attend(const Call& call, const Part* parts, Workers& workers);
+
 namespace {
 constexpr int kSplit = 128;  // rows of an item: enough to make its start cheap, few enough to share one sequence out
 

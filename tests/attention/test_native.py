@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,9 +22,9 @@ from tests.equipment.processes import run_python
 
 @pytest.fixture
 def _forget_library() -> Iterator[None]:
-    native.core_attention.cache_clear()
+    native.library.cache_clear()
     yield
-    native.core_attention.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.usefixtures("_forget_library")
@@ -44,6 +45,17 @@ def test_without_the_library_one_warning(tmp_path: Path, monkeypatch: pytest.Mon
     assert "install g++ or clang" in str(caught[0].message)
     for result in results:
         assert torch.equal(result, attend_reference(*arguments)[0])
+
+
+@pytest.mark.usefixtures("_forget_library")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build an older library with")
+def test_a_library_of_an_older_build_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old.c").write_text("int avl_attend(const char* call, const char* parts) { return 0; }")
+    built = tmp_path / f"_core_attention{native.EXTENSION_SUFFIXES[0]}"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(built), str(tmp_path / "old.c")], check=True)
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
+    with pytest.warns(RuntimeWarning, match="avl_decoder_close.*install g"):
+        assert not native.available()
 
 
 @needs_native

@@ -23,7 +23,7 @@ from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import H2O, Avl, Coarse, Full, Method
 from avl_edge.kv.pool import RowTable
 from avl_edge.kv.selection import Selection
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import HostDevice, backend_for
 from tests.equipment.cuda_sides import (
@@ -49,7 +49,7 @@ def test_the_whole_path_equals_the_oracle(checkpoint: Checkpoints, name: str, me
     """float32 rows, which only the reference kernels take, so that both sides round alike and choose the same rows."""
     oracle, ours, _ = both(checkpoint(name))
     prompts = [
-        random_prompt(oracle.spec, seed, text, images)[0] for seed, text, images in ((0, 12, 1), (1, 20, 2), (2, 5, 0))
+        random_prompt(oracle.spec, seed, text, images) for seed, text, images in ((0, 12, 1), (1, 20, 2), (2, 5, 0))
     ]
     run_both(oracle, ours, [(prompt, METHODS[method], Formats()) for prompt in prompts], 1e-4)
 
@@ -60,7 +60,7 @@ def test_packed_rows_equal_the_oracles(checkpoint: Checkpoints, method: str, for
     """Text that is packed as it comes, tiers of several formats in one softmax, rows that move between tiers."""
     oracle, ours, _ = both(checkpoint("llama-gqa-full"))
     chosen = FORMATS_OF[formats]
-    prompts = [random_prompt(oracle.spec, seed, images=images)[0] for seed, images in enumerate((1, 2))]
+    prompts = [random_prompt(oracle.spec, seed, images=images) for seed, images in enumerate((1, 2))]
     run_both(oracle, ours, [(prompt, METHODS[method], chosen) for prompt in prompts], STEP_OF[chosen.text])
 
 
@@ -72,16 +72,18 @@ def test_packed_rows_equal_the_oracles(checkpoint: Checkpoints, method: str, for
 def test_a_core_picked_on_the_device_is_the_oracles(checkpoint: Checkpoints, chosen: Formats) -> None:
     oracle, ours, device = both(checkpoint("llama-gqa-full"))
     methods = (Coarse(), Coarse(secondary=80, core=30, mass=60, by_mass=1), Coarse(mass=100), Full())
-    requests = [(random_prompt(oracle.spec, seed)[0], method, chosen) for seed, method in enumerate(methods)]
-    requests.append((random_prompt(oracle.spec, 4, images=0)[0], Coarse(), chosen))  # nothing to choose from
+    requests = [(random_prompt(oracle.spec, seed), method, chosen) for seed, method in enumerate(methods)]
+    requests.append((random_prompt(oracle.spec, 4, images=0), Coarse(), chosen))  # nothing to choose from
     run_both(oracle, ours, requests, STEP_OF[chosen.text])
-    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+    assert device.log.count("synchronize") == device.log.count("replay") + len(requests), (
+        "a prompt and a step wait once each"
+    )
 
 
 def test_a_method_that_picks_its_core_answers_a_text_alone(checkpoint: Checkpoints) -> None:
     oracle, ours, _ = both(checkpoint("llama-mha"))
     run_both(
-        oracle, ours, [(random_prompt(oracle.spec, 4, images=0)[0], Coarse(), Formats("exact", "int8", "int8"))], 1e-4
+        oracle, ours, [(random_prompt(oracle.spec, 4, images=0), Coarse(), Formats("exact", "int8", "int8"))], 1e-4
     )
 
 
@@ -90,17 +92,19 @@ def test_formats_and_methods_share_a_batch(checkpoint: Checkpoints) -> None:
     mixed = [Formats(), *FORMATS_OF.values()]
     methods = [METHODS["avl-often"], Full(), METHODS["avl-often"], H2O(), Coarse(core=30)]
     chosen = [(m, f if f.core == f.secondary else FORMATS_OF["int4"]) for m, f in zip(methods, mixed, strict=True)]
-    requests = [(random_prompt(oracle.spec, seed)[0], *each) for seed, each in enumerate(chosen)]
-    requests.append((random_prompt(oracle.spec, 9)[0], Avl(refresh=2), FORMATS_OF["falling"]))
+    requests = [(random_prompt(oracle.spec, seed), *each) for seed, each in enumerate(chosen)]
+    requests.append((random_prompt(oracle.spec, 9), Avl(refresh=2), FORMATS_OF["falling"]))
     run_both(oracle, ours, requests, STEP_OF["int4"])
-    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+    assert device.log.count("synchronize") == device.log.count("replay") + len(requests), (
+        "a prompt and a step wait once each"
+    )
 
 
 def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -> None:
     """Also after a neighbour with packed rows has left, and beside secondary rows that this step does not read."""
     _, ours, device = both(checkpoint("llama-mha"))
-    exact = ours.start(random_prompt(ours.spec, 0)[0], Full())[0]
-    packed = ours.start(random_prompt(ours.spec, 1)[0], Avl(text_keep=100), Formats("exact", "exact", "int4"))[0]
+    exact = ours.start(random_prompt(ours.spec, 0), Full())[0]
+    packed = ours.start(random_prompt(ours.spec, 1), Avl(text_keep=100), Formats("exact", "exact", "int4"))[0]
     launched = device.launched
     for caches in ([exact, packed], [exact, packed], [exact]):
         ours.backend.decode([5] * len(caches), caches)
@@ -112,19 +116,17 @@ def test_exact_steps_launch_nothing_for_other_formats(checkpoint: Checkpoints) -
 
 def test_methods_share_a_batch(checkpoint: Checkpoints) -> None:
     oracle, ours, device = both(checkpoint("llama-mha"))
-    requests = [
-        (random_prompt(oracle.spec, seed)[0], method, Formats()) for seed, method in enumerate(METHODS.values())
-    ]
+    requests = [(random_prompt(oracle.spec, seed), method, Formats()) for seed, method in enumerate(METHODS.values())]
     run_both(oracle, ours, requests, 1e-4)
     waits = device.log.count("synchronize")
-    assert waits == device.log.count("replay"), "a step waits once"
+    assert waits == device.log.count("replay") + len(requests), "a prompt and a step wait once each"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat"])
 def test_half_precision_is_as_close_as_its_rounding(checkpoint: Checkpoints, dtype: torch.dtype) -> None:
     """Full attention, which chooses nothing that a rounding could turn over."""
     oracle, ours, _ = both(checkpoint("llama-gqa-full", dtype=dtype))
-    requests = [(random_prompt(oracle.spec, seed)[0], Full(), Formats()) for seed in range(3)]
+    requests = [(random_prompt(oracle.spec, seed), Full(), Formats()) for seed in range(3)]
     run_both(oracle, ours, requests, 8 * torch.finfo(dtype).eps)
 
 
@@ -165,7 +167,7 @@ def test_the_whole_path_on_the_emulated_source(
     directory = checkpoint("llama-bf16")
     spec = read_spec(directory)
     sides = [Side(backend_for(directory, PAGES, *rest)[0], spec, 2, PAGES) for rest in ((), (emulated, WARPS))]
-    requests = [(random_prompt(spec, seed)[0], method, formats) for seed in range(sequences)]
+    requests = [(random_prompt(spec, seed), method, formats) for seed in range(sequences)]
     run_both(sides[0], sides[1], requests, 0.03, steps=STEPS if sequences > 1 else 2)
 
 
@@ -186,7 +188,7 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
     directory = checkpoint("llama-gqa-full")
     spec = read_spec(directory)
     sides = [Side(backend_for(directory, PAGES)[0], spec, 4, PAGES) for _ in range(2)]
-    held = [[side.start(random_prompt(spec, seed)[0], Avl())[0] for seed in range(3)] for side in sides]
+    held = [[side.start(random_prompt(spec, seed), Avl())[0] for seed in range(3)] for side in sides]
     tokens = [5, 6, 7]
     for _ in range(STEPS):
         expected = sides[0].backend.decode(tokens, held[0]).logits.argmax(-1).tolist()
@@ -198,7 +200,7 @@ def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
 def test_a_step_is_recorded_once_and_reads_its_lists_anew(checkpoint: Checkpoints) -> None:
     """A selection that grows, shrinks and changes its core is the same recording, with scores or without."""
     _, ours, device = both(checkpoint("llama-mha"))
-    cache, _ = ours.start(random_prompt(ours.spec, 0)[0], Avl(refresh=3, text_keep=100))
+    cache, _ = ours.start(random_prompt(ours.spec, 0), Avl(refresh=3, text_keep=100))
     for _ in range(2 * STEPS):
         ours.backend.decode([5], [cache])
     assert device.log.count("record") == 2, "one for steps with scores, one for those without"
@@ -208,7 +210,7 @@ def test_a_step_is_recorded_once_and_reads_its_lists_anew(checkpoint: Checkpoint
 def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avl_edge.backends.steps.recorded.KEPT_STEPS", 2)
     _, ours, device = both(checkpoint("llama-mha"))
-    caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(3)]
+    caches = [ours.start(random_prompt(ours.spec, seed), Full())[0] for seed in range(3)]
     for batch in (1, 2, 3, 3, 2, 1):
         ours.backend.decode([5] * batch, caches[:batch])
     assert len(ours.backend.steps) == 2
@@ -217,7 +219,7 @@ def test_only_a_dozen_recordings_are_kept(checkpoint: Checkpoints, monkeypatch: 
 
 def test_logits_are_the_callers_own(checkpoint: Checkpoints) -> None:
     _, ours, _ = both(checkpoint("llama-mha"))
-    cache, _ = ours.start(random_prompt(ours.spec, 0)[0], Full())
+    cache, _ = ours.start(random_prompt(ours.spec, 0), Full())
     first = ours.backend.decode([5], [cache]).logits
     before = first.clone()
     ours.backend.decode([6], [cache])
@@ -228,7 +230,7 @@ def test_after_an_interrupted_step_nothing_is_filled_before_the_device_is_done(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, ours, device = both(checkpoint("llama-mha"))
-    caches = [ours.start(random_prompt(ours.spec, seed)[0], Full())[0] for seed in range(2)]
+    caches = [ours.start(random_prompt(ours.spec, seed), Full())[0] for seed in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(SequenceCache, "settle", _interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -246,7 +248,7 @@ def _interrupt(*_: object) -> None:
 def test_scores_of_a_long_prompt_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = checkpoint("llama-gqa-full")
     (_, whole, _), (_, pieces, device) = both(directory), both(directory)
-    prompt = random_prompt(whole.spec, 3, text=20)[0]
+    prompt = random_prompt(whole.spec, 3, text=20)
     expected, logits = whole.start(prompt, H2O())
     monkeypatch.setattr("avl_edge.backends.cuda.backend.LOGITS_BYTES", 4 * 4 * len(prompt) * 7)
     cache, got = pieces.start(prompt, H2O())

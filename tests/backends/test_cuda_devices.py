@@ -28,12 +28,13 @@ from avl_edge.config import Formats, KvShape
 from avl_edge.kv.methods import AttentionPack, Avl, FastV, Full, Method
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
+from avl_edge.model.families import read_spec
 from avl_edge.model.network.rope import ROPE_TYPES, Rope
-from avl_edge.model.spec import read_spec
 from avl_edge.request import ImageSpan
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import HostDevice
 from tests.equipment.cuda_sides import Side, prefixes, random_prompt
+from tests.equipment.pixels import as_pictures
 from tests.equipment.settled import settle_at_random
 
 
@@ -89,10 +90,10 @@ class MetaSide(Side):
         super().__init__(self, spec, self.model.dtype.itemsize, 1024)
         self.rows = StoredRows(RowStore(1024, self.shape, self.model.dtype, "meta"), self.model.decoder.angles)
         self._prefill = Prefill(self.model, self.rows, self._score)
-        self.prompt, _ = random_prompt(spec, 0)
+        self.prompt = random_prompt(spec, 0)
 
-    def begin_encode(self, pixels: np.ndarray) -> LayerTask:
-        return LayerTask(self.model.encode(pixels))
+    def begin_encode(self, pictures: Any) -> LayerTask:
+        return LayerTask(self.model.encode(pictures))
 
     def begin_prefill(self, *arguments: Any) -> LayerTask:
         return LayerTask(self._prefill.run(*arguments))
@@ -185,11 +186,11 @@ def test_the_step_stays_on_the_device_and_asks_the_host_for_nothing(
                 model.decoder.embed(torch.zeros(2, dtype=torch.int32))
         assert all(output.device == device.device for output in step.outputs.values())
         pixels = np.zeros((1, 3, spec.vision.image_size, spec.vision.image_size), dtype=np.float32)
-        features = run_whole(LayerTask(model.encode(pixels)))
-        assert features.shape == (1, spec.tokens_per_image, spec.text.hidden_size)
+        features = run_whole(LayerTask(model.encode(as_pictures(spec, pixels))))
+        assert features.tokens.shape == (spec.tokens_per_image, spec.text.hidden_size)
         span = ImageSpan("", 1, spec.tokens_per_image)
         embedded = model.embed((1,) * (spec.tokens_per_image + 3), (span,), features)
-        assert {features.device, embedded.device} == {device.device}
+        assert {features.tokens.device, embedded.device} == {device.device}
     assert module.launched == launched * spec.text.layers
 
 

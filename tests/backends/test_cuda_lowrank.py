@@ -30,11 +30,11 @@ KINDS: dict[str, tuple[Method, Formats]] = {
 def test_low_rank_rows_equal_the_oracles(checkpoint: Checkpoints, name: str, kind: str) -> None:
     """One picture, two, none: logits, rows, tiers and counts."""
     oracle, ours, device = both(checkpoint(name))
-    prompts = [random_prompt(oracle.spec, seed, images=images)[0] for seed, images in enumerate((1, 2, 0))]
+    prompts = [random_prompt(oracle.spec, seed, images=images) for seed, images in enumerate((1, 2, 0))]
     method, formats = KINDS[kind]
     run_both(oracle, ours, [(prompt, method, formats) for prompt in prompts], STEP_OF[formats.text])
     steps = 8 + len(prompts)
-    assert device.log.count("synchronize") == steps, "a step waits once"
+    assert device.log.count("synchronize") == steps + len(prompts), "a prompt and a step wait once each"
 
 
 def test_one_step_serves_low_rank_rows_and_all_others(checkpoint: Checkpoints) -> None:
@@ -47,17 +47,17 @@ def test_one_step_serves_low_rank_rows_and_all_others(checkpoint: Checkpoints) -
         (H2O(), Formats("int4", "int4", "int4")),
         (Avl(refresh=3, secondary=80, core=30), SECONDARY),
     ]
-    requests: list[Request] = [(random_prompt(oracle.spec, seed)[0], *each) for seed, each in enumerate(kinds)]
+    requests: list[Request] = [(random_prompt(oracle.spec, seed), *each) for seed, each in enumerate(kinds)]
     run_both(oracle, ours, requests, STEP_OF["int4"])
-    assert device.log.count("synchronize") == 8 + len(kinds), "a step waits once"
+    assert device.log.count("synchronize") == 8 + 2 * len(kinds), "a prompt and a step wait once each"
 
 
 def test_low_rank_rows_are_read_in_the_recording(checkpoint: Checkpoints) -> None:
     """Every step is a replay; each low-rank format that somebody reads costs one launch."""
     _, ours, device = both(checkpoint("llama-mha"))
-    pack, _ = ours.start(random_prompt(ours.spec, 0)[0], AttentionPack(), PACK)
-    avl, _ = ours.start(random_prompt(ours.spec, 1)[0], Avl(refresh=3, text_keep=100), SECONDARY)
-    exact, _ = ours.start(random_prompt(ours.spec, 2)[0], Full())
+    pack, _ = ours.start(random_prompt(ours.spec, 0), AttentionPack(), PACK)
+    avl, _ = ours.start(random_prompt(ours.spec, 1), Avl(refresh=3, text_keep=100), SECONDARY)
+    exact, _ = ours.start(random_prompt(ours.spec, 2), Full())
     launched = device.launched
     plain, refresh = ["avl_attend", "avl_merge"], ["avl_attend", "avl_attend_low_rank", "avl_merge", "avl_scores"]
     packed = [*refresh[:2], *refresh[1:]]
@@ -78,7 +78,7 @@ def test_rows_are_listed_with_their_positions_and_bases(checkpoint: Checkpoints)
     """Of sequences with bases of different sizes, as far as a step reads them; elsewhere there is no such table."""
     _, ours, _ = both(checkpoint("llama-mha"))
     kinds = ((AttentionPack(), PACK), (Full(), Formats()), (AttentionPack(), Formats("int8", *["lowrank:12@3"] * 2)))
-    caches = [ours.start(random_prompt(ours.spec, n)[0], *each)[0] for n, each in enumerate(kinds)]
+    caches = [ours.start(random_prompt(ours.spec, n), *each)[0] for n, each in enumerate(kinds)]
     ours.backend.decode([5] * 3, caches)
     (tables,) = (step.tables for step in ours.backend.steps.values())
     assert tables.bucket.formats == ("exact", "int8", "lowrank:12@3", "lowrank:8", "lowrank:8@2")
@@ -102,8 +102,8 @@ def test_neighbours_are_attended_by_the_kernels_as_without_low_rank_rows(checkpo
     directory, logits = checkpoint("llama-gqa-full"), []
     for other in ((AttentionPack(), PACK), (Full(), Formats())):
         _, ours, _ = both(directory)
-        exact, _ = ours.start(random_prompt(ours.spec, 0)[0], Full())
-        neighbour, _ = ours.start(random_prompt(ours.spec, 1)[0], *other)
+        exact, _ = ours.start(random_prompt(ours.spec, 0), Full())
+        neighbour, _ = ours.start(random_prompt(ours.spec, 1), *other)
         logits.append([ours.backend.decode([5, 6], [exact, neighbour]).logits[0] for _ in range(4)])
     assert all(torch.equal(got, expected) for got, expected in zip(*logits, strict=True))
 
@@ -111,7 +111,7 @@ def test_neighbours_are_attended_by_the_kernels_as_without_low_rank_rows(checkpo
 def test_greedy_tokens_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
     sides = [both(checkpoint("llama-gqa-full"))[1] for _ in range(2)]
     kinds = ((AttentionPack(), PACK), (Full(), Formats()), (AttentionPack(), PACK))
-    held = [[side.start(random_prompt(side.spec, n)[0], *each)[0] for n, each in enumerate(kinds)] for side in sides]
+    held = [[side.start(random_prompt(side.spec, n), *each)[0] for n, each in enumerate(kinds)] for side in sides]
     tokens = [5, 6, 7]
     for _ in range(6):
         expected = sides[0].backend.decode(tokens, held[0]).logits.argmax(-1).tolist()

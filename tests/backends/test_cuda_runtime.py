@@ -23,12 +23,15 @@ PROMPT = "What is shown in this picture?"
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of the CPU's; what the CPU itself computes is torch's, which rounds where a GPU's step does."""
+
     def load(shape: KernelShape, _: int = 0) -> Kernels:
         dtype = {"Half": "float16", "Bfloat": "bfloat16"}[shape.row]
         return reference_kernels(shape.head_dim, shape.group, getattr(torch, dtype))
 
     monkeypatch.setattr("avl_edge.backends.cuda.target.CudaDevice", HostDevice)
     monkeypatch.setattr(Kernels, "load", load)
+    monkeypatch.setattr("avl_edge.backends.cpu.native.serves", lambda _: False)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -75,10 +75,12 @@ def test_a_shared_prefix_of_what_stands_out_equals_the_oracles(
 def test_questions_of_all_methods_share_a_batch_with_plain_requests(checkpoint: Checkpoints) -> None:
     oracle, ours, device, prompts = _prefixes(checkpoint("llama-mha"), 1, Full(), FORMATS["int8"])
     requests = [(prompts[0], method, FORMATS["int8"]) for method in QUESTIONS.values()]
-    requests.append((random_prompt(oracle.spec, 9)[0], Full(), Formats()))
+    requests.append((random_prompt(oracle.spec, 9), Full(), Formats()))
     device.log.clear()
     run_both(oracle, ours, requests, STEP_OF["int8"])
-    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+    assert device.log.count("synchronize") == device.log.count("replay") + len(requests), (
+        "a prompt and a step wait once each"
+    )
 
 
 def test_scores_of_a_question_come_in_pieces(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from avl_edge.config import Formats
 from avl_edge.kv.methods import Avl, Full, Method
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_on_cpu import backend_for
 from tests.equipment.cuda_sides import METHODS, PAGES, STEP_OF, Side, both, prefixes, random_prompt, run_both
@@ -26,7 +26,7 @@ def test_packed_rows_stay_near_exact_ones(checkpoint: Checkpoints, name: str) ->
     _, ours, _ = both(checkpoint(HEAVY))
     divergences = []
     for seed in range(3):
-        prompt, logits = random_prompt(ours.spec, seed)[0], []
+        prompt, logits = random_prompt(ours.spec, seed), []
         for formats in (Formats(), Formats(name, name, name)):
             cache, _ = ours.start(prompt, Full(), formats)
             logits.append(torch.cat([ours.backend.decode([token], [cache]).logits for token in (5, 60, 170, 33)]))
@@ -46,15 +46,15 @@ MIXED: list[tuple[Method, Formats]] = [
 def test_a_step_serves_sequences_that_smooth_their_keys_and_others(checkpoint: Checkpoints) -> None:
     oracle, ours, device = both(checkpoint(HEAVY))
     run_both(
-        oracle, ours, [(random_prompt(oracle.spec, seed)[0], *each) for seed, each in enumerate(MIXED)], STEP_OF["int4"]
+        oracle, ours, [(random_prompt(oracle.spec, seed), *each) for seed, each in enumerate(MIXED)], STEP_OF["int4"]
     )
     assert "avl_smooth" in device.launched
-    assert device.log.count("synchronize") == device.log.count("replay"), "a step waits once"
+    assert device.log.count("synchronize") == device.log.count("replay") + len(MIXED), "a prompt and a step wait once"
 
 
 def test_steps_of_exact_rows_alone_smooth_nothing(checkpoint: Checkpoints) -> None:
     _, ours, device = both(checkpoint(HEAVY))
-    cache, _ = ours.start(random_prompt(ours.spec, 0)[0], Full())
+    cache, _ = ours.start(random_prompt(ours.spec, 0), Full())
     ours.backend.decode([5], [cache])
     assert "avl_smooth" not in device.launched
 
@@ -80,5 +80,5 @@ def test_the_emulated_source_smooths_as_torch_does(checkpoint: Checkpoints, shar
     directory = checkpoint(HEAVY, dtype=torch.bfloat16)
     spec = read_spec(directory)
     sides = [Side(backend_for(directory, PAGES, *rest)[0], spec, 2, PAGES) for rest in ((), (module, shape.warps))]
-    requests = [(random_prompt(spec, seed)[0], *MIXED[seed]) for seed in (1, 3)]
+    requests = [(random_prompt(spec, seed), *MIXED[seed]) for seed in (1, 3)]
     run_both(sides[0], sides[1], requests, 0.03, steps=2)

@@ -9,18 +9,19 @@ from avl_edge import Options, Runtime
 from avl_edge.backends.cpu.backend import TorchBackend
 from avl_edge.backends.decode_loop import DecodeLoop
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network import Llava
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.serving.requests import Request
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
+from tests.equipment.pixels import stacked
 
 STEPS = 6
 
 
 def _reference(model: LlavaForConditionalGeneration, request: Request) -> list[int]:
     ids, prompt = list(request.prompt.token_ids), request.prompt
-    pixels = None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values)
+    pixels = None if prompt.pixel_values is None else torch.from_numpy(stacked(prompt))
     for _ in range(STEPS):
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1].argmax()))
@@ -35,7 +36,7 @@ def test_sequences_are_decoded_together(checkpoint: Checkpoints) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
     expected = [_reference(model, request) for request in requests]
 
-    network = Llava(read_spec(directory), load_weights(directory))
+    network = VisionLanguageModel(read_spec(directory), load_weights(directory))
     pages = sum(request.plan.pages for request in requests)
     with DecodeLoop(TorchBackend.with_pages(network, pages)) as loop:
         logits = [loop.prefill(each.prompt, loop.encode(each.prompt), each.plan) for each in requests]

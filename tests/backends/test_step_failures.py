@@ -12,6 +12,7 @@ from avl_edge.backends.base import run_whole
 from avl_edge.backends.step_batch import StepBatch, StepResult
 from avl_edge.kv.cache import SequenceCache
 from avl_edge.kv.methods import Avl, Coarse, Full, Method
+from avl_edge.model.network.image_features import ImageFeatures
 from tests.conftest import Checkpoints
 from tests.equipment.cuda_sides import Side, both, membership, random_prompt
 
@@ -41,7 +42,7 @@ class FailingPolicy:
 
 def _run(side: Side, fails: int | None, hook: str, left: int = 1) -> tuple[list[Any], list[SequenceCache]]:
     """Logits of ``STEPS`` steps of the sequences that do not fail, in the first step, and their caches."""
-    caches = [side.start(random_prompt(side.spec, seed)[0], method)[0] for seed, method in enumerate(METHODS)]
+    caches = [side.start(random_prompt(side.spec, seed), method)[0] for seed, method in enumerate(METHODS)]
     others = [number for number in range(len(METHODS)) if number != fails]
     if fails is not None:
         caches[fails].policy = FailingPolicy(caches[fails].policy, hook, left)  # type: ignore[assignment]
@@ -88,7 +89,7 @@ def _sides_agree(directory: Path, number: int, hook: str, left: int, tolerance: 
 
 def test_nobody_is_left(checkpoint: Checkpoints) -> None:
     for side in both(checkpoint("llama-mha"))[:2]:
-        cache, _ = side.start(random_prompt(side.spec, 0)[0], Full())
+        cache, _ = side.start(random_prompt(side.spec, 0), Full())
         cache.policy = FailingPolicy(cache.policy, "reads_secondary", 1)  # type: ignore[assignment]
         result = side.backend.decode([5], [cache], greedy=True)
         assert list(result.failures) == [0]
@@ -117,10 +118,10 @@ def test_results_stand_in_the_order_of_the_sequences() -> None:
 def test_a_prompt_and_pictures_are_advanced_layer_by_layer(checkpoint: Checkpoints) -> None:
     """A layer at a time, two at a time or all at once: the same numbers, in as many calls as there are layers."""
     side = both(checkpoint("llama-mha"))[0]
-    prompt, pixels = random_prompt(side.spec, 3, images=2)
+    prompt = random_prompt(side.spec, 3, images=2)
     results = []
     for layers in (1, 2, 1000):
-        encode, calls = side.backend.begin_encode(pixels), 1
+        encode, calls = side.backend.begin_encode(prompt.pixel_values.pictures), 1
         while (features := encode.advance(layers)) is None:
             calls += 1
         vision = 2 * max(side.spec.feature_layers)
@@ -131,7 +132,9 @@ def test_a_prompt_and_pictures_are_advanced_layer_by_layer(checkpoint: Checkpoin
         assert calls == -(-side.spec.text.layers // layers)
         results.append((features, logits))
     for features, logits in results[1:]:
-        assert torch.equal(features, results[0][0])
+        assert torch.equal(features.tokens, results[0][0].tokens)
         assert torch.equal(logits, results[0][1])
-    alone = [run_whole(side.backend.begin_encode(pixels[at : at + 1])) for at in range(2)]
-    assert torch.equal(torch.cat(alone), results[0][0]), "a picture's features do not depend on its company"
+    alone = [run_whole(side.backend.begin_encode(prompt.pixel_values.pictures[at : at + 1])) for at in range(2)]
+    assert torch.equal(ImageFeatures.joined(alone).tokens, results[0][0].tokens), (
+        "a picture's features do not depend on its company"
+    )

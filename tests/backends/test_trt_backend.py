@@ -25,6 +25,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from tests.equipment.engines_on_cpu import PROMPT, PRUNE_AFTER, RECIPE, SECOND, GraphRunner, Packages, answers, stand_in
+from tests.equipment.pixels import as_pictures
 from tests.equipment.prompts_first import STEPPED
 from tools.gpu import engines
 from tools.gpu.dut import CheckFailed
@@ -244,10 +245,10 @@ def test_pictures_are_encoded_as_many_at_a_time_as_fit(package: Packages) -> Non
     runtime = Runtime.load(package(recipe=Recipe(images=1, prune_after="never", pool_rows=8192)), **STEPPED)
     assert runtime.debug.backend is not None
     spec = runtime.spec.vision
-    pixels = torch.randn(3, 3, spec.image_size, spec.image_size).numpy()
+    pixels = as_pictures(runtime.spec, torch.randn(3, 3, spec.image_size, spec.image_size).numpy())
     together = run_whole(runtime.debug.backend.begin_encode(pixels))
     alone = [run_whole(runtime.debug.backend.begin_encode(pixels[at : at + 1])) for at in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
+    torch.testing.assert_close(together.tokens, torch.cat([each.tokens for each in alone]), rtol=0, atol=0)
 
 
 @pytest.mark.long

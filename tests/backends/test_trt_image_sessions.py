@@ -20,8 +20,8 @@ from avl_edge.kv.methods import Avl, Distinct, Full, Method
 from avl_edge.kv.shared_prefix import QuestionCache
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network import Llava
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.package.engine import PROMPT, Mismatch
 from avl_edge.package.export import bindings as names
 from avl_edge.package.export.bindings import Binding
@@ -97,7 +97,7 @@ class Pairs:
         )
         backend: Any = runtime.debug.backend
         spec, pages = read_spec(directory), runtime.debug.pool.pages
-        model = Llava(spec, load_weights(directory))
+        model = VisionLanguageModel(spec, load_weights(directory))
         oracle = TorchBackend(model, RowStore(pages, runtime.kv_shape, dtype))
         sides = [Side(each, spec, dtype.itemsize, pages) for each in (oracle, backend)]
         decoder = backend.engines.decoder

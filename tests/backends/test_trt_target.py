@@ -64,7 +64,7 @@ def test_a_budget_for_given_formats_takes_methods_that_engines_serve(package: Pa
                 planned += 1
     assert planned > 10
     for budget in (None, whole // 2, 1):
-        with pytest.raises(BadInput, match="reads exact, int8, int4 rows, not lowrank:8"):
+        with pytest.raises(BadInput, match="reads exact, int8, int4, int8/int4 rows, not lowrank:8"):
             runtime.prepare(images, PROMPT, Options(kv_budget=budget, formats=Formats("exact", "lowrank:8", "int8")))
 
 

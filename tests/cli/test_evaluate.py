@@ -185,7 +185,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("method", "message"),
         [
-            ("avl:secondary_format=int9", "the secondary format must be exact, int8, int8/int4, int4"),
+            ("avl:secondary_format=int9", "the secondary format must be one of exact, int8, int8/int4, int4"),
             ("avl:format=", "the text format must be"),
             ("coarse:core_format=int8", "give core and secondary rows the same format"),
             ("full:text_format=lowrank:8", "text rows cannot be low-rank"),

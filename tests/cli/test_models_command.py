@@ -7,7 +7,7 @@ import json
 import pytest
 
 from avl_edge.cli import run_app
-from avl_edge.model.sizes import KNOWN
+from avl_edge.model.known import KNOWN
 
 # From the models' cards and config.json files: parameters as the hub counts them, K and V of every layer in 16 bits,
 # and the image tokens of 1280x960 as the processors of the models cut it.

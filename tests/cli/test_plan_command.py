@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from avl_edge import Options
 from avl_edge.cli import run_app
 
 AVL = ["--method", "avl", "--secondary", "45", "--core", "30", "--refresh", "3", "--prefill-keep", "90"]
-TOKENS = ["--image-tokens", "576", "--prompt-tokens", "71", "--system-tokens", "35"]
+PROMPT = ["--image-tokens", "576", "--prompt-tokens", "71", "--system-tokens", "35"]
+TOKENS = [*PROMPT, "--max-new-tokens", "1"]
 
 
 def _run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
@@ -33,6 +35,15 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
     assert (code, err) == (0, "")
     assert "layers 0-31" in out
     assert "172 core" in out
+
+
+def test_counts_of_tokens_change_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "llava-1.5-7b", "--device", "agx-orin-64", "--json"]
+    default = json.loads(_run(capsys, *options, *PROMPT)[1])["kv"]
+    assert (
+        default == json.loads(_run(capsys, *options, *PROMPT, "--max-new-tokens", str(Options.max_new_tokens))[1])["kv"]
+    )
+    assert default["bytes_full"] == (647 + Options.max_new_tokens - 1) * 524_288
 
 
 def test_the_command_of_the_handbook(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from avl_edge import Options, Runtime
-from tests.equipment.command_line import PROMPT
+from tests.equipment.command_line import PROMPT, Outcome
 
 
 def test_json_is_one_document_and_nothing_else(run) -> None:  # type: ignore[no-untyped-def]
@@ -79,7 +80,64 @@ def test_text_streams_the_same_answer(run) -> None:  # type: ignore[no-untyped-d
     document = json.loads(run("--json", "--max-new-tokens", "20").out)
     outcome = run("--max-new-tokens", "20")
     assert outcome.out == document["text"] + "\n"
-    assert outcome.err == ""
+    assert (document["finish_reason"], outcome.err) == ("length", _cut(20))
+
+
+def _cut(tokens: int) -> str:
+    return f"avl-edge: the answer was cut after {tokens} token{'s' * (tokens > 1)}: raise --max-new-tokens\n"
+
+
+def test_an_answer_that_is_cut_says_so(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("--max-new-tokens", "1").err == _cut(1)
+    stopped = run("--max-new-tokens", "20", "--stop", json.loads(run("--json", "--max-new-tokens", "3").out)["text"])
+    assert (stopped.code, stopped.err) == (0, "")
+    tables = [run("--max-new-tokens", "5", "--stats", *more).err for more in ([], ["--json"])]
+    assert all("cut at the longest answer" in table for table in tables)
+    assert [_cut(5) in table for table in tables] == [True, False]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_question_from_stdin_or_a_file(
+    run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: bytes,  # type: ignore[no-untyped-def]
+) -> None:
+    expected = run("--json", "--max-new-tokens", "5")
+    (tmp_path / "question.txt").write_bytes(PROMPT.encode() + end)
+    assert _same(run("--json", "--max-new-tokens", "5", prompt=f"@{tmp_path / 'question.txt'}"), expected)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode() + end)))
+    assert _same(run("--json", "--max-new-tokens", "5", prompt="-"), expected)
+
+
+def test_two_of_its_signs_begin_no_file(run, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
+    asked = json.loads(run("--json", "--max-new-tokens", "5", prompt="@@home").out)["token_ids"]
+    options = Options(max_new_tokens=5)
+    assert tuple(asked) == Runtime.load(model).generate([Path(picture)], "@home", options).result().token_ids
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    first, second = json.loads(one.out), json.loads(other.out)
+    return one.code == other.code == 0 and first["token_ids"] == second["token_ids"] != []
+
+
+def test_questions_that_cannot_be_read(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "latin").write_bytes("Größe?".encode("latin-1"))
+    for prompt, message in (
+        (f"@{tmp_path / 'none'}", "cannot be read (No such file or directory)"),
+        (f"@{tmp_path}", "cannot be read (Is a directory)"),
+        (f"@{tmp_path / 'latin'}", "is no text in UTF-8"),
+        ("@" + "x" * 5000, "cannot be read (File name too long)"),
+    ):
+        outcome = run(prompt=prompt)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+        assert outcome.err.count("\n") == 1
+    outcome = run("--prompt", "-", image="-")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "avl-edge: only one --image or --prompt can be read from stdin: give the others as files\n",
+    )
 
 
 def test_sampling_options_reach_the_request(run, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from avl_edge.kv.formats import decode, decode_coarse, decode_coefficients, enco
 from avl_edge.kv.layout import UNIT, Format
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 
 _SIZES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.int32: 4, torch.uint8: 1, torch.int8: 1}
 
@@ -336,7 +336,7 @@ def backend_for(
     """The GPU backend over a checkpoint, on the CPU, its kernels the reference or those of ``module``, by format."""
     spec = read_spec(directory)
     device = HostDevice()
-    model = load_model(spec, load_weights(directory), device.device)
+    model = load_model(spec, load_weights(directory, prefixes=spec.prefixes), device.device)
     text = spec.text
     store = RowStore(pages, text.kv_shape(model.dtype.itemsize), model.dtype)
     group = text.heads // text.kv_heads

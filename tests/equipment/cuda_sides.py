@@ -19,10 +19,12 @@ from avl_edge.kv.pool import RowPool
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network import Llava
-from avl_edge.model.spec import ModelSpec, read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.families.llava import LlavaSpec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.request import ImageSpan, Prompt
 from tests.equipment.cuda_on_cpu import HostDevice, backend_for
+from tests.equipment.pixels import as_pixels
 
 METHODS: dict[str, Method] = {
     "full": Full(),
@@ -47,21 +49,21 @@ STEPS = 8
 Request = tuple[Prompt, Method, Formats]
 
 
-def random_prompt(spec: ModelSpec, seed: int, text: int = 12, images: int = 1) -> tuple[Prompt, np.ndarray | None]:
-    """A prompt with pictures in its middle, and their pixels."""
+def random_prompt(spec: LlavaSpec, seed: int, text: int = 12, images: int = 1) -> Prompt:
+    """A prompt with pictures in its middle."""
     rng = np.random.default_rng(seed)
     length = spec.tokens_per_image
     ids = rng.integers(10, 300, text + images * length + text // 2)
     spans = tuple(ImageSpan(f"{seed}{i}", 3 + text // 2 + i * (length + 1), length) for i in range(images))
     side = spec.vision.image_size
-    pixels = rng.standard_normal((images, 3, side, side), dtype=np.float32) if images else None
-    return Prompt(tuple(map(int, ids)), spans, pixels), pixels
+    pixels = rng.standard_normal((images, 3, side, side), dtype=np.float32)
+    return Prompt(tuple(map(int, ids)), spans, as_pixels(spec, pixels))
 
 
 class Side:
     """One backend with a pool of its own, and the sequences on it."""
 
-    def __init__(self, backend: Any, spec: ModelSpec, itemsize: int, pages: int) -> None:
+    def __init__(self, backend: Any, spec: LlavaSpec, itemsize: int, pages: int) -> None:
         self.backend, self.spec = backend, spec
         self.shape = spec.text.kv_shape(itemsize)
         self.pool = RowPool(pages, self.shape)
@@ -74,7 +76,9 @@ class Side:
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
         cache = self.admit(prompt, method, formats)
-        features = None if prompt.pixel_values is None else run_whole(self.backend.begin_encode(prompt.pixel_values))
+        features = (
+            None if prompt.pixel_values is None else run_whole(self.backend.begin_encode(prompt.pixel_values.pictures))
+        )
         return cache, run_whole(self.backend.begin_prefill(prompt, features, cache))
 
 
@@ -86,7 +90,7 @@ class PrefixSide(Side):
         plan = kv_plan(method, formats, self.shape, prompt_shape(len(head), head.spans), 0)
         self.head, self.shared = head, SharedPrefixCache(self.pool, plan, len(head), head.spans, self.shape.layers)
         self.lent = [self.shared]
-        features = run_whole(self.backend.begin_encode(head.pixel_values))
+        features = run_whole(self.backend.begin_encode(head.pixel_values.pictures))
         run_whole(self.backend.begin_prefill(head, features, self.shared))
 
     def start(self, prompt: Prompt, method: Method, formats: Formats | None = None) -> tuple[SequenceCache, Tensor]:
@@ -102,7 +106,7 @@ def prefixes(
     sides: Sequence[Side], images: int, method: Method, formats: Formats
 ) -> tuple[list[PrefixSide], list[Prompt]]:
     """The same pictures prefilled on each side, and the prompts of three questions about them."""
-    prompt, _ = random_prompt(sides[0].spec, 5, images=images)
+    prompt = random_prompt(sides[0].spec, 5, images=images)
     end = prompt.spans[-1].start + prompt.spans[-1].length
     head = Prompt(prompt.token_ids[:end], prompt.spans, prompt.pixel_values)
     rng = np.random.default_rng(6)
@@ -116,7 +120,7 @@ PAGES = 4096
 
 def both(directory: Path, module: Any = None, warps: int = 4) -> tuple[Side, Side, HostDevice]:
     spec = read_spec(directory)
-    model = Llava(spec, load_weights(directory))
+    model = VisionLanguageModel(spec, load_weights(directory))
     oracle = TorchBackend(model, RowStore(PAGES, spec.text.kv_shape(model.dtype.itemsize), model.dtype))
     backend, device = backend_for(directory, PAGES, module, warps)
     sides = [Side(each, spec, model.dtype.itemsize, PAGES) for each in (oracle, backend)]

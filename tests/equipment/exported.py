@@ -25,11 +25,13 @@ from avl_edge.kv.pool import RowPool
 from avl_edge.kv.selection import Selected
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network import Llava
-from avl_edge.model.spec import ModelSpec, read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.families.llava import LlavaSpec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.package.export import DECODER, VISION, Settings, export_model
 from avl_edge.request import ImageSpan, Prompt
 from tests.conftest import Checkpoints
+from tests.equipment.pixels import as_pixels
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -44,12 +46,12 @@ class Exported:
 
     def __init__(self, directory: Path, out: Path, precision: str, prune_after: int | None) -> None:
         self.directory = directory
-        self.spec: ModelSpec = read_spec(directory)
+        self.spec: LlavaSpec = read_spec(directory)
         export_model(self.spec, directory, out, Settings(precision, prune_after))
         self._vision, self._decoder = (_session(out / name) for name in (VISION, DECODER))
         self.prunes = prune_after is not None
         self.dtype = {"float32": np.float32, "float16": np.float16}[precision]
-        self.model = Llava(self.spec, load_weights(directory))
+        self.model = VisionLanguageModel(self.spec, load_weights(directory))
 
     def encode(self, pixels: Array) -> Array:
         features: Array = self._vision.run(None, {"pixels": pixels})[0]
@@ -257,7 +259,7 @@ def prompt_of(exported: Exported, lengths: tuple[int, int], images: int, seed: i
     for span in spans:
         token_ids[span.start : span.start + span.length] = spec.image_token_id
     pixels = random.standard_normal((images, 3, side, side), dtype=np.float32)
-    return Prompt(tuple(map(int, token_ids)), spans, pixels if images else None)
+    return Prompt(tuple(map(int, token_ids)), spans, as_pixels(spec, pixels))
 
 
 def start(
@@ -282,6 +284,8 @@ def start(
     ]
     logits = []
     for prompt, cache in zip(prompts, caches, strict=True):
-        features = None if prompt.pixel_values is None else run_whole(backend.begin_encode(prompt.pixel_values))
+        features = (
+            None if prompt.pixel_values is None else run_whole(backend.begin_encode(prompt.pixel_values.pictures))
+        )
         logits.append(run_whole(backend.begin_prefill(prompt, features, cache)).numpy())
     return backend, recorded, store, caches, logits

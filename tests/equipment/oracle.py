@@ -1,4 +1,5 @@
-"""A-VL, step by step, on transformers' own LLaVA: the definition that the runtime is checked against.
+"""A-VL, step by step, on transformers' own LLaVA or another of its models: the definition that the runtime is checked
+against.
 
 Nothing is ever dropped here. The model keeps its full cache, attention is eager, and each decoder layer gets its own
 additive 4-D mask that hides the rows which A-VL does not attend in that layer at that step. Positions never change.
@@ -9,7 +10,7 @@ scores the one at the lower position wins. To keep rounding from making ties, ru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
+
+Given = Tensor | Mapping[str, Tensor]
+"""Pixels of pictures, or all that transformers' processor gives its model, pixels in the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def keep_text(settings: AvlSettings, text: list[int], sums: dict[int, float], se
 
 
 @contextmanager
-def _masks(model: LlavaForConditionalGeneration, visible: list[Tensor]) -> Iterator[None]:
+def _masks(model: Any, visible: list[Tensor]) -> Iterator[None]:
     """Give every decoder layer's attention its own mask: `visible[l]` is (queries, keys), True where attended."""
 
     def hook(mask: Tensor) -> Any:
@@ -110,25 +114,38 @@ def _masks(model: LlavaForConditionalGeneration, visible: list[Tensor]) -> Itera
 
 
 def forward(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     visible: list[Tensor],
     ids: list[int],
-    pixel_values: Tensor | None = None,
+    given: Given | None = None,
     cache: Cache | None = None,
 ) -> tuple[Tensor, list[Tensor], Cache]:
     """The logits of the last token, the head-mean weights per layer (queries, keys), and the full cache."""
     start = 0 if cache is None else cache.get_seq_length()
+    pictures = {"pixel_values": given} if isinstance(given, Tensor) else dict(given or {})
+    positions = rope_positions(model, len(ids), start, pictures)
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
     with _masks(model, visible):
         out = model(
             input_ids=torch.tensor([ids]),
-            position_ids=torch.arange(start, start + len(ids))[None],
-            pixel_values=pixel_values,
+            position_ids=positions,
+            **{name: value for name, value in pictures.items() if name in names and cache is None},
             past_key_values=cache,
             use_cache=True,
             output_attentions=True,
             logits_to_keep=1,
         )
     return out.logits[0, -1], [weights[0].double().mean(0) for weights in out.attentions], out.past_key_values
+
+
+def rope_positions(model: Any, count: int, start: int, given: Mapping[str, Tensor]) -> Tensor:
+    """RoPE's: the places of tokens, or what transformers makes of them for a model with positions of three axes."""
+    places = torch.arange(start, start + count)[None]
+    if "image_grid_thw" not in given:
+        return places
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+    of_prompt, delta = model.model.get_rope_index(*(given[name] for name in names))
+    return of_prompt if start == 0 else (places + delta).expand(3, 1, -1)
 
 
 def far(values: Tensor, among: list[int]) -> list[float]:
@@ -170,15 +187,14 @@ class _Prompt:
 
 
 @torch.no_grad()
-def generate(
-    model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor, settings: AvlSettings, steps: int
-) -> list[OracleStep]:
+def generate(model: Any, input_ids: Tensor, given: Given, settings: AvlSettings, steps: int) -> list[OracleStep]:
     """`steps` greedy tokens for one prompt with at least one image; entry 0 is the prefill, entry t decode step t.
     An end-of-sequence token does not stop it."""
     if model.config.text_config._attn_implementation != "eager":
         raise ValueError("the scores need eager attention")
     prompt = _Prompt.of(input_ids.flatten().tolist(), model.config.image_token_id)
-    logits, layers, cache = _prefill(model, prompt, pixel_values.to(model.dtype), settings)
+    given = given.to(model.dtype) if isinstance(given, Tensor) else given
+    logits, layers, cache = _prefill(model, prompt, given, settings)
     result = [_step(logits, prompt.system, layers)]
     for t in range(1, steps):
         own = len(prompt.ids) + t - 1
@@ -191,7 +207,7 @@ def generate(
             attended = torch.zeros(1, own + 1, dtype=torch.bool)
             attended[0, prompt.system + (layer.stored if refresh else layer.core) + layer.text] = True
             visible.append(attended)
-        logits, weights, cache = forward(model, visible, [result[-1].token], cache=cache)
+        logits, weights, cache = forward(model, visible, [result[-1].token], given, cache)
         for layer, layer_weights in zip(layers, weights, strict=True):
             scores = layer_weights[-1].tolist()
             for position in layer.text:
@@ -203,12 +219,10 @@ def generate(
     return result
 
 
-def _prefill(
-    model: LlavaForConditionalGeneration, prompt: _Prompt, pixel_values: Tensor, settings: AvlSettings
-) -> tuple[Tensor, list[_Layer], Cache]:
+def _prefill(model: Any, prompt: _Prompt, given: Given, settings: AvlSettings) -> tuple[Tensor, list[_Layer], Cache]:
     """The logits of the last token, what each layer keeps of the prompt, and the full cache."""
     length, depth = len(prompt.ids), len(model.model.language_model.layers)
-    survivors = _survivors(model, prompt, pixel_values, settings)
+    survivors = _survivors(model, prompt, given, settings)
     # In the layers after the prune nobody attends a pruned token. (It attends itself, so that its own row of weights is
     # defined; nothing reads what it computes.)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -216,7 +230,7 @@ def _prefill(
     pruned[sorted(set(prompt.images) - set(survivors))] = True
     deep = (causal & ~pruned) | torch.eye(length, dtype=torch.bool)
     visible = [causal if index <= settings.prune_layer else deep for index in range(depth)]
-    logits, weights, cache = forward(model, visible, prompt.ids, pixel_values)
+    logits, weights, cache = forward(model, visible, prompt.ids, given)
 
     total, text, layers = len(prompt.images), prompt.text, []
     for index in range(depth):
@@ -236,16 +250,14 @@ def _prefill(
     return logits, layers, cache
 
 
-def _survivors(
-    model: LlavaForConditionalGeneration, prompt: _Prompt, pixel_values: Tensor, settings: AvlSettings
-) -> list[int]:
+def _survivors(model: Any, prompt: _Prompt, given: Given, settings: AvlSettings) -> list[int]:
     """The image tokens that go on after the prune. It ranks by the score in one shallow layer, which a pass over all
     rows finds."""
     at, length, depth = settings.prune_layer, len(prompt.ids), len(model.model.language_model.layers)
     if at >= depth:
         return prompt.images
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    _, weights, cache = forward(model, [causal] * depth, prompt.ids, pixel_values)
+    _, weights, cache = forward(model, [causal] * depth, prompt.ids, given)
     worth = prompt.worth(settings, weights[at], cache.layers[at].values[0], prompt.images)
     return top(worth, prompt.images, settings.prefill_keep * len(prompt.images) // 100)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
-from tests.equipment.oracle import forward, top
+from tests.equipment.oracle import Given, forward, rope_positions, top
 
 Matrix = npt.NDArray[np.float64]
 
@@ -76,9 +76,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def generate(
-    model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor, settings: PackSettings, steps: int
-) -> list[PackStep]:
+def generate(model: Any, input_ids: Tensor, given: Given, settings: PackSettings, steps: int) -> list[PackStep]:
     """``steps`` greedy tokens for one prompt with an image; entry 0 is the prefill, entry t decode step t."""
     prompt = input_ids.flatten().tolist()
     images = [position for position, token in enumerate(prompt) if token == model.config.image_token_id]
@@ -86,8 +84,9 @@ def generate(
     language = model.model.language_model
     depth, count = len(language.layers), settings.core * len(images) // 100
     causal = torch.ones(len(prompt), len(prompt), dtype=torch.bool).tril()
-    logits, weights, cache = forward(model, [causal] * depth, prompt, pixel_values.to(model.dtype))
-    position_ids = torch.tensor([images])
+    given = given.to(model.dtype) if isinstance(given, Tensor) else given
+    logits, weights, cache = forward(model, [causal] * depth, prompt, given)
+    position_ids = rope_positions(model, len(prompt), 0, given if not isinstance(given, Tensor) else {})[..., images]
     cos, sin = (each[0].double() for each in language.rotary_emb(torch.zeros(1, dtype=model.dtype), position_ids))
     layers = [_Layer(each.keys[0, :, images], each.values[0, :, images], cos, sin, settings) for each in cache.layers]
     importance = [each[suffix].mean(0)[images].numpy() for each in weights]
@@ -102,7 +101,7 @@ def generate(
             keys, values = layer.mixed([position in core for position in images])
             held.keys[0, :, images], held.values[0, :, images] = keys, values
         visible = [torch.ones(1, len(prompt) + t, dtype=torch.bool)] * depth
-        logits, weights, cache = forward(model, visible, [result[-1].token], cache=cache)
+        logits, weights, cache = forward(model, visible, [result[-1].token], given, cache)
         for index, each in enumerate(weights):
             share = settings.decay / 100
             importance[index] = share * importance[index] + (1 - share) * each[-1][images].numpy()

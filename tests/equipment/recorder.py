@@ -26,7 +26,7 @@ class Recorder:
         self.logits: list[Tensor] = []
         runtime.debug.replace_backend(self)
 
-    def begin_prefill(self, prompt: Any, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+    def begin_prefill(self, prompt: Any, features: Any, cache: SequenceCache) -> Any:
         task = self._inner.begin_prefill(prompt, features, cache)
         return task if isinstance(cache, SharedPrefixCache) else Recorded(task, self.logits)
 
@@ -41,7 +41,7 @@ class Recorder:
 class Recorded:
     """A task whose result is kept in ``logits`` too."""
 
-    def __init__(self, task: ForwardTask, logits: list[Tensor]) -> None:
+    def __init__(self, task: ForwardTask[Tensor], logits: list[Tensor]) -> None:
         self._task, self._logits = task, logits
 
     def advance(self, layers: int) -> Tensor | None:

@@ -32,7 +32,7 @@ def settle(cache: SequenceCache, scores: Sequence[Scores] | None) -> list[Moved]
 def settle_at_random(cache: SequenceCache, random: np.random.Generator) -> list[Moved]:
     """Pick the step's core, where the policy does, and end it, both by random scores."""
     for layer in range(len(cache.rows.layers)) if cache.picks_core else ():
-        cache.pick_core(layer, random.random(len(cache.rows_to_scan(layer))))
+        cache.pick_core(layer, random.random(len(cache.rows_scanned_now.of(layer))))
     counts = [sum(map(len, cache.rows_to_read(layer))) for layer in range(len(cache.rows.layers))]
     return settle(cache, [random.random(count) for count in counts] if cache.wants_scores else None)
 

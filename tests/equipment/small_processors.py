@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from avl_edge.model.families.llava.codec import SquareCodec
+from avl_edge.model.pictures import Fixed
 from avl_edge.model.prompt import Processor
 from tests.equipment.small_tokenizers import byte_level, llama, llama_legacy, unigram
 
@@ -70,14 +72,13 @@ def image_id(kind: str = "llama") -> int:
 
 
 def open_processor(path: Path, kind: str = "llama", **changes: Any) -> Processor:
-    arguments = {
-        "image_token_id": image_id(kind),
-        "tokens_per_image": TOKENS,
-        "context": CONTEXT,
-        "vocab_size": VOCAB_SIZE,
-        "image_size": EDGE,
-    }
-    return Processor.open(path, **(arguments | changes))
+    arguments = {"image_token_id": image_id(kind), "context": CONTEXT, "vocab_size": VOCAB_SIZE}
+    tokens, edge = changes.pop("tokens_per_image", TOKENS), changes.pop("image_size", EDGE)
+
+    def open_codec(directory: Path) -> SquareCodec:
+        return SquareCodec.open(directory, Fixed(tokens, tokens), edge)
+
+    return Processor.open(path, open_codec, lambda _: 12 * edge**2, **(arguments | changes))
 
 
 def pictures(number: int) -> list[Image.Image]:

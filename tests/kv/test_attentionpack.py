@@ -10,6 +10,7 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle_attentionpack import PackSettings, generate
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 
 STEPS = 24
@@ -32,13 +33,14 @@ def test_tokens_and_core_equal_the_oracle(checkpoint: Checkpoints, name: str, se
     recorder = Recorder(runtime)
     formats = Formats("exact", f"lowrank:{settings.rank}", f"lowrank:{settings.rank}@{settings.low}")
     parameters = {"core": settings.core, "decay": settings.decay}
-    generation = runtime.generate([IMAGE], PROMPT, Options("attentionpack", parameters, formats, max_new_tokens=STEPS))
-    prompt = generation.prompt
+    options = Options("attentionpack", parameters, formats, max_new_tokens=STEPS)
+    request = runtime.prepare([IMAGE], PROMPT, options)
+    generation, prompt = runtime.submit(request), request.prompt
     assert prompt.pixel_values is not None
     expected = generate(
         oracle.load_model(directory),
         torch.tensor([prompt.token_ids]),
-        torch.from_numpy(prompt.pixel_values),
+        torch.from_numpy(stacked(prompt)),
         settings,
         STEPS,
     )

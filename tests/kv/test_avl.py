@@ -14,6 +14,7 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle
 from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
+from tests.equipment.pixels import stacked
 
 STEPS = 48
 PROMPT = "What is shown in the picture, and how many boats are there?"
@@ -67,14 +68,13 @@ def _assert_equal(
     checkpoint: Checkpoints, name: str, images: int, options: Options, settings: oracle.AvlSettings
 ) -> None:
     directory = checkpoint(name, dtype=torch.float64)
-    generation = Runtime.load(directory, threaded=False).generate(
-        IMAGES[:images], PROMPT, replace(options, max_new_tokens=STEPS)
-    )
-    prompt = generation.prompt
+    runtime = Runtime.load(directory, threaded=False)
+    request = runtime.prepare(IMAGES[:images], PROMPT, replace(options, max_new_tokens=STEPS))
+    generation, prompt = runtime.submit(request), request.prompt
     expected = oracle.generate(
         oracle.load_model(directory),
         torch.tensor([prompt.token_ids]),
-        torch.tensor(prompt.pixel_values),
+        torch.from_numpy(stacked(prompt)),
         settings,
         STEPS,
     )

@@ -58,16 +58,22 @@ def test_a_sequence_closes_in_a_time_that_depends_on_its_pages() -> None:
     assert packed < 4 * exact
 
 
-def _step(method: Method, layers: int) -> float:
-    """What a step's books take of one sequence with few rows in each of many layers."""
+def _begun(method: Method, formats: Formats, layers: int, random: np.random.Generator) -> SequenceCache:
+    """A sequence with few rows in each layer, behind its prompt."""
     shape, prompt = KvShape(layers, 2, 16, 2), PromptShape(4, 40, 8)
-    plan = kv_plan(method, Formats(), shape, prompt, 40)
+    plan = kv_plan(method, formats, shape, prompt, 40)
     cache = SequenceCache(RowPool(plan.pages, shape), plan, prompt.length, [ImageSpan("", 4, 40)], layers)
-    random = np.random.default_rng(0)
     for layer in range(layers):
         scores = random.random(len(cache.positions(layer)))
         cache.store_prompt(layer, scores, scores)
         cache.prune_prompt(layer, scores, scores)
+    return cache
+
+
+def _step(method: Method, layers: int) -> float:
+    """What a step's books take of one sequence with few rows in each of many layers."""
+    random = np.random.default_rng(0)
+    cache = _begun(method, Formats(), layers, random)
     weights = random.random((layers, 64), dtype=np.float32)
 
     def prepared() -> Callable[[], object]:
@@ -93,23 +99,17 @@ def test_a_steps_books_are_not_kept_layer_by_layer(method: Method) -> None:
 
 def test_asking_which_rows_a_step_reads_changes_nothing() -> None:
     """Neither its statistics, nor what comes after."""
-    shape, prompt = KvShape(LAYERS, 2, 16, 2), PromptShape(4, 40, 8)
-    plan = kv_plan(Avl(), Formats("exact", "exact", "int4"), shape, prompt, 12)
     counted = []
     for asks in (0, 3):
-        cache = SequenceCache(RowPool(plan.pages, shape), plan, prompt.length, [ImageSpan("", 4, 40)], LAYERS)
         random = np.random.default_rng(0)
-        for layer in range(LAYERS):
-            scores = random.random(len(cache.positions(layer)))
-            cache.store_prompt(layer, scores, scores)
-            cache.prune_prompt(layer, scores, scores)
+        cache = _begun(Avl(), Formats("exact", "exact", "int4"), LAYERS, random)
         for _ in range(12):
             cache.begin_step()
             before = (cache.rows_read, cache.rows_full, cache.bytes_read)
             for _ in range(asks):
                 for layer in range(LAYERS):
                     cache.rows_to_read(layer)
-                    cache.rows_to_scan(layer)
+                    cache.rows_scanned_now.of(layer)
             assert (cache.rows_read, cache.rows_full, cache.bytes_read) == before
             scores = StepScores(read := cache.rows_read_now, np.float64)
             for layer in range(LAYERS):

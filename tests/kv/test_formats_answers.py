@@ -14,6 +14,7 @@ from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import Oracle, TierFormats
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 
 STEPS = 24
@@ -40,7 +41,7 @@ class Ask:
         self.formats = Formats(tiers.text, tiers.core, tiers.secondary)
         self._recorder = Recorder(self.runtime)
         prompt = self.runtime.prepare(self.images, PROMPT).prompt
-        pixels = torch.tensor(prompt.pixel_values)
+        pixels = torch.from_numpy(stacked(prompt))
         self.oracle = Oracle(oracle_formats.load_model(directory), list(prompt.token_ids), pixels, tiers)
 
     def distances(self, expected: list[OracleStep]) -> list[float]:

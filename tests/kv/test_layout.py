@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from avl_edge import BadInput, Formats
 from avl_edge.config import KvShape
 from avl_edge.kv.layout import PAGE_ROWS, UNIT, Format, check, groups, packing, page_bytes
+from avl_edge.kv.pool import RowPool
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_names_of_no_format_are_one_clear_line(tier: str, name: object) -> None:
     with pytest.raises(BadInput) as refusal:
         Formats(**{tier: name})  # type: ignore[arg-type]
     message = str(refusal.value)
-    assert message.startswith(f"the {tier} format must be exact, int8, int8/int4, int4, lowrank:R")
+    assert message.startswith(f"the {tier} format must be one of exact, int8, int8/int4, int4, ")
     assert message.endswith(f"not {name!r}")
     assert "\n" not in message
 
@@ -134,8 +135,13 @@ def test_a_pool_whose_ids_are_no_int32_is_refused() -> None:
     """Ids of packed rows count units of 16 bytes in one arena, of mixed ones in both."""
     shape = KvShape(layers=32, kv_heads=8, head_dim=128, itemsize=2)
     pages = 2**31 * 16 // page_bytes(shape)
-    assert packing(Format("int8/int4"), shape, pages).rows
-    assert packing(Format("int8"), shape, 2 * pages).rows
+    for name, most in (("int8/int4", pages), ("int8", 2 * pages)):
+        pack = packing(Format(name), shape, most)
+        last = pack.ids(np.array([most - 1]), np.array([pack.rows - 1]))
+        assert last.astype(np.int32) == last
+        assert pack.places(last) == (most - 1, pack.rows - 1)
+        pool = RowPool(most, shape)
+        assert pool.allocate(2, pool.lease(1), name).tolist() == [0, pack.row_step]
     for name, most in (("int8/int4", pages), ("int8", 2 * pages)):
         with pytest.raises(BadInput, match="load with half of it"):
             packing(Format(name), shape, most + 1)

@@ -189,7 +189,7 @@ class PoolLife(RuleBasedStateMachine):
             own = self.memory.stamps(cache, layer, np.array([position], dtype=np.int32))
             self.memory.write(ids[layer : layer + 1], cache.rows.formats.text, own)
             if cache.picks_core:
-                scanned = cache.rows_to_scan(layer)
+                scanned = cache.rows_scanned_now.of(layer)
                 assert np.array_equal(scanned.ids, cache.rows.layers[layer].image_ids)
                 cache.pick_core(layer, self.random.random(len(scanned.ids)))
         scores = []

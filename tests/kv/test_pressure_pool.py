@@ -126,6 +126,31 @@ def test_rows_beside_what_was_given_back_are_untouched(pages: set[int]) -> None:
     assert bool((values == 4).all())
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux takes the advice as an order")
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_any_format_outlive_what_is_given_back_beside_them(name: str) -> None:
+    """Those of one lease between those of another, which ends: also records of a key and a value in either arena."""
+    shape = KvShape(1, 4, 64, 4)
+    pool = RowPool(12, shape)
+    store = RowStore(pool.pages, shape, torch.float32)
+    leases = pool.lease(6), pool.lease(6)
+    rows = pool.packing(name).rows
+    stays, goes = (
+        torch.from_numpy(np.concatenate(ids)).long()
+        for ids in zip(*[[pool.allocate(rows, lease, name) for lease in leases] for _ in range(6)], strict=True)
+    )
+    size = (len(stays), shape.kv_heads, shape.head_dim)
+    for ids in (stays, goes):
+        store.write(ids, torch.rand(size) + 1, torch.rand(size) + 1, name)
+    expected = store.read(stays, name)
+    pool.release_all(leases[1])
+    pages = pool.take_dirty_pages()
+    back = store.give_back(pages)
+    assert 0 < back <= 6 * pool.page_bytes
+    assert back >= 4 * pool.page_bytes, "all but what no whole page of the system's is"
+    assert all(map(torch.equal, store.read(stays, name), expected))
+
+
 def test_memory_that_is_no_whole_page_is_not_given_back() -> None:
     block = np.ones(100, dtype=np.uint8)
     begin = block.ctypes.data

@@ -32,7 +32,7 @@ from avl_edge.kv.methods import (
 from avl_edge.kv.methods.arithmetic import share, spread
 from avl_edge.kv.methods.full import FullPolicy
 from avl_edge.machine import profile
-from avl_edge.model.sizes import shape_of_checkpoint
+from avl_edge.model.known import shape_of_checkpoint
 from avl_edge.planning.estimate import PlanRequest, plan
 from tests import ROOT
 from tests.conftest import Checkpoints
@@ -41,6 +41,7 @@ from tests.equipment.checkpoints import random_image
 from tests.equipment.held_rows import held_rows
 from tests.equipment.image_sessions import FIRST, SECOND, is_empty
 from tests.equipment.oracle import load_model
+from tests.equipment.pixels import stacked
 
 IMAGE, STEPS = random_image(3, 56), 24
 
@@ -111,11 +112,10 @@ def picture(tmp_path: Path) -> str:
 def test_it_answers_as_the_oracle(checkpoint: Checkpoints) -> None:
     """Transformers, from whom every second image row is hidden after the prompt."""
     directory = checkpoint("llama-mha", dtype=torch.float64)
-    generation = Runtime.load(directory, threaded=False).generate(
-        [IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS)
-    )
-    prompt = generation.prompt
-    pixels = torch.tensor(prompt.pixel_values).double()
+    runtime = Runtime.load(directory, threaded=False)
+    request = runtime.prepare([IMAGE], FIRST, Options("thinned", max_new_tokens=STEPS))
+    generation, prompt = runtime.submit(request), request.prompt
+    pixels = torch.from_numpy(stacked(prompt)).double()
     case = oracle_baselines.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     hidden = case.images[1::2]
     assert len(hidden) == 8
@@ -202,7 +202,7 @@ def test_the_command_line_knows_it(checkpoint: Checkpoints, picture: str, capsys
     listed = json.loads(call("methods", "--json")[1])[-1]
     assert listed["name"] == "thinned"
     help_ = "percent of image rows stored, evenly spaced"
-    assert listed["parameters"] == [{"name": "keep", "default": 50, "help": help_, "symbol": "N"}]
+    assert listed["parameters"] == [{"name": "keep", "default": 50, "help": help_, "symbol": "N", "is_layer": False}]
     assert (parameter_help("keep"), parameter_defaults("keep")) == (f"N: {help_}.", "thinned 50")
     directory = str(checkpoint("llama-mha"))
     asked = ["run", "--model", directory, "--image", picture, "--prompt", FIRST, "--max-new-tokens", "4", "--json"]

@@ -17,6 +17,7 @@ from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle import load_model
 from tests.equipment.oracle_baselines import Case, fastv
+from tests.equipment.pixels import stacked
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +45,14 @@ class TestDivergence:
         prompt = request.prompt
         with torch.no_grad():
             ids = torch.tensor([[*prompt.token_ids, *token_ids]])
-            logits = reference(input_ids=ids, pixel_values=torch.tensor(prompt.pixel_values)).logits[0]
+            logits = reference(input_ids=ids, pixel_values=torch.from_numpy(stacked(prompt))).logits[0]
         expected = logits[len(prompt) - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(own, expected, atol=2e-4, rtol=0)
 
     def test_a_method_expects_what_its_oracle_does(self, runtime: Runtime, model: str) -> None:
         request = self._prepare(runtime, method="fastv", parameters={"layer": 1, "drop": 80})
         prompt = request.prompt
-        pixels = torch.tensor(prompt.pixel_values).double()
+        pixels = torch.from_numpy(stacked(prompt)).double()
         steps = fastv(Case(load_model(Path(model)), list(prompt.token_ids), pixels, 8), layer=1, drop=80)
         divergence = Divergence(runtime, Path(model))
         own = divergence.log_probabilities(request, divergence.encode(request), [step.token for step in steps])

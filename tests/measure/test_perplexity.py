@@ -21,10 +21,10 @@ from avl_edge.measure.evaluate import REFERENCE, Setting
 from avl_edge.measure.perplexity import HEADER, Window, WindowLayout, measure, plans_of, read_windows, report
 from avl_edge.measure.perplexity.report import perplexity
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network import Llava
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
 from avl_edge.model.prompt.text_tokenizer import TextTokenizer
-from avl_edge.model.spec import read_spec
+from avl_edge.model.vision_language import VisionLanguageModel
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import CORPUS
 
@@ -39,8 +39,8 @@ def directory(checkpoint: Checkpoints) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(directory: Path) -> Llava:
-    return Llava(read_spec(directory), load_weights(directory))
+def model(directory: Path) -> VisionLanguageModel:
+    return VisionLanguageModel(read_spec(directory), load_weights(directory))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def transformers_log_probabilities(directory: Path, window: Window, first: int) 
 
 
 def test_perplexity_of_full_attention_is_that_of_transformers(
-    model: Llava, windows: list[Window], directory: Path
+    model: VisionLanguageModel, windows: list[Window], directory: Path
 ) -> None:
     plans, _ = plans_of([], LAYOUT, model.spec.text.kv_shape(4))
     scores = measure(model, windows, LAYOUT, plans)[REFERENCE]
@@ -87,7 +87,9 @@ def test_perplexity_of_full_attention_is_that_of_transformers(
     np.testing.assert_allclose(scores.negative_log_likelihood.flatten(), expected, atol=1e-4)
 
 
-def test_a_text_held_as_an_image_is_still_that_text(model: Llava, windows: list[Window], directory: Path) -> None:
+def test_a_text_held_as_an_image_is_still_that_text(
+    model: VisionLanguageModel, windows: list[Window], directory: Path
+) -> None:
     layout = WindowLayout(40, 30, 10)
     plans, _ = plans_of([Setting("coarse:core=100:mass=100")], layout, model.spec.text.kv_shape(4))
     assert len(plans) == 2  # with an image coarse has something to decide
@@ -97,7 +99,7 @@ def test_a_text_held_as_an_image_is_still_that_text(model: Llava, windows: list[
         np.testing.assert_allclose(scores.negative_log_likelihood[0], expected, atol=1e-4)
 
 
-def test_kl_and_agreement_are_their_definitions(model: Llava, windows: list[Window]) -> None:
+def test_kl_and_agreement_are_their_definitions(model: VisionLanguageModel, windows: list[Window]) -> None:
     """Each setting alone, one window at a time, and numpy's float64."""
     shape = model.spec.text.kv_shape(4)
     plans, _ = plans_of([INT4], LAYOUT, shape)
@@ -115,7 +117,7 @@ def test_kl_and_agreement_are_their_definitions(model: Llava, windows: list[Wind
 
 
 def test_the_same_setting_has_no_distance_and_a_smaller_format_a_larger_one(
-    model: Llava, windows: list[Window]
+    model: VisionLanguageModel, windows: list[Window]
 ) -> None:
     shape = model.spec.text.kv_shape(4)
     exact = Setting("full:format=exact")
@@ -137,7 +139,7 @@ def test_the_same_setting_has_no_distance_and_a_smaller_format_a_larger_one(
 
 
 def test_methods_that_leave_out_text_are_judged_and_others_said_to_decide_nothing(
-    model: Llava, windows: list[Window]
+    model: VisionLanguageModel, windows: list[Window]
 ) -> None:
     shape = model.spec.text.kv_shape(4)
     deciding = [Setting("h2o:grow=1", 0.5), Setting("streaming:window=8"), Setting("avl:text_keep=50:text_floor=4")]

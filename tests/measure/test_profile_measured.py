@@ -25,7 +25,7 @@ from avl_edge.measure.profiler import Measured, trials
 from avl_edge.measure.profiler.fit import fit_prices, predicted, quality, solve
 from avl_edge.measure.profiler.measure import fit_peaks, predicted_peak, samples_of
 from avl_edge.measure.profiler.timing import forget_peak, peak_bytes, per_step, resident_bytes, undisturbed
-from avl_edge.model.sizes import known_shape
+from avl_edge.model.known import known_shape
 from tests.conftest import Checkpoints
 
 DECODE = [name for name in COSTS if name.startswith("decode")]

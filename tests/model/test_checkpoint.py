@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from avl_edge import BadModel, Options, Runtime
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.recorder import Recorder
@@ -36,7 +36,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 CONFIG_DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda c: c.update(model_type="llava_next"), "only 'llava'"),
+    (lambda c: c.update(model_type="pixtral"), "it must be one of llava"),
     (lambda c: c.pop("text_config"), "has no text_config"),
     (lambda c: c.pop("vision_config"), "has no vision_config"),
     (lambda c: c.update(vision_config=[]), "has no vision_config"),
@@ -120,6 +120,15 @@ def test_an_index_that_lies(checkpoint: Checkpoints, tmp_path: Path) -> None:
         Runtime.load(copy)
     index.write_text("{}")
     with pytest.raises(BadModel, match="no weight_map"):
+        Runtime.open(copy)
+
+
+def test_pickled_weights_are_not_read(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(BadModel, match=r"no model\.safetensors and .*, but pickled weights, .* convert them"):
+        Runtime.open(copy)
+    (copy / "pytorch_model.bin").unlink()
+    with pytest.raises(BadModel, match=r"no model\.safetensors\.index\.json$"):
         Runtime.open(copy)
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from avl_edge import BadModel, Runtime
 from avl_edge.model.checkpoint import load_weights, stored_dtype
-from avl_edge.model.sizes import shape_of_checkpoint
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.known import shape_of_checkpoint
 from tests.conftest import Checkpoints
 from tests.equipment.processes import PEAK_MEMORY, run_python
 
@@ -136,7 +136,7 @@ ABSURD = [
     (None, {"image_token_index": 2**70}, "image_token_index is"),
     (None, {"image_token_id": 2**70}, "image_token_id is"),
     (None, {"vision_feature_layer": [7] * 10**5}, "vision_feature_layer .* is outside a tower"),
-    (None, {"model_type": "x" * 10**6}, "only 'llava'"),
+    (None, {"model_type": "x" * 10**6}, "it must be one of llava"),
 ]
 
 

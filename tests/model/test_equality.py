@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from avl_edge import Options, Runtime
-from avl_edge.serving.runtime import Generation
+from avl_edge.request import Prompt
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import SPECS, random_image
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 
 TOKENS = 64
@@ -19,18 +20,17 @@ PROMPT = "What is shown in this picture?"
 IMAGES = [random_image(1, (70, 90)), random_image(2, (200, 64))]
 
 
-def _generate(directory: object, images: list[Image.Image]) -> tuple[Generation, list[int], Tensor]:
+def _generate(directory: object, images: list[Image.Image]) -> tuple[Prompt, list[int], Tensor]:
     runtime = Runtime.load(directory, threaded=False)  # type: ignore[arg-type]
     record = Recorder(runtime)
-    generation = runtime.generate(images, PROMPT, Options(method="full", max_new_tokens=TOKENS))
-    tokens = list(generation.result().token_ids)
-    return generation, tokens, torch.stack(record.logits)
+    request = runtime.prepare(images, PROMPT, Options(method="full", max_new_tokens=TOKENS))
+    tokens = list(runtime.submit(request).result().token_ids)
+    return request.prompt, tokens, torch.stack(record.logits)
 
 
-def _inputs(generation: Generation, dtype: torch.dtype) -> dict[str, Tensor]:
-    prompt = generation.prompt
+def _inputs(prompt: Prompt, dtype: torch.dtype) -> dict[str, Tensor]:
     assert prompt.pixel_values is not None
-    return {"input_ids": torch.tensor([prompt.token_ids]), "pixel_values": torch.tensor(prompt.pixel_values).to(dtype)}
+    return {"input_ids": torch.tensor([prompt.token_ids]), "pixel_values": torch.from_numpy(stacked(prompt)).to(dtype)}
 
 
 @torch.no_grad()
@@ -44,9 +44,9 @@ def _reference_logits(model: LlavaForConditionalGeneration, inputs: dict[str, Te
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name].dtype == torch.float32])
 def test_float32_logits_and_tokens_equal_transformers(checkpoint: Checkpoints, name: str, images: int) -> None:
-    generation, tokens, logits = _generate(checkpoint(name), IMAGES[:images])
+    prompt, tokens, logits = _generate(checkpoint(name), IMAGES[:images])
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint(name)).eval()
-    inputs = _inputs(generation, torch.float32)
+    inputs = _inputs(prompt, torch.float32)
     expected = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokens == expected.tolist()
     assert (logits - _reference_logits(model, inputs, tokens)).abs().max() <= 2e-4
@@ -56,12 +56,11 @@ def test_float32_logits_and_tokens_equal_transformers(checkpoint: Checkpoints, n
 def test_bfloat16_is_as_close_to_float64_as_transformers(checkpoint: Checkpoints, images: int) -> None:
     """Greedy tokens of two bfloat16 programs part at ties, so errors are compared: ours, and transformers' own."""
     directory = checkpoint("llama-bf16")
-    generation, tokens, logits = _generate(directory, IMAGES[:images])
-    assert logits.dtype == torch.bfloat16
+    prompt, tokens, logits = _generate(directory, IMAGES[:images])
     exact_model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float64).eval()
-    exact = _reference_logits(exact_model, _inputs(generation, torch.float64), tokens)
+    exact = _reference_logits(exact_model, _inputs(prompt, torch.float64), tokens)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    theirs = (_reference_logits(model, _inputs(generation, torch.bfloat16), tokens) - exact).square().mean().sqrt()
+    theirs = (_reference_logits(model, _inputs(prompt, torch.bfloat16), tokens) - exact).square().mean().sqrt()
     ours = (logits - exact).square().mean().sqrt()
     assert ours <= 1.25 * theirs
     assert ours <= 0.03 * exact.std()
@@ -78,9 +77,9 @@ def test_sharded_checkpoint_equals_the_single_file(checkpoint: Checkpoints) -> N
 
 
 def test_text_alone_equals_transformers(checkpoint: Checkpoints) -> None:
-    generation, tokens, _ = _generate(checkpoint("qwen2-gqa"), [])
+    prompt, tokens, _ = _generate(checkpoint("qwen2-gqa"), [])
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint("qwen2-gqa")).eval()
-    ids = torch.tensor([generation.prompt.token_ids])
+    ids = torch.tensor([prompt.token_ids])
     expected = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
     assert tokens == expected.tolist()
 

@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from avl_edge.errors import AvlEdgeError, BadImage, BadModel, Busy
-from avl_edge.model.prompt import open_image
-from avl_edge.model.prompt.headers import exif_is_sound, read_header
-from avl_edge.model.prompt.image_config import ImageProcessorConfig
-from avl_edge.model.prompt.images import MAX_BYTES
-from avl_edge.model.prompt.preprocess import preprocess
+from avl_edge.model.images import open_image
+from avl_edge.model.images.config import ImageProcessorConfig
+from avl_edge.model.images.headers import exif_is_sound, read_header
+from avl_edge.model.images.preprocess import preprocess
+from avl_edge.model.images.sources import MAX_BYTES
 from tests.equipment.processes import PEAK_MEMORY, run_python
 
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}, "crop_size": 336}
@@ -78,9 +78,9 @@ def test_a_narrow_picture_is_padded_without_its_square() -> None:
     program = f"""
         import io
         from PIL import Image
-        from avl_edge.model.prompt import open_image
-        from avl_edge.model.prompt.image_config import ImageProcessorConfig
-        from avl_edge.model.prompt.preprocess import preprocess
+        from avl_edge.model.images import open_image
+        from avl_edge.model.images.config import ImageProcessorConfig
+        from avl_edge.model.images.preprocess import preprocess
 
         buffer = io.BytesIO()
         Image.new("RGB", (16000, 160), (9, 99, 199)).save(buffer, "JPEG")

@@ -20,10 +20,10 @@ from packaging.version import Version
 from PIL import Image
 
 from avl_edge.errors import BadImage, BadInput, BadModel
-from avl_edge.model.prompt import check_sources, open_image
-from avl_edge.model.prompt.headers import read_header
-from avl_edge.model.prompt.image_config import ImageProcessorConfig
-from avl_edge.model.prompt.preprocess import digest, preprocess
+from avl_edge.model.images import check_sources, open_image
+from avl_edge.model.images.config import ImageProcessorConfig
+from avl_edge.model.images.headers import read_header
+from avl_edge.model.images.preprocess import preprocess
 
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}, "crop_size": 56}
 SETTINGS = {
@@ -173,13 +173,6 @@ def test_a_pillow_image_is_taken_and_left_as_it_is() -> None:
     assert open_image(image).mode == "RGB"
     assert image.mode == "RGBA"
     assert image.tobytes() == before
-
-
-def test_digest_tells_pictures_apart_by_their_pixels() -> None:
-    config = ImageProcessorConfig()
-    one, two = (preprocess(Image.fromarray(photograph(50, 40, seed=seed)), config) for seed in (0, 1))
-    assert digest(one) == digest(one.copy(order="F")) != digest(two)
-    assert len(digest(one)) == 64
 
 
 # --- what is refused ---

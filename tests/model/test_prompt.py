@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avl_edge.model.prompt.preprocess import digest
+from avl_edge.model.images.preprocess import digest
+from tests.equipment.pixels import stacked
 from tests.equipment.small_processors import (
     BOS_TEMPLATE,
     KINDS,
@@ -40,7 +41,7 @@ def test_token_ids_and_pixels_equal_transformers(tmp_path: Path, kind: str, temp
         expected = reference(path, images, prompt, system, source is not None)
         assert list(got.token_ids) == list(expected["input_ids"][0])
         if number:
-            assert np.array_equal(got.pixel_values, np.stack(expected["pixel_values"]))
+            assert np.array_equal(stacked(got), np.stack(expected["pixel_values"]))
         else:
             assert got.pixel_values is None
 
@@ -71,14 +72,14 @@ def test_spans_point_at_the_placeholders_of_each_picture(tmp_path: Path) -> None
     processor = open_processor(model_directory(tmp_path, template=touching))
     images = pictures(3)
     prompt = processor([images[0], images[1], images[0]], "What changed?")
-    assert len(prompt.spans) == len(prompt.pixel_values) == 3
-    for span, pixels in zip(prompt.spans, prompt.pixel_values, strict=True):
+    assert len(prompt.spans) == len(prompt.pixel_values.pictures) == 3
+    for span, pixels in zip(prompt.spans, prompt.pixel_values.pictures, strict=True):
         assert span.length == TOKENS
         assert set(prompt.token_ids[span.start : span.start + TOKENS]) == {image_id()}
         assert span.digest == digest(pixels)
     assert [b.start - a.start for a, b in zip(prompt.spans, prompt.spans[1:], strict=False)] == [TOKENS, TOKENS]
     assert prompt.spans[0].digest == prompt.spans[2].digest != prompt.spans[1].digest
-    assert prompt.pixel_values.dtype == np.float32
+    assert stacked(prompt).dtype == np.float32
 
 
 def test_detokenizer_skips_special_tokens(tmp_path: Path) -> None:

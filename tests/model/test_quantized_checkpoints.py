@@ -24,6 +24,7 @@ from avl_edge.model.weights import Dense, Grouped, QuantFormat, StoredLayer, qua
 from tests.conftest import Checkpoints
 from tests.equipment import quantized
 from tests.equipment.checkpoints import random_image
+from tests.equipment.pixels import stacked
 from tests.equipment.quantized import Array, Codes, compressed_section, round_to_nearest
 from tests.equipment.recorder import Recorder
 
@@ -71,12 +72,12 @@ def test_logits_and_tokens_are_those_of_the_numbers(
     directory, plain = quantized.quantized_copy(checkpoint(source), tmp_path, *FORMATS[name])
     runtime = Runtime.load(directory, threaded=False)
     record = Recorder(runtime)
-    generation = runtime.generate(
+    request = runtime.prepare(
         [random_image(1, (70, 90))], "What is shown?", Options(method="full", max_new_tokens=TOKENS)
     )
-    tokens = list(generation.result().token_ids)
+    ids, pixels = torch.tensor([request.prompt.token_ids]), torch.from_numpy(stacked(request.prompt))
+    tokens = list(runtime.submit(request).result().token_ids)
     model = LlavaForConditionalGeneration.from_pretrained(plain).eval()
-    ids, pixels = torch.tensor([generation.prompt.token_ids]), torch.tensor(generation.prompt.pixel_values)
     with torch.no_grad():
         expected = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=TOKENS, do_sample=False)
         logits = model(input_ids=expected, pixel_values=pixels).logits[0, ids.shape[1] - 1 : -1]

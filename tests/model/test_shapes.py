@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from avl_edge.errors import BadInput, BadModel
-from avl_edge.model.sizes import KNOWN, PRECISIONS, AnyRes, Precision, known_shape, shape_of_checkpoint
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.families.llava_next.pictures import AnyRes
+from avl_edge.model.known import KNOWN, known_shape, shape_of_checkpoint
+from avl_edge.model.sizes import PRECISIONS, Precision
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import SPECS
 
@@ -66,6 +69,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "qwen2-vl-7b": ("Qwen2VL", _qwen_text(3584, 18944, 28, 28, 4, 152064), {"hidden_size": 3584}, False),
     "qwen2.5-vl-3b": ("Qwen2_5_VL", _qwen_text(2048, 11008, 36, 16, 2, 151936), _qwen25_vision(2048), True),
     "qwen2.5-vl-7b": ("Qwen2_5_VL", _qwen_text(3584, 18944, 28, 28, 4, 152064), _qwen25_vision(3584), False),
+    "qwen3-vl-2b": (
+        "Qwen3VL",
+        _qwen_text(2048, 6144, 28, 16, 8, 151936),
+        _qwen3_vision(1024, 4096, 24, 2048),
+        True,
+    ),
     "qwen3-vl-4b": (
         "Qwen3VL",
         _qwen_text(2560, 9728, 36, 32, 8, 151936),
@@ -79,6 +88,27 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
         False,
     ),
 }
+
+
+INTERNVL = {
+    "internvl3.5-1b": _qwen_text(1024, 3072, 28, 16, 8, 151936),
+    "internvl3.5-2b": _qwen_text(2048, 6144, 28, 16, 8, 151936),
+    "internvl3.5-4b": _qwen_text(2560, 9728, 36, 32, 8, 151936),
+    "internvl3.5-8b": _qwen_text(4096, 12288, 36, 32, 8, 151936),
+    "internvl3.5-14b": _qwen_text(5120, 17408, 40, 40, 8, 151936),
+}
+
+
+@pytest.mark.parametrize("name", INTERNVL)
+def test_parameters_of_internvl_are_those_of_transformers(name: str) -> None:
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen3Config(**INTERNVL[name], tie_word_embeddings=False),
+        vision_config={"attention_bias": True},
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.InternVLForConditionalGeneration(config)
+    assert known_shape(name).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,8 +138,10 @@ def test_parameters_are_those_of_transformers(name: str) -> None:
         ("qwen2-vl-7b", 57_344),
         ("qwen2.5-vl-3b", 36_864),
         ("qwen2.5-vl-7b", 57_344),
+        ("qwen3-vl-2b", 114_688),
         ("qwen3-vl-4b", 147_456),
         ("qwen3-vl-8b", 147_456),
+        ("internvl3.5-8b", 147_456),
     ],
 )
 def test_bytes_of_a_token_in_all_layers_as_published(name: str, row_bytes: int) -> None:
@@ -118,7 +150,17 @@ def test_bytes_of_a_token_in_all_layers_as_published(name: str, row_bytes: int) 
 
 
 def test_all_known_models_are_compared() -> None:
-    assert set(KNOWN) == {*MODELS, "qwen-vl", "llava-1.6-mistral-7b"}
+    # Cosmos-Reason2 are Qwen3-VL models trained further.
+    assert set(KNOWN) == {
+        *MODELS,
+        *INTERNVL,
+        "qwen-vl",
+        "llava-1.6-mistral-7b",
+        "cosmos-reason2-2b",
+        "cosmos-reason2-8b",
+    }
+    assert replace(KNOWN["cosmos-reason2-8b"], name="qwen3-vl-8b") == KNOWN["qwen3-vl-8b"]
+    assert replace(KNOWN["cosmos-reason2-2b"], name="qwen3-vl-2b") == KNOWN["qwen3-vl-2b"]
     # The counts that the two models' files are published with.
     assert known_shape("qwen-vl").parameters == 9_656_935_168
     assert known_shape("llava-1.6-mistral-7b").parameters == 7_566_747_648
@@ -170,7 +212,7 @@ def test_weights_in_other_formats() -> None:
     head = 32064 * 4096
     whole = model.weight_bytes(Precision("fp16", "fp16"))
     assert whole == 2 * model.parameters
-    assert whole - model.weight_bytes(Precision("int4", "fp16")) == round(body * (2 - 0.515625))
+    assert whole - model.weight_bytes(Precision("int4", "fp16")) == round(body * (2 - 0.53125))
     assert model.step_bytes(Precision("fp16", "fp16")) == 2 * (body + head + 65 * 4096)
     assert list(PRECISIONS.values()) == sorted(PRECISIONS.values(), reverse=True)
     tied = known_shape("qwen2-vl-2b")

@@ -42,7 +42,7 @@ DECODER = """
     from pathlib import Path
     from avl_edge.package.engine import BuildFailed, Recipe, build_engine, decoder_profiles, find_tensorrt
     from avl_edge.package.export import DECODER, PLUGIN_DECODER, Settings, decoder_bindings, export_model
-    from avl_edge.model.spec import read_spec
+    from avl_edge.model.families import read_spec
 
     model, out, precision, prune_after = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
     spec, trt = read_spec(model), find_tensorrt()

@@ -10,6 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from avl_edge.kv.methods import H2O, Avl, FastV, Method
 from tests.conftest import Checkpoints
 from tests.equipment.exported import PRUNE_AFTER, TOLERANCE, Exports, prompt_of, start
+from tests.equipment.pixels import stacked
 
 FAMILIES = ["llama-mha", "llama-gqa-full", "llama-bias", "llama-tied", "mistral-yarn", "mistral-wide", "qwen2-tied"]
 
@@ -37,10 +38,10 @@ def test_prompts_equal_transformers(export: Exports, name: str) -> None:
     exported = export(name)
     prompts = [prompt_of(exported, lengths, n, n) for lengths, n in (((5, 9), 2), ((1, 1), 1), ((30, 0), 0))]
     model = LlavaForConditionalGeneration.from_pretrained(exported.directory).eval()
-    features = [exported.encode(prompt.pixel_values) for prompt in prompts if prompt.pixel_values is not None]
+    features = [exported.encode(stacked(prompt)) for prompt in prompts if prompt.pixel_values is not None]
     logits = exported.decode(exported.prompt_feeds(prompts, features))["logits"]
     for prompt, ours in zip(prompts, logits, strict=True):
-        pixels = None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values)
+        pixels = None if prompt.pixel_values is None else torch.from_numpy(stacked(prompt))
         with torch.no_grad():
             theirs = model(input_ids=torch.tensor([prompt.token_ids]), pixel_values=pixels).logits[0, -1]
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=TOLERANCE)
@@ -64,7 +65,7 @@ def test_prompt_gives_the_policy_what_it_asks_for(export: Exports, method: Metho
         "h2o": np.arange(len(prompt)),
     }[method.name]
     assert prompt.pixel_values is not None
-    feeds = exported.prompt_feeds([prompt], [exported.encode(prompt.pixel_values)], queries)
+    feeds = exported.prompt_feeds([prompt], [exported.encode(stacked(prompt))], queries)
     survivors = getattr(cache, "survivors", np.arange(len(prompt)))
     feeds |= {"pinned": (~is_image).astype(np.int32), "survivors": np.array([len(survivors)])}
     out = exported.decode(feeds)
@@ -86,8 +87,8 @@ def test_half_precision_is_as_close_to_float64_as_torch(export: Exports) -> None
     exported = export("llama-gqa-full", dtype=torch.float16)
     prompt = prompt_of(exported, (5, 9), 2, 1)
     assert prompt.pixel_values is not None
-    pixels = torch.from_numpy(prompt.pixel_values)
-    features = exported.encode(prompt.pixel_values)
+    pixels = torch.from_numpy(stacked(prompt))
+    features = exported.encode(stacked(prompt))
     logits = exported.decode(exported.prompt_feeds([prompt], [features]))["logits"][0]
     runs = {}
     for dtype in (torch.float64, torch.float16):

@@ -15,7 +15,8 @@ import torch
 
 import avl_edge.package.export
 from avl_edge.errors import BadInput, BadModel
-from avl_edge.model.spec import ModelSpec, read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.spec import ModelSpec
 from avl_edge.package.export import (
     DECODER,
     PLUGIN_DECODER,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Checkpoints
 from tests.equipment.exported import PRUNE_AFTER, TOLERANCE, Array, Exported, Exports, prompt_of
+from tests.equipment.pixels import stacked
 
 POOL = 7
 
@@ -34,7 +35,7 @@ def test_no_smoothing_changes_the_answer_to_a_prompt(
     exported, random = export("llama-gqa-full", PRUNE_AFTER if prunes else None), np.random.default_rng(seed)
     ids = ids[:1] if prunes else ids
     prompts = [prompt_of(exported, (9, 5 + number), 1, seed + number) for number in range(len(ids))]
-    features = [exported.encode(each.pixel_values) for each in prompts]
+    features = [exported.encode(stacked(each)) for each in prompts]
     feeds = exported.prompt_feeds(prompts, features)
     tokens = len(feeds["token_ids"])
     if prunes:

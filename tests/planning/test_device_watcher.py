@@ -12,7 +12,7 @@ from avl_edge import BadInput, DoesNotFit, Options, Runtime
 from avl_edge.kv.layout import page_bytes
 from avl_edge.machine import profile
 from avl_edge.machine.profile import DeviceProfile, Figure
-from avl_edge.model.sizes import known_shape, shape_of_checkpoint
+from avl_edge.model.known import known_shape, shape_of_checkpoint
 from avl_edge.planning import estimate
 from avl_edge.planning.device_watcher import DeviceWatcher, PlanObjectives
 from tests.conftest import Checkpoints

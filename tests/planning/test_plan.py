@@ -16,7 +16,8 @@ from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.methods import H2O, METHODS, Avl, Coarse, Distinct, FastV, Full, Method, Streaming
 from avl_edge.kv.pool import RowPool
 from avl_edge.machine import profile
-from avl_edge.model.sizes import Precision, known_shape
+from avl_edge.model.known import known_shape
+from avl_edge.model.sizes import Precision
 from avl_edge.planning.estimate import Answer, PlanRequest, plan, prompt_work
 from avl_edge.request import ImageSpan
 from tests.equipment.settled import settle
@@ -134,7 +135,7 @@ def test_tiers_are_what_the_caches_hold(
         before = cache.bytes_read
         cache.begin_step()
         for layer in range(layers) if cache.picks_core else ():
-            cache.pick_core(layer, chance.random(len(cache.rows_to_scan(layer))))
+            cache.pick_core(layer, chance.random(len(cache.rows_scanned_now.of(layer))))
         read = [sum(len(each.ids) for each in cache.rows_to_read(layer)) for layer in range(layers)]
         settle(cache, [chance.random(count) for count in read] if cache.wants_scores else None)
         assert answer.step(step).rows == sum(read)

@@ -15,7 +15,8 @@ from avl_edge.errors import BadInput
 from avl_edge.kv.layout import page_bytes
 from avl_edge.kv.methods import Avl, Full
 from avl_edge.machine import profile
-from avl_edge.model.sizes import KNOWN, ModelShape, Precision, known_shape
+from avl_edge.model.known import KNOWN, known_shape
+from avl_edge.model.sizes import ModelShape, Precision
 from avl_edge.planning.estimate import Alternative, Estimate, PlanRequest, Refused, estimates, first_fit, plan, report
 
 ORIN = profile.named("agx-orin-64", "MAXN")

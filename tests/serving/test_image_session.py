@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 from avl_edge import BadInput, Formats, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
-from avl_edge.model.spec import read_spec
 from tests.conftest import Checkpoints
 from tests.equipment import oracle, oracle_shared_prefix
 from tests.equipment.checkpoints import SPECS
@@ -34,6 +34,7 @@ from tests.equipment.image_sessions import (
 from tests.equipment.oracle import AvlSettings, OracleStep
 from tests.equipment.oracle_formats import TierFormats
 from tests.equipment.oracle_shared_prefix import PrefixOracle
+from tests.equipment.pixels import stacked
 from tests.equipment.prompts_first import STEPPED
 from tests.equipment.recorder import Recorder
 
@@ -56,7 +57,8 @@ def test_full_attention_equals_transformers(checkpoint: Checkpoints, name: str, 
             logits.clear()
             question = session.ask(prompt)
             tokens = list(question.result().token_ids)
-            ids, pixels = torch.tensor([question.prompt.token_ids]), torch.tensor(question.prompt.pixel_values)
+            ids = torch.tensor([question.prompt.token_ids])
+            pixels = torch.from_numpy(stacked(runtime.prepare(IMAGES[:images], prompt).prompt))
             with torch.no_grad():
                 expected = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=24, do_sample=False)
                 whole = torch.cat([ids, torch.tensor([tokens])], 1)
@@ -75,10 +77,11 @@ def test_bfloat16_is_as_close_to_float64_as_a_plain_request(checkpoint: Checkpoi
         logits = Recorder(runtime).logits
         session = runtime.open_images(IMAGES, FULL)
         question = session.ask(SECOND) if shared else runtime.generate(IMAGES, SECOND, FULL)
-        tokens, prompt = list(question.result().token_ids), question.prompt
+        tokens, prompt = list(question.result().token_ids), runtime.prepare(IMAGES, SECOND).prompt
+        assert prompt.token_ids == question.prompt.token_ids
         ids = torch.tensor([[*prompt.token_ids, *tokens]])
         with torch.no_grad():
-            exact = model(input_ids=ids, pixel_values=torch.tensor(prompt.pixel_values).double()).logits
+            exact = model(input_ids=ids, pixel_values=torch.from_numpy(stacked(prompt)).double()).logits
         errors.append((torch.stack(logits) - exact[0, len(prompt) - 1 : -1]).square().mean().sqrt())
     assert errors[1] <= 1.25 * errors[0]
 
@@ -122,7 +125,8 @@ def test_avl_equals_the_oracle(checkpoint: Checkpoints, name: str, images: int, 
     session = runtime.open_images(IMAGES[:images])
     session.load()
     question = session.ask(SECOND, Options(method="avl", parameters=settings, max_new_tokens=32))
-    ids, pixels = torch.tensor([question.prompt.token_ids]), torch.tensor(question.prompt.pixel_values)
+    ids = torch.tensor([question.prompt.token_ids])
+    pixels = torch.from_numpy(stacked(runtime.prepare(IMAGES[:images], SECOND).prompt))
     expected = oracle.generate(oracle.load_model(directory), ids, pixels, AvlSettings(**settings), 32)
     _compare(question, expected)
 
@@ -154,7 +158,7 @@ def test_packed_rows_equal_the_oracle(
     logits = Recorder(runtime).logits
     session = runtime.open_images(IMAGES[:images], Options(formats=Formats(tiers.text, tiers.core, tiers.secondary)))
     prompt = session.prepare(SECOND).prompt
-    pixels = torch.tensor(prompt.pixel_values)
+    pixels = torch.from_numpy(stacked(prompt))
     truth = PrefixOracle(oracle_shared_prefix.load_model(directory), list(prompt.token_ids), pixels, tiers)
     parameters: dict[str, int] = {}
     if method == "coarse":
@@ -188,7 +192,7 @@ def test_a_session_of_what_stands_out_equals_the_oracle(
     formats = Formats(tiers.text, tiers.core, tiers.secondary)
     session = runtime.open_images(IMAGES[:images], Options("distinct", {"secondary": share}, formats))
     prompt = session.prepare(SECOND).prompt
-    pixels = torch.tensor(prompt.pixel_values)
+    pixels = torch.from_numpy(stacked(prompt))
     truth = PrefixOracle(oracle_shared_prefix.load_model(directory), list(prompt.token_ids), pixels, tiers)
     truth.share = share
     parameters: dict[str, int] = {}
@@ -269,14 +273,15 @@ def test_no_question_changes_what_stands_before_the_picture_ends(
 ) -> None:
     """Of tokenizers with and without bytes for every character; the placeholder merges with nothing."""
     processor = Processor.of(read_spec(checkpoint(name)), checkpoint(name))
+    pictures = [processor.codec.rule(60, 60)] * images
     try:
-        token_ids, spans = processor.lay_out(images, prompt)
+        whole = processor.lay_out(pictures, prompt)
     except BadInput:
         return  # no prompt, or one with special tokens
-    shared, shared_spans = processor.lay_out_images(images)
-    assert (token_ids[: len(shared)], spans) == (shared, shared_spans)
-    assert len(shared) == spans[-1].start + spans[-1].length < len(token_ids)
-    assert set(shared[-spans[-1].length :]) == {processor.image_token_id}
+    shared, spans = processor.lay_out_images(pictures), whole.spans
+    assert (whole.token_ids[: len(shared)], spans) == (shared.token_ids, shared.spans)
+    assert len(shared) == spans[-1].start + spans[-1].length < len(whole)
+    assert set(shared.token_ids[-spans[-1].length :]) == {processor.image_token_id}
 
 
 def test_the_picture_is_run_once_and_without_logits(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

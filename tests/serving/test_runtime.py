@@ -216,6 +216,10 @@ def test_a_picture_is_encoded_once_for_several_questions(
         return encode(pixels)
 
     monkeypatch.setattr(runtime.debug.backend, "begin_encode", count)
+    spec, features = runtime.spec, runtime.debug.features
+    assert features is not None
+    one = 4 * spec.tokens_per_image * spec.text.hidden_size
+    runtime.debug.ledger["features"].limit = 4 * one + 1
     pictures = [random_image(seed, (60, 60)) for seed in range(5)]
     options = Options(max_new_tokens=6)
     first = runtime.generate([pictures[0]], PROMPT, options).result()

@@ -10,9 +10,12 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from avl_edge import BadInput, Options, Runtime
+from avl_edge.backends.step_batch import StepResult
 from avl_edge.errors import InvalidLogits
+from avl_edge.model.network.decoder import Decoder
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
+from tests.equipment.pixels import stacked
 from tests.equipment.recorder import Recorder
 from tests.equipment.sampling_reference import log_softmax, processed
 
@@ -38,14 +41,14 @@ def _options(**options: Any) -> Options:
 def test_greedy_tokens_with_penalties_are_those_of_transformers(runtime: Runtime, directory: Path, bias: bool) -> None:
     likely = runtime.generate([IMAGE], PROMPT, _options()).result().token_ids[0]
     biases = {likely: -4.0, 40: 1.5} if bias else {}
-    generation = runtime.generate([IMAGE], PROMPT, _options(repetition_penalty=1.3, logit_bias=biases))
-    found, prompt = generation.result().token_ids, generation.prompt
+    request = runtime.prepare([IMAGE], PROMPT, _options(repetition_penalty=1.3, logit_bias=biases))
+    found, prompt = runtime.submit(request).result().token_ids, request.prompt
     model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
     ids = torch.tensor([prompt.token_ids])
     more: dict[str, Any] = {"sequence_bias": [[[token], each] for token, each in biases.items()]} if bias else {}
     expected = model.generate(
         input_ids=ids,
-        pixel_values=torch.tensor(prompt.pixel_values),
+        pixel_values=torch.from_numpy(stacked(prompt)),
         max_new_tokens=24,
         do_sample=False,
         repetition_penalty=1.3,
@@ -90,13 +93,24 @@ def test_requests_without_a_seed_draw_differently_and_say_how(runtime: Runtime) 
 
 
 def test_greedy_requests_are_chosen_where_the_logits_are(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of requests that take the likeliest token asks for tokens; one that asks for log-probabilities, for
+    logits."""
     backend = runtime.debug.backend
     assert backend is not None
-    expected, decode = runtime.generate([IMAGE], PROMPT, _options(logprobs=0)).result(), backend.decode
-    monkeypatch.setattr(backend, "decode_greedy", lambda *arguments: decode(*arguments).argmax(-1).tolist())
-    monkeypatch.setattr(backend, "decode", lambda *_: pytest.fail("the logits came back"))
+    asked, decode = list[bool](), backend.decode
+
+    def watched(*arguments: Any, greedy: bool = False) -> StepResult:
+        asked.append(greedy)
+        return decode(*arguments, greedy=greedy)
+
+    monkeypatch.setattr(backend, "decode", watched)
+    expected = runtime.generate([IMAGE], PROMPT, _options(logprobs=0)).result()
+    assert not any(asked)
+    asked.clear()
     options = _options(stop="never said", top_k=3, top_p=0.5, min_p=0.1, seed=3)
     assert runtime.generate([IMAGE], PROMPT, options).result().token_ids == expected.token_ids
+    assert asked
+    assert all(asked)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -153,9 +167,8 @@ def test_what_the_limit_lets_go_of_may_complete_a_stop_string(runtime: Runtime) 
 def test_a_model_that_gives_nan_is_told_of(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    backend = runtime.debug.backend
-    prefill = backend.prefill  # type: ignore[union-attr]
-    monkeypatch.setattr(backend, "prefill", lambda *arguments: prefill(*arguments) * float("nan"))
+    logits = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda *arguments: logits(*arguments) * float("nan"))
     with pytest.raises(InvalidLogits, match="its weights are damaged"):
         runtime.generate([IMAGE], PROMPT, _options(**options)).result()
     assert runtime.kv_bytes_in_use == 0

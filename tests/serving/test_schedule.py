@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avl_edge import Generation, Options, Runtime
+from avl_edge.model.demo import DEMO
+from avl_edge.model.prompt import Processor
 from avl_edge.serving.requests import Running
 from avl_edge.serving.schedule_policy import PATIENCE, Advance, Decode, FirstComeFirstServed
 from tests.conftest import Checkpoints
@@ -116,8 +118,9 @@ class TestInterleaving:
                 runtime.submit(request).result()
                 layers = [each for each in log if each.what == "L"]
                 alone.append(layers[-1].end - layers[0].begin)
-            hot = Options(max_new_tokens=400, temperature=100, seed=1)  # whose answer finds no end
-            running = runtime.submit(runtime.prepare([], "Describe the picture in detail.", hot))
+            never = dict.fromkeys(Processor.of(runtime.spec, DEMO).eos_token_ids, -100.0)
+            endless = Options(max_new_tokens=400, logit_bias=never)
+            running = runtime.submit(runtime.prepare([], "Describe the picture in detail.", endless))
             next(running)
             log.clear()
             arriving = [runtime.submit(request) for request in requests[:15]]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.equipment.decode_attention import needs_native
 
 
 def test_bench_decode(tmp_path: Path) -> None:
@@ -48,6 +49,22 @@ def test_bench_host() -> None:
             assert 0 < one[kind]["settle_ms"] < many[kind]["settle_ms"]
     assert ["refresh" in case for case in cases] == [False, True, True] * 2
     assert result["close"]["ms"] > 0
+
+
+@needs_native
+def test_bench_step() -> None:
+    command = [sys.executable, "-m", "tools.bench_step", "--steps", "3", "--megabytes", "4"]
+    done = subprocess.run(command, cwd=ROOT, check=True, timeout=300, capture_output=True, text=True)
+    result = json.loads(done.stdout)
+    assert {"command", "date", "machine", "steps", "products"} == set(result)
+    assert [(each["threads"], each["method"]) for each in result["steps"]] == [
+        (threads, method) for threads in (1, 2) for method in ("full", "avl", "distinct")
+    ]
+    for step in result["steps"]:
+        assert 0 < step["host_ms"] < step["native_ms"]
+        assert step["native_to_torch"] == pytest.approx(step["native_ms"] / step["torch_ms"], abs=0.01)
+    for product in result["products"]:
+        assert all(product[name] > 0 for name in ("sum_gb_per_s", "bfloat16", "int8", "int4"))
 
 
 def test_a_figure_is_kept_with_where_it_comes_from(tmp_path: Path) -> None:

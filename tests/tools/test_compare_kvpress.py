@@ -21,6 +21,7 @@ from tests.conftest import Checkpoints
 from tests.equipment import oracle_baselines as oracles
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle import load_model, top
+from tests.equipment.pixels import stacked
 from tools.compare_kvpress import Comparison, press_settings
 from tools.kvpress_peer import PRESSES, Peer, Press, load_kvpress, ratio_of, rows_of
 
@@ -52,8 +53,8 @@ def peer(directory: Path) -> Peer:
 def full(directory: Path) -> list[tuple[Prompt, Result]]:
     """Prompts about different pictures, with what full attention answers."""
     runtime, options = Runtime.load(directory), Options(method="full", max_new_tokens=STEPS)
-    generations = [runtime.generate([random_image(seed, (90, 70))], PROMPT, options) for seed in (1, 2, 3)]
-    return [(generation.prompt, generation.result()) for generation in generations]
+    requests = [runtime.prepare([random_image(seed, (90, 70))], PROMPT, options) for seed in (1, 2, 3)]
+    return [(request.prompt, runtime.submit(request).result()) for request in requests]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_press_answers_as_a_full_cache_behind_masks(
     """The oracle evicts nothing and hides rows: so steps go on at the prompt's positions, and see what was kept."""
     prompt, result = full[0]
     rows = rows_of(0.25, len(prompt))
-    pixels = torch.tensor(prompt.pixel_values).double()
+    pixels = torch.from_numpy(stacked(prompt)).double()
     case = oracles.Case(load_model(directory), list(prompt.token_ids), pixels, STEPS)
     truth = oracles.answer(
         case,

@@ -3,6 +3,7 @@ command says in one line that there is no CUDA."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import stat
 import subprocess
@@ -22,13 +23,14 @@ from avl_edge.backends.cuda import CudaBackend
 from avl_edge.backends.stored import StoredRows
 from avl_edge.backends.tensorrt.attention import Attention, Sizes
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
+from avl_edge.model.sampling import Sampler
 from tests.conftest import Checkpoints
 from tests.equipment import trt_calls
 from tests.equipment.cuda_on_cpu import HostDevice
 from tests.equipment.emulated_kernels import COMPILER
 from tests.equipment.host_under_test import HostUnderTest, Wrong
-from tools.gpu import check, decode, low_rank, numerics, packed, plugin, report, sanitize
+from tools.gpu import check, decode, low_rank, numerics, packed, plugin, report, sampling, sanitize
 from tools.gpu.dut import CheckFailed
 
 SHAPES = (KernelShape(80, 4, "Half"), KernelShape(128, 1, "Bfloat"))
@@ -255,6 +257,17 @@ def _skipping() -> dict[str, float]:
     raise report.Skipped("not here")
 
 
+def test_sampling_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device both sides are alike to the bit."""
+    assert max(sampling.check_sampling(HostUnderTest()).values()) == 0
+    calls, draw = itertools.count(), Sampler.__call__
+    monkeypatch.setattr(
+        Sampler, "__call__", lambda own, each: draw(own, each + next(calls) % 2 * torch.randn(len(each)))
+    )
+    with pytest.raises(CheckFailed, match="tokens differ from the CPU's"):
+        sampling.check_sampling(HostUnderTest())
+
+
 def test_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = report.run([("a", lambda: {"error": 0.5}), ("b", _skipping), ("c", _failing), ("d", dict)])
     assert [(each.verdict, each.reason) for each in outcomes] == [
@@ -287,7 +300,7 @@ def test_the_command_on_a_machine_that_has_it(tmp_path: Path, monkeypatch: pytes
 def test_only_some_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dut = HostUnderTest()
     names = [name for name, _ in check.correctness(dut) + check.speeds(dut)]
-    assert len(names) == len(set(names)) == 30 + 30 + 30 + 6 + 2 + 2 + 2
+    assert len(names) == len(set(names)) == 30 + 30 + 30 + 6 + 3 + 2 + 2
     assert [name for name, _ in check.chosen(check.correctness(dut), "d128*Half")] == []
     assert len(check.chosen(check.correctness(dut), "*d128*Half")) == 9
     assert len(check.chosen(check.correctness(dut), "sanitizer")) == 2

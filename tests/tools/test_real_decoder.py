@@ -21,9 +21,9 @@ from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import Full
 from avl_edge.model.checkpoint import load_weights, stored_dtype
-from avl_edge.model.network import Llava
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
-from avl_edge.model.spec import read_spec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.request import Prompt
 from tests import ROOT
 from tests.equipment.checkpoints import TOKENIZER_SIZE, random_image
@@ -43,7 +43,7 @@ def gguf() -> Any:
 def our_logits(directory: Path, ids: list[int]) -> Tensor:
     """From the prompt's last token on, ``[tokens, vocabulary]``, by prefill and decode steps."""
     spec = read_spec(directory)
-    model = Llava(spec, load_weights(directory))
+    model = VisionLanguageModel(spec, load_weights(directory))
     shape = spec.text.kv_shape(model.dtype.itemsize)
     plan = kv_plan(Full(), Formats(), shape, prompt_shape(PROMPT, ()), len(ids) - PROMPT)
     with DecodeLoop(TorchBackend.with_pages(model, plan.pages)) as loop:

@@ -18,8 +18,8 @@ from avl_edge.errors import BadInput
 from avl_edge.kv.formats import decode, encode
 from avl_edge.kv.layout import Format
 from avl_edge.measure.perplexity import WindowLayout, read_windows
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
-from avl_edge.model.spec import read_spec
 from tests import ROOT
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import CORPUS

@@ -18,9 +18,9 @@ from avl_edge.measure.evaluate import REFERENCE
 from avl_edge.measure.perplexity import WindowLayout, measure, plans_of, read_windows
 from avl_edge.measure.perplexity.report import perplexity
 from avl_edge.model.checkpoint import load_weights
-from avl_edge.model.network import Llava
+from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
-from avl_edge.model.spec import read_spec
+from avl_edge.model.vision_language import VisionLanguageModel
 from tests import ROOT
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import CORPUS
@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_checkpoint_with_rounded_weights(
     rows = evaluate(source, windows, LAYOUT, ["int4"], 16, None)
     logits = []
     for row, made in zip(rows, (source, directory), strict=True):
-        model = Llava(read_spec(made), load_weights(made))
+        model = VisionLanguageModel(read_spec(made), load_weights(made))
         plans, _ = plans_of([], LAYOUT, model.spec.text.kv_shape(4))
         scores = measure(model, windows, LAYOUT, plans)[REFERENCE]
         assert row["perplexity"] == pytest.approx(perplexity(scores.negative_log_likelihood), rel=1e-4)

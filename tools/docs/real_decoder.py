@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tools.docs.markdown import block, measured, percent, table
 
 FORMATS, UNSMOOTHED, AS_IMAGE = "text_formats", "text_qwen2.5_coder_0.5b", "text_as_image"
-WEIGHTS = "weights_qwen2.5_coder_0.5b"
-VARIANT_PARTS = {"aware": "activation-aware", "head": "the head too"}
+WEIGHTS, VALUES = "weights_qwen2.5_coder_0.5b", "values_qwen2.5_coder_0.5b"
+WEIGHT_PARTS = {"aware": "activation-aware", "head": "the head too"}
+VALUE_PARTS = {
+    "group16": "16 dimensions share a scale",
+    "hadamard": "each head rotated",
+    "smooth": "mean and deviation of each channel",
+}
 
 
 def _title(document: dict[str, Any]) -> str:
@@ -59,10 +65,20 @@ def as_image() -> str:
 
 def weights() -> str:
     """What the weights were rounded to; rows are exact."""
-    document = measured(WEIGHTS)
+    note = f"{measured(WEIGHTS)['group']} inputs share a scale."
+    return _variants(WEIGHTS, "weights", "weights of the linear layers", WEIGHT_PARTS, note)
+
+
+def values() -> str:
+    """What values would be packed to; keys are exact."""
+    return _variants(VALUES, "values", "bits of values", VALUE_PARTS, "Where nothing else is said, 32 dimensions do.")
+
+
+def _variants(name: str, column: str, title: str, parts: Mapping[str, str], note: str) -> str:
+    document = measured(name)
     lines = [
         [
-            _variant(row["weights"]),
+            _named(row[column], parts),
             f"{row['perplexity']:.3f}",
             f"{100 * row['perplexity_change']:+.2f}",
             f"{row['kl']:.4f}",
@@ -70,14 +86,13 @@ def weights() -> str:
         ]
         for row in document["results"]
     ]
-    header = ["weights of the linear layers", "perplexity", "change, %", "KL per token", "same token, %"]
-    note = f"{_title(document)} {document['group']} inputs share a scale."
-    return block("\n\n".join([table(header, lines), note]), WEIGHTS)
+    header = [title, "perplexity", "change, %", "KL per token", "same token, %"]
+    return block("\n\n".join([table(header, lines), f"{_title(document)} {note}"]), name)
 
 
-def _variant(name: str) -> str:
-    first, *parts = name.split("+")
-    return ", ".join([first or "as they are", *(VARIANT_PARTS[part] for part in parts)])
+def _named(variant: str, parts: Mapping[str, str]) -> str:
+    first, *ways = variant.split("+")
+    return ", ".join([first or "as they are", *(parts[way] for way in ways)])
 
 
 TABLES = {
@@ -85,4 +100,5 @@ TABLES = {
     "text-unsmoothed": unsmoothed,
     "text-as-image": as_image,
     "text-weights": weights,
+    "text-values": values,
 }

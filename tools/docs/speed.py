@@ -29,6 +29,35 @@ def decode() -> str:
     return block(f"{table(header, map(line, document['cases']))}\n\n{about[0].upper()}{about[1:]}.", "decode")
 
 
+def native_step() -> str:
+    """The demo's decode step as one native call, torch's beside it."""
+    document = measured("native_step")
+
+    def line(case: dict[str, Any]) -> list[object]:
+        names = set(case["formats"].values())
+        label = f"`{case['method']}`{'' if names == {'exact'} else ', ' + names.pop()}"
+        times = [f"{case[name]:.2f}" for name in ("torch_ms", "native_ms", "native_to_torch", "host_ms")]
+        return [label, case["threads"], *times]
+
+    header = ["", "threads", "torch, ms", "native, ms", "of torch's", "of it on the host, ms"]
+    return block(table(header, map(line, document["steps"])), "native_step")
+
+
+def products() -> str:
+    """What products with one vector read per second."""
+    document = measured("native_step")
+    header = ["threads", "a plain sum, GB/s", "bfloat16, of it", "int8", "int4"]
+    lines = [
+        [
+            case["threads"],
+            f"{case['sum_gb_per_s']:.1f}",
+            *[f"{case[name]:.2f}" for name in ("bfloat16", "int8", "int4")],
+        ]
+        for case in document["products"]
+    ]
+    return block(table(header, lines), "native_step")
+
+
 def attention() -> str:
     """The kernel beside torch's ways."""
     document = measured("attention_cpu")
@@ -94,4 +123,11 @@ def plans() -> str:
     return block(f"{summary}\n\n{table(header, map(line, result['requests']))}", "profile_verify")
 
 
-TABLES = {"decode": decode, "attention": attention, "host": host, "plans": plans}
+TABLES = {
+    "decode": decode,
+    "native-step": native_step,
+    "native-products": products,
+    "attention": attention,
+    "host": host,
+    "plans": plans,
+}

@@ -3,9 +3,9 @@
     python -m tools.gpu.check [--only PATTERN] [--no-speed] [--out docs/measurements/gpu_sm_87.json]
 
 Numerics of every kernel against float64, over every row format; the decode path against the CPU's, and CUDA graphs
-against plain launches; the TensorRT plugin on real memory, and a package of engines against the CPU; compute-sanitizer
-where it is installed; then bandwidth and latency. Writes one JSON with the command, date, machine and versions. Ends
-with 1 when a check fails, with 2 where there is no CUDA.
+against plain launches; tokens drawn on the device against the CPU's draws; the TensorRT plugin on real memory, and a
+package of engines against the CPU; compute-sanitizer where it is installed; then bandwidth and latency. Writes one JSON
+with the command, date, machine and versions. Ends with 1 when a check fails, with 2 where there is no CUDA.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from avl_edge.attention.cuda import Gpu, KernelShape, NoCuda, digest, nvrtc
 from avl_edge.backends.steps import CudaDevice
 from avl_edge.model.checkpoint import load_weights
 from avl_edge.model.demo import DEMO
-from avl_edge.model.spec import read_spec
+from avl_edge.model.families import read_spec
 from avl_edge.resources import BrokenInstallation
 from tools.gpu import decode, low_rank, model_speed, numerics, packed, report, speed
 from tools.gpu.dut import DeviceUnderTest, GpuUnderTest
 from tools.gpu.engines import check_engines
 from tools.gpu.plugin import check_plugin
+from tools.gpu.sampling import check_sampling
 from tools.gpu.sanitize import TOOLS, check_sanitizer
 
 MEASUREMENTS = Path("docs/measurements")
@@ -50,6 +51,7 @@ def correctness(dut: DeviceUnderTest) -> list[report.Check]:
         ("decode against the CPU, sessions", partial(decode.check_sessions_against_cpu, dut, half)),
         ("decode against the CPU, low-rank rows", partial(decode.check_low_rank_against_cpu, dut, half)),
         ("decode by graphs against launches", partial(decode.check_graphs, dut, model)),
+        ("sampling", partial(check_sampling, dut)),
         ("TensorRT plugin", partial(check_plugin, dut)),
         ("TensorRT engines", check_engines),
         *((f"sanitizer {tool}", partial(check_sanitizer, tool)) for tool in TOOLS),

@@ -20,9 +20,10 @@ from avl_edge.kv.methods import H2O, AttentionPack, Avl, Coarse, Full, Method, S
 from avl_edge.kv.shared_prefix import QuestionCache, SharedPrefixCache
 from avl_edge.kv.store import RowStore
 from avl_edge.model.checkpoint import Weights
-from avl_edge.model.network import Llava
+from avl_edge.model.families.llava import LlavaSpec
 from avl_edge.model.spec import ModelSpec
-from avl_edge.request import ImageSpan, Prompt
+from avl_edge.model.vision_language import VisionLanguageModel
+from avl_edge.request import ImageSpan, Pixels, PixelValues, Prompt
 from tools.gpu.dut import DeviceUnderTest, backend, require, row_store
 
 STEPS = 12
@@ -68,12 +69,13 @@ class AsHalf(Weights):
 
 def random_prompt(spec: ModelSpec, seed: int) -> Prompt:
     """Text, one picture of noise, text."""
+    assert isinstance(spec, LlavaSpec)
     rng = np.random.default_rng(seed)
     before, after, image = 12 + seed, 20, spec.tokens_per_image
     ids = rng.integers(10, spec.text.vocab_size // 2, before + image + after)
     side = spec.vision.image_size
-    pixels = rng.standard_normal((1, 3, side, side), dtype=np.float32)
-    return Prompt(tuple(map(int, ids)), (ImageSpan(str(seed), before, image),), pixels)
+    pixels = PixelValues(rng.standard_normal((3, side, side), dtype=np.float32), spec.picture(side, side))
+    return Prompt(tuple(map(int, ids)), (ImageSpan(str(seed), before, image),), Pixels((pixels,)))
 
 
 class Sequences(DecodeLoop):
@@ -170,7 +172,10 @@ def _against_cpu(
     dtype, pages = model.weights.dtype, pages_for(model, len(requests))
     on_device = load_model(model.spec, model.weights, dut.accelerator.device)
     stores = RowStore(pages, model.spec.text.kv_shape(dtype.itemsize), dtype), row_store(dut, on_device, pages)
-    backends = TorchBackend(Llava(model.spec, model.weights), stores[0]), backend(dut, on_device, stores[1])
+    backends = (
+        TorchBackend(VisionLanguageModel(model.spec, model.weights), stores[0]),
+        backend(dut, on_device, stores[1]),
+    )
     expected, got = (kind(each, model, requests) for each in backends)
     if of_cpu:
         stores[1].keys.copy_(stores[0].keys)

@@ -13,7 +13,7 @@ from avl_edge.backends.cuda import CudaBackend, kernel_shape
 from avl_edge.backends.steps import Accelerator, CudaDevice
 from avl_edge.config import KvShape
 from avl_edge.kv.store import RowStore
-from avl_edge.model.network import Llava
+from avl_edge.model.vision_language import VisionLanguageModel
 
 
 class CheckFailed(Exception):
@@ -53,13 +53,13 @@ class Eager:
         return step
 
 
-def row_store(dut: DeviceUnderTest, model: Llava, pages: int) -> RowStore:
+def row_store(dut: DeviceUnderTest, model: VisionLanguageModel, pages: int) -> RowStore:
     """A pool on its device for a model's rows."""
     shape: KvShape = model.spec.text.kv_shape(model.dtype.itemsize)
     return RowStore(pages, shape, model.dtype, str(dut.accelerator.device))
 
 
-def backend(dut: DeviceUnderTest, model: Llava, store: RowStore, *, eager: bool = False) -> CudaBackend:
+def backend(dut: DeviceUnderTest, model: VisionLanguageModel, store: RowStore, *, eager: bool = False) -> CudaBackend:
     """A backend over a pool on its device, where ``model`` lies."""
     accelerator, kernels = dut.accelerator, dut.kernels(kernel_shape(model.spec.text, model.dtype))
     return CudaBackend(model, store, kernels, Eager(accelerator) if eager else accelerator)

@@ -16,8 +16,9 @@ from avl_edge.kv.budget import kv_plan
 from avl_edge.kv.cache import prompt_shape
 from avl_edge.kv.methods import AttentionPack, Avl, Coarse, Full, Method
 from avl_edge.measure.profiler.timing import cycle_means
-from avl_edge.model.network import Llava
+from avl_edge.model.network.image_features import ImageFeatures
 from avl_edge.model.spec import ModelSpec
+from avl_edge.model.vision_language import VisionLanguageModel
 from avl_edge.request import ImageSpan, Prompt
 from tools.gpu.dut import DeviceUnderTest, backend, row_store
 from tools.random_model import RandomWeights, random_spec
@@ -62,10 +63,10 @@ class Model:
         device = dut.accelerator.device
         weights = RandomWeights(dtype, device)
         with device:
-            self.model = Llava(sizes.spec, weights)
+            self.model = VisionLanguageModel(sizes.spec, weights)
         embedding = self.model.decoder.embedding.nbytes
         self.bytes = weights.bytes - embedding  # of the embedding a step reads one row
-        self.features = torch.randn(1, sizes.image, sizes.hidden, dtype=dtype, device=device)
+        self.features = ImageFeatures(torch.randn(sizes.image, sizes.hidden, dtype=dtype, device=device))
 
 
 def measure(

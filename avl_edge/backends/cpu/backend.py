@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,14 +14,17 @@ from ...kv.cache import SequenceCache
 from ...kv.pool.rows import Index
 from ...kv.selection import ListedRows, Selection, StepScores, is_low_rank
 from ...kv.store import RowStore
-from ...model.network import Llava
-from ...request import Prompt
+from ...model.network.image_features import ImageFeatures
+from ...model.vision_language import VisionLanguageModel
+from ...request import PixelValues, Prompt
 from ..base import ForwardTask, LayerTask
 from ..prefill import Attention, Prefill
 from ..step_batch import StepBatch, StepResult
 from ..stored import StoredRows
 
 Attend = Callable[..., tuple[Tensor, Sequence[Tensor] | None]]
+Asked = tuple[bool, bool, list[Selection]]
+"""Of a sequence, before its step: whether it picks its core, whether it wants scores, and what it reads."""
 
 
 class TorchBackend:
@@ -31,7 +33,7 @@ class TorchBackend:
     ``model`` is the network that it runs, ``rows`` are those of the pool: for traces and tests.
     """
 
-    def __init__(self, model: Llava, store: RowStore, attend: Attend = attend_parts) -> None:
+    def __init__(self, model: VisionLanguageModel, store: RowStore, attend: Attend = attend_parts) -> None:
         """``attend`` computes the decode attention; its contract is
         :func:`avl_edge.attention.kernels.attend_parts`'s."""
         self.model = model
@@ -44,15 +46,17 @@ class TorchBackend:
         self._score_type = np.float64 if model.dtype == torch.float64 else np.float32
 
     @classmethod
-    def with_pages(cls, model: Llava, pages: int, attend: Attend = attend_parts) -> TorchBackend:
+    def with_pages(cls, model: VisionLanguageModel, pages: int, attend: Attend = attend_parts) -> TorchBackend:
         """Over a new store of so many pages."""
         shape = model.spec.text.kv_shape(model.dtype.itemsize)
         return cls(model, RowStore(pages, shape, model.dtype), attend)
 
-    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
-        return LayerTask(self.model.encode(pixels))
+    def begin_encode(self, pictures: Sequence[PixelValues]) -> ForwardTask[ImageFeatures]:
+        return LayerTask(self.model.encode(pictures))
 
-    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
+    def begin_prefill(
+        self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
+    ) -> ForwardTask[Tensor]:
         return LayerTask(self._prefill.run(prompt, features, cache))
 
     def _score(self, query: Tensor, key: Tensor, queries: Index) -> Attention:
@@ -61,10 +65,13 @@ class TorchBackend:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        decoder, rows, batch = self.model.decoder, self.rows, StepBatch(token_ids, caches)
+        batch = StepBatch(token_ids, caches)
         asked = batch.ask(lambda cache: (cache.picks_core, cache.wants_scores, cache.rows_read_now))
-        if not batch.caches:
-            return batch.result()
+        return self._decode(batch, asked, greedy=greedy) if batch.caches else batch.result()
+
+    def _decode(self, batch: StepBatch, asked: Sequence[Asked], *, greedy: bool) -> StepResult:
+        """A step that has begun."""
+        decoder, rows = self.model.decoder, self.rows
         reads = [read for _, _, read in asked]
         scores = [StepScores(read, self._score_type) if wanted else None for _, wanted, read in asked]
         hidden = decoder.embed(torch.tensor(batch.token_ids))

@@ -13,7 +13,7 @@ waits for what:
   the host reads afterwards which they were.
 - Rows that change their format, as a policy settles, are converted between two steps by torch's operators, those of
   several layers together.
-- Tokens of a greedy step are chosen on the device; logits come back only where a sampler needs them.
+- Logits stay on the device: tokens of a greedy step are chosen within it, and samplers work where the logits lie.
 
 A decode step is recorded once for each :class:`~avl_edge.backends.steps.Bucket` and replayed: the row lists and
 their lengths are read from device memory, so that one recording serves any selection and every method. Formats that no
@@ -32,7 +32,6 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,11 +39,12 @@ from ...attention.cuda import Kernels, KernelShape, Pool, PromptHeads
 from ...kv.cache import SequenceCache
 from ...kv.pool.rows import Index
 from ...kv.selection import StepScores
-from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
-from ...model.network import Llava
+from ...machine.ledger import Entry
+from ...model.network.image_features import ImageFeatures
 from ...model.spec import TextSpec
-from ...request import Prompt
+from ...model.vision_language import VisionLanguageModel
+from ...request import PixelValues, Prompt
 from ..base import ForwardTask, Layers, LayerTask
 from ..prefill import Attention, Prefill
 from ..step_batch import StepBatch, StepResult
@@ -65,13 +65,20 @@ def kernel_shape(text: TextSpec, dtype: torch.dtype) -> KernelShape:
 class CudaBackend:
     """The ``Backend`` protocol on a GPU, pictures and prompts layer by layer.
 
-    Logits come back to the CPU, where samplers are. An error of the device shows at the next wait, as torch's
+    An error of the device shows at the next wait, as torch's
     RuntimeError. ``rows`` are those of the pool, ``steps`` what was recorded: for traces and tests.
     """
 
-    def __init__(self, model: Llava, store: RowStore, kernels: Kernels, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        store: RowStore,
+        kernels: Kernels,
+        accelerator: Accelerator,
+        recorded_steps: Entry | None = None,
+    ) -> None:
         """``model`` (see :func:`~avl_edge.backends.cuda.load_model`) and ``store`` lie on the accelerator's device, and
-        ``kernels`` are those of their shape."""
+        ``kernels`` are those of their shape. ``recorded_steps``: under which recorded steps are counted."""
         text, (keys, values) = model.spec.text, store.arenas("exact")
         self.name = f"torch-{accelerator.device.type}+kernels"
         self._model, self._kernels, self._accelerator = model, kernels, accelerator
@@ -79,16 +86,19 @@ class CudaBackend:
         self._prefill = Prefill(model, self.rows, self._score)
         self._pool = Pool(keys.data_ptr(), values.data_ptr(), text.kv_heads, *keys.stride()[:2], *values.stride()[:2])
         self._splits = kernels.splits(text.kv_heads, text.context)
-        self.steps = RecordedSteps(accelerator, self._new_step)
+        self.steps = RecordedSteps(accelerator, self._new_step, recorded_steps)
 
     @classmethod
-    def on_gpu(cls, model: Llava, store: RowStore, accelerator: CudaDevice) -> CudaBackend:
+    def on_gpu(
+        cls, model: VisionLanguageModel, store: RowStore, accelerator: CudaDevice, recorded_steps: Entry | None = None
+    ) -> CudaBackend:
         """With the kernels compiled for this model and GPU, or taken from the cache.
 
         Raises as :func:`kernel_shape`.
         """
         shape = kernel_shape(model.spec.text, model.dtype)
-        return cls(model, store, Kernels.load(shape, accelerator.device.index or 0), accelerator)
+        kernels = Kernels.load(shape, accelerator.device.index or 0)
+        return cls(model, store, kernels, accelerator, recorded_steps)
 
     def _new_step(self, bucket: Bucket) -> DecodeStep:
         angles = self._angles if bucket.rank else None
@@ -98,21 +108,21 @@ class CudaBackend:
     def _angles(self) -> Tensor:
         return rope_table(self._model, self._accelerator.device)
 
-    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
+    def begin_encode(self, pictures: Sequence[PixelValues]) -> ForwardTask[ImageFeatures]:
         """The features stay on the device."""
-        return LayerTask(self._model.encode(pixels))
+        return LayerTask(self._model.encode(pictures))
 
-    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
-        """Logits come to the CPU; the rows are there when the last layer is done."""
+    def begin_prefill(
+        self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
+    ) -> ForwardTask[Tensor]:
+        """Logits and rows are there when the last layer is done."""
         self._kernels.prepare(cache.formats.by_tier().values())
         return LayerTask(self._prompt(prompt, features, cache))
 
-    def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Layers:
+    def _prompt(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Layers[Tensor]:
         last = yield from self._prefill.run(prompt, features, cache)
-        if isinstance(cache, SharedPrefixCache):
-            self._accelerator.synchronize()
-            return last
-        return last.cpu()
+        self._accelerator.synchronize()
+        return last
 
     def _score(self, query: Tensor, key: Tensor, queries: Index) -> Attention:
         query, key = query.contiguous(), key.contiguous()
@@ -142,14 +152,14 @@ class CudaBackend:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        """One step for every sequence; greedy tokens are chosen on the device, logits come to the CPU."""
+        """One step for every sequence; greedy tokens are chosen on the device, logits stay there."""
         batch = StepBatch(token_ids, caches)
         asked = batch.ask(lambda cache: (_reads(cache), cache.wants_scores, cache.picks_core))
         if not batch.caches:
             return batch.result()
         reads = [own for own, _, _ in asked]
         step = self.steps.of(Bucket.of(reads, any(scores for _, scores, _ in asked)))
-        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
+        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads):
             for at, (_, scores, picks_core) in enumerate(asked):
                 if not scores and not picks_core:
                     batch.attempt(at, self._settle, batch.caches[at])
@@ -157,7 +167,7 @@ class CudaBackend:
             if scores or picks_core:
                 batch.attempt(at, self._settle_by, step, at, batch.caches[at], own)
         count = len(batch.caches)
-        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
+        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits(count))
 
     def _settle(self, cache: SequenceCache, scores: StepScores | None = None) -> None:
         self.rows.move(cache, cache.settle(scores))

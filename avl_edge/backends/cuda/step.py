@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...attention.cuda import Bases, Kernels, Lists, Pool, Scan, Step, Workspace
-from ...model.network import Llava
+from ...model.vision_language import VisionLanguageModel
 from ..steps import Accelerator, Bucket, RecordedStep, StepTables
 
 
@@ -18,7 +18,7 @@ class DecodeStep(RecordedStep):
 
     def __init__(
         self,
-        model: Llava,
+        model: VisionLanguageModel,
         kernels: Kernels,
         pool: Pool,
         accelerator: Accelerator,
@@ -54,7 +54,8 @@ class DecodeStep(RecordedStep):
             size = (text.layers, bucket.scanned)
             outputs["picked"] = torch.zeros(size, dtype=torch.int8, device=device)
             self._ends = torch.zeros(len(bucket.formats) * batch, dtype=torch.int32, device=device)
-        super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs)
+        scratch = (self._scratch, self._attended)
+        super().__init__(accelerator, StepTables(accelerator, text.layers, bucket), outputs, scratch)
 
     def run(self) -> None:
         decoder, tables = self._model.decoder, self.tables
@@ -107,7 +108,7 @@ class DecodeStep(RecordedStep):
         return Bases(address(ids), self.tables.bucket.rank, address(positions), address(self._angles))
 
 
-def rope_table(model: Llava, device: torch.device) -> Tensor:
+def rope_table(model: VisionLanguageModel, device: torch.device) -> Tensor:
     """The cosines and sines that the model rotates keys by, at every position: ``[context, 2, d / 2]``."""
     text = model.spec.text
     both = torch.cat(model.decoder.angles(torch.arange(text.context, device=device)), dim=1)

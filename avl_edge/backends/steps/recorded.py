@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ...kv.selection import Selection, StepScores
+from ...machine.ledger import Entry
 from .device import Accelerator
 from .tables import Bucket, Reads, StepTables
 
@@ -21,32 +22,45 @@ KEPT_STEPS = 12
 
 
 class RecordedStep(ABC):
-    """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :attr:`logits`, :meth:`scores`,
+    """``tables`` filled, then :meth:`start`; after the device is done, :attr:`tokens`, :meth:`logits`, :meth:`scores`,
     :meth:`picked`."""
 
-    def __init__(self, accelerator: Accelerator, tables: StepTables, outputs: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        tables: StepTables,
+        outputs: Mapping[str, Tensor],
+        scratch: Iterable[Tensor] = (),
+    ) -> None:
         """``outputs`` on the device, which :meth:`run` writes: "tokens" int64 ``[B]``, "logits" ``[B, vocabulary]``
-        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``."""
+        and, in a bucket that has them, "scores" float32 ``[L, capacity]`` and "picked" int8 ``[L, scanned]``.
+        ``scratch``: what else the step has there for itself."""
         self.tables, self._accelerator, self.outputs = tables, accelerator, outputs
         self._results = {
-            name: accelerator.host_memory(tuple(output.shape), output.dtype) for name, output in outputs.items()
+            name: accelerator.host_memory(tuple(output.shape), output.dtype)
+            for name, output in outputs.items()
+            if name != "logits"
         }
         self._replay: Callable[[], None] | None = None
+        sizes: dict[int, int] = {}
+        for each in (*outputs.values(), *scratch):  # an output may be a part of what is scratch too
+            sizes[each.data_ptr()] = max(each.nbytes, sizes.get(each.data_ptr(), 0))
+        self.nbytes = tables.nbytes + sum(sizes.values()) + sum(each.nbytes for each in self._results.values())
+        """What it holds on the device and on the host. What a recording itself takes, torch does not tell."""
 
     @abstractmethod
     def run(self) -> None:
         """The step on the device, from its tables to its outputs. Running it twice is running it once."""
 
-    def start(self, *, logits: bool) -> None:
-        """Queue everything: tables up, the step, and down come the likeliest tokens, the scores and the choices of a
-        bucket that has them and, when asked for, the logits."""
+    def start(self) -> None:
+        """Queue everything: tables up, the step, and down come the likeliest tokens, and the scores and the choices of
+        a bucket that has them."""
         self.tables.upload()
         if self._replay is None:
             self._replay = self._accelerator.record(self.run)
         self._replay()
-        for name, output in self.outputs.items():
-            if logits or name != "logits":
-                self._results[name].copy_(output, non_blocking=True)
+        for name, result in self._results.items():
+            result.copy_(self.outputs[name], non_blocking=True)
 
     @property
     def tokens(self) -> list[int]:
@@ -54,10 +68,9 @@ class RecordedStep(ABC):
         tokens: list[int] = self._results["tokens"].tolist()
         return tokens
 
-    @property
-    def logits(self) -> Tensor:
-        """``[B, vocabulary]`` on the host, overwritten by the next step of this bucket."""
-        return self._results["logits"]
+    def logits(self, count: int) -> Tensor:
+        """Those of the first ``count`` sequences, ``[count, vocabulary]``, on the device."""
+        return self.outputs["logits"][:count].clone()
 
     def scores(self, sequence: int, reads: Reads) -> StepScores:
         """The weights of the rows that one sequence read: float32, on the host."""
@@ -78,11 +91,13 @@ S = TypeVar("S", bound=RecordedStep)
 
 
 class RecordedSteps(OrderedDict[Bucket, S]):
-    """The steps of the buckets that were seen lately, made by ``make``, on one device, one after the other."""
+    """The steps of the buckets that were seen lately, made by ``make``, on one device, one after the other. ``entry``:
+    under which they are counted; they go, the least recently used first, as its limit asks."""
 
-    def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S]) -> None:
+    def __init__(self, accelerator: Accelerator, make: Callable[[Bucket], S], entry: Entry | None = None) -> None:
         super().__init__()
         self._accelerator, self._make = accelerator, make
+        self.entry = entry or Entry("recorded steps")
         self._under_way = False
 
     @contextmanager
@@ -93,8 +108,6 @@ class RecordedSteps(OrderedDict[Bucket, S]):
         positions: Sequence[int],
         slots: Sequence[npt.NDArray[np.integer]],
         reads: Sequence[Reads],
-        *,
-        logits: bool,
     ) -> Iterator[None]:
         """Fill a step's tables and start it: ``slots[sequence]`` ``[L]``, the others as :meth:`StepTables.fill` takes
         them. What stands in the ``with`` is done by the host meanwhile; the results are there at its end."""
@@ -102,7 +115,7 @@ class RecordedSteps(OrderedDict[Bucket, S]):
             self._accelerator.synchronize()
         step.tables.fill(token_ids, positions, np.stack(slots, axis=1), reads)
         self._under_way = True
-        step.start(logits=logits)
+        step.start()
         yield
         self._accelerator.synchronize()
         self._under_way = False
@@ -111,7 +124,15 @@ class RecordedSteps(OrderedDict[Bucket, S]):
         """That of a bucket, new or as it was recorded."""
         if bucket not in self:
             if len(self) >= KEPT_STEPS:
-                self.popitem(last=False)
-            self[bucket] = self._make(bucket)
+                self._drop_oldest()
+            step = self._make(bucket)
+            while self and not self.entry.fits(step.nbytes):
+                self._drop_oldest()
+            self.entry.hold(bucket, step.nbytes, "a decode step of so many sequences and rows")
+            self[bucket] = step
         self.move_to_end(bucket)
         return self[bucket]
+
+    def _drop_oldest(self) -> None:
+        bucket, _ = self.popitem(last=False)
+        self.entry.release(bucket)

@@ -215,6 +215,11 @@ class StepTables:
         """The number of a sequence's list of a format."""
         return self.bucket.formats.index(format_) * self.bucket.batch + sequence
 
+    @property
+    def nbytes(self) -> int:
+        """Of the block, on the host and on the device."""
+        return self._host.nbytes + self._device.nbytes
+
     def upload(self) -> None:
         """Queue the copy to the device; the host's side must stay as it is until that is done."""
         self._device.copy_(self._host, non_blocking=True)

@@ -23,12 +23,13 @@ from torch import Tensor
 from ...kv.cache import SequenceCache
 from ...kv.pool import RowTable
 from ...kv.selection import Selection, StepScores
-from ...kv.shared_prefix import SharedPrefixCache
 from ...kv.store import RowStore
+from ...machine.ledger import Entry
+from ...model.network.image_features import ImageFeatures
 from ...model.network.rope import Rope
 from ...package.engine import PROMPT
 from ...package.export import bindings as names
-from ...request import Prompt
+from ...request import PixelValues, Prompt
 from ..base import ForwardTask, Layers, LayerTask, WholeTask
 from ..step_batch import StepBatch, StepResult
 from ..steps import Accelerator, Bucket, Reads, RecordedSteps
@@ -48,8 +49,11 @@ class EngineBackend:
 
     name = "tensorrt"
 
-    def __init__(self, engines: Engines, store: RowStore, accelerator: Accelerator) -> None:
-        """``store``: the pool, in the engines' dtype, on the accelerator's device."""
+    def __init__(
+        self, engines: Engines, store: RowStore, accelerator: Accelerator, recorded_steps: Entry | None = None
+    ) -> None:
+        """``store``: the pool, in the engines' dtype, on the accelerator's device. ``recorded_steps``: under which
+        recorded steps are counted."""
         self.engines, self._store, self.accelerator = engines, store, accelerator
         text, device = engines.spec.text, accelerator.device
         with device:
@@ -62,7 +66,9 @@ class EngineBackend:
             each.take_memory(self._memory.data_ptr())
         stream = accelerator.stream()
         self._vision, self._prompts = engines.vision.context(0, stream), engines.decoder.context(PROMPT, stream)
-        self.steps = RecordedSteps(accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket))
+        self.steps = RecordedSteps(
+            accelerator, lambda bucket: EngineStep(engines, store, accelerator, bucket), recorded_steps
+        )
 
     @torch.inference_mode()
     def require_rows(self) -> None:
@@ -86,17 +92,17 @@ class EngineBackend:
                     "use --device cuda, and report TensorRT's version"
                 )
 
-    def begin_encode(self, pixels: npt.NDArray[np.float32]) -> ForwardTask:
+    def begin_encode(self, pictures: Sequence[PixelValues]) -> ForwardTask[ImageFeatures]:
         """As many pictures at once as the engine was built for; the features stay on the device."""
-        return LayerTask(self._pictures(pixels))
+        return LayerTask(self._pictures(np.stack([each.values for each in pictures])))
 
-    def _pictures(self, pixels: npt.NDArray[np.float32]) -> Layers:
+    def _pictures(self, pixels: npt.NDArray[np.float32]) -> Layers[ImageFeatures]:
         most, encoded = self.engines.recipe.images, list[Tensor]()
         for at in range(0, len(pixels), most):
             if at:
                 yield
             encoded.append(self._encode(pixels[at : at + most]))
-        return torch.cat(encoded)
+        return ImageFeatures(torch.cat(encoded).flatten(0, 1))
 
     def _encode(self, pixels: npt.NDArray[np.float32]) -> Tensor:
         device, dims = self.accelerator.device, {"I": len(pixels)}
@@ -105,18 +111,18 @@ class EngineBackend:
         self._vision.run(dims, run.addresses, self.accelerator.stream())
         return run[names.FEATURES]
 
-    def begin_prefill(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> ForwardTask:
-        """A prompt runs whole; its logits come as float32 to the CPU, and the rows are there when it is done."""
+    def begin_prefill(
+        self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache
+    ) -> ForwardTask[Tensor]:
+        """A prompt runs whole; its logits, float32, and its rows are there when it is done."""
         return WholeTask(lambda: self._prompt(prompt, features, cache))
 
-    def _prompt(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Tensor:
+    def _prompt(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Tensor:
         logits = self._run(prompt, features, cache)[names.LOGITS][0]
-        if isinstance(cache, SharedPrefixCache):
-            self.accelerator.synchronize()
-            return logits
-        return logits.cpu()
+        self.accelerator.synchronize()
+        return logits
 
-    def _run(self, prompt: Prompt, features: Tensor | None, cache: SequenceCache) -> Buffers:
+    def _run(self, prompt: Prompt, features: ImageFeatures | None, cache: SequenceCache) -> Buffers:
         """Run a prompt from the cache's ``begin`` on, and store what its policy chooses."""
         text = self.engines.spec.text
         listed, pruned = Listed(cache, text.layers), pruned_after(cache, text.layers)
@@ -140,7 +146,7 @@ class EngineBackend:
         return distances(values, cache, layer)
 
     def decode(self, token_ids: Sequence[int], caches: Sequence[SequenceCache], *, greedy: bool = False) -> StepResult:
-        """One step for every sequence; greedy tokens are chosen on the device, logits come as float32 to the CPU."""
+        """One step for every sequence; greedy tokens are chosen on the device, logits, float32, stay there."""
         pieces = self._pieces(len(caches))
         return StepResult.joined([(some.start, self._decode(token_ids[some], caches[some], greedy)) for some in pieces])
 
@@ -162,7 +168,7 @@ class EngineBackend:
             return batch.result()
         reads = [own for own, _ in asked]
         step = self.steps.of(self._bucket(reads, any(scores for _, scores in asked)))
-        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads, logits=not greedy):
+        with self.steps.run(step, batch.token_ids, batch.positions, batch.slots, reads):
             for at, (_, scores) in enumerate(asked):
                 if not scores:
                     batch.attempt(at, self._settle, batch.caches[at], None)
@@ -170,7 +176,7 @@ class EngineBackend:
             if scores:
                 batch.attempt(at, self._settle, batch.caches[at], step.scores(at, own))
         count = len(batch.caches)
-        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits[:count].clone())
+        return batch.result(step.tokens[:count]) if greedy else batch.result(logits=step.logits(count))
 
     def _settle(self, cache: SequenceCache, scores: StepScores | None) -> None:
         self.rows.move(cache, cache.settle(scores))

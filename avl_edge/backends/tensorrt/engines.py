@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attention.cuda import FORMATS
 from ...kv.layout import UNIT
 from ...kv.store import RowStore
-from ...model.spec import ModelSpec
+from ...model.families.llava import LlavaSpec
 from ...package.engine import Recipe
 from ...package.export import Binding, Bindings
 from ...package.export import bindings as names
@@ -38,7 +38,7 @@ class Runner(Protocol):
 class Engines:
     """A model's two engines, their tables, and the sizes that they were built for."""
 
-    spec: ModelSpec
+    spec: LlavaSpec
     recipe: Recipe
     vision: Runner
     vision_bindings: Bindings
@@ -70,7 +70,7 @@ def pool_dims(store: RowStore) -> dict[str, int]:
 
 
 class Buffers:
-    """A tensor for each binding of a run, those that are ``given`` and new ones for the others, and their addresses.
+    """A tensor for each binding of a run, those that are ``given``, ``own`` ones for the others, and their addresses.
 
     An input without elements has an address like all others, as TensorRT wants one.
     """
@@ -80,11 +80,13 @@ class Buffers:
     ) -> None:
         self.dims = dims
         self._tensors, self.addresses = {}, {}
+        self.own: list[Tensor] = []
         for binding in bindings:
             shape, dtype = binding.shape_at(dims), getattr(torch, binding.dtype)
             tensor = given.get(binding.name)
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype, device=device)
+                self.own.append(tensor)
             _check_memory(binding.name, tensor, shape, dtype)
             # Of a tensor without elements torch gives no address.
             place = tensor if tensor.numel() else torch.empty(1, dtype=dtype, device=device)

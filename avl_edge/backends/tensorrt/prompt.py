@@ -13,6 +13,7 @@ from ...kv.cache import SequenceCache
 from ...kv.methods import Prune
 from ...kv.selection import Selected
 from ...kv.store import RowStore
+from ...model.network.image_features import ImageFeatures
 from ...model.spec import TextSpec
 from ...package.export import bindings as names
 from ...request import Prompt
@@ -62,14 +63,19 @@ class Listed:
 
 
 def buffers(
-    engines: Engines, store: RowStore, prompt: Prompt, features: Tensor | None, cache: SequenceCache, listed: Listed
+    engines: Engines,
+    store: RowStore,
+    prompt: Prompt,
+    features: ImageFeatures | None,
+    cache: SequenceCache,
+    listed: Listed,
 ) -> Buffers:
     """Memory for the run of a whole prompt, or of a question's own tokens over the rows that are ``listed``, its inputs
     filled in. Its outputs hold all layers' keys and values of these tokens."""
     text, device, length = engines.spec.text, store.keys.device, len(prompt) - cache.begin
     flat = torch.zeros(1, text.hidden_size, dtype=store.keys.dtype, device=device)
     if features is not None:
-        flat = features.reshape(-1, text.hidden_size)
+        flat = features.tokens
     is_image = cache.is_image(0)[-length:]
     pruned = pruned_after(cache, text.layers)
     survivors = length if pruned is None else length - int(is_image.sum()) + pruned.prune.images

@@ -61,7 +61,7 @@ class EngineStep(RecordedStep):
         self._tokens = torch.empty(batch, dtype=torch.int64, device=device)
         outputs = {"logits": self._buffers[names.LOGITS], "tokens": self._tokens}
         outputs |= {"scores": self._buffers[names.ROW_SCORES][:, 0]} if bucket.scores else {}
-        super().__init__(accelerator, tables, outputs)
+        super().__init__(accelerator, tables, outputs, self._buffers.own)
 
     def run(self) -> None:
         buffers, stream = self._buffers, self._accelerator.stream()

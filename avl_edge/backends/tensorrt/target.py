@@ -10,6 +10,7 @@ from ...config import KvShape, Progress, PromptShape, require
 from ...kv.methods import Choice
 from ...kv.store import RowStore
 from ...machine.device import probe
+from ...machine.ledger import Entry
 from ...model.spec import ModelSpec
 from ...package.engine import DECODER_ENGINE, MODEL_FILES, VISION_ENGINE, Job, Platform, decoder_formats, open_package
 from ...package.export import decoder_bindings, vision_bindings
@@ -29,7 +30,14 @@ class TensorRt(Target):
     """A package of ``avl-edge build`` with its engines; it brings along what is read of the model beside them."""
 
     cannot_give_back = Cuda.cannot_give_back
+    cannot_bound_memory = (
+        "what an engine takes is known once it is loaded, so that the memory of a process with one cannot be bounded "
+        "before: give a KV budget, or the checkpoint with --device cuda"
+    )
+    library_bytes = Cuda.library_bytes
     runs_prompts_whole = True
+
+    packs_weights = False
 
     def __init__(self, directory: Path) -> None:
         """Raises :class:`~avl_edge.package.engine.BadPackage` where ``directory`` holds no package for this machine and
@@ -47,9 +55,10 @@ class TensorRt(Target):
         dtype: torch.dtype = getattr(torch, self._job.settings.precision)
         return dtype
 
-    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:
+    def check_prompt(self, prompt: PromptShape, spec: ModelSpec, what: str = "prompt") -> None:  # noqa: ARG002
         recipe = self._job.recipe
-        fits = prompt.length <= recipe.prompt_tokens and prompt.images <= recipe.images * spec.tokens_per_image
+        images = recipe.images * self._job.spec.tokens_per_image
+        fits = prompt.length <= recipe.prompt_tokens and prompt.images <= images
         require(
             fits,
             f"the {what} takes {prompt.length} tokens, {prompt.images} of images, but the package was built for "
@@ -59,7 +68,7 @@ class TensorRt(Target):
     def check(self, choice: Choice, prompt: PromptShape, spec: ModelSpec) -> None:
         method, formats = choice
         precision = self._job.settings.precision
-        served = decoder_formats(spec, precision)
+        served = decoder_formats(self._job.spec, precision)
         others = ", ".join(sorted(set(formats.by_tier().values()) - set(served)))
         message = f"this package's engine, of {precision}, reads {', '.join(served)} rows, not {others}"
         require(not others, f"{message}: give other formats, or {_ELSEWHERE}")
@@ -81,10 +90,17 @@ class TensorRt(Target):
             return "it was built with prune_after never; build it with another, or prune nothing"
         return f"it prunes after layer {layer}, by the last token's attention"
 
-    def load(self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None) -> Backend:
+    def load(
+        self,
+        spec: ModelSpec,  # noqa: ARG002
+        shape: KvShape,
+        pages: int,
+        progress: Progress | None,
+        recorded_steps: Entry,
+    ) -> Backend:
         job, device = self._job, self._gpu.device
-        vision = vision_bindings(spec, job.settings.precision)
-        decoder = decoder_bindings(spec, job.settings.precision, job.settings.prune_after)
+        vision = vision_bindings(job.spec, job.settings.precision)
+        decoder = decoder_bindings(job.spec, job.settings.precision, job.settings.prune_after)
         wanted = {VISION_ENGINE: vision, DECODER_ENGINE: decoder}
         opened = []
         with open_package(self._package, files=wanted) as package:
@@ -94,7 +110,7 @@ class TensorRt(Target):
                 if progress:
                     progress(done + 1, len(wanted))
         store = RowStore(pages, shape, self.dtype, str(device))
-        engines = Engines(spec, job.recipe, opened[0], vision, opened[1], decoder)
-        backend = EngineBackend(engines, store, self._gpu)
+        engines = Engines(job.spec, job.recipe, opened[0], vision, opened[1], decoder)
+        backend = EngineBackend(engines, store, self._gpu, recorded_steps)
         backend.require_rows()
         return backend

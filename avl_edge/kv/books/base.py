@@ -62,6 +62,13 @@ class Pages:
         arrays: list[Array] = [self.taken, self.held, self.owner, self.packing, self.dirty, self.free, self.free_count]
         self.packed = _POOL.pack(*[address(each) for each in arrays], self.taken.shape[1])
 
+    def leave(self, pages: Index) -> None:
+        """Make some pages nobody's; the last of them is taken first."""
+        begin = int(self.free_count[0])
+        self.owner[pages], self.held[pages] = NOBODY, 0
+        self.free[begin : begin + len(pages)] = pages
+        self.free_count[0] += len(pages)
+
 
 class Account:
     """A lease's ``number``, and what it counts: ``counts`` int64 ``[4]``, pages held, bytes of the rows held, the most
@@ -166,7 +173,8 @@ class Books(Protocol):
         """Make ``wanted`` ``[L, width]`` the core, and give rows that change their tier ids of its share: those that
         leave the core, and those that enter it.
 
-        Layer by layer: what one leaves another may take. So the bytes of a layer's rows are read before those of a
+        Two rows that change places take each other's ids, so that no page is left or taken for them. The others go
+        layer by layer, and what one leaves another may take. So the bytes of a layer's rows are read before those of a
         later layer are written, and those of a layer, or of neighbouring ones, all before any of these is written.
         """
         ...

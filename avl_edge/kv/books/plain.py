@@ -9,7 +9,6 @@ import numpy as np
 from ...errors import PoolExhausted
 from .base import (
     FREED_TWICE,
-    NOBODY,
     Array,
     Columns,
     Gone,
@@ -78,17 +77,9 @@ class PlainBooks:
         share.free[: len(free)] = free
         share.free_count[0] = len(free)
         left = np.unique(at[pages.held[at] == 0])[::-1]
-        self.leave(pages, left)
+        pages.leave(left)
         counts[0] -= len(left)
         counts[1] -= len(ids) * share.packing.row_bytes
-
-    @staticmethod
-    def leave(pages: Pages, left: Index) -> None:
-        """Pages, descending, that nobody has any more."""
-        begin = int(pages.free_count[0])
-        pages.owner[left], pages.held[left] = NOBODY, 0
-        pages.free[begin : begin + len(left)] = left
-        pages.free_count[0] += len(left)
 
     def retier(
         self, pages: Pages, core: Share, secondary: Share, columns: Columns, wanted: Mask
@@ -101,10 +92,12 @@ class PlainBooks:
             was, now, ids = columns.core[layer, :count], wanted[layer, :count], columns.ids[layer]
             places = [np.flatnonzero(was & ~now), np.flatnonzero(~was & now)]
             before = [ids[where] for where in places]
+            pairs = min(map(len, before))  # of rows that change places, which take each other's ids
             for share, old in zip(shares, before, strict=True):
-                self.release(pages, share, old)
+                self.release(pages, share, old[pairs:])
             for way, where in enumerate(places):
-                ids[where] = self.take(pages, shares[not way], len(where))
+                more = self.take(pages, shares[not way], len(where) - pairs)
+                ids[where] = np.concatenate([before[not way][:pairs], more])
                 found[way].append((columns.positions[layer, where], before[way], ids[where]))
             columns.core[layer, :count], columns.core_counts[layer] = now, np.count_nonzero(now)
         leaving, entering = map(_joined, found)

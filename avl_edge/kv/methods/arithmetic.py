@@ -67,6 +67,18 @@ def without_lowest(scores: Scores, core: Mask, count: int) -> Mask:
     return core | spread(top(scores[~core], int((~core).sum()) - count), ~core)
 
 
+def heavy_and_recent(sums: Scores, budget: int, heavy: float) -> Mask:
+    """The ``budget`` rows that stay of those of each layer, by their ``sums`` ``[L, n]``: ``heavy`` percent of them
+    those with the highest sums, the others the most recent; all where there are no more."""
+    count = sums.shape[1]
+    keep = np.ones(sums.shape, dtype=np.bool_)
+    if count > budget:
+        hitters = share(budget, heavy)
+        older = count - (budget - hitters)
+        keep[:, :older] = top(sums[:, :older], hitters)
+    return keep
+
+
 def spread(selected: Mask, within: Mask) -> Mask:
     """A mask over the true entries of ``within`` as a mask over all its entries."""
     mask = np.zeros(len(within), dtype=np.bool_)

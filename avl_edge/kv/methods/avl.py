@@ -17,7 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import PromptShape, require
-from .arithmetic import Mask, Scores, rounded_share, share, spread, top, top_of_each, whole, with_column, without_lowest
+from .arithmetic import (
+    Mask,
+    Scores,
+    heavy_and_recent,
+    rounded_share,
+    share,
+    spread,
+    top,
+    top_of_each,
+    whole,
+    with_column,
+    without_lowest,
+)
 from .base import Method, TierPeaks, Tiers, parameter
 from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, Step, pruned
 
@@ -45,7 +57,7 @@ class Avl(Method):
     text_keep: float = parameter(70, "percent of text rows kept after the image", "T")
     heavy: float = parameter(70, "percent of kept text that is heavy hitters, the rest recent")
     text_floor: int = parameter(20, "the fewest text rows kept after the image")
-    prune_layer: int = parameter(2, "the last layer (0-based) that all image tokens reach")
+    prune_layer: int = parameter(2, "the last layer (0-based) that all image tokens reach", is_layer=True)
     prompt_mean: int = parameter(0, "1: rank by all text after the image; 0: by the last token")
     by_values: int = parameter(0, "1: store rows whose values stand out; 0: by attention")
     drift: float = parameter(0, "percent of core attention lost that refreshes too; 0: never")
@@ -220,13 +232,7 @@ class AvlPolicy(KeepsCore):
     def _keep_suffix(self, sums: Scores) -> Mask:
         """Heavy hitters by running sum, and the most recent rows: a mask over the text rows after the image, ``[L, n]``
         as their ``sums``."""
-        budget, count = self._settings.text_budget(self._seen), sums.shape[1]
-        keep = np.ones(sums.shape, dtype=np.bool_)
-        if count > budget:
-            heavy = share(budget, self._settings.heavy)
-            older = count - (budget - heavy)
-            keep[:, :older] = top(sums[:, :older], heavy)
-        return keep
+        return heavy_and_recent(sums, self._settings.text_budget(self._seen), self._settings.heavy)
 
 
 def _odds(image: Scores, text: Scores) -> npt.NDArray[np.float64]:

@@ -19,17 +19,21 @@ Number = TypeVar("Number", int, float)
 
 
 class Parameter(NamedTuple):
-    """A parameter of a method as people see it. ``symbol``: the published one, or empty."""
+    """A parameter of a method as people see it. ``symbol``: the published one, or empty; ``is_layer``: it is one of
+    the model's layers."""
 
     name: str
     default: float
     help: str
     symbol: str
+    is_layer: bool
 
 
-def parameter(default: Number, help: str, symbol: str = "") -> Number:
-    """A field of a method's settings; ``help`` is one line, in lower case and without a full stop."""
-    return field(default=default, metadata={"default": default, "help": help, "symbol": symbol})
+def parameter(default: Number, help: str, symbol: str = "", *, is_layer: bool = False) -> Number:
+    """A field of a method's settings; ``help`` is one line, in lower case and without a full stop. ``is_layer``: its
+    values are those of a model's layers, from 0."""
+    about = {"default": default, "help": help, "symbol": symbol, "is_layer": is_layer}
+    return field(default=default, metadata=about)
 
 
 class TierPeaks(NamedTuple):

@@ -26,7 +26,7 @@ from .policy import KeepsCore, Kept, PromptLayer, Prune, Queries, Settlement, St
 class FastV(Method):
     """The defaults are the published ones."""
 
-    layer: int = parameter(2, "the first layer (0-based, at least 1) without the dropped tokens", "K")
+    layer: int = parameter(2, "the first layer (0-based, at least 1) without the dropped tokens", "K", is_layer=True)
     drop: float = parameter(50, "percent of the image tokens that are dropped", "R")
 
     name: ClassVar[str] = "fastv"

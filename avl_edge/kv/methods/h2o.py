@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...config import PromptShape, require
-from .arithmetic import Mask, Scores, share, top, with_column
+from .arithmetic import Mask, Scores, heavy_and_recent, share, with_column
 from .base import Method, TierPeaks, Tiers, images_among, mixed_peaks, parameter
 from .policy import KeepsCore, Kept, PromptLayer, Queries, RowOrder, Settlement, Step
 
@@ -110,10 +110,4 @@ class H2OPolicy(KeepsCore):
 
     def _select(self, sums: Scores, generated: int) -> Mask:
         """The rows that stay of those of each layer, by the sums ``[L, rows]`` of all in order of position."""
-        budget, count = self._settings.rows(self._length, generated), sums.shape[1]
-        keep = np.ones(sums.shape, dtype=np.bool_)
-        if count > budget:
-            heavy = share(budget, self._settings.heavy)
-            older = count - (budget - heavy)
-            keep[:, :older] = top(sums[:, :older], heavy)
-        return keep
+        return heavy_and_recent(sums, self._settings.rows(self._length, generated), self._settings.heavy)

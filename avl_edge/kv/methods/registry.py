@@ -97,10 +97,27 @@ def _parameters(kind: type[Method]) -> dict[str, Parameter]:
     return {each.name: each for each in kind.parameters()}
 
 
+def check_layers(name: str, parameters: Mapping[str, float], layers: int) -> None:
+    """:class:`BadInput` for a parameter that names a layer which a model of so many ``layers`` does not have."""
+    for each in METHODS[name].parameters() if name in METHODS else ():
+        value = parameters.get(each.name, 0)
+        if each.is_layer and value >= layers:
+            raise BadInput(
+                f"{each.name} is layer {value:g}, but the model has {layers} layers: give one from 0 to {layers - 1}"
+            )
+
+
 def method_parameters(parameter: str) -> str:
     """Whose parameter it is, in words."""
     owners = _owners(parameter)
     return f"a parameter of {', '.join(owners)}" if owners else "a parameter of no method"
+
+
+def parameter_without_method(parameter: str) -> str:
+    """What to say of a parameter that was given without a method."""
+    owners = list(_owners(parameter))
+    cure = f"name the method, as in --method {owners[0]}" if owners else "avl-edge methods lists what there is"
+    return f"{parameter!r} is {method_parameters(parameter)}: {cure}"
 
 
 def parameter_help(parameter: str) -> str:

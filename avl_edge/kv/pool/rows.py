@@ -106,11 +106,8 @@ class RowPool:
 
     def release_all(self, lease: Lease) -> None:
         """Give all rows of a lease back, page by page."""
-        pages, lease.shares = self._pages_of(lease)[::-1], {}
-        begin = int(self._pages.free_count[0])
-        self._pages.owner[pages], self._pages.held[pages] = -1, 0
-        self._pages.free[begin : begin + len(pages)] = pages
-        self._pages.free_count[0] += len(pages)
+        lease.shares = {}
+        self._pages.leave(self._pages_of(lease)[::-1])
         lease.account.counts[:2] = 0
 
     def end(self, lease: Lease) -> None:
@@ -225,9 +222,8 @@ class RowPool:
         for owner in owners:
             self._recount(owner)
         self._leases = {owner.lease.number: owner.lease for owner in owners}
-        unused = np.flatnonzero(pages.owner < 0)[::-1]
-        pages.free[: len(unused)] = unused
-        pages.free_count[0] = len(unused)
+        pages.free_count[0] = 0
+        pages.leave(np.flatnonzero(pages.owner < 0)[::-1])
 
     def _recount(self, owner: Owner) -> None:
         lease, pages = owner.lease, self._pages

@@ -13,7 +13,7 @@ from ...config import Formats, KvShape, PromptShape
 from ...errors import BadInput, TooLarge
 from ..budget import KvPlan, fit, kv_plan
 from ..layout import can_hold
-from ..methods import Choice, Full, Method, candidates, method_parameters
+from ..methods import Choice, Full, Method, candidates, check_layers, parameter_without_method
 from .presets import PRESETS, Preset, preset
 from .ranking import explain, ranked
 from .table import Point, QualityTable, table
@@ -35,10 +35,12 @@ def choices(
     method or parameter.
     """
     if name is not None:
-        yield from candidates(name, parameters, fitted, formats)
+        settings = candidates(name, parameters, fitted, formats)
+        check_layers(name, parameters, shape.layers)
+        yield from settings
         return
     for parameter in parameters:
-        raise BadInput(f"{parameter!r} is {method_parameters(parameter)}: name the method, as in --method avl")
+        raise BadInput(parameter_without_method(parameter))
     if formats is not None or not fitted:
         yield Choice(Full(), formats or Formats())
     if not fitted:

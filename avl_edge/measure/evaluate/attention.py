@@ -21,7 +21,7 @@ from ...kv.cache import prompt_shape
 from ...kv.methods import Full, Kept, Method, PromptLayer, Settlement, Step
 from ...kv.methods.full import FullPolicy
 from ...kv.methods.policy import Queries
-from ...model.prompt import open_image
+from ...model.images import open_image
 from ...serving.runtime import Runtime
 from .questions import Questions
 
@@ -76,7 +76,9 @@ def watch(
     for number, question in enumerate(items):
         options = Options(max_new_tokens=max_new_tokens)
         try:
-            request = runtime.prepare([open_image(question.image)], questions.prompt(question), options)
+            request = runtime.prepare(
+                [open_image(question.image, runtime.max_pixels)], questions.prompt(question), options
+            )
         except (BadInput, DoesNotFit):
             continue
         method = Watched()

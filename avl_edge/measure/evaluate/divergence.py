@@ -16,7 +16,8 @@ from torch.nn import functional
 from ...backends.cpu.backend import TorchBackend
 from ...backends.decode_loop import DecodeLoop
 from ...model.checkpoint import load_weights
-from ...model.network import Llava
+from ...model.network.image_features import ImageFeatures
+from ...model.vision_language import VisionLanguageModel
 from ...serving.requests import Request
 from ...serving.runtime import Runtime
 from .settings import Setting
@@ -26,7 +27,7 @@ class Divergence:
     """The model of ``runtime``, whose directory is ``model``, beside it (its weights are mapped, not read twice)."""
 
     def __init__(self, runtime: Runtime, model: Path) -> None:
-        self._model = Llava(runtime.spec, load_weights(model))
+        self._model = VisionLanguageModel(runtime.spec, load_weights(model, prefixes=runtime.spec.prefixes))
 
     def from_full(
         self, full: Request, token_ids: Sequence[int], requests: Mapping[Setting, Request]
@@ -42,11 +43,11 @@ class Divergence:
             for setting, request in requests.items()
         }
 
-    def encode(self, request: Request) -> Tensor | None:
-        """The features ``[images, tokens, hidden]`` of a request's pictures; None without pictures."""
+    def encode(self, request: Request) -> ImageFeatures | None:
+        """The features of a request's pictures; None without pictures."""
         return DecodeLoop(TorchBackend.with_pages(self._model, 0)).encode(request.prompt)
 
-    def log_probabilities(self, request: Request, features: Tensor | None, token_ids: Sequence[int]) -> Tensor:
+    def log_probabilities(self, request: Request, features: ImageFeatures | None, token_ids: Sequence[int]) -> Tensor:
         """Of ``request`` answered by ``token_ids``, at most its ``max_new_tokens``: float32 ``[tokens, vocabulary]``.
 
         Row ``i`` is what the model expected in the place of token ``i``.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ...config import Options, Progress
 from ...errors import BadInput, DoesNotFit
 from ...kv.cache import prompt_shape
-from ...model.prompt import open_image
+from ...model.images import open_image
 from ...serving.requests import Request
 from ...serving.runtime import Runtime
 from .answers import Answer, AnswerLog
@@ -75,7 +75,7 @@ class EvaluationRun:
         """
         if not settings:
             return None, {}
-        picture = open_image(question.image)
+        picture = open_image(question.image, self._runtime.max_pixels)
         full = self._runtime.prepare(
             [picture], prompt, Options(method=REFERENCE.method, max_new_tokens=self._max_new_tokens)
         )

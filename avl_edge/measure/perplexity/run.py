@@ -18,7 +18,8 @@ from ...errors import DoesNotFit
 from ...kv.budget import KvPlan
 from ...kv.cache import SequenceCache
 from ...kv.methods import Method
-from ...model.network import Llava
+from ...model.network.image_features import ImageFeatures
+from ...model.vision_language import VisionLanguageModel
 from ..evaluate.settings import REFERENCE, Setting
 from .windows import Window, WindowLayout
 
@@ -72,7 +73,7 @@ def plans_of(
 
 @torch.inference_mode()
 def measure(
-    model: Llava,
+    model: VisionLanguageModel,
     windows: Sequence[Window],
     layout: WindowLayout,
     plans: Mapping[Setting, KvPlan[Method]],
@@ -103,7 +104,11 @@ def measure(
 
 
 def _prefill(
-    loop: DecodeLoop, model: Llava, windows: Sequence[Window], layout: WindowLayout, plans: Sequence[KvPlan[Method]]
+    loop: DecodeLoop,
+    model: VisionLanguageModel,
+    windows: Sequence[Window],
+    layout: WindowLayout,
+    plans: Sequence[KvPlan[Method]],
 ) -> Tensor:
     """The logits of each prompt's last token, ``[plans * windows, vocabulary]``."""
     logits = []
@@ -111,8 +116,8 @@ def _prefill(
         for window in windows:
             prompt = window.prompt(layout)
             embedded = model.decoder.embed(torch.tensor(prompt.token_ids))
-            features = [embedded[span.start : span.start + span.length] for span in prompt.spans]
-            logits.append(loop.prefill(prompt, torch.stack(features) if features else None, plan))
+            own = [ImageFeatures(embedded[span.start : span.start + span.length]) for span in prompt.spans]
+            logits.append(loop.prefill(prompt, ImageFeatures.joined(own) if own else None, plan))
     return torch.stack(logits)
 
 

@@ -10,23 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...backends.cpu.backend import TorchBackend
 from ...backends.decode_loop import DecodeLoop
 from ...config import Formats, Options, Progress, PromptShape
 from ...kv.budget import kv_plan
-from ...kv.cache import SequenceCache
+from ...kv.cache import SequenceCache, prompt_shape
 from ...kv.methods import H2O, Avl, FastV, Full, Method, Streaming
 from ...machine import allocator
 from ...model import checkpoint
-from ...model.network import Llava
+from ...model.families import read_spec
+from ...model.known import shape_of_spec
+from ...model.prompt.codec import open_codec
 from ...model.sampling import Sampler
-from ...model.sizes import ModelShape, shape_of_spec
-from ...model.spec import read_spec
-from ...request import ImageSpan, Prompt
+from ...model.sizes import ModelShape
+from ...model.vision_language import VisionLanguageModel
+from ...request import ImageSpan, Pixels, PixelValues, Prompt
 from .timing import forget_peak, now, peak_bytes, per_step, timed
 
+SIDE = 336
+"""Edge in pixels of the pictures."""
 CYCLE = 3
 """A-VL's refresh interval: steps are averaged over whole cycles."""
 
@@ -64,7 +69,7 @@ class Measured:
 def trials(model: ModelShape, count: int, seed: int) -> Iterator[Trial]:
     """``count`` random requests that fit the model's context."""
     chance = random.Random(seed)
-    per_image = model.picture(336, 336).tokens
+    per_image = model.picture(SIDE, SIDE).tokens
     context = model.decoder.context
     for number in range(count):
         steps = CYCLE * chance.randint(6, 12)
@@ -89,16 +94,18 @@ class Bench:
     def __init__(self, directory: Path, name: str, progress: Progress | None = None) -> None:
         allocator.bound()
         self.spec = read_spec(directory)
-        self._model = Llava(self.spec, checkpoint.load_weights(directory, progress))
+        self._codec = open_codec(self.spec, directory)
+        self._model = VisionLanguageModel(self.spec, checkpoint.load_weights(directory, progress, self.spec.prefixes))
         self.dtype = self._model.dtype
         self.shape = shape_of_spec(self.spec, name, self.dtype.itemsize)
 
     def measure(self, trial: Trial) -> Measured:
         """Run the requests of ``trial``: each prompt by itself, then all decoded together."""
         forget_peak()
-        prompt, kv = trial.prompt(self.spec.tokens_per_image), self.shape.kv_shape()
+        inputs = self._prompt(trial)
+        prompt, kv = prompt_shape(len(inputs), inputs.spans), self.shape.kv_shape()
         plan = kv_plan(trial.method, Formats(), kv, prompt, trial.steps)
-        inputs, sampler = self._prompt(trial), Sampler(Options())
+        sampler = Sampler(Options())
         with DecodeLoop(TorchBackend.with_pages(self._model, plan.pages * trial.streams)) as loop:
             caches = [loop.add(inputs, plan) for _ in range(trial.streams)]
             encode, prefill, logits = zip(*(_prefill(loop, inputs, cache) for cache in caches), strict=True)
@@ -112,13 +119,16 @@ class Bench:
         return Measured(min(encode), min(prefill), per_step(steps, CYCLE), peak_bytes())
 
     def _prompt(self, trial: Trial) -> Prompt:
-        shape, chance = trial.prompt(self.spec.tokens_per_image), np.random.default_rng(trial.text)
-        size = self.spec.vision.image_size
-        pixels = chance.standard_normal((trial.images, 3, size, size), dtype=np.float32) if trial.images else None
-        each = self.spec.tokens_per_image
+        picture, chance = self.spec.picture(SIDE, SIDE), np.random.default_rng(trial.text)
+        shape, each = trial.prompt(picture.tokens), picture.tokens
+        images = (chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(trial.images))
+        pixels = tuple(
+            PixelValues(self._codec.pixels(Image.fromarray(image), picture, SIDE**2), picture) for image in images
+        )
         spans = tuple(ImageSpan("", shape.prefix + image * each, each) for image in range(trial.images))
-        ids = chance.integers(0, self.spec.text.vocab_size, shape.length)
-        return Prompt(tuple(int(token) for token in ids), spans, pixels)
+        ids = tuple(map(int, chance.integers(0, self.spec.text.vocab_size, shape.length)))
+        rope = self._codec.rope(len(ids), [(span.start, picture) for span in spans])
+        return Prompt(ids, spans, Pixels(pixels) if pixels else None, rope)
 
 
 def _prefill(loop: DecodeLoop, inputs: Prompt, cache: SequenceCache) -> tuple[float, float, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 
-from ...config import Formats, PromptShape
+from ...config import Formats
 from ...kv.budget import kv_plan
 from ...machine import profile
 from ...machine.device import DeviceFacts
@@ -185,13 +185,8 @@ def _tensors(model: ModelShape, trial: Trial) -> tuple[int, int]:
     picture = model.picture(336, 336)
     prompt, kv = trial.prompt(picture.tokens), model.kv_shape()
     rows = kv_plan(trial.method, Formats(), kv, prompt, trial.steps).peak_bytes * trial.streams
-    return workspace_bytes(model, prompt, trial.images), model.weight_bytes(model.stored) + rows
-
-
-def workspace_bytes(model: ModelShape, prompt: PromptShape, images: int) -> int:
-    """Live tensors of vision encoder or prefill, whichever are more."""
-    vision = model.vision.peak_bytes([model.picture(336, 336)] * images, model.itemsize)
-    return max(vision, model.activation_bytes(prompt.length, prompt.images))
+    workspace = model.workspace_bytes([picture] * trial.images, prompt.length, prompt.images)
+    return workspace, model.weight_bytes(model.stored) + rows
 
 
 def predicted_peak(model: ModelShape, peaks: Peaks, trial: Trial) -> int:

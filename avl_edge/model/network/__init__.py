@@ -1,5 +1,1 @@
-"""The networks, as plain objects over memory-mapped weights."""
-
-from .llava import Llava
-
-__all__ = ["Llava"]
+"""Networks and their parts, as plain objects over memory-mapped weights."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import Weights
-from ..spec import VisionSpec
+from ..clip_config import ClipSpec
 from ..weights.linear import slow_half
 from .layers import LayerNorm, activation
 
@@ -17,7 +17,7 @@ from .layers import LayerNorm, activation
 class VisionTower:
     """Runs only as many layers as the features asked for need."""
 
-    def __init__(self, spec: VisionSpec, feature_layers: Sequence[int], weights: Weights) -> None:
+    def __init__(self, spec: ClipSpec, feature_layers: Sequence[int], weights: Weights) -> None:
         size, patch = spec.hidden_size, spec.patch_size
         self._spec = spec
         self._feature_layers = tuple(feature_layers)
@@ -52,7 +52,7 @@ class VisionTower:
 
 
 class _Layer:
-    def __init__(self, spec: VisionSpec, name: str, weights: Weights) -> None:
+    def __init__(self, spec: ClipSpec, name: str, weights: Weights) -> None:
         size, inner = spec.hidden_size, spec.intermediate_size
         self._heads = spec.heads
         self._norm1 = LayerNorm.take(weights, f"{name}.layer_norm1", size, spec.norm_eps)

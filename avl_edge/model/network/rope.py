@@ -15,6 +15,8 @@ from ...errors import BadModel
 class Rope:
     """Rotations by position. Frequencies are float32, as in transformers, whatever the model's dtype."""
 
+    _axes: Tensor | None = None  # which axis of a position each frequency turns by
+
     def __init__(self, head_dim: int, parameters: Mapping[str, Any]) -> None:
         kind = parameters["rope_type"]
         if kind not in ROPE_TYPES:
@@ -26,11 +28,32 @@ class Rope:
         if not (torch.isfinite(self._frequencies).all() and (self._frequencies > 0).all() and self._magnitude > 0):
             raise BadModel(f"RoPE scaling {kind!r} gives frequencies that are not positive: check {dict(parameters)}")
 
+        if parameters.get("mrope_section") is not None:
+            self._axes = _axes(parameters["mrope_section"], head_dim, bool(parameters.get("mrope_interleaved")))
+
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[n, 1, head_dim]`` for int64 ``positions`` ``[n]``."""
-        angles = positions.float()[:, None] * self._frequencies
+        """Cosines and sines ``[n, 1, head_dim]`` for whole ``positions``: ``[n]``, which hold for all axes that there
+        are, or ``[axes, n]``."""
+        if positions.dim() == 2:
+            positions = positions[0] if self._axes is None or len(positions) == 1 else positions[self._axes].T
+        turned = positions.float() if positions.dim() == 2 else positions.float()[:, None]
+        angles = turned * self._frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return (angles.cos() * self._magnitude).to(dtype), (angles.sin() * self._magnitude).to(dtype)
+
+
+def _axes(sections: Any, head_dim: int, interleaved: bool) -> Tensor:
+    """M-RoPE (arXiv 2409.12191): which axis of a position each frequency turns by, int64 ``[head_dim / 2]``. Sections
+    are numbers of frequencies, one after the other, or time, row and column in turns as far as their numbers go."""
+    numbers = isinstance(sections, list) and all(type(each) is int and each >= 0 for each in sections)
+    if not numbers or len(sections) != 3 or 2 * sum(sections) != head_dim:
+        raise BadModel(f"mrope_section must be 3 numbers with the sum {head_dim // 2}, not {sections!r}")
+    if not interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
+    axes = torch.zeros(head_dim // 2, dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

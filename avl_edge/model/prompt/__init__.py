@@ -1,7 +1,6 @@
 """From pictures and text to what the model takes, and from token ids back to text. Needs no torch."""
 
 from .detokenizer import Detokenizer
-from .images import ImageSource, check_sources, open_image, read_stream
 from .processor import Processor
 
-__all__ = ["Detokenizer", "ImageSource", "Processor", "check_sources", "open_image", "read_stream"]
+__all__ = ["Detokenizer", "Processor"]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
-
-from ...config import read_json
-from ...errors import BadInput, BadModel, TooLarge, quoted
-from ...request import ImageSpan, Prompt
+from ...config import Picture, read_json
+from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
+from ...request import ImageSpan, Pixels, PixelValues, Prompt
+from ..images.preprocess import digest
+from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
 from ..spec import ModelSpec
+from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
-from .image_config import ImageProcessorConfig
-from .images import ImageSource, open_image
-from .preprocess import digest, preprocess
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
 from .text_tokenizer import TextTokenizer
@@ -29,12 +29,12 @@ more characters are runs of one."""
 class Processor:
     """Everything of a model directory that stands between a person and the model. Read-only; threads may share it."""
 
-    image_config: ImageProcessorConfig
+    codec: ImageCodec
+    pixel_bytes: Callable[[Picture], int]
     text: TextTokenizer
     template: ChatTemplate
     image_token_id: int
     image_token: str
-    tokens_per_image: int
     context: int
     eos_token_ids: frozenset[int]
 
@@ -43,107 +43,123 @@ class Processor:
         """:meth:`open` for the model that ``spec`` describes."""
         return cls.open(
             directory,
+            partial(open_codec, spec),
+            spec.pixel_bytes,
             image_token_id=spec.image_token_id,
-            tokens_per_image=spec.tokens_per_image,
             context=spec.text.context,
             vocab_size=spec.text.vocab_size,
-            image_size=spec.vision.image_size,
         )
 
     @classmethod
     def open(
         cls,
         directory: Path,
+        codec_of: Callable[[Path], ImageCodec],
+        pixel_bytes: Callable[[Picture], int],
         *,
         image_token_id: int,
-        tokens_per_image: int,
         context: int,
         vocab_size: int,
-        image_size: int | None = None,
     ) -> Processor:
         """Reads the processor's files and checks them against the model.
 
-        ``context`` is the model's, in tokens, ``vocab_size`` the number of rows of the embedding, ``image_size`` the
-        edge in pixels of the square that the vision tower takes (None: not checked). Raises BadModel for files that are
-        missing, broken or mismatched.
+        ``codec_of`` reads what they say of pictures, ``pixel_bytes`` says what the pixels of one weigh. ``context``
+        is the model's, in tokens, ``vocab_size`` the number of rows of the embedding. Raises BadModel for files that
+        are missing, broken or mismatched.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise BadModel(f"{directory} is not a directory: give the directory of a model")
-        if tokens_per_image < 1:
-            raise BadModel(f"{directory}: an image must have at least 1 token, not {tokens_per_image}")
         text = TextTokenizer.open(directory, vocab_size)
-        image_token = _image_token(directory, text, image_token_id)
-        image_config = ImageProcessorConfig.open(directory)
-        _check_output_size(image_config, image_size, directory)
+        codec = codec_of(directory)
+        image_token = _image_token(directory, text, image_token_id, codec.image_token)
         return cls(
-            image_config=image_config,
+            codec=codec,
+            pixel_bytes=pixel_bytes,
             text=text,
-            template=open_template(directory, text.named, image_token),
+            template=open_template(directory, text.named, image_token, codec.chat_template),
             image_token_id=image_token_id,
             image_token=image_token,
-            tokens_per_image=tokens_per_image,
             context=context,
             eos_token_ids=read_eos_token_ids(directory, text, vocab_size),
         )
 
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
-        """One user turn, the images before the text, ready for the answer: :meth:`lay_out`, then :meth:`read`."""
-        return self.read(images, *self.lay_out(len(images), prompt, system))
+        """One user turn, the images before the text, ready for the answer: :meth:`measure`, :meth:`lay_out`,
+        :meth:`read`."""
+        pictures = self.measure(images)
+        return self.read(images, pictures, self.lay_out(pictures, prompt, system))
 
-    def lay_out(
-        self, images: int, prompt: str, system: str | None = None
-    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        """The token ids of a turn with that many images, and where each image stands (digests still empty).
+    def measure(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
+        """What the pictures will be for the model, by their headers, where their size matters.
 
-        Each image stands as ``tokens_per_image`` placeholder ids. Raises BadInput for a prompt that is empty or holds
-        special tokens, TooLarge for more images or text than the context can hold, which is said before anything is
-        tokenized, BadModel if the chat template fails. No picture is touched.
+        Raises BadImage as far as a header tells that one is no use, or has more than ``max_pixels``.
+        """
+        fixed = self.codec.fixed
+        return [self.codec.rule(*image_size(image, max_pixels)) if fixed is None else fixed for image in images]
+
+    def lay_out(self, pictures: Sequence[Picture], prompt: str, system: str | None = None) -> Prompt:
+        """A turn with such pictures: token ids, and where each picture stands (digests still empty, no pixels).
+
+        Each picture stands as so many placeholder ids as it has tokens. Raises BadInput for a prompt that is empty or
+        holds special tokens, TooLarge for more images or text than the context can hold, which is said before anything
+        is tokenized, BadModel if the chat template fails.
         """
         texts = {"prompt": prompt} if system is None else {"prompt": prompt, "system text": system}
         for what, text in texts.items():
             if not isinstance(text, str):
                 raise BadInput(f"the {what} must be a string, not {type(text).__name__}")
-        self._check_room(images, sum(map(len, texts.values())))
+        self._check_room(pictures, sum(map(len, texts.values())))
         for what, text in texts.items():
             self._check_text(what, text)
         if not prompt.strip():
             raise BadInput("the prompt is empty: ask something about the picture")
-        token_ids = self._tokenize(images, prompt, system)
-        starts = self._image_starts(token_ids, images)
-        return token_ids, tuple(ImageSpan("", start, self.tokens_per_image) for start in starts)
+        token_ids = self._tokenize(pictures, prompt, system)
+        starts = self._image_starts(token_ids, pictures)
+        spans = (ImageSpan("", start, each.tokens) for start, each in zip(starts, pictures, strict=True))
+        rope = self.codec.rope(len(token_ids), list(zip(starts, pictures, strict=True)))
+        return Prompt(token_ids, tuple(spans), None, rope)
 
-    def lay_out_images(self, images: int) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        """The token ids of a turn up to the end of its last image, and where each image stands.
+    def lay_out_images(self, pictures: Sequence[Picture]) -> Prompt:
+        """A turn up to the end of its last picture.
 
-        They are the same whatever is asked: the image placeholder is a token that merges with nothing. Raises BadInput
-        where they are not, as with a template that writes the question first.
+        It is the same whatever is asked: the image placeholder is a token that merges with nothing. Raises BadInput
+        where it is not, as with a template that writes the question first.
         """
-        heads = [self.head(*self.lay_out(images, probe)) for probe in ("What is it?", "0")]
-        if heads[0] != heads[1]:
+        heads = [self.lay_out(pictures, probe).up_to_images() for probe in ("What is it?", "0")]
+        if heads[0].token_ids != heads[1].token_ids:
             raise BadInput("this model's chat template writes the question before the pictures: ask one at a time")
         return heads[0]
 
-    @staticmethod
-    def head(token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-        """Of a turn that was laid out, the token ids up to the end of its last image, and the spans."""
-        return token_ids[: spans[-1].start + spans[-1].length], spans
+    def read(
+        self,
+        images: Sequence[ImageSource],
+        pictures: Sequence[Picture],
+        laid_out: Prompt,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Prompt:
+        """Decode and preprocess the images that were measured as ``pictures`` and stand in ``laid_out``, one after the
+        other. Raises BadImage for one that is no use, or has more than ``max_pixels``."""
+        read = [self._read(image, picture, max_pixels) for image, picture in zip(images, pictures, strict=True)]
+        named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, read, strict=True))
+        return replace(laid_out, spans=tuple(named), pixel_values=Pixels(tuple(read)) if read else None)
 
-    def read(self, images: Sequence[ImageSource], token_ids: tuple[int, ...], spans: tuple[ImageSpan, ...]) -> Prompt:
-        """Decode and preprocess the pictures of a turn that was laid out. Raises BadImage for one that is no use."""
-        pixels = [preprocess(open_image(image), self.image_config) for image in images]
-        named = (replace(span, digest=digest(each)) for span, each in zip(spans, pixels, strict=True))
-        return Prompt(token_ids, tuple(named), np.stack(pixels) if pixels else None)
+    def _read(self, source: ImageSource, picture: Picture, max_pixels: int) -> PixelValues:
+        image = open_image(source, max_pixels)
+        if picture != self.codec.fixed and picture != self.codec.rule(*image.size):
+            raise BadImage("a picture was changed while it was read: give it again")
+        return PixelValues(self.codec.pixels(image, picture, max_pixels), picture)
 
     def detokenizer(self) -> Detokenizer:
         """A new one for each sequence."""
         return Detokenizer(self.text.tokenizer, self.text.special)
 
-    def _check_room(self, images: int, characters: int) -> None:
-        least = images * self.tokens_per_image
+    def _check_room(self, pictures: Sequence[Picture], characters: int) -> None:
+        images, least = len(pictures), sum(each.tokens for each in pictures)
         if least >= self.context:
+            fewer = "give fewer" if self.codec.fixed else "give fewer or smaller ones"
             raise TooLarge(
-                f"{images} images take {least} tokens, but the model's context ends at {self.context}: give fewer"
+                f"{images} images take {least} tokens, but the model's context ends at {self.context}: {fewer}"
             )
         most = CHARACTERS_PER_TOKEN * (self.context - least)
         if characters >= most:
@@ -161,28 +177,36 @@ class Processor:
         if token is not None:
             raise BadInput(f"the {what} contains {token}, which the model reserves for itself: remove it")
 
-    def _tokenize(self, images: int, prompt: str, system: str | None) -> tuple[int, ...]:
-        text = self.template.render(images, prompt, system)
-        written = text.count(self.image_token)
-        if written != images:
-            raise BadInput(f"the chat template wrote {written} image placeholders for {images} images")
-        self._check_room(images, len(text) - images * len(self.image_token))
-        return self.text.encode(text.replace(self.image_token, self.image_token * self.tokens_per_image))
+    def _tokenize(self, pictures: Sequence[Picture], prompt: str, system: str | None) -> tuple[int, ...]:
+        images = len(pictures)
+        between = self.template.render(images, prompt, system).split(self.image_token)
+        if len(between) - 1 != images:
+            raise BadInput(f"the chat template wrote {len(between) - 1} image placeholders for {images} images")
+        self._check_room(pictures, sum(map(len, between)))
+        placed = [self.codec.placeholder(each, self.image_token) for each in pictures]
+        return self.text.encode("".join(map("".join, zip(between, [*placed, ""], strict=True))))
 
-    def _image_starts(self, token_ids: tuple[int, ...], images: int) -> list[int]:
-        """Where each image's placeholders begin. Images may touch, so they are told apart by their number of tokens."""
-        length = self.tokens_per_image
+    def _image_starts(self, token_ids: tuple[int, ...], pictures: Sequence[Picture]) -> list[int]:
+        """Where each picture's placeholders begin. Pictures may touch, so they are told apart by their number of
+        tokens."""
         places = [i for i, token_id in enumerate(token_ids) if token_id == self.image_token_id]
-        starts = places[::length]
-        if places != [start + i for start in starts for i in range(length)] or len(starts) != images:
-            raise BadInput(f"{len(places)} image tokens came out for {images} images of {length}: change the prompt")
+        firsts = list(accumulate((each.tokens for each in pictures), initial=0))
+        starts = [places[first] for first in firsts[:-1] if first < len(places)]
+        expected = [start + i for start, each in zip(starts, pictures, strict=False) for i in range(each.tokens)]
+        if len(starts) != len(pictures) or places != expected:
+            lengths = ", ".join(str(each.tokens) for each in pictures)
+            raise BadInput(
+                f"{len(places)} image tokens came out for {len(pictures)} images of {lengths or 'none'}: change the "
+                "prompt"
+            )
         return starts
 
 
-def _image_token(directory: Path, text: TextTokenizer, image_token_id: int) -> str:
-    """The image placeholder's text, which must be the token of the id that the model replaces."""
+def _image_token(directory: Path, text: TextTokenizer, image_token_id: int, usual: str) -> str:
+    """The image placeholder's text, ``usual`` where no file says it, which must be the token of the id that the model
+    replaces."""
     declared = (read_json(directory / "processor_config.json") or {}).get("image_token")
-    placeholder = text.named.get("image_token") or declared or "<image>"
+    placeholder = text.named.get("image_token") or declared or usual
     actual = text.tokenizer.id_to_token(image_token_id) if image_token_id >= 0 else None
     if actual != placeholder:
         raise BadModel(
@@ -194,14 +218,3 @@ def _image_token(directory: Path, text: TextTokenizer, image_token_id: int) -> s
             f"{directory}: the tokenizer splits the image placeholder {quoted(placeholder)} into several tokens"
         )
     return str(placeholder)
-
-
-def _check_output_size(config: ImageProcessorConfig, image_size: int | None, directory: Path) -> None:
-    size = config.output_size
-    if size is None:
-        raise BadModel(f"{directory}: the image processor gives every picture another size; set crop_size or size")
-    if image_size is not None and size != (image_size, image_size):
-        raise BadModel(
-            f"{directory}: the image processor makes pictures of {size[0]} x {size[1]} pixels (height x width), "
-            f"but the vision tower takes {image_size} x {image_size}"
-        )

@@ -108,18 +108,20 @@ class JinjaTemplate:
                 raise
 
 
-def open_template(directory: Path, variables: Mapping[str, str], placeholder: str) -> ChatTemplate:
+def open_template(
+    directory: Path, variables: Mapping[str, str], placeholder: str, usual: str | None = None
+) -> ChatTemplate:
     """The model's template. ``variables`` are its special tokens by name, such as bos_token.
 
     Looked for in processor_config.json, chat_template.json, chat_template.jinja and tokenizer_config.json, the order
-    of transformers; without any, `LlavaConvention`. Raises BadModel for a template that is broken.
+    of transformers; without any, ``usual``, or `LlavaConvention`. Raises BadModel for a template that is broken.
     """
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         path = directory / name
         content = read_text(path) if path.suffix == ".jinja" else (read_json(path) or {}).get("chat_template")
         if content is not None:
             return JinjaTemplate(_default_source(content, path), variables, placeholder, str(path))
-    return LlavaConvention(placeholder)
+    return JinjaTemplate(usual, variables, placeholder, "avl-edge") if usual else LlavaConvention(placeholder)
 
 
 def _default_source(content: Any, path: Path) -> str:

@@ -10,7 +10,7 @@ from ...config import Sampling
 
 def distribution(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn, ``[n]`` int64 in ascending order, and their weights, ``[n]`` float32, to which
-    their probabilities are proportional.
+    their probabilities are proportional, on the device of ``scores``.
 
     ``scores`` are finite logits, float32 ``[vocabulary]``, after bias and penalties; the temperature is above 0. The
     k-th likeliest token's equals stay with it, as in transformers. A nucleus (arXiv 1904.09751) is the fewest likeliest
@@ -21,7 +21,7 @@ def distribution(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         ids = _places(scores >= scores.topk(sampling.top_k).values[-1])
         scores = scores[ids]
     else:
-        ids = torch.arange(len(scores))
+        ids = torch.arange(len(scores), device=scores.device)
     # The likeliest token weighs 1, the least likely ones 1e-38: below that, numbers are denormal, which is slow.
     weights = (scores - scores.max()).div_(sampling.temperature).clamp_(min=-87).exp_()
     mass = float(weights.sum())

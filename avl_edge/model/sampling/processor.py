@@ -41,14 +41,14 @@ class LogitsProcessor:
             self._counts[token] = self._counts.get(token, 0) + 1
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """float32 ``[vocabulary]`` to the same, in a tensor of its own unless nothing changes."""
+        """float32 ``[vocabulary]`` to the same, on the same device, in a tensor of its own unless nothing changes."""
         if not self.changes_logits:
             return logits
-        scores = logits.clone()
-        scores[self._biased] += self._bias
+        scores, device = logits.clone(), logits.device
+        scores[self._biased.to(device)] += self._bias.to(device)
         if self._counts:
-            options, ids = self._sampling, torch.tensor(list(self._counts))
-            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            options, ids = self._sampling, torch.tensor(list(self._counts), device=device)
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=device)
             own = scores[ids]
             own = torch.where(own < 0, own * options.repetition_penalty, own / options.repetition_penalty)
             scores[ids] = own - options.frequency_penalty * counts - options.presence_penalty * (counts > 0)

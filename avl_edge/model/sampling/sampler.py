@@ -43,13 +43,14 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor) -> int:
-        """``[vocabulary]`` in any float dtype, on the CPU, to an id, which counts as the answer's next token.
+        """``[vocabulary]`` in any float dtype to an id, which counts as the answer's next token. The work is done on
+        the device of ``logits``.
 
         Raises :class:`InvalidLogits` for a NaN or an infinity among them; nothing has changed then.
         """
         logits = logits.float()
         scores = self._processor(logits)
-        lowest, highest = map(float, torch.aminmax(scores))  # both are NaN where any is
+        lowest, highest = torch.stack(torch.aminmax(scores)).tolist()  # both are NaN where any is
         if not math.isfinite(highest - lowest):
             raise InvalidLogits(
                 "the model gave NaN or infinite logits: its weights are damaged, or too large for their dtype; copy "

@@ -24,6 +24,9 @@ from .linear import Grouped
 from .packing import signed, unpacked, words
 from .stored import CONVERT, StoredLayer
 
+_PLAIN_MODULES = [f"re:.*{name}.*" for name in ("vision_tower", "visual", "multi_modal_projector")]
+"""Of all families, what is no decoder."""
+
 
 class CompressedTensors:
     def stores(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -103,7 +106,7 @@ def quantization_config(formats: WeightFormats) -> dict[str, Any]:
             f"group_{number}": {"targets": [target], "weights": _weights(form)}
             for number, (target, form) in enumerate(packed.items())
         },
-        "ignore": ["re:.*vision_tower.*", "re:.*multi_modal_projector.*", *plain],
+        "ignore": [*_PLAIN_MODULES, *plain],
     }
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from ...attention.cuda import DTYPES
 from ...kv.layout import UNIT
-from ...model.spec import ModelSpec
+from ...model.families.llava import LlavaSpec
 from ..export import row_formats
 from .recipe import Recipe
 from .tensorrt import Sizes
@@ -26,14 +26,14 @@ class Plugin:
     register: Callable[[ModuleType], None]
 
 
-def decoder_formats(spec: ModelSpec, precision: str) -> tuple[str, ...]:
+def decoder_formats(spec: LlavaSpec, precision: str) -> tuple[str, ...]:
     """The formats that rows may have in an engine of ``precision``, in the order of their parts: the plugin reads
     packed rows beside those of 16 bits."""
     formats = row_formats(spec.text, precision)
     return formats if precision in DTYPES else formats[:1]
 
 
-def decoder_profiles(spec: ModelSpec, recipe: Recipe, precision: str) -> list[Mapping[str, Sizes]]:
+def decoder_profiles(spec: LlavaSpec, recipe: Recipe, precision: str) -> list[Mapping[str, Sizes]]:
     """:data:`PROMPT` and :data:`STEP`: the sizes of each dimension in the decoder's table of bindings.
 
     A prompt is one sequence; as a question over a shared prefix it goes on from that one's rows, up to a full context

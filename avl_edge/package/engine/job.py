@@ -15,7 +15,8 @@ from ...config import Progress, format_size
 from ...errors import BadModel
 from ...machine.device import probe
 from ...model.checkpoint import stored_dtype
-from ...model.spec import ModelSpec, read_spec
+from ...model.families import read_spec
+from ...model.families.llava import LlavaSpec
 from ..export import (
     DECODER,
     PLUGIN_DECODER,
@@ -46,7 +47,7 @@ class Job:
     """What a build would do, known from config.json and file headers alone. Sizes in bytes."""
 
     directory: Path
-    spec: ModelSpec
+    spec: LlavaSpec
     recipe: Recipe
     settings: Settings
     plan: ExportPlan
@@ -57,6 +58,8 @@ class Job:
         if not os.path.isdir(directory):  # unlike Path.is_dir, also where a parent cannot be entered
             raise BadModel(f"there is no model {str(directory)!r}: give 'demo' or the directory of a checkpoint")
         spec = read_spec(directory)
+        if not isinstance(spec, LlavaSpec):
+            raise BadModel(f"{directory} is no LLaVA-1.5, the one family that is built: run the checkpoint itself")
         rows = _LARGEST // (spec.text.kv_heads * spec.text.head_dim)
         recipe = replace(
             recipe,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ...attention.cuda import FORMATS
 from ...config import Formats
 from ...kv.layout import can_hold
-from ...model.spec import ModelSpec, TextSpec
+from ...model.families.llava import LlavaSpec
+from ...model.spec import TextSpec
 
 PIXELS, FEATURES = "pixels", "features"
 TOKEN_IDS, FEATURE_ROWS, POSITIONS, TOKEN_OFFSETS = "token_ids", "feature_rows", "positions", "token_offsets"
@@ -40,7 +41,7 @@ class Bindings:
     outputs: tuple[Binding, ...]
 
 
-def vision_bindings(spec: ModelSpec, dtype: str) -> Bindings:
+def vision_bindings(spec: LlavaSpec, dtype: str) -> Bindings:
     """Those of ``vision.onnx`` with weights of ``dtype`` (float32, float16 or bfloat16)."""
     side = spec.vision.image_size
     return Bindings(
@@ -57,7 +58,7 @@ def row_formats(text: TextSpec, dtype: str) -> tuple[str, ...]:
     return tuple(FORMATS) if packs else ("exact",)
 
 
-def decoder_bindings(spec: ModelSpec, dtype: str, prune_after: int | None) -> Bindings:
+def decoder_bindings(spec: LlavaSpec, dtype: str, prune_after: int | None) -> Bindings:
     """Those of ``decoder.onnx``; ``prune_after`` is the layer after which tokens are pruned, None for never."""
     text = spec.text
     layers, row = text.layers, (text.kv_heads, text.head_dim)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...config import Progress
 from ...errors import BadInput
 from ...model.checkpoint import Weights, load_weights
-from ...model.spec import ModelSpec
+from ...model.families.llava import LlavaSpec
 from .bindings import Bindings, decoder_bindings, row_formats, vision_bindings
 from .core_attention import for_plugin, reference_function
 from .decoder import build_decoder
@@ -66,7 +66,7 @@ class ExportPlan:
         return sum(self.weights.values())
 
 
-def plan_export(spec: ModelSpec, settings: Settings) -> ExportPlan:
+def plan_export(spec: LlavaSpec, settings: Settings) -> ExportPlan:
     """Build the graphs without their weights: takes milliseconds, and reads no checkpoint."""
     counts, digest = {}, hashlib.sha256()
     for name, (build, bindings, functions) in _graphs(spec, settings).items():
@@ -83,7 +83,7 @@ def plan_export(spec: ModelSpec, settings: Settings) -> ExportPlan:
 
 
 def export_model(
-    spec: ModelSpec, directory: Path, out: Path, settings: Settings, progress: Progress | None = None
+    spec: LlavaSpec, directory: Path, out: Path, settings: Settings, progress: Progress | None = None
 ) -> None:
     """Write the graphs of the checkpoint in ``directory`` into ``out``, which exists and is empty.
 
@@ -91,7 +91,7 @@ def export_model(
     OSError where the disk does not take the files.
     """
     wrote = _counter(plan_export(spec, settings).tensors, progress)
-    weights = load_weights(directory)
+    weights = load_weights(directory, prefixes=spec.prefixes)
     for name, (build, bindings, functions) in _graphs(spec, settings).items():
         file = WeightFile(out / f"{name}.data", wrote)
         try:
@@ -108,7 +108,7 @@ def export_model(
 _Parts = tuple[Callable[[Graph], None], Bindings, "tuple[FunctionProto, ...]"]
 
 
-def _graphs(spec: ModelSpec, settings: Settings) -> dict[str, _Parts]:
+def _graphs(spec: LlavaSpec, settings: Settings) -> dict[str, _Parts]:
     """Per file: what adds the nodes, the bindings, and the functions of the model."""
     text, prune_after, precision = spec.text, settings.prune_after, settings.precision
     if prune_after is not None and not 0 <= prune_after < text.layers - 1:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-from ...model.spec import ModelSpec, VisionSpec
+from ...model.clip_config import ClipSpec
+from ...model.families.llava import LlavaSpec
 from .bindings import FEATURES, PIXELS
 from .graph import Graph
 from .layers import activation, layer_norm, linear
 
 
-def build_vision(graph: Graph, spec: ModelSpec) -> None:
+def build_vision(graph: Graph, spec: LlavaSpec) -> None:
     """Add the nodes from ``pixels`` to ``features``; only the layers that the features asked for need."""
     vision = spec.vision
     tokens, size = 1 + vision.patches, vision.hidden_size
@@ -33,7 +34,7 @@ def build_vision(graph: Graph, spec: ModelSpec) -> None:
     graph.add("Reshape", features, graph.constant([-1, spec.tokens_per_image, hidden]), name=FEATURES)
 
 
-def _embed(graph: Graph, spec: VisionSpec) -> str:
+def _embed(graph: Graph, spec: ClipSpec) -> str:
     """Patches and class token with their positions, ``[images * tokens, size]``."""
     size, patch = spec.hidden_size, spec.patch_size
     # In float32, as the pixels are: this opset has no convolution in bfloat16, and it is a small part of the work.
@@ -50,7 +51,7 @@ def _embed(graph: Graph, spec: VisionSpec) -> str:
     return graph.add("Reshape", placed, graph.constant([-1, size]))
 
 
-def _layer(graph: Graph, spec: VisionSpec, name: str, x: str) -> str:
+def _layer(graph: Graph, spec: ClipSpec, name: str, x: str) -> str:
     size, inner = spec.hidden_size, spec.intermediate_size
     normed = layer_norm(graph, f"{name}.layer_norm1", x, size, spec.norm_eps)
     x = graph.add("Add", x, _attention(graph, spec, f"{name}.self_attn", normed))
@@ -59,7 +60,7 @@ def _layer(graph: Graph, spec: VisionSpec, name: str, x: str) -> str:
     return graph.add("Add", x, linear(graph, f"{name}.mlp.fc2", up, size, inner, bias=True))
 
 
-def _attention(graph: Graph, spec: VisionSpec, name: str, x: str) -> str:
+def _attention(graph: Graph, spec: ClipSpec, name: str, x: str) -> str:
     size, dim = spec.hidden_size, spec.hidden_size // spec.heads
     shape = graph.constant([-1, 1 + spec.patches, spec.heads, dim])
     query, key, value = (

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ...attention.kernels import attend_prompt
 from ...model.checkpoint import Weights
-from ...model.network import Llava
 from ...model.network.decoder import DecoderLayer
+from ...model.network.image_features import ImageFeatures
 from ...model.network.layers import RmsNorm
 from ...model.spec import ModelSpec
+from ...model.vision_language import DeepStack, VisionLanguageModel
 from ...request import Prompt
 from .scaling import Recorder
 
@@ -21,10 +22,15 @@ class Calibration:
     """Holds each prompt's hidden states ``[tokens, hidden]`` in front of the next layer."""
 
     def __init__(self, spec: ModelSpec, weights: Weights, prompts: Sequence[Prompt]) -> None:
-        model = Llava(spec, weights)
+        model = VisionLanguageModel(spec, weights)
         self._spec, self._weights = spec.text, weights
-        self._angles = [model.decoder.angles(torch.arange(len(prompt))) for prompt in prompts]
-        self._hidden = [_embedded(model, prompt) for prompt in prompts]
+        self._angles = [model.decoder.angles(torch.from_numpy(prompt.coordinates)) for prompt in prompts]
+        self._hidden: list[Tensor] = []
+        self._deep: list[DeepStack] = []
+        for prompt in prompts:
+            features = None if prompt.pixel_values is None else _finished(model.encode(prompt.pixel_values.pictures))
+            self._hidden.append(model.embed(prompt.token_ids, prompt.spans, features))
+            self._deep.append(DeepStack(prompt.spans, features, self._hidden[-1].device))
 
     def layer(self, name: str) -> Recorder:
         """Run the layer ``name``, which is the next one, and give what its linear layers read."""
@@ -35,6 +41,7 @@ class Calibration:
             query, key, value = (part.transpose(0, 1) for part in layer.project(hidden, *angles))
             attended = attend_prompt(query, key, value, scale).transpose(0, 1)
             self._hidden[number] = layer.finish(hidden, attended)
+            self._deep[number].add(self._hidden[number])
         return recorder
 
     def head(self, norm: str) -> Recorder:
@@ -47,15 +54,10 @@ class Calibration:
         return recorder
 
 
-def _embedded(model: Llava, prompt: Prompt) -> Tensor:
-    features = None if prompt.pixel_values is None else _finished(model.encode(prompt.pixel_values))
-    return model.embed(prompt.token_ids, prompt.spans, features)
-
-
-def _finished(encoding: Generator[None, None, Tensor]) -> Tensor:
+def _finished(encoding: Generator[None, None, ImageFeatures]) -> ImageFeatures:
     while True:
         try:
             next(encoding)
         except StopIteration as stop:
-            features: Tensor = stop.value
+            features: ImageFeatures = stop.value
             return features

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...config import Progress, read_json, require
 from ...model.checkpoint import DECODER_MATRIX, Mapped, Weights, is_quantized, map_tensors
-from ...model.spec import ModelSpec, read_spec
+from ...model.families import read_spec
+from ...model.spec import ModelSpec
 from ...model.weight_format import WeightFormats
 from ...model.weights import pack
 from ...model.weights.compressed_tensors import quantization_config, stored_parts
@@ -59,7 +60,7 @@ def quantize_checkpoint(
     require(not is_quantized(directory), f"{directory} is quantised already: give the 16-bit checkpoint")
     formats.check(spec.text)
     require_new(out)
-    job = _Job(directory, spec, formats, map_tensors(directory))
+    job = _Job(directory, spec, formats, map_tensors(directory, spec.prefixes))
     with staged(out, job.about(prompts)) as staging, torch.inference_mode():
         job.write(staging, prompts, progress)
     return Outcome(out, sum(each.tensor.nbytes for each in job.tensors.values()), job.written)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...config import Formats, Options, PromptShape, require
+from ...config import Formats, Options, Picture, PromptShape, require
 from ...errors import BadInput
-from ...model.sizes import ModelShape, Picture, Precision
+from ...model.sizes import ModelShape, Precision
 
 _MOST_TOKENS = 2**31 - 1
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from ...config import Formats, KvShape, PromptShape
+from ...config import Formats, KvShape, Picture, PromptShape
 from ...kv.layout import Format, smoothing_rows
 from ...kv.methods import Method, Policy, Tiers
-from ...model.sizes import ModelShape, Picture, Precision
+from ...model.sizes import ModelShape, Precision
 
 Amounts = dict[str, float]
 """How much of what each cost is the price of, under the cost's name."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -26,6 +26,9 @@ ImageSource: TypeAlias = os.PathLike[str] | bytes | Image.Image
 MAX_BYTES = 256 * 2**20
 """Of a file: a BMP of :data:`MAX_PIXELS` with four bytes each."""
 MAX_PIXELS = 64_000_000
+DECODING_BYTES_PER_PIXEL = 24
+"""Of the largest picture that is read: its file, and five copies of four bytes (Pillow holds RGB as four), which a
+colour key makes; a turned JPEG makes three."""
 MAX_ASPECT_RATIO = 100
 MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
 """Pixels times scans of a progressive JPEG, each of which costs 0.6 ns. A file of 12 MP may have 85; encoders write
@@ -41,6 +44,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""What a PNG with an orientation has in it."""
 _HEAD_BYTES = 64
 _USE = "use JPEG, PNG, WebP or BMP"
 
@@ -53,22 +59,46 @@ def check_sources(images: Sequence[ImageSource]) -> None:
         _check_source(image)
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture as a loaded Pillow image of mode RGB, its EXIF orientation applied.
 
     ``source`` is a path, the bytes of a file, or a Pillow image (which is left as it is). Transparency is dropped,
     not blended; a colour key stays in ``info["transparency"]`` for `preprocess`.
 
     Raises BadInput for a string, and BadImage, naming the source, if it is missing, unreadable, damaged, animated, not
-    JPEG, PNG, WebP or BMP, larger than MAX_BYTES or MAX_PIXELS, or longer than MAX_ASPECT_RATIO times its width (or the
-    other way round), or would take a decoder too long.
+    JPEG, PNG, WebP or BMP, larger than ``max_pixels`` (at most MAX_PIXELS) or its share of MAX_BYTES, or longer than
+    MAX_ASPECT_RATIO times its width (or the other way round), or would take a decoder too long.
     """
     _check_source(source)
     if isinstance(source, Image.Image):
-        return _convert(source, _picture_name(source), in_place=False)
+        return _convert(source, _picture_name(source), max_pixels, in_place=False)
     if isinstance(source, bytes):
-        return _decode(source, "the picture")
-    return _decode(_read(Path(source)), f"'{os.fspath(source)}'")
+        return _decode(source, "the picture", max_pixels)
+    return _decode(_read(Path(source), _most_bytes(max_pixels)), f"'{os.fspath(source)}'", max_pixels)
+
+
+def _most_bytes(max_pixels: int) -> int:
+    return MAX_BYTES * max_pixels // MAX_PIXELS
+
+
+def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height in pixels of the picture that :func:`open_image` gives, without decoding one; raises as far as
+    headers tell."""
+    _check_source(source)
+    if isinstance(source, Image.Image):
+        return _upright_size(source)
+    name = "the picture" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
+    content = source if isinstance(source, bytes) else _read(Path(source), _most_bytes(max_pixels))
+    with _opened(content, name, max_pixels) as image:
+        # Pillow looks for the orientation of a PNG behind its pixels, which it decodes for that.
+        if image.format == "PNG" and not any(each in content for each in _PNG_ORIENTATIONS):
+            return image.size
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+    return (image.height, image.width) if turned else image.size
 
 
 def _check_source(source: object) -> None:
@@ -83,7 +113,7 @@ def _picture_name(image: Image.Image) -> str:
     return f"'{filename}'" if filename else "the picture"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     name = os.fspath(path)
     try:
         if path.is_dir():
@@ -91,9 +121,9 @@ def _read(path: Path) -> bytes:
         if path.exists() and not path.is_file():
             raise BadImage(f"'{name}' is not a regular file: save the picture to a file first")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise _too_many_bytes(f"'{name}'")
-            return _read_bounded(file, f"'{name}'")
+            if os.fstat(file.fileno()).st_size > most:
+                raise _too_many_bytes(f"'{name}'", most)
+            return _read_bounded(file, f"'{name}'", most)
     except FileNotFoundError:
         raise BadImage(f"'{name}' does not exist: check the path of the picture") from None
     except PermissionError:
@@ -102,32 +132,40 @@ def _read(path: Path) -> bytes:
         raise BadImage(f"{name!r} cannot be opened: {reason(error)}") from None
 
 
-def read_stream(file: BinaryIO) -> bytes:
-    """All of a stream that a picture comes from, such as standard input; BadImage beyond MAX_BYTES."""
-    return _read_bounded(file, "the picture")
+def read_stream(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> bytes:
+    """All of a stream that a picture comes from, such as standard input; BadImage for what :func:`open_image` refuses
+    by its length."""
+    return _read_bounded(file, "the picture", _most_bytes(max_pixels))
 
 
-def _read_bounded(file: BinaryIO, name: str) -> bytes:
-    content = read_bytes(file, MAX_BYTES)
+def _read_bounded(file: BinaryIO, name: str, most: int) -> bytes:
+    content = read_bytes(file, most)
     if content is None:
-        raise _too_many_bytes(name)
+        raise _too_many_bytes(name, most)
     return content
 
 
-def _decode(content: bytes, name: str) -> Image.Image:
-    if len(content) > MAX_BYTES:
-        raise _too_many_bytes(name)
+def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
+    with _opened(content, name, max_pixels) as image:
+        return _convert(image, name, max_pixels, in_place=True)
+
+
+@contextmanager
+def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture as Pillow opens it, not yet decoded, once its headers are sound."""
+    if len(content) > _most_bytes(max_pixels):
+        raise _too_many_bytes(name, _most_bytes(max_pixels))
     kind = identify(content[:_HEAD_BYTES])
     if kind not in SUPPORTED:
         raise BadImage(_refusal(content, kind, name))
     header = read_header(content, kind)
     if header is None or 0 in (header.width, header.height):
         raise BadImage(f"{name} is damaged: its {kind} header is incomplete; save or download it again")
-    _check_size((header.width, header.height), name)
+    _check_size((header.width, header.height), name, max_pixels)
     _check_cost(header, name)
     with _whatever_decoders_raise(name), Image.open(io.BytesIO(content), formats=[kind]) as image:
         _check_single_frame(image, name)
-        return _convert(image, name, in_place=True)
+        yield image
 
 
 def _refusal(head: bytes, kind: str | None, name: str) -> str:
@@ -140,11 +178,13 @@ def _refusal(head: bytes, kind: str | None, name: str) -> str:
     return f"{name} cannot be used, {kind} is not supported: {_USE}"
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
+        bound = "" if max_pixels == MAX_PIXELS else ", for which the process has memory"
         raise BadImage(
-            f"{name} is too large: {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels; scale it down"
+            f"{name} is too large: {width} x {height} pixels, more than {max_pixels / 1e6:.3g} megapixels{bound}; "
+            f"scale it down"
         )
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise BadImage(
@@ -152,8 +192,8 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _too_many_bytes(name: str) -> BadImage:
-    return BadImage(f"{name} is too large: more than {format_size(MAX_BYTES)}; save it as a JPEG")
+def _too_many_bytes(name: str, most: int) -> BadImage:
+    return BadImage(f"{name} is too large: more than {format_size(most)}; save it as a JPEG")
 
 
 def _check_cost(header: Header, name: str) -> None:
@@ -187,14 +227,14 @@ def _check_single_frame(image: Image.Image, name: str) -> None:
         raise BadImage(f"{name} is animated, which is not supported: save one frame of it as a picture")
 
 
-def _convert(image: Image.Image, name: str, *, in_place: bool) -> Image.Image:
+def _convert(image: Image.Image, name: str, max_pixels: int, *, in_place: bool) -> Image.Image:
     """Loaded, upright and RGB; unless ``in_place`` a picture of its own.
 
     The size is checked here too: a header may differ from what its decoder found.
     """
     if 0 in image.size:
         raise BadImage(f"{name} has no pixels: {image.width} x {image.height}")
-    _check_size(image.size, name)
+    _check_size(image.size, name, max_pixels)
     with _whatever_decoders_raise(name):
         image.load()
         _check_exif(_exif_of(image), name)

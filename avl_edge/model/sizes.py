@@ -6,11 +6,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config import KvShape, require
-from ..pictures import Picture, PictureRule
+from ..config import KvShape, Picture, require
+from .pictures import PictureRule
 
-PRECISIONS: dict[str, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
-"""Bytes per parameter; int8 and int4 with one fp16 scale for each group of 128."""
+PRECISIONS: dict[str, float] = {
+    "fp32": 4,
+    "fp16": 2,
+    "int8": 1 + 4 / 256,
+    "int4:32": 0.5 + 4 / 32,
+    "int4:64": 0.5 + 4 / 64,
+    "int4": 0.5 + 4 / 128,
+}
+"""Bytes per parameter with the float32 scales that are held: one for a group of 4-bit weights, of 128 where no other is
+named, and one for an output of 8-bit ones, which has 256 inputs or more."""
+
+_SAMPLER_BYTES = 40
+"""Of each logit while a token is drawn: float32 scores, weights in two precisions, int64 ids and their order."""
+_ROW_BOOKS_BYTES = 32
+"""Of each row beside its key and value: int32 id and position, its score so far and of this step, and their copies."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ class VisionShape:
     ``patch_size``: edge of a patch in pixels. ``outside`` counts the parameters that are in no layer: embeddings,
     norms, merger or projector; ``layer_small`` a layer's norms and biases. ``gated``: three matrices in the MLP, not
     two. ``runs``: layers that the features need (None: all). ``states``: layer outputs held until the end.
-    ``window``: patches that see each other in all but ``unwindowed`` layers (0: no windows).
+    ``window``: patches that see each other in all but ``unwindowed`` layers (0: no windows). ``deep``: vectors of the
+    decoder's width that a token has beside its own, for early layers of the decoder (DeepStack).
     """
 
     hidden_size: int
@@ -91,6 +105,7 @@ class VisionShape:
     states: int = 1
     window: int = 0
     unwindowed: int = 0
+    deep: int = 0
 
     @property
     def layer_parameters(self) -> int:
@@ -123,13 +138,15 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A vision-language model by its sizes. ``itemsize``: bytes of an element of rows, activations, small weights."""
+    """A vision-language model by its sizes. ``itemsize``: bytes of an element of rows, activations, small weights.
+    ``stored_as``: what the decoder's matrices are, None where they are no smaller than all else."""
 
     name: str
     decoder: DecoderShape
     vision: VisionShape
     picture: PictureRule
     itemsize: int = 2
+    stored_as: Precision | None = None
 
     @property
     def precision(self) -> str:
@@ -148,7 +165,7 @@ class ModelShape:
     @property
     def stored(self) -> Precision:
         """The formats of the checkpoint itself."""
-        return Precision(self.precision, self.precision)
+        return self.stored_as or Precision(self.precision, self.precision)
 
     def weight_bytes(self, weights: Precision) -> int:
         """Bytes of all weights with the decoder's matrices and its head in the formats of ``weights``.
@@ -177,4 +194,15 @@ class ModelShape:
         """
         d = self.decoder
         width = 3 * d.hidden_size + 2 * d.query_size + 2 * d.key_size + 3 * d.intermediate_size + 2 * d.head_dim
-        return self.itemsize * (tokens * width + image_tokens * d.hidden_size + d.vocab_size)
+        features = image_tokens * (1 + self.vision.deep) * d.hidden_size
+        return self.itemsize * (tokens * width + features + d.vocab_size)
+
+    def workspace_bytes(self, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
+        """Live tensors of vision encoder or prefill, whichever are more: they do not run at once."""
+        return max(self.vision.peak_bytes(pictures, self.itemsize), self.activation_bytes(tokens, image_tokens))
+
+    def step_workspace_bytes(self, tokens: int) -> int:
+        """What a sequence of so many tokens takes in a decode step beside its rows, whatever its method: a token's
+        activations, the sampler's copies of its logits, and for each row its id, position and score."""
+        rows = self.decoder.layers * tokens
+        return self.activation_bytes(1, 0) + self.decoder.vocab_size * _SAMPLER_BYTES + rows * _ROW_BOOKS_BYTES

@@ -10,10 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from ...config import read_json
 from ...errors import BadModel, quoted, shortened
+from ..image_settings import read_image_settings
 
-_CLIP: dict[str, Any] = {
+Kinds = Mapping[str, Mapping[str, Any]]
+"""By the name of an image processor: its defaults."""
+
+CLIP: Mapping[str, Any] = {
     "do_resize": True,
     "size": {"shortest_edge": 224},
     "resample": Image.Resampling.BICUBIC,
@@ -27,7 +30,7 @@ _CLIP: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_pad": False,
 }
-_SIGLIP: dict[str, Any] = _CLIP | {
+_SIGLIP: Mapping[str, Any] = dict(CLIP) | {
     "size": {"height": 224, "width": 224},
     "do_center_crop": False,
     "image_mean": (0.5, 0.5, 0.5),
@@ -35,7 +38,7 @@ _SIGLIP: dict[str, Any] = _CLIP | {
 }
 _MOST_LENGTH = 4096
 # What a key that a settings file leaves out means for each kind of processor. A flag that is null is off.
-_DEFAULTS = {"CLIPImageProcessor": _CLIP, "LlavaImageProcessor": _CLIP, "SiglipImageProcessor": _SIGLIP}
+_SQUARE: Kinds = {"LlavaImageProcessor": CLIP, "CLIPImageProcessor": CLIP, "SiglipImageProcessor": _SIGLIP}
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class ImageProcessorConfig:
     resample: Image.Resampling = Image.Resampling.BICUBIC
     crop: tuple[int, int] | None = (224, 224)
     rescale_factor: float | None = 1 / 255
-    mean: tuple[float, float, float] | None = _CLIP["image_mean"]
-    std: tuple[float, float, float] | None = _CLIP["image_std"]
+    mean: tuple[float, float, float] | None = CLIP["image_mean"]
+    std: tuple[float, float, float] | None = CLIP["image_std"]
     convert_rgb: bool = True
     pad_to_square: bool = False
 
@@ -65,27 +68,21 @@ class ImageProcessorConfig:
         return self.resize
 
     @classmethod
-    def open(cls, directory: Path) -> ImageProcessorConfig:
-        """Reads processor_config.json's "image_processor" if it has one, else preprocessor_config.json.
+    def open(cls, directory: Path, kinds: Kinds = _SQUARE) -> ImageProcessorConfig:
+        """Reads processor_config.json's "image_processor" if it has one, else preprocessor_config.json. ``kinds``: what
+        the settings may be of, the first where they do not say, and what each leaves out.
 
         Raises BadModel if neither exists, or if a setting is broken or unsupported.
         """
-        nested, legacy = directory / "processor_config.json", directory / "preprocessor_config.json"
-        settings = (read_json(nested) or {}).get("image_processor")
-        if settings is not None:
-            return cls.parse(settings, f"{nested}, image_processor")
-        settings = read_json(legacy)
-        if settings is None:
-            raise BadModel(f"{directory} has no preprocessor_config.json: download the model's processor files")
-        return cls.parse(settings, str(legacy))
+        return cls.parse(*read_image_settings(directory), kinds)
 
     @classmethod
-    def parse(cls, settings: Any, where: str) -> ImageProcessorConfig:
+    def parse(cls, settings: Any, where: str, kinds: Kinds = _SQUARE) -> ImageProcessorConfig:
         """From the settings as transformers writes them; ``where`` names their origin in a BadModel's message."""
         if not isinstance(settings, Mapping):
             raise BadModel(f"{where}: the image processor's settings must be a JSON object")
-        kind = _kind(settings, where)
-        reader = _Reader(_DEFAULTS[kind] | dict(settings), where)
+        kind = _kind(settings, where, kinds)
+        reader = _Reader(dict(kinds[kind]) | dict(settings), where)
         if kind != "LlavaImageProcessor" and reader.flag("do_pad") and settings.get("pad_size"):
             raise BadModel(f"{where}: pad_size is not supported for {kind}")
         resize, normalize = reader.flag("do_resize"), reader.flag("do_normalize")
@@ -104,11 +101,11 @@ class ImageProcessorConfig:
         )
 
 
-def _kind(settings: Mapping[str, Any], where: str) -> str:
-    declared = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "LlavaImageProcessor"
+def _kind(settings: Mapping[str, Any], where: str, kinds: Kinds) -> str:
+    declared = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
     kind = str(declared).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-    if kind not in _DEFAULTS:
-        known = ", ".join(sorted(_DEFAULTS))
+    if kind not in kinds:
+        known = ", ".join(sorted(kinds))
         raise BadModel(f"{where}: image processor {shortened(str(declared), 60)} is not supported, only {known}")
     return kind
 

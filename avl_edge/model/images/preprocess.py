@@ -13,18 +13,23 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...errors import BadImage
-from .image_config import ImageProcessorConfig
-from .images import MAX_PIXELS
+from ...request import PixelValues
+from .config import ImageProcessorConfig
+from .sources import MAX_PIXELS
 
-MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
+_RESIZED = 2
+"""On the way to its new size a picture may have so many times the pixels that it may have before."""
 _BAND_PIXELS = 1 << 20
 _WHITE = (255, 255, 255, 255)
 
 
-def preprocess(image: Image.Image, config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
-    """float32 ``[3, height, width]``, contiguous, of a Pillow picture of any mode; ``config.output_size`` if fixed."""
-    rgb = _on_white(image) if config.convert_rgb else image.convert("RGB")
-    _check_size(rgb.size, config)
+def preprocess(
+    image: Image.Image, config: ImageProcessorConfig, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.float32]:
+    """float32 ``[3, height, width]``, contiguous, of a Pillow picture of any mode; ``config.output_size`` if fixed.
+    BadImage where there would be more than twice ``max_pixels`` on the way."""
+    rgb = on_white(image) if config.convert_rgb else image.convert("RGB")
+    _check_size(rgb.size, config, max_pixels)
     if config.resize is not None:
         rgb = _resize(rgb, config.resize, config)
     pixels = np.asarray(rgb)
@@ -34,12 +39,15 @@ def preprocess(image: Image.Image, config: ImageProcessorConfig) -> npt.NDArray[
     return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
 
-def digest(pixels: npt.NDArray[np.float32]) -> str:
-    """SHA-256, in hex, of the preprocessed pixels' bytes (little endian, row by row)."""
-    return hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).hexdigest()
+def digest(pixels: PixelValues) -> str:
+    """SHA-256, in hex, of a picture's pixels (little endian, row by row) and of their shape: pictures of one colour may
+    differ in nothing else."""
+    found = hashlib.sha256(repr((pixels.values.shape, pixels.picture)).encode())
+    found.update(np.ascontiguousarray(pixels.values, dtype="<f4").tobytes())
+    return found.hexdigest()
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """RGB, what is transparent (an alpha channel or a colour key) blended onto white."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
@@ -47,7 +55,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
 
 
-def _check_size(size: tuple[int, int], config: ImageProcessorConfig) -> None:
+def _check_size(size: tuple[int, int], config: ImageProcessorConfig, max_pixels: int) -> None:
     """A few pixels of a long and narrow picture become many by padding, or by resizing its shortest edge."""
     if config.resize is None:
         return
@@ -55,7 +63,7 @@ def _check_size(size: tuple[int, int], config: ImageProcessorConfig) -> None:
     width, height = _target_size((side, side) if config.pad_to_square else size, config.resize)
     # Padded, the picture's own rows are resized at the square's width, then all rows at the target's.
     worked_on = side * max(size[1], width) if config.pad_to_square else width * height
-    if worked_on > MAX_RESIZED_PIXELS:
+    if worked_on > _RESIZED * max_pixels:
         becomes = f"pads it to {side} x {side}" if config.pad_to_square else f"makes it {width} x {height}"
         raise BadImage(
             f"the picture is too narrow for this model, which {becomes}: it has {size[0]} x {size[1]} pixels; crop it "
