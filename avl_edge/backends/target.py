@@ -83,7 +83,7 @@ class Target(ABC):
 
     def weight_bytes(self, model: ModelShape) -> int:
         """What the weights of ``model`` take here."""
-        return model.weight_bytes(model.stored)
+        return model.weight_bytes(model.stored) + model.float32_scale_bytes(model.stored)
 
     def workspace_bytes(self, model: ModelShape, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
         """What a prompt of so many tokens takes here while it and its pictures run."""
