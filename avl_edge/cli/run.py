@@ -12,10 +12,11 @@ import typer
 from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import Options, format_names, format_size, require
+from ..config import Options, format_size, require
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
+from ..kv.methods.notation import format_names
 from ..model.prompt import Message
 from ..request import Result
 from ..serving.requests import Request
@@ -33,8 +34,10 @@ from .options import (
     Json,
     KvFormat,
     LogitBias,
+    MaxPixels,
     Method,
     MinP,
+    MinPixels,
     Parameters,
     PrefillKeep,
     PresencePenalty,
@@ -109,6 +112,8 @@ _TAKEN_AS_GIVEN = (
     "preset",
     "kv_budget",
     "max_new_tokens",
+    "min_pixels",
+    "max_pixels",
     "temperature",
     "top_k",
     "top_p",
@@ -126,6 +131,8 @@ def run(
     image: Images = None,
     system: System = None,
     history: History = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
     device: Device = None,

@@ -69,7 +69,7 @@ class Runtime:
         self._memory = MemoryPlanner(self.planner, max_memory)
         ledger = self._memory.ledger
         self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
-        self.read_pictures = PictureReader(processor, ledger)
+        self.read_pictures = PictureReader(ledger)
         self._prepare = Preparer(processor, self.planner, self._memory, self.read_pictures)
         self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
         self._watcher: DeviceWatcher | None = None

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from ...config import Picture, read_json
+from ...config import Options, Picture, read_json
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
 from ...request import ImageSpan, Pixels, PixelValues, Prompt
 from ..images.preprocess import digest
@@ -92,6 +92,12 @@ class Processor:
         :meth:`read`."""
         pictures = self.measure(images)
         return self.read(images, pictures, self.lay_out(one_question(pictures, prompt, system)))
+
+    def within(self, options: Options) -> Processor:
+        """The same for pictures of the range of pixels that a request asks for; BadInput where the model has none."""
+        if options.min_pixels is options.max_pixels is None:
+            return self
+        return replace(self, codec=self.codec.within(options.min_pixels, options.max_pixels))
 
     def measure(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
         """What the pictures will be for the model, by their headers, where their size matters.
