@@ -81,12 +81,14 @@ class PromptShape:
     """How many tokens of each kind a prompt has, in tokens.
 
     ``prefix`` is the text before the first image (all text, if there is no image), which A-VL never evicts;
-    ``images`` the total of all images; ``suffix`` the text after the first image began.
+    ``images`` the total of all images; ``suffix`` the text after the first image began. ``spans``: the place of each
+    image's first token and their number, where there are several images; without them all are one run.
     """
 
     prefix: int
     images: int
     suffix: int
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
