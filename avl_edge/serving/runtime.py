@@ -11,12 +11,12 @@ from types import TracebackType
 
 from ..config import Options, Progress, checked_options, require, size_in_bytes
 from ..errors import BadInput, EngineClosed
-from ..kv.cache import prompt_shape
 from ..machine import allocator
 from ..machine.ledger import MemoryStats
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.images import ImageSource, check_sources
+from ..model.prompt import Message, check_messages
 from ..model.weight_format import WeightFormats
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.memory_planner import MemoryPlanner
@@ -28,6 +28,7 @@ from .generation import Generation
 from .image_session import ImageSession
 from .model_files import ModelFiles
 from .picture_reader import PictureReader
+from .preparer import Preparer
 from .requests import Request
 from .schedule_policy import FirstComeFirstServed, SchedulePolicy
 from .scheduler import SESSION_CLOSED
@@ -61,7 +62,8 @@ class Runtime:
         self._memory = MemoryPlanner(self.planner, max_memory)
         ledger = self._memory.ledger
         self._loop = EngineLoop(self.name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
-        self.read_pictures = PictureReader(processor, ledger)
+        self.read_pictures = PictureReader(ledger)
+        self._prepare = Preparer(processor, self.planner, self._memory, self.read_pictures)
         self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
 
@@ -232,24 +234,23 @@ class Runtime:
             model, objectives, profiles, follows=follow_device, root=os.fspath(root), every_ms=every_ms
         )
 
-    def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
-        """Check a request and plan its memory, holding nothing.
+    def prepare(
+        self, images: Sequence[ImageSource], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
+    ) -> Request:
+        """:meth:`prepare_chat` of a question about ``images``, and what was said ``before`` (system, earlier turns)."""
+        check_sources(images)
+        check_messages(before)
+        return self.prepare_chat([*before, Message("user", [*images, prompt])], options)
+
+    def prepare_chat(self, messages: Sequence[Message], options: Options | None = None) -> Request:
+        """Check a conversation, of which the answer to the last message is wanted, and plan its memory, holding
+        nothing.
 
         Raises :class:`BadInput` for what cannot be answered, :class:`TooLarge` for what exceeds the model's context,
         its budget, or the memory of the process, and :class:`Busy` while the pixels of others take that for its own.
         """
-        options = checked_options(options)
-        check_sources(images)
-        pictures = self.read_pictures.measure(images)
-        laid_out = self._processor.lay_out(pictures, prompt)
-        max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
-        shape, steps = prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1
-        pixel_bytes = self.read_pictures.pixel_bytes(pictures)
-        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pictures, pixel_bytes)
-        workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
-        read = self.read_pictures(images, pictures, laid_out)
-        return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
+        return self._prepare(messages, options, self._loop.pool.pages, state)
 
     @property
     def max_pixels(self) -> int:
@@ -291,21 +292,26 @@ class Runtime:
         if self._loop.backend is None:
             self._load(None, lambda *_: None)
 
-    def generate(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Generation:
-        """Ask about ``images`` (paths, bytes or Pillow images): an iterator of :class:`TokenEvent`.
+    def generate(
+        self, images: Sequence[ImageSource], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
+    ) -> Generation:
+        """Ask about ``images`` (paths, bytes or Pillow images): an iterator of :class:`TokenEvent`. Those that are
+        open together are decoded together. ``before``: as :meth:`prepare`."""
+        return self.submit(self.prepare(images, prompt, options, before))
 
-        The request is queued at once; requests that are open together are decoded together.
-        """
-        return self.submit(self.prepare(images, prompt, options))
-
-    def open_images(self, images: Sequence[ImageSource], options: Options | None = None) -> ImageSession:
-        """An image session of ``images``, about which any number of questions may be asked, at once or one after
-        another; they share its rows. See :class:`~avl_edge.serving.image_session.ImageSession` for what ``options``
-        say.
+    def open_images(
+        self, images: Sequence[ImageSource], options: Options | None = None, before: Sequence[Message] = ()
+    ) -> ImageSession:
+        """An image session of ``images`` and what was said and shown ``before``, about which any number of questions
+        may be asked, at once or one after another; they share its rows. See
+        :class:`~avl_edge.serving.image_session.ImageSession` for what ``options`` say.
 
         Checks and plans, and raises, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
+        check_sources(images)
+        check_messages(before)
+        messages, options = [*before, Message("user", images)], checked_options(options)
+        return ImageSession.of(self, self._processor, self.planner, messages, options)
 
     def free_image_sessions(self, *, wait: bool = True) -> None:
         """Free the rows of closed image sessions about which no question is on its way; not to ``wait`` for it is what

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...config import Picture
+from ...errors import BadInput
 from ...request import RopePositions
 from ..pictures import PictureRule
 from ..spec import ModelSpec
@@ -32,6 +33,11 @@ class ImageCodec(ABC):
     def fixed(self) -> Picture | None:
         """What every picture becomes, where its size does not matter; None where it does."""
         return None
+
+    def within(self, min_pixels: int | None, max_pixels: int | None) -> ImageCodec:  # noqa: ARG002
+        """The same for pictures that are resized to this range of pixels; None: as it is. BadInput where the family or
+        the checkpoint says what size pictures have."""
+        raise BadInput("this model gives pictures sizes of its own: leave min_pixels and max_pixels out")
 
     def placeholder(self, picture: Picture, image_token: str) -> str:
         """The text in which a picture's tokens stand in the prompt, in place of the template's ``image_token``."""

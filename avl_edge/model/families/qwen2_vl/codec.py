@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ....config import Picture
+from ....config import Picture, require
 from ....errors import BadModel, quoted
 from ....request import RopePositions
 from ...image_settings import read_image_settings
@@ -55,6 +55,12 @@ class PatchCodec(ImageCodec):
         if settings.get("do_resize", True) is not True:
             raise BadModel(f"{where}: do_resize must be true: the model takes whole tokens")
         return cls(rule, ImageProcessorConfig.parse(_without_size(settings), where, _KINDS))
+
+    def within(self, min_pixels: int | None, max_pixels: int | None) -> PatchCodec:
+        least = self.rule.min_pixels if min_pixels is None else min_pixels
+        most = self.rule.max_pixels if max_pixels is None else max_pixels
+        require(least <= most, f"pictures cannot have {least} pixels at least and {most} at most: give both limits")
+        return replace(self, rule=replace(self.rule, min_pixels=least, max_pixels=most))
 
     def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
         patch, merge, rows, columns = self.rule.patch, self.rule.merge, picture.rows, picture.columns
