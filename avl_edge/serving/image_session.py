@@ -74,10 +74,12 @@ class ImageSession:
         planner: RequestPlanner,
         images: Sequence[ImageSource],
         options: Options,
+        *,
+        spare: bool = False,
     ) -> ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
         not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
-        take the memory for them."""
+        take the memory for them. ``spare``: others who need its rows may close it between two questions."""
         check_sources(images)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
         pictures = runtime.read_pictures.measure(images)
@@ -86,6 +88,7 @@ class ImageSession:
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
         prompt = runtime.read_pictures(images, pictures, laid_out)
         prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
+        prefix.is_spare = spare
         return cls(runtime, processor, planner, prefix, pictures, options)
 
     def load(self) -> ImageSessionStats:
@@ -143,6 +146,21 @@ class ImageSession:
         asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels)
         workspace = planner.workspace(whole, max_new_tokens - 1, self._pictures)
         return Request(asked, options, plan, max_new_tokens, prefix=prefix, workspace=workspace)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes questions."""
+        return not self._prefix.is_closed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its rows are there."""
+        return self._prefix.is_ready
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the pixels of its pictures."""
+        return tuple(span.digest for span in self._prefix.prompt.spans)
 
     @property
     def peak_bytes(self) -> int:

@@ -300,14 +300,20 @@ class Runtime:
         """
         return self.submit(self.prepare(images, prompt, options))
 
-    def open_images(self, images: Sequence[ImageSource], options: Options | None = None) -> ImageSession:
+    def open_images(
+        self, images: Sequence[ImageSource], options: Options | None = None, *, spare: bool = False
+    ) -> ImageSession:
         """An image session of ``images``, about which any number of questions may be asked, at once or one after
         another; they share its rows. See :class:`~avl_edge.serving.image_session.ImageSession` for what ``options``
-        say.
+        say. A ``spare`` one is kept as long as nobody needs its rows: it may be closed between two questions.
 
         Checks and plans, and raises, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
+        return ImageSession.of(self, self._processor, self.planner, images, checked_options(options), spare=spare)
+
+    def token_text(self, token_id: int) -> str:
+        """A single token as it reads in an answer, a special one by its name."""
+        return self._processor.text.token_text(token_id)
 
     def free_image_sessions(self, *, wait: bool = True) -> None:
         """Free the rows of closed image sessions about which no question is on its way; not to ``wait`` for it is what
