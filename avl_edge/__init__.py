@@ -9,6 +9,7 @@ from .config import Formats, Options
 from .errors import AvlEdgeError, BadImage, BadInput, BadModel, Busy, DoesNotFit, TooLarge
 
 if TYPE_CHECKING:
+    from .model.prompt import Message
     from .request import Result, TokenEvent
     from .serving.generation import Generation
     from .serving.image_session import ImageSession
@@ -24,6 +25,7 @@ __all__ = [
     "Formats",
     "Generation",
     "ImageSession",
+    "Message",
     "Options",
     "Result",
     "Runtime",
@@ -36,6 +38,7 @@ __all__ = [
 _MODULES = {
     "Generation": "serving.generation",
     "ImageSession": "serving.image_session",
+    "Message": "model.prompt",
     "Result": "request",
     "Runtime": "serving.runtime",
     "TokenEvent": "request",

@@ -16,10 +16,12 @@ from ..config import Options, format_names, format_size, require
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
+from ..model.prompt import Message
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
 from . import memory, several
+from .conversation import History, System, said_before
 from .memory import MaxMemory
 from .options import (
     MEMORY,
@@ -102,9 +104,28 @@ WithStats: TypeAlias = Annotated[
 ]
 
 
+_TAKEN_AS_GIVEN = (
+    "method",
+    "preset",
+    "kv_budget",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "logprobs",
+)
+
+
 def run(
     prompt: Prompts,
     image: Images = None,
+    system: System = None,
+    history: History = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
     device: Device = None,
@@ -138,30 +159,19 @@ def run(
     stats: WithStats = False,
     logprobs: WithLogprobs = Options.logprobs,
     as_json: Json = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Answer questions about one or more images. The answer to a single one streams to stdout."""
+    given = locals()
     options = Options(
-        method=method,
         parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
-        preset=preset,
-        kv_budget=kv_budget,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
         logit_bias=given_biases(logit_bias),
-        seed=seed,
         stop=stop or (),
-        logprobs=logprobs,
+        **{name: given[name] for name in _TAKEN_AS_GIVEN},
     )
     runtime = _open(model, device, threads, reserve, max_memory)
-    _ask(runtime, image or [], prompt, options, Show(as_json, stats, explain))
+    _ask(runtime, image or [], prompt, said_before(system, history), options, Show(as_json, stats, explain))
 
 
 def _open(model: str, device: str | None, threads: int | None, reserve: str | None, max_memory: str | None) -> Runtime:
@@ -184,14 +194,16 @@ class Show:
     explain: bool
 
 
-def _ask(runtime: Runtime, names: list[str], prompts: list[str], options: Options, show: Show) -> None:
+def _ask(
+    runtime: Runtime, names: list[str], prompts: list[str], before: list[Message], options: Options, show: Show
+) -> None:
     check_stdin(names, prompts)
     images, prompts = pictures(names, runtime.max_pixels), questions(prompts)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
-        _ask_several(runtime, several.plan(runtime, images, prompts, options), options, show)
+        _ask_several(runtime, several.plan(runtime, images, prompts, options, before), options, show)
     else:
-        _ask_one(runtime, runtime.prepare(images, prompts[0], options), show)
+        _ask_one(runtime, runtime.prepare(images, prompts[0], options, before), show)
 
 
 def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -24,6 +25,15 @@ from .terminal import Debug
 
 ACCESS = "Access options"
 LIMITS = "Limits"
+_TAKEN_AS_GIVEN = (
+    "held_pictures",
+    "max_queue",
+    "max_connections",
+    "max_pictures",
+    "max_pixels",
+    "max_tokens",
+    "drain",
+)
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -112,43 +122,39 @@ def serve_command(
     max_tokens: MaxTokens = Settings.max_tokens,
     drain: Drain = Settings.drain,
     log_level: LogLevel = Level.info,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Answer requests of OpenAI's API, POST /v1/chat/completions, until SIGTERM or Ctrl-C.
 
     Whoever can connect may ask: without --api-key-file only this machine can, by the default --host.
     """
+    given = locals()
     require(
         api_key_file is not None or socket is not None or host in ("127.0.0.1", "::1", "localhost"),
         f"--host {host} lets other machines ask: give --api-key-file too",
     )
-    if threads is not None:
-        torch.set_num_threads(threads)
     pool_bytes = None if kv_pool is None else size_in_bytes("--kv-pool", kv_pool)
     body_bytes = size_in_bytes("--max-body", max_body)
-    runtime = Runtime.open(model, device=device, max_memory=max_memory)
-    left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
-    if left is not None:
-        runtime.keep_free(left)
+    runtime = _open(model, device, threads, max_memory, reserve)
     settings = Settings(
         names=tuple(name or (runtime.name,)),
         hosts=frozenset() if socket else frozenset((*_LOOPBACK, host.lower(), *(allow_host or ()))),
-        held_pictures=held_pictures,
-        max_queue=max_queue,
-        max_connections=max_connections,
-        max_pictures=max_pictures,
-        max_pixels=max_pixels,
         max_body=body_bytes,
         max_body_total=max(body_bytes, Settings.max_body_total),
-        max_tokens=max_tokens,
-        drain=drain,
+        **{each: given[each] for each in _TAKEN_AS_GIVEN},
     )
     keys = Keys(api_key_file)
     log_json(getattr(logging, log_level.value.upper()))
     with runtime:
-        serve(
-            Service(runtime, settings),
-            keys,
-            Address(host, port, socket),
-            lambda: runtime.load_weights(pool_bytes=pool_bytes, threads=threads),
-        )
+        load = partial(runtime.load_weights, pool_bytes=pool_bytes, threads=threads)
+        serve(Service(runtime, settings), keys, Address(host, port, socket), load)
+
+
+def _open(model: str, device: str | None, threads: int | None, max_memory: str | None, reserve: str | None) -> Runtime:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    runtime = Runtime.open(model, device=device, max_memory=max_memory)
+    left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
+    if left is not None:
+        runtime.keep_free(left)
+    return runtime

@@ -12,6 +12,7 @@ from ..config import Formats, Options, format_size
 from ..errors import BadInput, TooLarge
 from ..kv.budget import first_within
 from ..model.images import ImageSource
+from ..model.prompt import Message, shown_in
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
 from ..serving.requests import Request
@@ -52,20 +53,26 @@ class Several:
         return {"session": asdict(self.session.stats), "answers": answers}
 
 
-def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str], options: Options) -> Several:
+def plan(
+    runtime: Runtime,
+    images: Sequence[ImageSource],
+    prompts: Sequence[str],
+    options: Options,
+    before: Sequence[Message] = (),
+) -> Several:
     """The picture's rows and all questions', in the first formats in which ``options``' budget, or without one what the
     memory of the process leaves, holds them together.
 
     Raises :class:`BadInput` for methods that share no rows, :class:`TooLarge` beyond that.
     """
-    if not images:
+    if not images and not shown_in(before):
         raise BadInput("several prompts share a picture: give --image, or ask them one at a time")
 
     bounded = options.kv_budget is not None or runtime.memory().limit is not None
 
     def every() -> Iterator[Several]:
         for formats in _formats(runtime, options, bounded=bounded):
-            session = runtime.open_images(images, replace(options, kv_budget=None, formats=formats))
+            session = runtime.open_images(images, replace(options, kv_budget=None, formats=formats), before)
             yield Several(prompts, session, [session.prepare(prompt) for prompt in prompts])
 
     rows = "with every image row stored" if options.method is None else f"under {options.method}"

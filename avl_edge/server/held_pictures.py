@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ from ..errors import BadImage, BadInput, TooLarge
 from ..serving.image_session import ImageSession
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
-from .conversation import Conversation
+from .conversation import Conversation, Said
 
 _TRIES = 3
 _Key: TypeAlias = tuple[Hashable, Hashable]
@@ -63,31 +63,31 @@ class HeldPictures:
 
     def prepare(self, asked: Conversation, options: Options) -> Prepared:
         """A question, checked and planned. Raises as :meth:`avl_edge.Runtime.prepare`."""
-        images = [each.content for each in asked.pictures]
-        if images and self._most and options.kv_budget is None:
+        if asked.pictures and self._most and options.kv_budget is None:
             for _ in range(_TRIES):
                 if prepared := self._prepare_held(asked, options):
                     return prepared
-        return Prepared(self._runtime.prepare(images, asked.question, options))
+        return Prepared(self._runtime.prepare_chat(asked.messages, options))
 
     def _prepare_held(self, asked: Conversation, options: Options) -> Prepared | None:
         """None where such pictures or settings share no rows, or the rows went while it was prepared."""
         try:
             session = self._session(asked, options)
-            return Prepared(session.prepare(asked.question, options), session)
+            return Prepared(session.prepare(asked.after_pictures, options), session)
         except BadImage:
             raise
         except (BadInput, TooLarge):
             return None  # what is wrong with the request itself, preparing it alone says again
 
     def _session(self, asked: Conversation, options: Options) -> ImageSession:
-        kind = _kind(options)
-        key = (tuple(each.digest for each in asked.pictures), kind)
+        head = asked.up_to_pictures
+        said = tuple((each.role, len(each.pictures), each.text) for each in head)
+        key = (tuple(each.digest for each in asked.pictures), (said, _kind(options)))
         with self._lock:
             opening = self._opening.setdefault(key, threading.Lock())
         with opening:
             try:
-                return self._found(key) or self._opened(asked, key, options)
+                return self._found(key) or self._opened(head, key, options)
             finally:
                 with self._lock:
                     self._opening.pop(key, None)
@@ -101,11 +101,11 @@ class HeldPictures:
             self._sessions.move_to_end(key)
             return session
 
-    def _opened(self, asked: Conversation, key: _Key, options: Options) -> ImageSession:
+    def _opened(self, head: Sequence[Said], key: _Key, options: Options) -> ImageSession:
         only_rows = Options(
             method=options.method, parameters=options.parameters, formats=options.formats, preset=options.preset
         )
-        session = self._runtime.open_images([each.content for each in asked.pictures], only_rows, spare=True)
+        session = self._runtime.open_chat([each.message for each in head], only_rows, spare=True)
         dropped = []  # closed by their finalizers, outside of the lock
         with self._lock:
             # The same pixels may come in other files.

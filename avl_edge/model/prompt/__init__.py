@@ -1,6 +1,16 @@
 """From pictures and text to what the model takes, and from token ids back to text. Needs no torch."""
 
+from .chat import Message, Turn, asked, check_messages, shown_in, turns_of
 from .detokenizer import Detokenizer
 from .processor import Processor
 
-__all__ = ["Detokenizer", "Processor"]
+__all__ = [
+    "Detokenizer",
+    "Message",
+    "Processor",
+    "Turn",
+    "asked",
+    "check_messages",
+    "shown_in",
+    "turns_of",
+]

@@ -14,6 +14,7 @@ from ...request import ImageSpan, Pixels, PixelValues, Prompt
 from ..images.preprocess import digest
 from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
 from ..spec import ModelSpec
+from .chat import SYSTEM, USER, Turn, asked, one_question
 from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
 from .stop_tokens import read_eos_token_ids
@@ -73,22 +74,24 @@ class Processor:
         text = TextTokenizer.open(directory, vocab_size)
         codec = codec_of(directory)
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
+        eos_token_ids = read_eos_token_ids(directory, text, vocab_size)
+        ends = filter(None, map(text.tokenizer.id_to_token, eos_token_ids))
         return cls(
             codec=codec,
             pixel_bytes=pixel_bytes,
-            text=text,
+            text=replace(text, also_reserved=frozenset({image_token, *ends})),
             template=open_template(directory, text.named, image_token, codec.chat_template),
             image_token_id=image_token_id,
             image_token=image_token,
             context=context,
-            eos_token_ids=read_eos_token_ids(directory, text, vocab_size),
+            eos_token_ids=eos_token_ids,
         )
 
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
         """One user turn, the images before the text, ready for the answer: :meth:`measure`, :meth:`lay_out`,
         :meth:`read`."""
         pictures = self.measure(images)
-        return self.read(images, pictures, self.lay_out(pictures, prompt, system))
+        return self.read(images, pictures, self.lay_out(one_question(pictures, prompt, system)))
 
     def measure(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
         """What the pictures will be for the model, by their headers, where their size matters.
@@ -98,35 +101,40 @@ class Processor:
         fixed = self.codec.fixed
         return [self.codec.rule(*image_size(image, max_pixels)) if fixed is None else fixed for image in images]
 
-    def lay_out(self, pictures: Sequence[Picture], prompt: str, system: str | None = None) -> Prompt:
-        """A turn with such pictures: token ids, and where each picture stands (digests still empty, no pixels).
+    def lay_out(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation, ready for the answer: token ids, and where each picture stands (digests still empty, no
+        pixels).
 
-        Each picture stands as so many placeholder ids as it has tokens. Raises BadInput for a prompt that is empty or
-        holds special tokens, TooLarge for more images or text than the context can hold, which is said before anything
-        is tokenized, BadModel if the chat template fails.
+        Each picture stands as so many placeholder ids as it has tokens; what special tokens the texts spell is text.
+        Raises BadInput for a conversation that does not end with a question or that the chat template does not take,
+        TooLarge for more images or text than the context can hold, which is said before anything is tokenized, BadModel
+        if the chat template fails.
         """
-        texts = {"prompt": prompt} if system is None else {"prompt": prompt, "system text": system}
-        for what, text in texts.items():
+        pictures = [picture for each in turns for picture in each.pictures]
+        texts = [text for each in turns for text in each.texts]
+        for text in texts:
             if not isinstance(text, str):
-                raise BadInput(f"the {what} must be a string, not {type(text).__name__}")
-        self._check_room(pictures, sum(map(len, texts.values())))
-        for what, text in texts.items():
-            self._check_text(what, text)
-        if not prompt.strip():
+                raise BadInput(f"a text must be a string, not {type(text).__name__}")
+        if len(turns) > self.context:
+            raise TooLarge(f"{len(turns)} turns are more than the tokens of the model's context, {self.context}")
+        self._check_room(pictures, sum(map(len, texts)))
+        for each in turns:
+            _check_unicode(each)
+        if not turns or turns[-1].role != USER or not "".join(turns[-1].texts).strip():
             raise BadInput("the prompt is empty: ask something about the picture")
-        token_ids = self._tokenize(pictures, prompt, system)
+        token_ids = self._tokenize(pictures, turns)
         starts = self._image_starts(token_ids, pictures)
         spans = (ImageSpan("", start, each.tokens) for start, each in zip(starts, pictures, strict=True))
         rope = self.codec.rope(len(token_ids), list(zip(starts, pictures, strict=True)))
         return Prompt(token_ids, tuple(spans), None, rope)
 
-    def lay_out_images(self, pictures: Sequence[Picture]) -> Prompt:
-        """A turn up to the end of its last picture.
+    def lay_out_images(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation up to the end of its last picture; its last turn is a user's, whose question is open.
 
         It is the same whatever is asked: the image placeholder is a token that merges with nothing. Raises BadInput
         where it is not, as with a template that writes the question first.
         """
-        heads = [self.lay_out(pictures, probe).up_to_images() for probe in ("What is it?", "0")]
+        heads = [self.lay_out(asked(turns, probe)).up_to_images() for probe in ("What is it?", "0")]
         if heads[0].token_ids != heads[1].token_ids:
             raise BadInput("this model's chat template writes the question before the pictures: ask one at a time")
         return heads[0]
@@ -168,23 +176,19 @@ class Processor:
                 f"{self.context} tokens, for which {most} characters are more than any text has: ask a shorter question"
             )
 
-    def _check_text(self, what: str, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadInput(f"the {what} is not valid Unicode: give it as UTF-8") from None
-        token = self.image_token if self.image_token in text else self.text.special_token_in(text)
-        if token is not None:
-            raise BadInput(f"the {what} contains {token}, which the model reserves for itself: remove it")
-
-    def _tokenize(self, pictures: Sequence[Picture], prompt: str, system: str | None) -> tuple[int, ...]:
+    def _tokenize(self, pictures: Sequence[Picture], turns: Sequence[Turn]) -> tuple[int, ...]:
         images = len(pictures)
-        between = self.template.render(images, prompt, system).split(self.image_token)
+        escaped = self.text.reserved.escape([text for each in turns for text in each.texts])
+        words = iter(escaped.texts)
+        safe = [
+            replace(each, parts=tuple(next(words) if isinstance(p, str) else p for p in each.parts)) for each in turns
+        ]
+        between = self.template.render(safe).split(self.image_token)
         if len(between) - 1 != images:
             raise BadInput(f"the chat template wrote {len(between) - 1} image placeholders for {images} images")
         self._check_room(pictures, sum(map(len, between)))
         placed = [self.codec.placeholder(each, self.image_token) for each in pictures]
-        return self.text.encode("".join(map("".join, zip(between, [*placed, ""], strict=True))))
+        return self.text.encode("".join(map("".join, zip(between, [*placed, ""], strict=True))), escaped)
 
     def _image_starts(self, token_ids: tuple[int, ...], pictures: Sequence[Picture]) -> list[int]:
         """Where each picture's placeholders begin. Pictures may touch, so they are told apart by their number of
@@ -200,6 +204,14 @@ class Processor:
                 "prompt"
             )
         return starts
+
+
+def _check_unicode(turn: Turn) -> None:
+    try:
+        "".join(turn.texts).encode("utf-8")
+    except UnicodeEncodeError:
+        what = {USER: "prompt", SYSTEM: "system text"}.get(turn.role, "answer")
+        raise BadInput(f"the {what} is not valid Unicode: give it as UTF-8") from None
 
 
 def _image_token(directory: Path, text: TextTokenizer, image_token_id: int, usual: str) -> str:
