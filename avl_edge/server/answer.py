@@ -90,5 +90,6 @@ class Answer:
     def close(self) -> None:
         """Nobody waits for it any more: what it holds is freed at once. Twice is safe."""
         self.handle.cancel()
-        if self._next is not None:
-            self._next.cancel()
+        task, self._next = self._next, None  # whose error would keep this answer, and its pixels, in a circle
+        if task is not None:
+            task.cancel()

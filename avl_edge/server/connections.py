@@ -16,8 +16,19 @@ class Connections:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.silent: dict[Connection, None] = {}  # those that have asked nothing yet or any more, the oldest first
-        self.count = 0
+        self.open: set[Connection] = set()
         self.protocol = type("BoundConnection", (Connection,), {"shared": self})
+
+    @property
+    def count(self) -> int:
+        """How many are open."""
+        return len(self.open)
+
+    def drop(self, connection: Connection) -> None:
+        """Close one, which counts no longer."""
+        self.open.discard(connection)
+        self.silent.pop(connection, None)
+        connection.transport.abort()
 
 
 class Connection(H11Protocol):
@@ -37,10 +48,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         shared = self.shared
-        shared.count += 1
+        shared.open.add(self)
         if shared.count > shared.settings.max_connections:
-            oldest = next(iter(shared.silent), self)
-            oldest.transport.abort()
+            shared.drop(next(iter(shared.silent), self))
         self._fall_silent()
 
     def data_received(self, data: bytes) -> None:
@@ -56,7 +66,7 @@ class Connection(H11Protocol):
             self._fall_silent()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.shared.count -= 1
+        self.shared.open.discard(self)
         self._speak()
         super().connection_lost(exc)
 
@@ -74,4 +84,4 @@ class Connection(H11Protocol):
 
     def _close(self) -> None:
         if not self._asks:
-            self.transport.abort()
+            self.shared.drop(self)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import BadImage
+from ..model.images import image_size
 from ..model.prompt import Message
 from .pictures import SentPicture, SentPictures
 from .refusals import Refusal
@@ -75,7 +77,7 @@ def conversation_of(asked: ChatRequest, sent: SentPictures, client: str, setting
 class _Reader:
     def __init__(self, sent: SentPictures, client: str, settings: Settings) -> None:
         self._sent, self._client, self._settings = sent, client, settings
-        self._pictures = 0
+        self._pictures = self._pixels = 0
 
     def said(self, message: WireMessage, where: str) -> Said:
         match message:
@@ -110,7 +112,18 @@ class _Reader:
         if self._pictures > self._settings.max_pictures:
             said = f"there are more than {self._settings.max_pictures} pictures: send fewer"
             raise Refusal(413, said, param=param, code="too_many_pictures", retries=False)
-        return self._sent.picture(part, self._client, param)
+        picture = self._sent.picture(part, self._client, param)
+        try:
+            width, height = image_size(picture.content)
+        except BadImage as error:
+            raise Refusal(422, str(error), param=param, code="invalid_image", retries=False) from None
+        self._pixels += width * height
+        if self._pixels > self._settings.max_pixels:
+            said = (
+                f"the pictures have more than {self._settings.max_pixels} pixels together: send smaller ones or fewer"
+            )
+            raise Refusal(413, said, param=param, code="too_many_pixels", retries=False)
+        return picture
 
 
 def _text(content: str | Sequence[object]) -> str:

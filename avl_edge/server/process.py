@@ -110,6 +110,7 @@ class Notifier:
             return
         path = "\0" + self._path[1:] if self._path.startswith("@") else self._path
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)  # nobody may be reading
             sender.connect(path)
             sender.send(state.encode())
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Served:
     service: Service
     process: Process
     port: int
+    key_file: Path | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -96,12 +98,16 @@ def wait_for(holds: Any, seconds: float = LIMIT) -> bool:
 
 @contextmanager
 def serving(
-    model: str | Path, settings: Settings | None = None, key_file: Path | None = None, **opened: Any
+    model: str | Path,
+    settings: Settings | None = None,
+    key_file: Path | None = None,
+    pool_bytes: int | None = None,
+    **opened: Any,
 ) -> Iterator[Served]:
     """A service of ``model`` until the end of the block."""
     runtime = Runtime.open(model, **opened)
     service = Service(runtime, settings or Settings(names=("test",)))
-    process = Process(service, Keys(key_file), runtime.load_weights)
+    process = Process(service, Keys(key_file), partial(runtime.load_weights, pool_bytes=pool_bytes))
     listener = Address(port=0).listen()
     port = listener.getsockname()[1]
     failures: list[BaseException] = []
@@ -117,7 +123,7 @@ def serving(
     try:
         assert wait_for(lambda: service.state != "loading" or failures), "the service does not get ready"
         assert not failures, failures
-        yield Served(service, process, port)
+        yield Served(service, process, port, key_file)
     finally:
         process.stop()
         thread.join(LIMIT)
@@ -144,3 +150,10 @@ def asking(question: str, *pictures: bytes, **fields: Any) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(each)}} for each in pictures]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     return {"model": "test", "messages": messages, "max_tokens": 8, **fields}
+
+
+def raw_post(body: dict[str, Any] | bytes, length: int | None = None) -> bytes:
+    """A chat completion's request as it goes over the wire, which says that its body has ``length`` bytes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content) if length is None else length}\r\n\r\n".encode() + content
