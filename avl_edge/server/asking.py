@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ def options_of(asked: ChatRequest, max_tokens: int) -> Options:
             formats=format_names(None, None, None, own.formats),
             logit_bias=_biases(asked),
             logprobs=_logprobs(asked),
+            json_schema=_schema(asked),
             max_new_tokens=asked.max_completion_tokens or asked.max_tokens or max_tokens,
         )
     except BadInput as error:
@@ -88,6 +90,25 @@ def _biases(asked: ChatRequest) -> dict[int, float]:
     if not all(token.isascii() and token.isdigit() and len(token) < 12 for token in given):
         raise Refusal(400, "logit_bias maps token ids, written as whole numbers, to biases", param="logit_bias")
     return {int(token): bias for token, bias in given.items()}
+
+
+def _schema(asked: ChatRequest) -> str | None:
+    form = asked.response_format
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return '{"type": "object"}'
+    if form.json_schema is None or form.json_schema.schema_ is None:
+        said = "response_format of the type json_schema needs a json_schema with a schema"
+        raise Refusal(400, said, param="response_format.json_schema", code="invalid_value")
+    return json.dumps(form.json_schema.schema_)
+
+
+def check_tools(asked: ChatRequest) -> None:
+    """:class:`Refusal` for tools that the model would have to be told of: no family's template has them."""
+    if asked.tools and asked.tool_choice != "none":
+        said = "tools are not served: no template of this model's family has them; leave them out"
+        raise Refusal(400, said, param="tools", code="unsupported_value")
 
 
 def _logprobs(asked: ChatRequest) -> int | None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from ..errors import BadInput, DeadlineExceeded
 from ..serving.runtime import Runtime
 from .answer import Answer
-from .asking import check_model, options_of, urgency_of
+from .asking import check_model, check_tools, options_of, urgency_of
 from .conversation import conversation_of
 from .held_pictures import HeldPictures, Prepared
 from .metrics import Metrics
@@ -94,7 +94,10 @@ class Service:
                 raise DeadlineExceeded("the deadline passed before the request could be begun: give more time")
             cached = prepared.cached_tokens
             try:
-                generation = self.runtime.submit(prepared.request, priority=urgency.priority, deadline=left)
+                submit = partial(self.runtime.submit, prepared.request, priority=urgency.priority, deadline=left)
+                # A grammar takes its time to be made.
+                is_plain = prepared.request.options.json_schema is None
+                generation = submit() if is_plain else await self.in_thread(submit)
             except BadInput:
                 if prepared.is_lost:
                     continue
@@ -115,6 +118,7 @@ class Service:
         raise Refusal(503, "the pictures' rows were taken by others: send it again", code="busy", retry_after=1)
 
     def _prepare(self, asked: ChatRequest, client: str) -> Prepared:
+        check_tools(asked)
         options = options_of(asked, self.settings.max_tokens)
         return self.held.prepare(conversation_of(asked, self.sent, client, self.settings), options)
 

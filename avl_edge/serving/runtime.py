@@ -71,7 +71,7 @@ class Runtime:
         self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
         self.read_pictures = PictureReader(processor, ledger)
         self._prepare = Preparer(processor, self.planner, self._memory, self.read_pictures)
-        self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
+        self.engine = Engine(self._loop, processor.detokenizer, processor.schema_matcher, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
 
     @property

@@ -3,11 +3,13 @@
 from .chat import Message, Turn, asked, check_messages, shown_in, turns_of
 from .detokenizer import Detokenizer
 from .processor import Processor
+from .schema import SchemaMatcher
 
 __all__ = [
     "Detokenizer",
     "Message",
     "Processor",
+    "SchemaMatcher",
     "Turn",
     "asked",
     "check_messages",

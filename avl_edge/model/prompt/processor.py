@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..spec import ModelSpec
 from .chat import SYSTEM, USER, Turn, asked, one_question
 from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
+from .schema import SchemaMatcher, SchemaTokens, check_schema
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
 from .text_tokenizer import TextTokenizer
@@ -157,6 +158,15 @@ class Processor:
         if picture != self.codec.fixed and picture != self.codec.rule(*image.size):
             raise BadImage("a picture was changed while it was read: give it again")
         return PixelValues(self.codec.pixels(image, picture, max_pixels), picture)
+
+    @cached_property
+    def _schema_tokens(self) -> SchemaTokens:
+        return SchemaTokens(self.text.tokenizer, self.eos_token_ids)
+
+    def schema_matcher(self, schema: str) -> SchemaMatcher:
+        """For one answer by a JSON ``schema``; :class:`BadInput` for one that cannot be obeyed."""
+        check_schema(schema)
+        return self._schema_tokens.matcher(schema)
 
     def detokenizer(self) -> Detokenizer:
         """A new one for each sequence."""
