@@ -98,7 +98,8 @@ class PromptShape:
 @dataclass(frozen=True)
 class Picture:
     """What a picture's size decides: ``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the
-    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops."""
+    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops. ``moment``:
+    the place of two frames in their video, and ``seconds``: their times."""
 
     crops: int
     patches: int
@@ -106,6 +107,8 @@ class Picture:
     rows: int = 0
     columns: int = 0
     tiles: tuple[int, int] = (1, 1)
+    moment: int | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 _RANGES = {
