@@ -81,12 +81,14 @@ class PromptShape:
     """How many tokens of each kind a prompt has, in tokens.
 
     ``prefix`` is the text before the first image (all text, if there is no image), which A-VL never evicts;
-    ``images`` the total of all images; ``suffix`` the text after the first image began.
+    ``images`` the total of all images; ``suffix`` the text after the first image began. ``spans``: the place of each
+    image's first token and their number, where there are several images; without them all are one run.
     """
 
     prefix: int
     images: int
     suffix: int
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -96,7 +98,8 @@ class PromptShape:
 @dataclass(frozen=True)
 class Picture:
     """What a picture's size decides: ``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the
-    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops."""
+    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops. ``moment``:
+    the place of two frames in their video, and ``seconds``: their times."""
 
     crops: int
     patches: int
@@ -104,6 +107,8 @@ class Picture:
     rows: int = 0
     columns: int = 0
     tiles: tuple[int, int] = (1, 1)
+    moment: int | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 _RANGES = {
@@ -194,7 +199,8 @@ class Options(Sampling):
     take their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the
     pool's). ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
     ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). What :class:`Sampling` has
-    beside these is given by name.
+    beside these is given by name. ``min_pixels`` and ``max_pixels``: to which each picture is resized, for models that
+    take any size; None: as the checkpoint says.
     """
 
     method: str | None = None
@@ -203,6 +209,8 @@ class Options(Sampling):
     preset: str | None = None
     kv_budget: int | str | None = None
     max_new_tokens: int = 256
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,6 +226,10 @@ class Options(Sampling):
         require(_is_whole(self.max_new_tokens), f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         require(self.kv_budget_bytes != 0, "the KV budget must be more than 0 bytes")
+        for name, pixels in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if pixels is not None:
+                _require_whole(name, pixels, 2**31 - 1)
+                require(pixels > 0, f"{name} must be at least 1")
 
     @property
     def kv_budget_bytes(self) -> int | None:
@@ -276,27 +288,6 @@ def size_in_bytes(name: str, value: object) -> int:
         raise BadInput(f"{name} must be bytes or a size like '12GB', not {value!r}")
     require(size > 0, f"{name} must be more than 0 bytes")
     return size
-
-
-def format_names(text: str | None, core: str | None, secondary: str | None, every: str | None) -> Formats | None:
-    """Formats from names given for single tiers and for ``every`` other one; None when none is given."""
-    if text is core is secondary is every is None:
-        return None
-    rest = "exact" if every is None else every
-    usual = ("exact" if rest.startswith("lowrank") else rest, rest, rest)
-    given = zip((text, core, secondary), usual, strict=True)
-    return Formats(*(default if name is None else name for name, default in given))
-
-
-def parse_parameter(text: str) -> tuple[str, float]:
-    """The name and value of a method's parameter, written ``NAME=VALUE``."""
-    name, _, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        raise BadInput(f"cannot read {text!r} as a parameter: give NAME=VALUE with a number, like refresh=3") from None
-    require(math.isfinite(number), f"parameter {name.strip()!r} must be a number, not {number}")
-    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 
 def format_size(count: int) -> str:

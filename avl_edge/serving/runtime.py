@@ -19,7 +19,7 @@ from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
 from ..model.families import read_spec
-from ..model.images import ImageSource, check_sources
+from ..model.images import Source, check_shown
 from ..model.known import shape_of_checkpoint
 from ..model.prompt import Message, Processor, check_messages
 from ..model.spec import ModelSpec
@@ -69,7 +69,7 @@ class Runtime:
         self._memory = MemoryPlanner(self.planner, max_memory)
         ledger = self._memory.ledger
         self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
-        self.read_pictures = PictureReader(processor, ledger)
+        self.read_pictures = PictureReader(ledger)
         self._prepare = Preparer(processor, self.planner, self._memory, self.read_pictures)
         self.engine = Engine(self._loop, processor.detokenizer, processor.schema_matcher, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
@@ -235,10 +235,10 @@ class Runtime:
         )
 
     def prepare(
-        self, images: Sequence[ImageSource], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
+        self, images: Sequence[Source], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
     ) -> Request:
         """:meth:`prepare_chat` of a question about ``images``, and what was said ``before`` (system, earlier turns)."""
-        check_sources(images)
+        check_shown(images)
         check_messages(before)
         return self.prepare_chat([*before, Message("user", [*images, prompt])], options)
 
@@ -289,14 +289,14 @@ class Runtime:
             self._load(None, lambda *_: None)
 
     def generate(
-        self, images: Sequence[ImageSource], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
+        self, images: Sequence[Source], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
     ) -> Generation:
-        """Ask about ``images`` (paths, bytes or Pillow images): an iterator of :class:`TokenEvent`. Those that are
-        open together are decoded together. ``before``: as :meth:`prepare`."""
+        """Ask about ``images`` (paths, bytes, Pillow images, or :class:`Frames`): an iterator of :class:`TokenEvent`.
+        Those that are open together are decoded together. ``before``: as :meth:`prepare`."""
         return self.submit(self.prepare(images, prompt, options, before))
 
     def open_images(
-        self, images: Sequence[ImageSource], options: Options | None = None, before: Sequence[Message] = ()
+        self, images: Sequence[Source], options: Options | None = None, before: Sequence[Message] = ()
     ) -> ImageSession:
         """An image session of ``images`` and what was said and shown ``before``, about which any number of questions
         may be asked, at once or one after another; they share its rows. See
@@ -304,7 +304,7 @@ class Runtime:
 
         Checks and plans, and raises, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        check_sources(images)
+        check_shown(images)
         return self.open_chat([*before, Message("user", images)], options)
 
     def open_chat(
