@@ -17,6 +17,7 @@ from .asking import check_model, check_tools, options_of, urgency_of
 from .conversation import conversation_of
 from .held_pictures import HeldPictures, Prepared
 from .metrics import Metrics
+from .pace import Pace
 from .pictures import SentPictures
 from .refusals import Refusal
 from .settings import Settings
@@ -38,6 +39,9 @@ class Service:
         self.sent = SentPictures(settings.picture_bytes)
         self.held = HeldPictures(runtime, settings.held_pictures)
         self.metrics = Metrics(settings.names[0])
+        self.pace = Pace()
+        self.submitted = 0
+        """How many requests the engine was given."""
         self._on_their_way = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="avl-edge prepare")
 
@@ -93,6 +97,8 @@ class Service:
             if left is not None and left <= 0:
                 raise DeadlineExceeded("the deadline passed before the request could be begun: give more time")
             cached = prepared.cached_tokens
+            if left is not None and urgency.late == "refuse":
+                self.pace.require(len(prepared.request.prompt) - cached, left)
             try:
                 submit = partial(self.runtime.submit, prepared.request, priority=urgency.priority, deadline=left)
                 # A grammar takes its time to be made.
@@ -102,6 +108,7 @@ class Service:
                 if prepared.is_lost:
                     continue
                 raise
+            self.submitted += 1
             # What was sent is let go of, pictures included: an answer needs the other fields alone.
             answer = Answer(
                 asked.model_copy(update={"messages": []}), prepared, generation.handle, urgency, came, cached
@@ -127,6 +134,7 @@ class Service:
         self._on_their_way -= 1
         answer.close()
         self._forget_unready(answer)
+        self.pace.add(answer)
         self.metrics.ended(answer, outcome)
 
     def _forget_unready(self, answer: Answer) -> None:
