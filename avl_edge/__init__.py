@@ -9,7 +9,7 @@ from .config import Formats, Options
 from .errors import AvlEdgeError, BadImage, BadInput, BadModel, Busy, DoesNotFit, TooLarge
 
 if TYPE_CHECKING:
-    from .model.prompt import Message
+    from .model.prompt import Frames, Message
     from .request import Result, TokenEvent
     from .serving.generation import Generation
     from .serving.image_session import ImageSession
@@ -23,6 +23,7 @@ __all__ = [
     "Busy",
     "DoesNotFit",
     "Formats",
+    "Frames",
     "Generation",
     "ImageSession",
     "Message",
@@ -36,6 +37,7 @@ __all__ = [
 # What computes is imported when its name is first asked for (PEP 562): torch takes seconds to import, and what only
 # plans, probes or prints help is done before that.
 _MODULES = {
+    "Frames": "model.prompt",
     "Generation": "serving.generation",
     "ImageSession": "serving.image_session",
     "Message": "model.prompt",

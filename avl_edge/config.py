@@ -98,7 +98,8 @@ class PromptShape:
 @dataclass(frozen=True)
 class Picture:
     """What a picture's size decides: ``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the
-    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops."""
+    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops. ``moment``:
+    the place of two frames in their video, and ``seconds``: their times."""
 
     crops: int
     patches: int
@@ -106,6 +107,8 @@ class Picture:
     rows: int = 0
     columns: int = 0
     tiles: tuple[int, int] = (1, 1)
+    moment: int | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 _RANGES = {
@@ -117,6 +120,7 @@ _RANGES = {
     "presence_penalty": (-2, 2),
 }
 _MOST_BIASES, _MOST_STOPS, _LONGEST_STOP, _MOST_LOGPROBS = 1024, 16, 256, 20
+_LONGEST_SCHEMA = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,7 @@ class Sampling:
 
     ``seed`` repeats the draws; None takes one from the system, which the result names. ``stop``: a string, or several,
     before which the answer ends. ``logprobs``: give the log-probability of each token, and of so many of the likeliest
-    in its place; None: of none.
+    in its place; None: of none. ``json_schema``: JSON; an answer that is not cut satisfies it.
     """
 
     temperature: float = 0.0
@@ -150,6 +154,7 @@ class Sampling:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in _RANGES.items():
@@ -161,6 +166,8 @@ class Sampling:
             _require_whole("seed", self.seed, 2**63 - 1)
         if self.logprobs is not None:
             _require_whole("logprobs", self.logprobs, _MOST_LOGPROBS)
+        fits = self.json_schema is None or len(self.json_schema) <= _LONGEST_SCHEMA
+        require(fits, f"json_schema must be JSON of at most {_LONGEST_SCHEMA} characters")
         self._check_logit_bias()
         self._check_stop()
 
@@ -180,7 +187,6 @@ class Sampling:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """``stop`` as several."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
@@ -227,7 +233,6 @@ class Options(Sampling):
 
     @property
     def kv_budget_bytes(self) -> int | None:
-        """``kv_budget`` in bytes."""
         if self.kv_budget is None or isinstance(self.kv_budget, str):
             return None if self.kv_budget is None else parse_size(self.kv_budget)
         require(_is_whole(self.kv_budget), f"kv_budget must be bytes or a size like '160MB', not {self.kv_budget!r}")
@@ -236,7 +241,7 @@ class Options(Sampling):
 
 
 def checked_options(options: Options | None) -> Options:
-    """The options that were given, or the defaults; :class:`BadInput` for anything else."""
+    """The options that were given, or the defaults."""
     require(isinstance(options, Options | None), f"options must be avl_edge.Options, not {type(options).__name__}")
     return options or Options()
 

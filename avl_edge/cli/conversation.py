@@ -1,4 +1,4 @@
-"""``--system`` and ``--history`` of ``avl-edge run``: what was said before the question."""
+"""``--system``, ``--history`` and ``--frames`` of ``avl-edge run``: what was said and shown before the question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from ..config import format_size, read_bytes
 from ..errors import BadInput, quoted, reason
-from ..model.images import ImageSource
+from ..model.images import Frames, ImageSource, Source
 from ..model.prompt import Message
 from .sources import picture, questions
 
@@ -26,7 +26,17 @@ History: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Earlier turns: a JSON list of messages as in OpenAI's chat completions."),
 ]
+VideoFrames: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--frames", metavar="FILE", help="A frame of a video, before the pictures; given for each, in order."),
+]
+Fps: TypeAlias = Annotated[float, typer.Option(help="How many --frames a second has.")]
 _FORM = 'a list of {"role": "user", "content": "..."}'
+
+
+def video(frames: list[str] | None, fps: float) -> list[Source]:
+    """The video of ``--frames``; nothing without."""
+    return [Frames.of([picture(each) for each in frames], fps)] if frames else []
 
 
 def said_before(system: str | None, history: str | None) -> list[Message]:

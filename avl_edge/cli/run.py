@@ -17,12 +17,13 @@ from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
 from ..kv.methods.notation import format_names
+from ..model.images import Source
 from ..model.prompt import Message
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
 from . import memory, several
-from .conversation import History, System, said_before
+from .conversation import Fps, History, System, VideoFrames, said_before, video
 from .memory import MaxMemory
 from .options import (
     MEMORY,
@@ -112,6 +113,8 @@ WithStats: TypeAlias = Annotated[
 def run(
     prompt: Prompts,
     image: Images = None,
+    frames: VideoFrames = None,
+    fps: Fps = 2.0,
     system: System = None,
     history: History = None,
     min_pixels: MinPixels = None,
@@ -176,7 +179,8 @@ def run(
         logprobs=logprobs,
     )
     runtime = _open(model, device, threads, reserve, max_memory, weights, head)
-    _ask(runtime, image or [], prompt, said_before(system, history), options, Show(as_json, stats, explain))
+    before, show = said_before(system, history), Show(as_json, stats, explain)
+    _ask(runtime, video(frames, fps), image or [], prompt, before, options, show)
 
 
 def _open(
@@ -208,10 +212,16 @@ class Show:
 
 
 def _ask(
-    runtime: Runtime, names: list[str], prompts: list[str], before: list[Message], options: Options, show: Show
+    runtime: Runtime,
+    shown: list[Source],
+    names: list[str],
+    prompts: list[str],
+    before: list[Message],
+    options: Options,
+    show: Show,
 ) -> None:
     check_stdin(names, prompts)
-    images, prompts = pictures(names, runtime.max_pixels), questions(prompts)
+    images, prompts = [*shown, *pictures(names, runtime.max_pixels)], questions(prompts)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
         _ask_several(runtime, several.plan(runtime, images, prompts, options, before), options, show)

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import Formats, Options, format_size
 from ..errors import BadInput, TooLarge
 from ..kv.budget import first_within
-from ..model.images import ImageSource
+from ..model.images import Source
 from ..model.prompt import Message, shown_in
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
@@ -55,7 +55,7 @@ class Several:
 
 def plan(
     runtime: Runtime,
-    images: Sequence[ImageSource],
+    images: Sequence[Source],
     prompts: Sequence[str],
     options: Options,
     before: Sequence[Message] = (),

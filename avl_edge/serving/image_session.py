@@ -73,10 +73,12 @@ class ImageSession:
         planner: RequestPlanner,
         messages: Sequence[Message],
         options: Options,
+        *,
+        spare: bool = False,
     ) -> ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
         not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
-        take the memory for them."""
+        take the memory for them. ``spare``: others who need its rows may close it between two questions."""
         images = shown_in(messages)
         require(len(images) > 0, "an image session needs a picture: give one or more images")
         processor = processor.within(options)
@@ -87,6 +89,7 @@ class ImageSession:
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
         prompt = runtime.read_pictures(processor, images, pictures, laid_out)
         prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
+        prefix.is_spare = spare
         return cls(runtime, processor, planner, prefix, turns, options)
 
     def load(self) -> ImageSessionStats:
@@ -161,6 +164,21 @@ class ImageSession:
         first, *others = turns_of(prompt, ()) or [Turn("user", ())]
         require(first.role == "user", "what is asked about an image session begins with a message of the user")
         return [*asked(self._turns, *first.texts), *others]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes questions."""
+        return not self._prefix.is_closed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its rows are there."""
+        return self._prefix.is_ready
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the pixels of its pictures."""
+        return tuple(span.digest for span in self._prefix.prompt.spans)
 
     @property
     def peak_bytes(self) -> int:

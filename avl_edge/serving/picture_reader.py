@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from ..config import Picture
 from ..machine.ledger import Ledger
-from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource
+from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, Shown
 from ..model.prompt import Processor
 from ..request import Prompt
 
@@ -31,7 +31,7 @@ class PictureReader:
         limit = self._decoding.limit
         return MAX_PIXELS if limit is None else min(MAX_PIXELS, limit // DECODING_BYTES_PER_PIXEL)
 
-    def measure(self, processor: Processor, images: Sequence[ImageSource]) -> list[Picture]:
+    def measure(self, processor: Processor, images: Sequence[Shown]) -> list[Picture]:
         """:meth:`~avl_edge.model.prompt.Processor.measure`."""
         with nullcontext() if self._decoding.limit is None else self._turn:
             return processor.measure(images, self.max_pixels)
@@ -42,7 +42,7 @@ class PictureReader:
         return 2 * sum(map(processor.pixel_bytes, pictures))
 
     def __call__(
-        self, processor: Processor, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt
+        self, processor: Processor, images: Sequence[Shown], pictures: Sequence[Picture], laid_out: Prompt
     ) -> Prompt:
         """:meth:`~avl_edge.model.prompt.Processor.read`. Raises :class:`TooLarge` and :class:`Busy` where there is no
         memory for the pixels, before any is decoded."""
@@ -63,7 +63,7 @@ class PictureReader:
         return prompt
 
     def _decode(
-        self, processor: Processor, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt
+        self, processor: Processor, images: Sequence[Shown], pictures: Sequence[Picture], laid_out: Prompt
     ) -> Prompt:
         holder = object()
         try:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from avl_edge import Message, Options, Runtime
+from avl_edge import Frames, Message, Options, Runtime
+from avl_edge.cli import run_app
+from tests.conftest import Checkpoints
+from tests.equipment.checkpoints import random_image
 from tests.equipment.command_line import PROMPT
 
 
@@ -71,3 +74,19 @@ def test_a_history_that_is_missing(run, tmp_path: Path) -> None:  # type: ignore
     outcome = run("--history", str(tmp_path / "none.json"))
     assert outcome.code == 2
     assert "cannot be read" in outcome.err
+
+
+def test_frames_of_a_video(capsys: pytest.CaptureFixture[str], family: Checkpoints, tmp_path: Path) -> None:
+    model, names = str(family("qwen2_5_vl")), []
+    for number in range(3):
+        names.append(str(tmp_path / f"{number}.png"))
+        random_image(number, (60, 90)).save(names[-1])
+    frames = [option for name in names for option in ("--frames", name)]
+    limits = ["--max-pixels", "20000", "--max-new-tokens", "6", "--json"]
+    assert run_app(["run", "--model", model, *frames, "--fps", "0.5", "--prompt", PROMPT, *limits]) == 0
+    document = json.loads(capsys.readouterr().out)
+    shown = [Frames.of([Path(name) for name in names], 0.5)]
+    expected = Runtime.load(model, threaded=False).generate(shown, PROMPT, Options(max_pixels=20000, max_new_tokens=6))
+    assert document["token_ids"] == list(expected.result().token_ids)
+    assert run_app(["run", *frames, "--prompt", PROMPT]) == 2
+    assert "takes no videos" in capsys.readouterr().err

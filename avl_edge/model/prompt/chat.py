@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeAlias
 
 from ...config import Picture
 from ...errors import BadInput, quoted
-from ..images.sources import ImageSource, check_sources
+from ..images.frames import Frames, Shown, Source, check_shown
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-Part: TypeAlias = str | ImageSource
+Part: TypeAlias = str | Source
 
 
 @dataclass(frozen=True)
 class Message:
     """What one side said. ``role``: system, user or assistant. ``content``: a text, or texts and pictures in their
-    order; strings are texts, and pictures are paths, bytes or Pillow images. Only a user shows pictures."""
+    order; strings are texts, pictures are paths, bytes or Pillow images, and a video is :class:`Frames`. Only a user
+    shows pictures."""
 
     role: str
     content: str | Sequence[Part]
@@ -66,21 +68,28 @@ def check_messages(messages: Sequence[Message]) -> None:
         shown = [part for part in each.parts if not isinstance(part, str)]
         if shown and each.role != USER:
             raise BadInput(f"a message of the {each.role} holds a picture: only a user shows pictures")
-        check_sources(shown)
+        check_shown(shown)
 
 
-def shown_in(messages: Sequence[Message]) -> list[ImageSource]:
-    """The pictures of all messages, in their order."""
-    return [part for each in messages for part in each.parts if not isinstance(part, str)]
+def shown_in(messages: Sequence[Message]) -> list[Shown]:
+    """The pictures of all messages and the moments of videos, in their order."""
+    shown: list[Shown] = []
+    for part in (part for each in messages for part in each.parts if not isinstance(part, str)):
+        shown += part.moments() if isinstance(part, Frames) else [part]
+    return shown
 
 
 def turns_of(messages: Sequence[Message], pictures: Sequence[Picture]) -> list[Turn]:
     """The messages, whose pictures were measured as ``pictures``, one after the other."""
     measured = iter(pictures)
-    return [
-        Turn(each.role, tuple(part if isinstance(part, str) else next(measured) for part in each.parts))
-        for each in messages
-    ]
+    turns = []
+    for each in messages:
+        parts: list[str | Picture] = []
+        for part in each.parts:
+            count = len(part.moments()) if isinstance(part, Frames) else 1
+            parts += [part] if isinstance(part, str) else islice(measured, count)
+        turns.append(Turn(each.role, tuple(parts)))
+    return turns
 
 
 def one_question(pictures: Sequence[Picture], prompt: str, system: str | None = None) -> list[Turn]:

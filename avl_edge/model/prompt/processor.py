@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 from ...config import Options, Picture, read_json
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
 from ...request import ImageSpan, Pixels, PixelValues, Prompt
+from ..images.frames import Moment, Shown
 from ..images.preprocess import digest
 from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
 from ..spec import ModelSpec
 from .chat import SYSTEM, USER, Turn, asked, one_question
 from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
+from .schema import SchemaMatcher, SchemaTokens, check_schema
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
 from .text_tokenizer import TextTokenizer
@@ -38,6 +41,7 @@ class Processor:
     image_token: str
     context: int
     eos_token_ids: frozenset[int]
+    video_token_id: int | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, directory: Path) -> Processor:
@@ -75,16 +79,17 @@ class Processor:
         codec = codec_of(directory)
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
         eos_token_ids = read_eos_token_ids(directory, text, vocab_size)
-        ends = filter(None, map(text.tokenizer.id_to_token, eos_token_ids))
+        reserved = {image_token, codec.video_token, *map(text.tokenizer.id_to_token, eos_token_ids)}
         return cls(
             codec=codec,
             pixel_bytes=pixel_bytes,
-            text=replace(text, also_reserved=frozenset({image_token, *ends})),
+            text=replace(text, also_reserved=frozenset(filter(None, reserved))),
             template=open_template(directory, text.named, image_token, codec.chat_template),
             image_token_id=image_token_id,
             image_token=image_token,
             context=context,
             eos_token_ids=eos_token_ids,
+            video_token_id=text.tokenizer.token_to_id(codec.video_token) if codec.video_token else None,
         )
 
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
@@ -99,13 +104,20 @@ class Processor:
             return self
         return replace(self, codec=self.codec.within(options.min_pixels, options.max_pixels))
 
-    def measure(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
+    def measure(self, images: Sequence[Shown], max_pixels: int = MAX_PIXELS) -> list[Picture]:
         """What the pictures will be for the model, by their headers, where their size matters.
 
         Raises BadImage as far as a header tells that one is no use, or has more than ``max_pixels``.
         """
-        fixed = self.codec.fixed
-        return [self.codec.rule(*image_size(image, max_pixels)) if fixed is None else fixed for image in images]
+        return [self._measured(image, lambda source: image_size(source, max_pixels)) for image in images]
+
+    def _measured(self, image: Shown, size_of: Callable[[ImageSource], tuple[int, int]]) -> Picture:
+        if isinstance(image, Moment):
+            one, other = map(size_of, image.frames)
+            if one != other:
+                raise BadInput(f"the frames of a video must be of one size, not {one} and {other} (width, height)")
+            return self.codec.measure_moment(*one, image)
+        return self.codec.fixed or self.codec.rule(*size_of(image))
 
     def lay_out(self, turns: Sequence[Turn]) -> Prompt:
         """A conversation, ready for the answer: token ids, and where each picture stands (digests still empty, no
@@ -147,7 +159,7 @@ class Processor:
 
     def read(
         self,
-        images: Sequence[ImageSource],
+        images: Sequence[Shown],
         pictures: Sequence[Picture],
         laid_out: Prompt,
         max_pixels: int = MAX_PIXELS,
@@ -158,11 +170,27 @@ class Processor:
         named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, read, strict=True))
         return replace(laid_out, spans=tuple(named), pixel_values=Pixels(tuple(read)) if read else None)
 
-    def _read(self, source: ImageSource, picture: Picture, max_pixels: int) -> PixelValues:
-        image = open_image(source, max_pixels)
-        if picture != self.codec.fixed and picture != self.codec.rule(*image.size):
+    def _read(self, source: Shown, picture: Picture, max_pixels: int) -> PixelValues:
+        if isinstance(source, Moment):
+            one, other = (open_image(each, max_pixels) for each in source.frames)
+            unchanged = one.size == other.size and picture == self.codec.measure_moment(*one.size, source)
+            values = self.codec.moment_pixels((one, other), picture, max_pixels) if unchanged else None
+        else:
+            image = open_image(source, max_pixels)
+            unchanged = picture == (self.codec.fixed or self.codec.rule(*image.size))
+            values = self.codec.pixels(image, picture, max_pixels) if unchanged else None
+        if values is None:
             raise BadImage("a picture was changed while it was read: give it again")
-        return PixelValues(self.codec.pixels(image, picture, max_pixels), picture)
+        return PixelValues(values, picture)
+
+    @cached_property
+    def _schema_tokens(self) -> SchemaTokens:
+        return SchemaTokens(self.text.tokenizer, self.eos_token_ids)
+
+    def schema_matcher(self, schema: str) -> SchemaMatcher:
+        """For one answer by a JSON ``schema``; :class:`BadInput` for one that cannot be obeyed."""
+        check_schema(schema)
+        return self._schema_tokens.matcher(schema)
 
     def detokenizer(self) -> Detokenizer:
         """A new one for each sequence."""
@@ -189,17 +217,33 @@ class Processor:
         safe = [
             replace(each, parts=tuple(next(words) if isinstance(p, str) else p for p in each.parts)) for each in turns
         ]
-        between = self.template.render(safe).split(self.image_token)
-        if len(between) - 1 != images:
-            raise BadInput(f"the chat template wrote {len(between) - 1} image placeholders for {images} images")
-        self._check_room(pictures, sum(map(len, between)))
-        placed = [self.codec.placeholder(each, self.image_token) for each in pictures]
-        return self.text.encode("".join(map("".join, zip(between, [*placed, ""], strict=True))), escaped)
+        tokens = [self.image_token, *filter(None, [self.codec.video_token])]
+        between = re.split("(" + "|".join(map(re.escape, tokens)) + ")", self.template.render(safe))
+        placed = self._placeholders(pictures)
+        if between[1::2] != [token for token, _ in placed]:
+            raise BadInput(
+                f"the chat template wrote {len(between) // 2} image placeholders for {len(placed)} images: {images}"
+            )
+        self._check_room(pictures, sum(map(len, between[::2])))
+        between[1::2] = [text for _, text in placed]
+        return self.text.encode("".join(between), escaped)
+
+    def _placeholders(self, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+        """What a template writes for each picture or video, and what stands for it in the prompt."""
+        placed = []
+        for at, each in enumerate(pictures):
+            if each.moment is None:
+                placed.append((self.image_token, self.codec.placeholder(each, self.image_token)))
+            elif each.moment == 0:
+                others = takewhile(lambda other: other.moment, pictures[at + 1 :])
+                placed.append((self.codec.video_token or "", self.codec.video_placeholder([each, *others])))
+        return placed
 
     def _image_starts(self, token_ids: tuple[int, ...], pictures: Sequence[Picture]) -> list[int]:
         """Where each picture's placeholders begin. Pictures may touch, so they are told apart by their number of
         tokens."""
-        places = [i for i, token_id in enumerate(token_ids) if token_id == self.image_token_id]
+        ids = {self.image_token_id, self.video_token_id}
+        places = [i for i, token_id in enumerate(token_ids) if token_id in ids]
         firsts = list(accumulate((each.tokens for each in pictures), initial=0))
         starts = [places[first] for first in firsts[:-1] if first < len(places)]
         expected = [start + i for start, each in zip(starts, pictures, strict=False) for i in range(each.tokens)]

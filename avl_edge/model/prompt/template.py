@@ -47,6 +47,15 @@ class LlavaConvention:
         return "USER: " * (turn.role == USER) + f"{_joined(turn, self._placeholder)} "
 
 
+def _content(part: str | Picture) -> list[Message]:
+    """As templates take it. A video is one part, in the place of its first moment."""
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
+    if part.moment is None:
+        return [{"type": "image"}]
+    return [{"type": "video"}] if part.moment == 0 else []
+
+
 def _joined(turn: Turn, placeholder: str) -> str:
     return "".join(part if isinstance(part, str) else f"{placeholder}\n" for part in turn.parts)
 
@@ -90,10 +99,7 @@ class JinjaTemplate:
     def _message(self, turn: Turn, as_list: bool) -> Message:
         if not as_list:
             return {"role": turn.role, "content": _joined(turn, self._placeholder)}
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn.parts
-        ]
-        return {"role": turn.role, "content": content}
+        return {"role": turn.role, "content": [each for part in turn.parts for each in _content(part)]}
 
     def _choose_content(self) -> bool:
         failure: BadModel | None = None

@@ -81,6 +81,16 @@ class TextTokenizer:
         # The unknown token is what any unknown character becomes.
         return next((each for each in came_out - spelled if each != self.named.get("unk_token")), None)
 
+    def token_text(self, token_id: int) -> str:
+        """A single token as it reads in a text: with its space, a special one by its name, part of a character as the
+        replacement character."""
+        if token_id in self.special:
+            return self.special[token_id]
+        name = self.tokenizer.id_to_token(token_id) or ""
+        if "\u2581" in name:  # SentencePiece's space, of which a decoder drops the first
+            return name.replace("\u2581", " ")
+        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+
 
 def _load(path: Path) -> Tokenizer:
     text = read_text(path, TOKENIZER_BYTES)
