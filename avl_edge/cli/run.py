@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
 from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import Options, format_names, format_size, require
+from ..config import TRANSPARENCY, Options, format_names, format_size, require
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
@@ -76,6 +76,12 @@ AnyModel: TypeAlias = Annotated[
     str, typer.Option(help="'demo', the directory of a checkpoint, or one that avl-edge build has made.")
 ]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Transparency: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Transparent parts of pictures: {', '.join(TRANSPARENCY)}.", show_default="as the model's family has it"
+    ),
+]
 Device: TypeAlias = Annotated[
     str | None,
     typer.Option(help=f"Where to compute: {', '.join(TARGETS)}.", show_default="cpu; tensorrt for a built package"),
@@ -107,6 +113,7 @@ def run(
     image: Images = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
+    transparency: Transparency = None,
     device: Device = None,
     threads: Threads = None,
     temperature: Temperature = Options.temperature,
@@ -141,6 +148,7 @@ def run(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Answer questions about one or more images. The answer to a single one streams to stdout."""
+    drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     options = Options(
         method=method,
         parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
@@ -148,15 +156,12 @@ def run(
         preset=preset,
         kv_budget=kv_budget,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        transparency=transparency,
+        **drawn,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
         logit_bias=given_biases(logit_bias),
-        seed=seed,
         stop=stop or (),
         logprobs=logprobs,
     )
@@ -195,6 +200,7 @@ def _ask(runtime: Runtime, names: list[str], prompts: list[str], options: Option
 
 
 def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
+    _say_notes(request)
     if request.options.kv_budget is not None:
         _say_plan(request)
     if show.explain:
@@ -213,6 +219,7 @@ def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
 
 def _ask_several(runtime: Runtime, asked: several.Several, options: Options, show: Show) -> None:
     budget = options.kv_budget_bytes
+    _say_notes(asked.requests[0])
     if budget is not None:
         several.say_plan(asked, budget)
     if show.explain:
@@ -257,6 +264,11 @@ def _say_cut(request: Request) -> None:
     tokens = request.max_new_tokens
     cure = "raise --max-new-tokens" if tokens == request.options.max_new_tokens else "the model's context is full"
     print(f"avl-edge: the answer was cut after {tokens} token{'s' if tokens > 1 else ''}: {cure}", file=sys.stderr)
+
+
+def _say_notes(request: Request) -> None:
+    for note in request.prompt.notes:
+        print(f"avl-edge: {note}", file=sys.stderr)
 
 
 def _say_plan(request: Request) -> None:

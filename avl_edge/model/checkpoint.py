@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..config import Progress, read_json
+from ..config import Progress
 from ..errors import BadModel, quoted, refusing, shortened
+from ..files import read_json
 
 # transformers wrote these prefixes at different times; the longer ones come first.
 _PREFIXES = (

@@ -14,7 +14,7 @@ from ..kv.budget import KvPlan, first_within, kv_plan, plan_after
 from ..kv.cache import prompt_shape
 from ..kv.layout import Format
 from ..kv.methods import Choice, Distinct, Full, Method, candidates, sharing_methods
-from ..model.images import ImageSource, check_sources
+from ..model.images import ImageSource
 from ..model.prompt import Processor
 from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats
@@ -78,13 +78,13 @@ class ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
         not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
         take the memory for them."""
-        check_sources(images)
-        require(len(images) > 0, "an image session needs a picture: give one or more images")
-        pictures = runtime.read_pictures.measure(images)
+        taken = runtime.read_pictures.take(images)
+        require(len(taken) > 0, "an image session needs a picture: give one or more images")
+        pictures = runtime.read_pictures.measure(taken)
         laid_out = processor.lay_out_images(pictures)
         planner.new_tokens(len(laid_out), options)
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
-        prompt = runtime.read_pictures(images, pictures, laid_out)
+        prompt = runtime.read_pictures(taken, pictures, laid_out, options.transparency)
         prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
         return cls(runtime, processor, planner, prefix, pictures, options)
 
@@ -140,7 +140,7 @@ class ImageSession:
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
         what = f"{len(laid_out) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
-        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels)
+        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels, notes=prefix.prompt.notes)
         workspace = planner.workspace(whole, max_new_tokens - 1, self._pictures)
         return Request(asked, options, plan, max_new_tokens, prefix=prefix, workspace=workspace)
 

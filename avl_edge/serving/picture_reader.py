@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from ..config import Picture
 from ..machine.ledger import Ledger
-from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource
+from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, ImageSource, TakenSource, take_sources
 from ..model.prompt import Processor
 from ..request import Prompt
 
@@ -32,7 +32,11 @@ class PictureReader:
         limit = self._decoding.limit
         return MAX_PIXELS if limit is None else min(MAX_PIXELS, limit // DECODING_BYTES_PER_PIXEL)
 
-    def measure(self, images: Sequence[ImageSource]) -> list[Picture]:
+    def take(self, images: Sequence[ImageSource]) -> list[TakenSource]:
+        """Each picture as what may be read twice (:func:`~avl_edge.model.images.take_sources`)."""
+        return take_sources(images, self.max_pixels)
+
+    def measure(self, images: Sequence[TakenSource]) -> list[Picture]:
         """:meth:`~avl_edge.model.prompt.Processor.measure`."""
         with nullcontext() if self._decoding.limit is None else self._turn:
             return self._processor.measure(images, self.max_pixels)
@@ -42,7 +46,13 @@ class PictureReader:
         them."""
         return 2 * sum(map(self._processor.pixel_bytes, pictures))
 
-    def __call__(self, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt) -> Prompt:
+    def __call__(
+        self,
+        images: Sequence[TakenSource],
+        pictures: Sequence[Picture],
+        laid_out: Prompt,
+        transparency: str | None = None,
+    ) -> Prompt:
         """:meth:`~avl_edge.model.prompt.Processor.read`. Raises :class:`TooLarge` and :class:`Busy` where there is no
         memory for the pixels, before any is decoded."""
         nbytes, holder = self.pixel_bytes(pictures), object()
@@ -52,7 +62,7 @@ class PictureReader:
         try:
             self._pixels.hold(holder, nbytes, f"the pixels of {what}")
             with nullcontext() if self._decoding.limit is None else self._turn:
-                prompt = self._decode(images, pictures, laid_out)
+                prompt = self._decode(images, pictures, laid_out, transparency)
             assert prompt.pixel_values is not None
             self._pixels.hold(holder, prompt.pixel_values.nbytes, "")
             weakref.finalize(prompt.pixel_values, self._pixels.release, holder).atexit = False
@@ -61,10 +71,16 @@ class PictureReader:
             raise
         return prompt
 
-    def _decode(self, images: Sequence[ImageSource], pictures: Sequence[Picture], laid_out: Prompt) -> Prompt:
+    def _decode(
+        self,
+        images: Sequence[TakenSource],
+        pictures: Sequence[Picture],
+        laid_out: Prompt,
+        transparency: str | None,
+    ) -> Prompt:
         holder = object()
         try:
             self._decoding.hold(holder, self._decoding.limit or 0, "")
-            return self._processor.read(images, pictures, laid_out, self.max_pixels)
+            return self._processor.read(images, pictures, laid_out, self.max_pixels, transparency)
         finally:
             self._decoding.release(holder)

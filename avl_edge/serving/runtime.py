@@ -20,7 +20,7 @@ from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO
 from ..model.families import read_spec
-from ..model.images import ImageSource, check_sources
+from ..model.images import ImageSource
 from ..model.known import shape_of_checkpoint
 from ..model.prompt import Processor
 from ..model.spec import ModelSpec
@@ -241,8 +241,8 @@ class Runtime:
         its budget, or the memory of the process, and :class:`Busy` while the pixels of others take that for its own.
         """
         options = checked_options(options)
-        check_sources(images)
-        pictures = self.read_pictures.measure(images)
+        taken = self.read_pictures.take(images)
+        pictures = self.read_pictures.measure(taken)
         laid_out = self._processor.lay_out(pictures, prompt)
         max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
@@ -250,7 +250,7 @@ class Runtime:
         pixel_bytes = self.read_pictures.pixel_bytes(pictures)
         plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pictures, pixel_bytes)
         workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
-        read = self.read_pictures(images, pictures, laid_out)
+        read = self.read_pictures(taken, pictures, laid_out, options.transparency)
         return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
 
     @property
@@ -294,7 +294,7 @@ class Runtime:
             self._load(None, lambda *_: None)
 
     def generate(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Generation:
-        """Ask about ``images`` (paths, bytes or Pillow images): an iterator of :class:`TokenEvent`.
+        """Ask about ``images`` (paths, bytes, streams, arrays or Pillow images): an iterator of :class:`TokenEvent`.
 
         The request is queued at once; requests that are open together are decoded together.
         """

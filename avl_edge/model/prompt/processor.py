@@ -8,11 +8,15 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from ...config import Picture, read_json
+from PIL import Image
+
+from ...config import Picture
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
+from ...files import read_json
 from ...request import ImageSpan, Pixels, PixelValues, Prompt
+from ..images.inputs import ImageSource, TakenSource
 from ..images.preprocess import digest
-from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
+from ..images.sources import MAX_PIXELS, image_size, open_flat, picture_name, take_sources
 from ..spec import ModelSpec
 from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
@@ -87,10 +91,11 @@ class Processor:
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
         """One user turn, the images before the text, ready for the answer: :meth:`measure`, :meth:`lay_out`,
         :meth:`read`."""
-        pictures = self.measure(images)
-        return self.read(images, pictures, self.lay_out(pictures, prompt, system))
+        taken = take_sources(images)
+        pictures = self.measure(taken)
+        return self.read(taken, pictures, self.lay_out(pictures, prompt, system))
 
-    def measure(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
+    def measure(self, images: Sequence[TakenSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
         """What the pictures will be for the model, by their headers, where their size matters.
 
         Raises BadImage as far as a header tells that one is no use, or has more than ``max_pixels``.
@@ -133,19 +138,27 @@ class Processor:
 
     def read(
         self,
-        images: Sequence[ImageSource],
+        images: Sequence[TakenSource],
         pictures: Sequence[Picture],
         laid_out: Prompt,
         max_pixels: int = MAX_PIXELS,
+        transparency: str | None = None,
     ) -> Prompt:
         """Decode and preprocess the images that were measured as ``pictures`` and stand in ``laid_out``, one after the
-        other. Raises BadImage for one that is no use, or has more than ``max_pixels``."""
-        read = [self._read(image, picture, max_pixels) for image, picture in zip(images, pictures, strict=True)]
+        other. ``transparency`` None: as the family has it. Raises BadImage for one that is no use, or has more than
+        ``max_pixels``."""
+        shown, notes = transparency or self.codec.transparency, []
+        read = []
+        for source, picture in zip(images, pictures, strict=True):
+            image, share = open_flat(source, max_pixels, shown)
+            read.append(self._pixels(image, picture, max_pixels))
+            if share and transparency is None:
+                notes.append(_of_transparency(picture_name(source), share, shown))
         named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, read, strict=True))
-        return replace(laid_out, spans=tuple(named), pixel_values=Pixels(tuple(read)) if read else None)
+        pixels = Pixels(tuple(read)) if read else None
+        return replace(laid_out, spans=tuple(named), pixel_values=pixels, notes=tuple(notes))
 
-    def _read(self, source: ImageSource, picture: Picture, max_pixels: int) -> PixelValues:
-        image = open_image(source, max_pixels)
+    def _pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> PixelValues:
         if picture != self.codec.fixed and picture != self.codec.rule(*image.size):
             raise BadImage("a picture was changed while it was read: give it again")
         return PixelValues(self.codec.pixels(image, picture, max_pixels), picture)
@@ -200,6 +213,17 @@ class Processor:
                 "prompt"
             )
         return starts
+
+
+def _of_transparency(name: str, share: float, shown: str) -> str:
+    becomes, others = {
+        "drop": ("is shown in the colours behind it", "white or black puts it on a background"),
+        "white": ("is shown on white", "black or drop shows it otherwise"),
+        "black": ("is shown on black", "white or drop shows it otherwise"),
+    }[shown]
+    return (
+        f"{name} is transparent in {max(100 * share, 0.1):.3g} % of its pixels, which {becomes}: transparency {others}"
+    )
 
 
 def _image_token(directory: Path, text: TextTokenizer, image_token_id: int, usual: str) -> str:

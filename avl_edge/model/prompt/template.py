@@ -11,8 +11,8 @@ from typing import Any, NoReturn, Protocol
 
 from jinja2 import TemplateError
 
-from ...config import read_json, read_text
 from ...errors import BadModel, refusing
+from ...files import read_json, read_text
 from .sandbox import BUDGET, Sandbox
 
 Message = dict[str, Any]

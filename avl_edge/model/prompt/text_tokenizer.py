@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ...config import TOKENIZER_BYTES, read_json, read_text
 from ...errors import BadInput, BadModel, refusing
+from ...files import TOKENIZER_BYTES, read_json, read_text
 
 
 @dataclass(frozen=True)
