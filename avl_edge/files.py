@@ -13,6 +13,7 @@ from .errors import BadModel, refusing
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS left in place of a large one."""
+FETCH_LFS = "run 'git lfs pull'"
 MODEL_FILE_BYTES = 8 * 2**20
 """The most that one of a model's JSON files may have: published ones have a hundredth of it. A tokenizer's may have
 :data:`TOKENIZER_BYTES`."""
@@ -56,3 +57,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise BadModel(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS left in place of a large one; False for one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except (OSError, ValueError):
+        return False

@@ -27,6 +27,7 @@ from ..measure.evaluate import (
     EvaluationRun,
     Questions,
     Setting,
+    check_questions,
     describe,
     draw_plots,
     read_questions,
@@ -225,6 +226,7 @@ def _answered(
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
         asked_of = read_questions(data, seed, count, Path(scratch))
         metric = metric or asked_of.metric
+        check_questions(metric, asked_of.items)
         require_packages(metric)
         directory = DEMO if model == "demo" else Path(model)
         log = AnswerLog(out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, max_new_tokens, kl))
@@ -280,7 +282,11 @@ def _say_left_out(document: Mapping[str, Any]) -> None:
     problems = [f"{row['where']} was left out: {row['reason']}" for row in document["problems"]]
     rest = len(problems) - _MOST_PROBLEMS
     shown = problems[:_MOST_PROBLEMS] + ([f"{rest} more were left out"] if rest > 0 else [])
-    for line in shown + [f"a setting was left out: {row['reason']}" for row in document["unreachable"]]:
+    for line in (
+        document.get("warnings", [])
+        + shown
+        + [f"a setting was left out: {row['reason']}" for row in document["unreachable"]]
+    ):
         _say(line)
 
 
@@ -316,12 +322,12 @@ def _table(document: Mapping[str, Any]) -> Table:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    low, high = row["score_interval"]
+    interval = row["score_interval"]
     return {
         "method": row["method"],
         "KV": f"{row['kv_fraction']:.1%}",
         "score": f"{row['score']:.3f}",
-        "95 %": f"{low:.2f}..{high:.2f}",
+        "95 %": "{:.2f}..{:.2f}".format(*interval) if interval else _UNKNOWN,
         "CER": f"{row['character_error_rate']:.3f}",
         "same": _known(row["token_identity"], ".1%"),
         "KL": _known(row["kl_to_full"], ".4f"),
