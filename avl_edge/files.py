@@ -39,6 +39,8 @@ def read_text(path: Path, most: int = MODEL_FILE_BYTES) -> str | None:
             content = read_bytes(file, most)
         if content is None:
             raise BadModel(f"{path} has more than {format_size(most)}: no such file of a model is so large")
+        if content.startswith(LFS_POINTER):
+            raise lfs_pointer(path)
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # line ends become \n
     except FileNotFoundError:
         return None
@@ -66,3 +68,8 @@ def is_lfs_pointer(path: Path) -> bool:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
     except (OSError, ValueError):
         return False
+
+
+def lfs_pointer(path: Path) -> BadModel:
+    """The error for a file of a model that is one."""
+    return BadModel(f"{path} is a pointer of Git LFS in place of the file: {FETCH_LFS} in its folder, or download it")

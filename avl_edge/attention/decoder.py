@@ -1,7 +1,8 @@
 """A decoder of the LLaMA family as one native call for each step: `plugins/cpu/decoder.cpp`, in the library of the
 attention kernel. Knows addresses and sizes, no model.
 
-Sums are float32. Vectors that meet bfloat16 or int4 weights are rounded to bfloat16, as torch rounds them; between
+Sums are float32. Vectors that meet bfloat16 or int4 weights are rounded to bfloat16, as torch rounds them, but in
+models of float32; between
 products nothing is rounded. A sequence's numbers are the same, bit for bit, in any batch and with any number of
 threads.
 """
@@ -43,19 +44,20 @@ class Matrix:
     ``data``: dense, contiguous float32, bfloat16 or float16; or codes: int8 ``[outputs, inputs]``, or uint8
     ``[outputs, inputs / 2]``, element 2 i in the low half of a byte. A code means (code - zero) * scale, with float32
     ``scales`` ``[outputs, inputs / group]``; ``zeros`` uint8 of the same shape for codes of 4 bits, None: 8. A group of
-    these is 32, 64 or a multiple of 128.
+    these is 32, 64 or a multiple of 128. ``rounds``: whether vectors are rounded to bfloat16 for such codes.
     """
 
     data: Tensor
     bias: Tensor | None = None
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    rounds: bool = True
 
     def pack(self) -> bytes:
         """As the library takes it."""
         outputs, inputs = self.data.shape
-        kind = DENSE.get(self.data.dtype, 3 if self.data.dtype == torch.int8 else 4)
-        inputs *= 2 if kind == 4 else 1
+        kind = DENSE.get(self.data.dtype, 3 if self.data.dtype == torch.int8 else 4 if self.rounds else 5)
+        inputs *= 2 if kind > 3 else 1
         group = inputs // self.scales.shape[1] if self.scales is not None else 0
         kept = (self.data, self.scales, self.zeros, self.bias)
         if not all(each is None or each.is_contiguous() for each in kept):

@@ -10,12 +10,14 @@ import torch
 
 from ..config import KvShape, Picture, Progress, PromptShape
 from ..errors import BadInput
+from ..files import read_json
 from ..kv.methods import Choice
 from ..machine.ledger import Entry
 from ..model import checkpoint
 from ..model.families import read_spec
 from ..model.sizes import ModelShape
 from ..model.spec import ModelSpec
+from ..model.weight_format import WeightFormats, stored_formats
 from .base import Backend
 
 
@@ -42,9 +44,20 @@ class Target(ABC):
     recorded_steps_bytes = 0
     """The most that recorded decode steps hold, where the memory of the process is bounded."""
 
+    packs_weights = True
+    """Whether a checkpoint's matrices are packed here as they are loaded."""
+    packed = WeightFormats()
+    """What they are to be packed in."""
+
     def __init__(self, directory: Path) -> None:
         """Raises what is wrong with the device or the model's files."""
         self.directory = directory
+
+    @property
+    def weight_formats(self) -> WeightFormats:
+        """Of the decoder's matrices as they will lie in memory."""
+        stored = stored_formats(read_json(self.directory / "config.json") or {})
+        return self.packed if stored == WeightFormats() else stored
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +84,7 @@ class Target(ABC):
 
     def weight_bytes(self, model: ModelShape) -> int:
         """What the weights of ``model`` take here."""
-        return model.weight_bytes(model.stored)
+        return model.weight_bytes(model.stored) + model.float32_scale_bytes(model.stored)
 
     def workspace_bytes(self, model: ModelShape, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
         """What a prompt of so many tokens takes here while it and its pictures run."""

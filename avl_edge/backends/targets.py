@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import require
 from ..errors import BadInput
+from ..model.weight_format import WeightFormats
 from ..package.directory import is_package
 from .cpu.target import Cpu
 from .cuda.target import Cuda
@@ -18,8 +19,8 @@ TARGETS: dict[str, type[Target]] = {"cpu": Cpu, "cuda": Cuda, "tensorrt": Tensor
 __all__ = ["TARGETS", "Target", "open_target"]
 
 
-def open_target(directory: Path, device: str | None) -> Target:
-    """Where the model in ``directory`` runs: on ``device``, or on that which it is made for.
+def open_target(directory: Path, device: str | None, packed: WeightFormats | None = None) -> Target:
+    """Where the model in ``directory`` runs: on ``device``, or on that which it is made for, its decoder ``packed``.
 
     Raises :class:`BadInput` for a device that is not known or that does not run such a model, and what opening it
     raises.
@@ -36,4 +37,8 @@ def open_target(directory: Path, device: str | None) -> Target:
         built or name != "tensorrt",
         f"{directory} is no package: build one with avl-edge build {directory} --out PACKAGE, and give that",
     )
-    return TARGETS[name](directory)
+    target = TARGETS[name](directory)
+    if packed is not None and packed != WeightFormats():
+        require(target.packs_weights, f"the weights of {directory} are as it was built: leave out --weights and --head")
+        target.packed = packed
+    return target

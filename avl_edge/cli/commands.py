@@ -31,6 +31,7 @@ COMMANDS = {
     "models": Lazy("models:models", "List the models that plan knows by name."),
     "eval": Lazy("evaluate:evaluate", "Ask the same questions with several methods."),
     "build": Lazy("build:build", "Build ONNX graphs and engines from a checkpoint."),
+    "quantize": Lazy("quantize:quantize", "Pack a checkpoint's decoder in 8 or 4 bits."),
     "profile": Lazy("profile:app", "Measure what this machine can do, for plan."),
     "bench": Lazy("bench:app", "Time the parts that decide the speed."),
 }

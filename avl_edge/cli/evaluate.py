@@ -13,9 +13,8 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
-from rich.table import Table
 
-from ..config import format_size, require
+from ..config import require
 from ..errors import BadInput
 from ..kv.methods import METHODS
 from ..measure.evaluate import (
@@ -39,12 +38,14 @@ from ..measure.evaluate import (
 )
 from ..measure.perplexity import HEADER, TEXT, WindowLayout
 from ..model.demo import DEMO
+from ..model.weight_format import WeightFormats
 from ..serving.runtime import Runtime
 from .memory import MaxMemory
-from .options import FORMATS, MEMORY, METHOD, OUTPUT, Json, Model, Threads, checkpoint_of
+from .options import FORMATS, MEMORY, METHOD, OUTPUT, HeadFormat, Json, Model, Threads, WeightsFormat, checkpoint_of
 from .progress import Paper, progress, stderr
+from .quality_table import quality_table
 from .terminal import Debug, readers_may_leave
-from .text import text_document, text_table
+from .text import text_document
 
 TEXTS = "Text options"
 _MOST_PROBLEMS = 10
@@ -148,6 +149,8 @@ def evaluate(
     methods: Methods = "full,avl",
     kv_fraction: KvFraction = None,
     max_memory: MaxMemory = None,
+    weights: WeightsFormat = None,
+    head: HeadFormat = None,
     window: Window = 1024,
     prompt_tokens: PromptTokens = 128,
     windows: Windows = 1,
@@ -168,13 +171,14 @@ def evaluate(
     """
     is_text = data.startswith(TEXT)
     _refuse(context, *((_OF_QUESTIONS, "questions") if is_text else (_OF_TEXTS, "texts")))
+    packed = WeightFormats.of(weights, head)
     settings = settings_of(_names(methods), _fractions(kv_fraction or ("1" if is_text else "0.5")))
     require(out is None or not (out.is_dir() or not out.name), f"{out} is a folder: give --out the name of a file")
     if threads is not None:
         torch.set_num_threads(threads)
     if is_text:
         layout = WindowLayout(window, prompt_tokens, as_image)
-        document = _with_command(text_document(data, model, settings, layout, windows, max_memory))
+        document = _with_command(text_document(data, model, settings, layout, windows, max_memory, packed))
         _publish(document, out, None, as_json)
         return
     require(metric is None or metric in METRICS, f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
@@ -188,7 +192,9 @@ def evaluate(
     if plots:
         require_plots(plots)
     document = _with_command(
-        _answered(data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out, max_memory)
+        _answered(
+            data, questions, seed, metric, model, max_new_tokens, settings, kl, attention, out, max_memory, packed
+        )
     )
     _publish(document, out, plots, as_json)
 
@@ -218,9 +224,11 @@ def _answered(
     attention: int,
     out: Path | None,
     max_memory: str | None,
+    packed: WeightFormats,
 ) -> dict[str, Any]:
     """The evaluation on questions; its answers are kept beside ``out``."""
-    runtime = Runtime.open(model, max_memory=max_memory)
+    names = packed.named()
+    runtime = Runtime.open(model, max_memory=max_memory, weights=names.get("weights"), head=names.get("head"))
     for setting in settings:
         setting.check(runtime.kv_shape)
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
@@ -229,7 +237,9 @@ def _answered(
         check_questions(metric, asked_of.items)
         require_packages(metric)
         directory = DEMO if model == "demo" else Path(model)
-        log = AnswerLog(out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, max_new_tokens, kl))
+        log = AnswerLog(
+            out and out.with_suffix(".answers.jsonl"), describe(asked_of, directory, packed, max_new_tokens, kl)
+        )
         with progress("loading") as loading:
             runtime.load_weights(progress=loading)
         run = EvaluationRun(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
@@ -249,7 +259,7 @@ def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_
         if as_json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            Paper().print(text_table(document) if "texts" in document else _table(document))
+            Paper().print(text_table(document) if "texts" in document else quality_table(document))
 
 
 def _names(text: str) -> list[str]:
@@ -302,43 +312,3 @@ def _write(path: Path, text: str) -> None:
         staged.replace(path)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}): give --out another place") from None
-
-
-def _table(document: Mapping[str, Any]) -> Table:
-    """A row per setting; columns that nobody asked for are left out."""
-    title = f"{document['data']}: {document['questions']} questions, {document['metric'].replace('_', ' ')}"
-    rows = [_cells(row) for row in document["results"]]
-    columns = [name for name in rows[0] if any(cells[name] != _UNKNOWN for cells in rows)]
-    notes = {"same": "tokens as full's", "KL": "from full's", "read": "of full's bytes a step"}
-    note = "; ".join(f"{name}: {text}" for name, text in notes.items() if name in columns)
-    table = Table(title=title, caption=note, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(
-            name, justify="left" if name == "method" else "right", no_wrap=name != "method", overflow="fold"
-        )
-    for cells in rows:
-        table.add_row(*(cells[name] for name in columns))
-    return table
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    interval = row["score_interval"]
-    return {
-        "method": row["method"],
-        "KV": f"{row['kv_fraction']:.1%}",
-        "score": f"{row['score']:.3f}",
-        "95 %": "{:.2f}..{:.2f}".format(*interval) if interval else _UNKNOWN,
-        "CER": f"{row['character_error_rate']:.3f}",
-        "same": _known(row["token_identity"], ".1%"),
-        "KL": _known(row["kl_to_full"], ".4f"),
-        "stored": format_size(round(row["bytes_stored"])),
-        "read": _known(row["bytes_read_fraction"], ".1%"),
-        "ms/token": _known(row["ms_per_token"], ".2f"),
-    }
-
-
-_UNKNOWN = "-"
-
-
-def _known(value: float | None, form: str) -> str:
-    return _UNKNOWN if value is None else format(value, form)

@@ -114,6 +114,20 @@ SecondaryFormat: TypeAlias = Annotated[
     str | None, typer.Option(help="Of secondary rows.", show_default="as --kv-format", rich_help_panel=MEMORY)
 ]
 
+WeightsFormat: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Pack the decoder's matrices: int8, or int4 with a scale for 128 inputs, or int4:GROUP.",
+        show_default="as stored",
+        rich_help_panel=MEMORY,
+    ),
+]
+HeadFormat: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--head", help="Pack the decoder's head, likewise.", show_default="as stored", rich_help_panel=MEMORY),
+]
+
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help=AS_JSON, rich_help_panel=OUTPUT)]
 
 

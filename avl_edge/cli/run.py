@@ -28,6 +28,7 @@ from .options import (
     Core,
     CoreFormat,
     FrequencyPenalty,
+    HeadFormat,
     Json,
     KvFormat,
     LogitBias,
@@ -48,6 +49,7 @@ from .options import (
     Threads,
     TopK,
     TopP,
+    WeightsFormat,
     WithLogprobs,
     given_biases,
     given_parameters,
@@ -137,6 +139,8 @@ def run(
     kv_budget: KvBudget = None,
     max_memory: MaxMemory = None,
     reserve: Reserve = None,
+    weights: WeightsFormat = None,
+    head: HeadFormat = None,
     kv_format: KvFormat = None,
     text_format: TextFormat = None,
     core_format: CoreFormat = None,
@@ -165,14 +169,22 @@ def run(
         stop=stop or (),
         logprobs=logprobs,
     )
-    runtime = _open(model, device, threads, reserve, max_memory)
+    runtime = _open(model, device, threads, reserve, max_memory, weights, head)
     _ask(runtime, image or [], prompt, options, Show(as_json, stats, explain))
 
 
-def _open(model: str, device: str | None, threads: int | None, reserve: str | None, max_memory: str | None) -> Runtime:
+def _open(
+    model: str,
+    device: str | None,
+    threads: int | None,
+    reserve: str | None,
+    max_memory: str | None,
+    weights: str | None,
+    head: str | None,
+) -> Runtime:
     if threads is not None:
         torch.set_num_threads(threads)
-    runtime = Runtime.open(model, device=device, max_memory=max_memory)
+    runtime = Runtime.open(model, device=device, max_memory=max_memory, weights=weights, head=head)
     # Where rows cannot give memory back, a profile's reserve is no default.
     left = reserve_bytes(reserve) if reserve is not None or runtime.can_keep_free else None
     if left is not None:

@@ -17,22 +17,30 @@ from ..model.checkpoint import load_weights, stored_dtype
 from ..model.families import read_spec
 from ..model.prompt import Processor
 from ..model.vision_language import VisionLanguageModel
+from ..model.weight_format import WeightFormats
 from ..planning.request_planner import RequestPlanner
 from .options import checkpoint_of
 from .progress import progress
 
 
 def text_document(
-    data: str, model: str, settings: Sequence[Setting], layout: WindowLayout, windows: int, max_memory: str | None
+    data: str,
+    model: str,
+    settings: Sequence[Setting],
+    layout: WindowLayout,
+    windows: int,
+    max_memory: str | None,
+    packed: WeightFormats,
 ) -> dict[str, Any]:
-    """The evaluation of ``windows`` windows of each text, in a process of at most ``max_memory``; :class:`BadInput` or
-    :class:`TooLarge` where there is none."""
+    """The evaluation of ``windows`` windows of each text, in a process of at most ``max_memory``, with the decoder
+    ``packed``; :class:`BadInput` or :class:`TooLarge` where there is none."""
     directory = checkpoint_of(model)
     spec = read_spec(directory)
     require(
         layout.length <= spec.text.context,
         f"a window of {layout.length} tokens is longer than this model's context of {spec.text.context}",
     )
+    packed.check(spec.text)
     read = read_windows(files_of(data), Processor.of(spec, directory).text, layout, windows)
     dtype = stored_dtype(directory, spec.prefixes)
     shape = spec.text.kv_shape(dtype.itemsize)
@@ -44,13 +52,13 @@ def text_document(
     needed = len(read) * sum(plan.peak_bytes for plan in plans.values())
     _check_memory(needed)
     if max_memory is not None:
-        planner = RequestPlanner(open_target(directory, "cpu"), spec, shape)
+        planner = RequestPlanner(open_target(directory, "cpu", packed), spec, shape)
         _bound_memory(planner, size_in_bytes("--max-memory", max_memory), layout, len(read) * len(plans), needed)
     with progress("loading") as loading:
-        network = VisionLanguageModel(spec, load_weights(directory, loading, spec.prefixes))
+        network = VisionLanguageModel(spec, load_weights(directory, loading, spec.prefixes, packed))
     with progress("decoding") as decoding:
         scores = measure(network, read, layout, plans, decoding)
-    about = {"model": directory.absolute().name, "dtype": str(dtype).removeprefix("torch.")}
+    about = {"model": directory.absolute().name, "dtype": str(dtype).removeprefix("torch."), **packed.named()}
     return {**about, **report(read, layout, scores, left_out)}
 
 

@@ -11,8 +11,9 @@ from ..errors import BadModel, quoted
 from ..files import read_json
 from .families import published, read_spec
 from .pictures import Fixed
-from .sizes import DecoderShape, ModelShape, VisionShape
+from .sizes import DecoderShape, ModelShape, Precision, VisionShape
 from .spec import ModelSpec
+from .weight_format import WeightFormats, stored_formats
 
 # ViT-bigG, whose 256 positions are stretched to 1024 patches, and a cross-attention that brings them to the decoder's
 # width: 256 queries with their positions, the projection of what they read, four matrices, three norms, a last matrix.
@@ -50,12 +51,18 @@ def shape_of_checkpoint(directory: Path, name: str) -> ModelShape:
     dtype = config.get("dtype") or config.get("torch_dtype") or config["text_config"].get("dtype") or "float32"
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise BadModel(f"{directory}/config.json: dtype {quoted(dtype)} is none of {', '.join(_ITEM_BYTES)}")
-    return shape_of_spec(spec, name, _ITEM_BYTES[dtype])
+    return shape_of_spec(spec, name, _ITEM_BYTES[dtype], stored_formats(config))
 
 
-def shape_of_spec(spec: ModelSpec, name: str, itemsize: int) -> ModelShape:
-    """The shape of a model whose elements have ``itemsize`` bytes."""
-    text = spec.text
+def shape_of_spec(
+    spec: ModelSpec,
+    name: str,
+    itemsize: int,
+    formats: WeightFormats = WeightFormats(),  # noqa: B008
+) -> ModelShape:
+    """The shape of a model whose elements have ``itemsize`` bytes, but for matrices in ``formats``."""
+    text, plain = spec.text, "fp32" if itemsize == 4 else "fp16"
+    names = [plain if each is None else each.name for each in (formats.body, formats.head)]
     decoder = DecoderShape(
         text.hidden_size,
         text.intermediate_size,
@@ -71,7 +78,7 @@ def shape_of_spec(spec: ModelSpec, name: str, itemsize: int) -> ModelShape:
         text.mlp_bias,
         text.head_norms,
     )
-    return ModelShape(name, decoder, spec.vision_shape, spec.picture, itemsize)
+    return ModelShape(name, decoder, spec.vision_shape, spec.picture, itemsize, Precision(*names))
 
 
 def known_shape(name: str) -> ModelShape:

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from ..config import KvShape, Picture, require
 from .pictures import PictureRule
 
-PRECISIONS: dict[str, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
-"""Bytes per parameter; int8 and int4 with one fp16 scale for each group of 128."""
+_GROUPS = {"int8": 128, "int4:32": 32, "int4:64": 64, "int4": 128}
+PRECISIONS: dict[str, float] = {
+    "fp32": 4,
+    "fp16": 2,
+    **{name: int(name[3]) / 8 + 2 / group for name, group in _GROUPS.items()},
+}
+"""Bytes per parameter; int8 and int4 with one fp16 scale for each group of 128, or of as many as are named."""
 
 _SAMPLER_BYTES = 40
 """Of each logit while a token is drawn: float32 scores, weights in two precisions, int64 ids and their order."""
@@ -130,13 +135,15 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A vision-language model by its sizes. ``itemsize``: bytes of an element of rows, activations, small weights."""
+    """A vision-language model by its sizes. ``itemsize``: bytes of an element of rows, activations, small weights.
+    ``stored_as``: what the decoder's matrices are, None where they are no smaller than all else."""
 
     name: str
     decoder: DecoderShape
     vision: VisionShape
     picture: PictureRule
     itemsize: int = 2
+    stored_as: Precision | None = None
 
     @property
     def precision(self) -> str:
@@ -155,7 +162,7 @@ class ModelShape:
     @property
     def stored(self) -> Precision:
         """The formats of the checkpoint itself."""
-        return Precision(self.precision, self.precision)
+        return self.stored_as or Precision(self.precision, self.precision)
 
     def weight_bytes(self, weights: Precision) -> int:
         """Bytes of all weights with the decoder's matrices and its head in the formats of ``weights``.
@@ -167,6 +174,12 @@ class ModelShape:
         loose = decoder.vocabulary_parameters + decoder.small_parameters + self.vision.parameters
         packed = decoder.layers * decoder.layer_parameters * PRECISIONS[weights.body]
         return math.ceil(packed + self._head_bytes(weights.head) * separate) + loose * self.itemsize
+
+    def float32_scale_bytes(self, weights: Precision) -> int:
+        """What scales of groups take more where they are held in float32."""
+        counts = {weights.head: self.decoder.vocabulary_parameters}
+        counts[weights.body] = counts.get(weights.body, 0) + self.decoder.layers * self.decoder.layer_parameters
+        return sum(2 * count // _GROUPS[name] for name, count in counts.items() if name in _GROUPS)
 
     def step_bytes(self, weights: Precision) -> int:
         """Bytes of the weights that one decode step reads: all of the decoder's but the embedding."""

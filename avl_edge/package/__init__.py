@@ -1,1 +1,1 @@
-"""A checkpoint as ONNX graphs and engines, published whole."""
+"""A checkpoint as ONNX graphs and engines, or packed in fewer bits, published whole."""

@@ -104,7 +104,7 @@ class RequestPlanner:
     @property
     def model(self) -> ModelShape:
         """The model by its sizes."""
-        return shape_of_spec(self.spec, self.target.directory.name, self.shape.itemsize)
+        return shape_of_spec(self.spec, self.target.directory.name, self.shape.itemsize, self.target.weight_formats)
 
     def workspace(self, prompt: PromptShape, steps: int, pictures: Sequence[Picture] | None = None) -> Workspace:
         """What a request takes beside its rows, with so many ``steps`` after its prompt. ``pictures``: those that have

@@ -6,24 +6,18 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 from types import TracebackType
 
-from ..backends.target import Target
-from ..backends.targets import open_target
 from ..config import Options, Progress, checked_options, require, size_in_bytes
-from ..errors import BadInput, BadModel, EngineClosed
+from ..errors import BadInput, EngineClosed
 from ..kv.cache import prompt_shape
 from ..machine import allocator
 from ..machine.ledger import MemoryStats
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
-from ..model.demo import DEMO
-from ..model.families import read_spec
 from ..model.images import ImageSource
-from ..model.known import shape_of_checkpoint
-from ..model.prompt import Processor
-from ..model.spec import ModelSpec
+from ..model.weight_format import WeightFormats
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.memory_planner import MemoryPlanner
 from ..planning.request_planner import DEFAULT_STREAMS, RequestPlanner
@@ -32,6 +26,7 @@ from .engine import Engine
 from .engine_loop import EngineLoop
 from .generation import Generation
 from .image_session import ImageSession
+from .model_files import ModelFiles
 from .picture_reader import PictureReader
 from .requests import Request
 from .schedule_policy import FirstComeFirstServed, SchedulePolicy
@@ -41,24 +36,21 @@ from .scheduler import SESSION_CLOSED
 class Runtime:
     """A model with its row pool, answering any number of requests together.
 
-    ``Runtime.load("demo")`` is ready to :meth:`generate`. :meth:`open` reads only the small files, so that
-    :meth:`prepare` can check and plan (or refuse) a request before :meth:`load_weights` does any work.
+    ``Runtime.load("demo")`` is ready to :meth:`generate`. :meth:`open` reads only the small files: :meth:`prepare` can
+    check and plan (or refuse) a request before :meth:`load_weights` does any work.
     Any thread may ask; an :class:`~avl_edge.serving.engine.Engine` computes on one of its own. :meth:`close`, or
     leaving it as a context manager, ends that.
     """
 
     def __init__(
         self,
-        name: str,
-        target: Target,
-        spec: ModelSpec,
-        processor: Processor,
+        files: ModelFiles,
         *,
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
         max_memory: int | None = None,
     ) -> None:
-        self.name = name
+        self.name, target, spec, processor = files.name, files.target, files.spec, files.processor
         self.spec = spec
         self.kv_shape = spec.text.kv_shape(target.dtype.itemsize)
         self._target = target
@@ -68,7 +60,7 @@ class Runtime:
         schedule = schedule or FirstComeFirstServed(steps)
         self._memory = MemoryPlanner(self.planner, max_memory)
         ledger = self._memory.ledger
-        self._loop = EngineLoop(name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
+        self._loop = EngineLoop(self.name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
         self.read_pictures = PictureReader(processor, ledger)
         self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
@@ -104,6 +96,8 @@ class Runtime:
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
         max_memory: int | str | None = None,
+        weights: str | None = None,
+        head: str | None = None,
     ) -> Runtime:
         """Read and check the small files of ``model``: "demo", or the directory of a checkpoint (:class:`BadModel`) or
         of a built package. ``device``: one of :data:`~avl_edge.backends.targets.TARGETS`, which raises what is wrong
@@ -112,20 +106,15 @@ class Runtime:
         ``schedule`` says who is served when; None: first come, first served. Not ``threaded``, the model runs in the
         one thread that asks, while it waits: for tests. ``max_memory`` (bytes, or a size like "12GB") bounds the whole
         process: what it holds already, the weights, the pool and whatever requests take beside their rows
-        (:meth:`memory`); :class:`TooLarge`, naming the least that would do, where not even the model fits.
+        (:meth:`memory`); :class:`TooLarge`, naming the least that would do, where not even the model fits. ``weights``
+        and ``head``: what the decoder's matrices and its head are packed in as they are loaded, "int8", "int4" or
+        "int4:GROUP" (:class:`BadInput` where that does not fit); None: they stay as they are stored.
         """
         most = None if max_memory is None else size_in_bytes("max_memory", max_memory)
         if most is not None:
             allocator.bound()
-        given = DEMO if model == "demo" else Path(model)
-        if not os.fspath(model) or not given.is_dir():
-            raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
-        target = open_target(given, device)
-        spec = read_spec(target.directory)
-        target.check_model(spec)
-        name = "demo" if model == "demo" else given.resolve().name
-        processor = Processor.of(spec, target.directory)
-        return cls(name, target, spec, processor, threaded=threaded, schedule=schedule, max_memory=most)
+        files = ModelFiles.read(model, device, WeightFormats.of(weights, head))
+        return cls(files, threaded=threaded, schedule=schedule, max_memory=most)
 
     @classmethod
     def load(
@@ -144,17 +133,26 @@ class Runtime:
         schedule: SchedulePolicy | None = None,
         max_memory: int | str | None = None,
         threads: int | None = None,
+        weights: str | None = None,
+        head: str | None = None,
     ) -> Runtime:
         """:meth:`open` and :meth:`load_weights`, with :meth:`keep_free` for ``reserve_bytes`` and :meth:`follow` for a
         ``profile`` or the device; ``device_root`` is where both look at the machine."""
-        runtime = cls.open(model, device=device, threaded=threaded, schedule=schedule, max_memory=max_memory)
+        runtime = cls.open(
+            model,
+            device=device,
+            threaded=threaded,
+            schedule=schedule,
+            max_memory=max_memory,
+            weights=weights,
+            head=head,
+        )
         profiles = (profile,) if isinstance(profile, DeviceProfile) else profile
         if reserve_bytes is not None:
             runtime.keep_free(reserve_bytes, root=device_root)
         if profiles or follow_device:
-            runtime.follow(
-                profiles, follow_device=follow_device, target_ms_per_token=target_ms_per_token, root=device_root
-            )
+            target = target_ms_per_token
+            runtime.follow(profiles, follow_device=follow_device, target_ms_per_token=target, root=device_root)
         runtime.load_weights(pool_bytes=pool_bytes, progress=progress, threads=threads)
         return runtime
 
@@ -228,7 +226,7 @@ class Runtime:
         request, at most every ``every_ms``: ``profiles`` (of this machine) before those that are shipped. Without it,
         the first of ``profiles``.
         """
-        model = shape_of_checkpoint(self._target.directory, self.name)
+        model = replace(self.planner.model, name=self.name)
         objectives = PlanObjectives(streams, target_ms_per_token)
         self._watcher = DeviceWatcher(
             model, objectives, profiles, follows=follow_device, root=os.fspath(root), every_ms=every_ms

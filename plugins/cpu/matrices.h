@@ -21,12 +21,12 @@ int64_t bytes_of(const Matrix& matrix) {
     const int64_t count = matrix.inputs;
     return matrix.format == kFloat32 ? 4 * count
          : matrix.format == kCodes8  ? count
-         : matrix.format == kCodes4  ? count / 2 : 2 * count;
+         : matrix.format > kCodes8   ? count / 2 : 2 * count;
 }
 
 bool is_sound(const Matrix& matrix, int64_t outputs, int64_t inputs) {
     if (!matrix.data || matrix.outputs != outputs || matrix.inputs != inputs || outputs < 1 || inputs < 1) return false;
-    if (matrix.format < kFloat32 || matrix.format > kCodes4) return false;
+    if (matrix.format < kFloat32 || matrix.format > kCodes4Exact) return false;
     if (matrix.format < kCodes8) return true;
     const int64_t group = matrix.group;
     if (!matrix.scales || group < 1 || inputs % group) return false;

@@ -5,7 +5,8 @@
 //
 // A format says in chunks of how many elements weights are read, and in which order it wants a vector's elements in a
 // chunk; they are brought into it once per product (arrange). Sums are in float. Vectors meet weights in bfloat16 and
-// in 4 bits rounded to bfloat16, as torch rounds them, on all processors; others as they are.
+// in 4 bits rounded to bfloat16, as torch rounds them, on all processors; others, and those that meet kCodes4Exact, as
+// they are: a model in float32 loses nothing then.
 
 #pragma once
 
@@ -23,7 +24,7 @@
 #include "vectors.h"
 
 // Weights, [outputs, inputs]; `format` is 0 for float, 1 for bfloat16, 2 for half; or 3 for codes of 8 bits, int8, and
-// 4 for codes of 4 bits, of which an even element is in the low half of a byte and the next one in its high half. A
+// 4 or 5 for codes of 4 bits, of which an even element is in the low half of a byte and the next one in its high half. A
 // code stands for (code - zero) * scale. There is one scale, and one zero, for `group` neighbours of a row: [outputs,
 // inputs / group]. No zeros: 0 of 8 bits, 8 of 4 bits, where a group is a multiple of 32. `bias` [outputs] may be null.
 struct Matrix {
@@ -34,7 +35,7 @@ struct Matrix {
     int64_t outputs, inputs, group;
     int64_t format;
 };
-enum MatrixFormat { kFloat32, kBfloat16, kFloat16, kCodes8, kCodes4 };
+enum MatrixFormat { kFloat32, kBfloat16, kFloat16, kCodes8, kCodes4, kCodes4Exact };
 
 namespace {
 constexpr int kSide = 4;       // rows of weights side by side
@@ -69,10 +70,15 @@ inline void arrange_plain(const float* from, int64_t count, float* to) {
     std::copy_n(from, count, to);
     std::fill(to + count, to + padded_length(count), 0.0f);
 }
-// Rounded; in each chunk of 32 the even elements, then the odd ones.
-inline void arrange_pairs(const float* from, int64_t count, float* to) {
+// In each chunk of 32 the even elements, then the odd ones.
+inline void arrange_exact_pairs(const float* from, int64_t count, float* to) {
     std::fill_n(to, padded_length(count), 0.0f);
-    for (int64_t i = 0; i < count; ++i) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = rounded(from[i]);
+    for (int64_t i = 0; i < count; ++i) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = from[i];
+}
+// The same, rounded.
+inline void arrange_pairs(const float* from, int64_t count, float* to) {
+    arrange_exact_pairs(from, count, to);
+    for (int64_t i = 0; i < padded_length(count); ++i) to[i] = rounded(to[i]);
 }
 // As numbers of 16 bits.
 inline void arrange_bfloats(const float* from, int64_t count, float* to) {
@@ -264,7 +270,8 @@ template <class Kernels> Kernel kernel_of(int64_t format) {
         case kBfloat16: return {Kernels::bfloat16, arrange_pairs};
         case kFloat16: return {Kernels::float16, arrange_plain};
         case kCodes8: return {Kernels::codes8, arrange_plain};
-        default: return {Kernels::codes4, arrange_pairs};
+        case kCodes4: return {Kernels::codes4, arrange_pairs};
+        default: return {Kernels::codes4, arrange_exact_pairs};
     }
 }
 

@@ -250,3 +250,11 @@ def test_a_checkpoint_of_another_dtype_is_refused(checkpoint: Checkpoints, tmp_p
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "int8"}))
     with pytest.raises(BadModel, match="int8"):
         shape_of_checkpoint(tmp_path, "x")
+
+
+def test_scales_in_float32() -> None:
+    model = known_shape("llava-1.5-7b")
+    body = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert model.float32_scale_bytes(Precision("fp16", "fp16")) == 0
+    assert model.float32_scale_bytes(Precision("int4:32", "fp16")) == body // 16
+    assert model.float32_scale_bytes(Precision("int4", "int4")) == (body + 32064 * 4096) // 64

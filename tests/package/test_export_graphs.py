@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from avl_edge.package.export import (
 from avl_edge.package.export.core_attention import WORDS
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import SPECS, make_checkpoint
+from tests.equipment.quantized import gptq, quantized_copy, round_to_nearest
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -119,6 +121,17 @@ def test_rows_too_small_to_be_packed_have_no_words(model: Path, checkpoint: Chec
         assert shapes["slots"][1] == ("P * T" if packs else "T")
         assert shapes["row_offsets"][1] == ("P * B + 1" if packs else "B + 1")
     assert row_formats(read_spec(checkpoint("llama-mha")).text, "float16") == ("exact", "int8", "int4", "int8/int4")
+
+
+def test_packed_layers_are_written_as_their_numbers(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    section = {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}
+    codes_of = partial(round_to_nearest, bits=4, group=32, symmetric=False)
+    quantised, plain = quantized_copy(checkpoint("llama-bias"), tmp_path, codes_of, partial(gptq, version=2), section)
+    for directory in (quantised, plain):
+        export(directory, tmp_path / f"{directory.name}-graphs", Settings("float32"))
+    for name in (DECODER, f"{DECODER}.data"):
+        own, expected = (tmp_path / f"{part}-graphs" / name for part in ("quantised", "plain"))
+        assert own.read_bytes() == expected.read_bytes()
 
 
 def test_export_is_repeatable(model: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from ...attention import native
 from ...attention.decoder import DENSE, ROW_FORMATS, Layer, Matrix, NativeDecoder, Step, Weights
 from ...kv.selection import Selection, StepScores, is_low_rank, list_rows
 from ...kv.store import RowStore
-from ...model.network.layers import Linear
 from ...model.vision_language import VisionLanguageModel
+from ...model.weights import Dense, LinearWeight
 from ..step_batch import StepBatch, StepResult
 from .backend import Asked, TorchBackend
 
@@ -28,8 +28,8 @@ Floats = npt.NDArray[np.float32]
 
 def serves(model: VisionLanguageModel) -> bool:
     """Whether the native step runs this model: gated by SiLU, in float32, bfloat16 or float16, with even heads without
-    norms of their own; and the library is there."""
-    text = model.spec.text
+    norms of their own, and weights whose groups are neighbours; and the library is there."""
+    text, linears = model.spec.text, [each for layer in model.decoder.layers for each in layer.linears]
     return (
         native.available()
         and model.dtype in DENSE
@@ -37,6 +37,7 @@ def serves(model: VisionLanguageModel) -> bool:
         and text.head_dim % 2 == 0
         and not text.head_norms
         and model.decoder.embedding.is_contiguous()
+        and all(isinstance(each, Dense) or each.order is None for each in (*linears, model.decoder.head))
     )
 
 
@@ -129,14 +130,27 @@ def _by_layer(of_sequences: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.i
 
 def decoder_weights(model: VisionLanguageModel) -> Weights:
     """A network's decoder as the native step takes it; matrices stay where they are."""
-    decoder, text = model.decoder, model.spec.text
+    decoder, text, exact = model.decoder, model.spec.text, model.dtype == torch.float32
     layers = [
-        Layer(each.attention_norm.weight.float(), each.mlp_norm.weight.float(), [_matrix(of) for of in each.linears])
+        Layer(
+            each.attention_norm.weight.float(),
+            each.mlp_norm.weight.float(),
+            [_matrix(of, exact) for of in each.linears],
+        )
         for each in decoder.layers
     ]
-    head = Matrix(decoder.head.contiguous())
-    return Weights(layers, decoder.norm.weight.float(), Matrix(decoder.embedding), head, text.heads, text.norm_eps)
+    return Weights(
+        layers,
+        decoder.norm.weight.float(),
+        Matrix(decoder.embedding),
+        _matrix(decoder.head, exact),
+        text.heads,
+        text.norm_eps,
+    )
 
 
-def _matrix(linear: Linear) -> Matrix:
-    return Matrix(linear.weight.contiguous(), None if linear.bias is None else linear.bias.float())
+def _matrix(linear: LinearWeight, exact: bool) -> Matrix:
+    bias = None if linear.bias is None else linear.bias.float()
+    if isinstance(linear, Dense):
+        return Matrix(linear.weight.contiguous(), bias)
+    return Matrix(linear.codes.contiguous(), bias, linear.scales.contiguous(), linear.zeros, rounds=not exact)

@@ -11,9 +11,11 @@ from ...config import KvShape, Picture, Progress
 from ...kv.store import RowStore
 from ...machine.ledger import Entry
 from ...model import checkpoint
+from ...model.checkpoint_files import stored_bytes
 from ...model.sizes import ModelShape
 from ...model.spec import ModelSpec
 from ...model.vision_language import VisionLanguageModel
+from ...model.weight_format import WeightFormats
 from ..base import Backend
 from ..target import Target
 from . import native
@@ -25,8 +27,12 @@ class Cpu(Target):
     """A checkpoint on the processor."""
 
     def weight_bytes(self, model: ModelShape) -> int:
-        """The checkpoint's files: all of them is mapped and read, also what no layer takes."""
-        return max(super().weight_bytes(model), checkpoint.stored_bytes(self.directory))
+        """The checkpoint's files: all of them is mapped and read, also what no layer takes; of matrices that are packed
+        as they are read, the file's pages are given back."""
+        packed = super().weight_bytes(model)
+        if self.packed != WeightFormats():
+            return packed
+        return max(packed, stored_bytes(self.directory))
 
     def workspace_bytes(self, model: ModelShape, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
         if self.dtype != torch.float16:
@@ -44,6 +50,6 @@ class Cpu(Target):
         progress: Progress | None,
         recorded_steps: Entry,  # noqa: ARG002
     ) -> Backend:
-        model = VisionLanguageModel(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes))
+        model = VisionLanguageModel(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes, self.packed))
         store = RowStore(pages, shape, model.dtype)
         return NativeBackend(model, store, self.threads) if native.serves(model) else TorchBackend(model, store)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...model.checkpoint import Weights
 from ...model.spec import ModelSpec
 from ...model.vision_language import VisionLanguageModel
+from ...model.weights import LinearWeight
 
 
 class DeviceWeights(Weights):
@@ -20,6 +21,9 @@ class DeviceWeights(Weights):
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self._device)
+
+    def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
+        return self._weights.linear(name, outputs, inputs, bias=bias).to(self._device)
 
     def has(self, name: str) -> bool:
         return self._weights.has(name)

@@ -47,6 +47,8 @@ class Cuda(Target):
     def load(
         self, spec: ModelSpec, shape: KvShape, pages: int, progress: Progress | None, recorded_steps: Entry
     ) -> Backend:
-        model = load_model(spec, checkpoint.load_weights(self.directory, progress, spec.prefixes), self._gpu.device)
+        model = load_model(
+            spec, checkpoint.load_weights(self.directory, progress, spec.prefixes, self.packed), self._gpu.device
+        )
         store = RowStore(pages, shape, model.dtype, str(self._gpu.device))
         return CudaBackend.on_gpu(model, store, self._gpu, recorded_steps)

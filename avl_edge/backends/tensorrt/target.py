@@ -37,6 +37,8 @@ class TensorRt(Target):
     library_bytes = Cuda.library_bytes
     runs_prompts_whole = True
 
+    packs_weights = False
+
     def __init__(self, directory: Path) -> None:
         """Raises :class:`~avl_edge.package.engine.BadPackage` where ``directory`` holds no package for this machine and
         version, and :class:`~avl_edge.attention.cuda.NoCuda` without a GPU."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
+from ...model.weight_format import WeightFormats
 from ...request import Result
 from .questions import Questions
 from .settings import Setting
@@ -69,7 +70,7 @@ class Answer:
         return max(len(self.token_ids) - 1, 0)
 
 
-def describe(questions: Questions, model: Path, max_new_tokens: int, kl: bool) -> dict[str, Any]:
+def describe(questions: Questions, model: Path, packed: WeightFormats, max_new_tokens: int, kl: bool) -> dict[str, Any]:
     """What answers depend on, but for the setting: resumed with anything else, they would not belong together."""
     files = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.is_file()]
     return {
@@ -77,6 +78,7 @@ def describe(questions: Questions, model: Path, max_new_tokens: int, kl: bool) -
         "model": [[name, status.st_size, status.st_mtime_ns] for name, status in files],
         "max_new_tokens": max_new_tokens,
         "kl": kl,
+        **packed.named(),
         "avl_edge": version("avl-edge"),
     }
 

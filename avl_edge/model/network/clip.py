@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..checkpoint import Weights
 from ..clip_config import ClipSpec
-from .layers import LayerNorm, Linear, activation, slow_half
+from ..weights.linear import slow_half
+from .layers import LayerNorm, activation
 
 
 class VisionTower:
@@ -56,12 +57,12 @@ class _Layer:
         self._heads = spec.heads
         self._norm1 = LayerNorm.take(weights, f"{name}.layer_norm1", size, spec.norm_eps)
         self._norm2 = LayerNorm.take(weights, f"{name}.layer_norm2", size, spec.norm_eps)
-        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", size, size, bias=True)
-        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", size, size, bias=True)
-        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", size, size, bias=True)
-        self._out = Linear.take(weights, f"{name}.self_attn.out_proj", size, size, bias=True)
-        self._up = Linear.take(weights, f"{name}.mlp.fc1", inner, size, bias=True)
-        self._down = Linear.take(weights, f"{name}.mlp.fc2", size, inner, bias=True)
+        self._query = weights.linear(f"{name}.self_attn.q_proj", size, size, bias=True)
+        self._key = weights.linear(f"{name}.self_attn.k_proj", size, size, bias=True)
+        self._value = weights.linear(f"{name}.self_attn.v_proj", size, size, bias=True)
+        self._out = weights.linear(f"{name}.self_attn.out_proj", size, size, bias=True)
+        self._up = weights.linear(f"{name}.mlp.fc1", inner, size, bias=True)
+        self._down = weights.linear(f"{name}.mlp.fc2", size, inner, bias=True)
         self._activation = activation(spec.activation)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..checkpoint import Weights
 from ..spec import TextSpec
-from .layers import Linear, RmsNorm, activation
+from ..weights import Dense, LinearWeight
+from .layers import RmsNorm, activation
 from .rope import Rope, rotate
 
 
@@ -26,8 +27,8 @@ class Decoder:
         self.layers = [DecoderLayer(spec, f"text.layers.{index}", weights) for index in range(spec.layers)]
         self.norm = RmsNorm.take(weights, "text.norm", size, spec.norm_eps)
         # A file with a head of its own has it for a reason, whatever its config says.
-        tied = spec.tied_head and not weights.has("head.weight")
-        self.head = self.embedding if tied else weights.take("head.weight", spec.vocab_size, size)
+        tied = spec.tied_head and not weights.has("head")
+        self.head = Dense(self.embedding) if tied else weights.linear("head", spec.vocab_size, size)
         self._rope = Rope(spec.head_dim, spec.rope)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` to ``[n, vocabulary]``."""
-        return F.linear(self.norm(hidden), self.head)
+        return self.head(self.norm(hidden))
 
 
 class DecoderLayer:
@@ -50,21 +51,21 @@ class DecoderLayer:
         self._head_dim = head_dim
         self.attention_norm = RmsNorm.take(weights, f"{name}.input_layernorm", size, spec.norm_eps)
         self.mlp_norm = RmsNorm.take(weights, f"{name}.post_attention_layernorm", size, spec.norm_eps)
-        self._query = Linear.take(weights, f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
-        self._key = Linear.take(weights, f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
-        self._value = Linear.take(weights, f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
+        self._query = weights.linear(f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
+        self._key = weights.linear(f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
+        self._value = weights.linear(f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
         self._query_norm = self._key_norm = None
         if spec.head_norms:
             self._query_norm = RmsNorm.take(weights, f"{name}.self_attn.q_norm", head_dim, spec.norm_eps)
             self._key_norm = RmsNorm.take(weights, f"{name}.self_attn.k_norm", head_dim, spec.norm_eps)
-        self._out = Linear.take(weights, f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
-        self._gate = Linear.take(weights, f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
-        self._up = Linear.take(weights, f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
-        self._down = Linear.take(weights, f"{name}.mlp.down_proj", size, inner, bias=spec.mlp_bias)
+        self._out = weights.linear(f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
+        self._gate = weights.linear(f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
+        self._up = weights.linear(f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
+        self._down = weights.linear(f"{name}.mlp.down_proj", size, inner, bias=spec.mlp_bias)
         self._activation = activation(spec.activation)
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[LinearWeight, ...]:
         """Of queries, keys, values and the attention's result, then gate, up and down of the MLP."""
         return self._query, self._key, self._value, self._out, self._gate, self._up, self._down
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,43 +34,6 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in _ACTIVATIONS:
         raise BadModel(f"activation {name!r} is not supported: it must be one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """``[..., inputs] -> [..., outputs]``."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def take(cls, weights: Weights, name: str, outputs: int, inputs: int, *, bias: bool) -> Linear:
-        """``bias`` is what config.json says; a file that says otherwise is no match for it."""
-        if not bias:
-            weights.deny(f"{name}.bias")
-        return cls(
-            weights.take(f"{name}.weight", outputs, inputs), weights.take(f"{name}.bias", outputs) if bias else None
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if slow_half(x):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
-
-
-def slow_half(x: Tensor) -> bool:
-    """Whether float16 products over ``x`` ``[..., rows, size]`` are worth widening to float32, weights and all.
-
-    Without float16 units torch multiplies matrices of halves many times slower than floats; a few rows, as in
-    decoding, are bound by memory, and stay as they are.
-    """
-    return x.dtype == torch.float16 and x.device.type == "cpu" and x.shape[-2] > 8 and not _has_half_units()
-
-
-@cache
-def _has_half_units() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import Weights
-from .layers import Linear, activation
+from .layers import activation
 from .rope import rotate
 
 Norm = Callable[[Tensor], Tensor]
@@ -42,8 +42,8 @@ class Mlp:
     def __init__(self, weights: Weights, first: str, second: str, sizes: tuple[int, int, int], kind: str) -> None:
         """``sizes``: of the input, between the matrices, and of the output."""
         inputs, inner, outputs = sizes
-        self._first = Linear.take(weights, first, inner, inputs, bias=True)
-        self._second = Linear.take(weights, second, outputs, inner, bias=True)
+        self._first = weights.linear(first, inner, inputs, bias=True)
+        self._second = weights.linear(second, outputs, inner, bias=True)
         self._activation = activation(kind)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class GatedMlp:
 
     def __init__(self, weights: Weights, name: str, size: int, inner: int, kind: str) -> None:
         self._gate, self._up = (
-            Linear.take(weights, f"{name}.{each}_proj", inner, size, bias=True) for each in ("gate", "up")
+            weights.linear(f"{name}.{each}_proj", inner, size, bias=True) for each in ("gate", "up")
         )
-        self._down = Linear.take(weights, f"{name}.down_proj", size, inner, bias=True)
+        self._down = weights.linear(f"{name}.down_proj", size, inner, bias=True)
         self._activation = activation(kind)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class Block:
     ) -> None:
         self._heads = heads
         self._norm1, self._norm2 = norms
-        self._together = Linear.take(weights, f"{name}.attn.qkv", 3 * size, size, bias=True)
-        self._out = Linear.take(weights, f"{name}.attn.proj", size, size, bias=True)
+        self._together = weights.linear(f"{name}.attn.qkv", 3 * size, size, bias=True)
+        self._out = weights.linear(f"{name}.attn.proj", size, size, bias=True)
         self._mlp = mlp
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], lengths: Sequence[int] | None = None) -> Tensor:

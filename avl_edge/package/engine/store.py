@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ..directory import LOCK, MANIFEST
+from ..directory import LOCK, MANIFEST, flush
 from . import manifest as manifests
 from .errors import BadPackage, BuildFailed, BuildRunning, rebuild
 from .fingerprint import Fingerprint, require_match
@@ -195,23 +195,14 @@ def _publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Ma
     files = {path.name: File.of(path) for path in sorted(staging.iterdir())}
     manifest = Manifest(version, staging.name.replace(_STAGING, _BUILT, 1), fingerprint, files)
     for path in (*staging.iterdir(), staging):
-        _flush(path)
+        flush(path)
     text = out / f"{_STAGING}{MANIFEST}"
     text.write_text(manifest.dumps(), encoding="utf-8")
-    _flush(text)
+    flush(text)
     staging.rename(out / manifest.directory)
     text.replace(out / MANIFEST)
-    _flush(out)
+    flush(out)
     return manifest
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk: what comes later must not be there before it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(out: Path) -> None:

@@ -45,8 +45,10 @@ def build_decoder(graph: Graph, spec: TextSpec, prune_after: int | None) -> None
     ends = graph.add("Slice", flow.token_offsets, graph.constant([1]), graph.constant([2**31 - 1]), graph.constant([0]))
     last = graph.add("Gather", flow.hidden, graph.add("Sub", ends, graph.constant(1, "int32")), axis=0)
     normed = rms_norm(graph, "text.norm", last, spec.hidden_size, spec.norm_eps)
-    head = "text.embed_tokens.weight" if spec.tied_head else "head.weight"
-    logits = graph.add("Gemm", normed, graph.weight(head, spec.vocab_size, spec.hidden_size), transB=1)
+    sizes = spec.vocab_size, spec.hidden_size
+    tied = spec.tied_head and not graph.has("head")
+    terms = [graph.weight("text.embed_tokens.weight", *sizes)] if tied else graph.linear("head", *sizes, bias=False)
+    logits = graph.add("Gemm", normed, *terms, transB=1)
     graph.add("Cast", logits, to=graph.onnx.TensorProto.FLOAT, name=names.LOGITS)
 
 

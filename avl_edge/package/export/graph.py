@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import BadModel
 from ...model.checkpoint import Weights
+from ...model.weights import Dense
 from ...optional import optional
 from .bindings import Binding, Bindings
 
@@ -140,13 +141,22 @@ class Graph(Nodes):
         super().__init__()
         self.dtype = dtype
         self.take = weights.take
-        self.deny = weights.deny
+        self.has = weights.has
+        self._linear = weights.linear
         self._store = store
         self._initializers: dict[str, TensorProto] = {}
 
     def weight(self, name: str, *shape: int) -> str:
         """The checkpoint's tensor ``name`` as an initializer, written once however often it is used."""
         return name if name in self._initializers else self.tensor(name, self.take(name, *shape))
+
+    def linear(self, name: str, outputs: int, inputs: int, *, bias: bool) -> list[str]:
+        """The matrix of the checkpoint's linear layer ``name``, and its bias where it has one. A packed matrix is
+        written as the numbers that it stands for."""
+        layer = self._linear(name, outputs, inputs, bias=bias)
+        matrix = layer.weight if isinstance(layer, Dense) else layer.dequantize()
+        terms = [self.tensor(f"{name}.weight", matrix)]
+        return terms if layer.bias is None else [*terms, self.tensor(f"{name}.bias", layer.bias)]
 
     def tensor(self, name: str, tensor: Tensor, dtype: str | None = None) -> str:
         """Store ``tensor`` under ``name``, in the graph's dtype where none is given."""

@@ -12,12 +12,7 @@ from .graph import Graph
 
 def linear(graph: Graph, name: str, x: str, outputs: int, inputs: int, *, bias: bool) -> str:
     """``[n, inputs] -> [n, outputs]``; the weight stays as it is stored, Gemm reads it transposed."""
-    terms = [graph.weight(f"{name}.weight", outputs, inputs)]
-    if bias:
-        terms.append(graph.weight(f"{name}.bias", outputs))
-    else:
-        graph.deny(f"{name}.bias")
-    return graph.add("Gemm", x, *terms, transB=1)
+    return graph.add("Gemm", x, *graph.linear(name, outputs, inputs, bias=bias), transB=1)
 
 
 def layer_norm(graph: Graph, name: str, x: str, size: int, eps: float) -> str:

@@ -104,8 +104,8 @@ def _try(model: ModelShape, profile: DeviceProfile, request: PlanRequest) -> Est
 def _smaller_formats(model: ModelShape, request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     """The request in formats below the present one; the head stays as it is."""
     weights = request.weights or model.stored
-    for body, size in PRECISIONS.items():
-        if size < PRECISIONS[weights.body]:
+    for body in _PRECISION_PRICES:
+        if PRECISIONS[body] < PRECISIONS[weights.body]:
             yield body, replace(request, weights=Precision(body, weights.head))
 
 

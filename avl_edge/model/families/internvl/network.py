@@ -11,8 +11,9 @@ from torch import Tensor
 from ....request import PixelValues
 from ...checkpoint import Weights
 from ...network.image_features import ImageFeatures
-from ...network.layers import LayerNorm, Linear, RmsNorm
+from ...network.layers import LayerNorm, RmsNorm
 from ...network.vit import Mlp
+from ...weights import Dense
 from .spec import InternVlSpec
 from .vit_spec import InternVitSpec
 
@@ -27,7 +28,7 @@ class VisionEncoder:
         size, patch, self._side = vision.hidden_size, vision.patch_size, vision.side
         name = "vision.embeddings"
         kernel = weights.take(f"{name}.patch_embeddings.projection.weight", size, 3, patch, patch)
-        self._embed = Linear(kernel.flatten(1), weights.take(f"{name}.patch_embeddings.projection.bias", size))
+        self._embed = Dense(kernel.flatten(1), weights.take(f"{name}.patch_embeddings.projection.bias", size))
         self._class_token = weights.take(f"{name}.cls_token", 1, 1, size)
         self._positions = weights.take(f"{name}.position_embeddings", 1, 1 + vision.side**2, size)
         self._layers = [_Layer(vision, f"vision.encoder.layer.{n}", weights) for n in range(spec.feature_layer)]
@@ -66,13 +67,13 @@ class _Layer:
         self._norm1 = norm.take(weights, f"{name}.layernorm_before", size, spec.norm_eps)
         self._norm2 = norm.take(weights, f"{name}.layernorm_after", size, spec.norm_eps)
         self._query, self._key, self._value = (
-            Linear.take(weights, f"{name}.attention.{each}_proj", size, size, bias=spec.qkv_bias) for each in "qkv"
+            weights.linear(f"{name}.attention.{each}_proj", size, size, bias=spec.qkv_bias) for each in "qkv"
         )
         self._query_norm = self._key_norm = None
         if spec.head_norms:
             self._query_norm = RmsNorm.take(weights, f"{name}.attention.q_norm", size, _HEAD_NORM_EPS)
             self._key_norm = RmsNorm.take(weights, f"{name}.attention.k_norm", size, _HEAD_NORM_EPS)
-        self._out = Linear.take(weights, f"{name}.attention.projection_layer", size, size, bias=True)
+        self._out = weights.linear(f"{name}.attention.projection_layer", size, size, bias=True)
         self._scale1, self._scale2 = weights.take(f"{name}.lambda_1", size), weights.take(f"{name}.lambda_2", size)
         sizes = (size, spec.intermediate_size, size)
         self._mlp = Mlp(weights, f"{name}.mlp.fc1", f"{name}.mlp.fc2", sizes, spec.activation)

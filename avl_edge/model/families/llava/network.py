@@ -11,7 +11,7 @@ from ....request import PixelValues
 from ...checkpoint import Weights
 from ...network.clip import VisionTower
 from ...network.image_features import ImageFeatures
-from ...network.layers import Linear, activation
+from ...network.layers import activation
 from .spec import ClipModelSpec
 
 
@@ -23,8 +23,8 @@ class VisionEncoder:
         size = spec.text.hidden_size
         self._drops_class_token = spec.drop_class_token
         self._tower = VisionTower(spec.vision, spec.feature_layers, weights)
-        self._project1 = Linear.take(weights, "projector.linear_1", size, features, bias=spec.projector_bias)
-        self._project2 = Linear.take(weights, "projector.linear_2", size, size, bias=spec.projector_bias)
+        self._project1 = weights.linear("projector.linear_1", size, features, bias=spec.projector_bias)
+        self._project2 = weights.linear("projector.linear_2", size, size, bias=spec.projector_bias)
         self._activation = activation(spec.projector_activation)
 
     def run(self, pixels: PixelValues, like: Tensor) -> Generator[None, None, ImageFeatures]:
