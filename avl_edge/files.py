@@ -44,6 +44,8 @@ def read_text(path: Path, most: int = MODEL_FILE_BYTES) -> str | None:
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # line ends become \n
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise BadModel(f"{path} may not be read by this user: chmod a+r it, or run as its owner") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadModel(f"{path} cannot be read ({reason}): copy the checkpoint again") from None

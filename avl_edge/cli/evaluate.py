@@ -45,7 +45,7 @@ from .options import FORMATS, MEMORY, METHOD, OUTPUT, HeadFormat, Json, Model, T
 from .progress import Paper, progress, stderr
 from .quality_table import quality_table
 from .terminal import Debug, readers_may_leave
-from .text import text_document
+from .text import text_document, text_table
 
 TEXTS = "Text options"
 _MOST_PROBLEMS = 10
