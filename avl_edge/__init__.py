@@ -9,6 +9,7 @@ from .config import Formats, Options
 from .errors import AvlEdgeError, BadImage, BadInput, BadModel, Busy, DoesNotFit, TooLarge
 
 if TYPE_CHECKING:
+    from .model.images import Frame
     from .model.prompt import Frames, Message
     from .request import Result, TokenEvent
     from .serving.generation import Generation
@@ -23,6 +24,7 @@ __all__ = [
     "Busy",
     "DoesNotFit",
     "Formats",
+    "Frame",
     "Frames",
     "Generation",
     "ImageSession",
@@ -37,6 +39,7 @@ __all__ = [
 # What computes is imported when its name is first asked for (PEP 562): torch takes seconds to import, and what only
 # plans, probes or prints help is done before that.
 _MODULES = {
+    "Frame": "model.images",
     "Frames": "model.prompt",
     "Generation": "serving.generation",
     "ImageSession": "serving.image_session",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import TypeGuard
 
-from .errors import BadInput, BadModel, refusing
+from .errors import BadInput
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([a-zA-Z]*)\s*")
@@ -190,6 +187,10 @@ class Sampling:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+TRANSPARENCY = ("drop", "white", "black")
+"""What becomes of a picture's transparent parts: shown in the colours that they have, or on a background."""
+
+
 @dataclass(frozen=True)
 class Options(Sampling):
     """How to answer one request.
@@ -200,7 +201,8 @@ class Options(Sampling):
     pool's). ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
     ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). What :class:`Sampling` has
     beside these is given by name. ``min_pixels`` and ``max_pixels``: to which each picture is resized, for models that
-    take any size; None: as the checkpoint says.
+    take any size; None: as the checkpoint says. ``transparency``: one of :data:`TRANSPARENCY`; None: as the model's
+    family has it.
     """
 
     method: str | None = None
@@ -211,12 +213,15 @@ class Options(Sampling):
     max_new_tokens: int = 256
     min_pixels: int | None = None
     max_pixels: int | None = None
+    transparency: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(isinstance(self.method, str | None), f"method must be a name, not {self.method!r}")
         require(isinstance(self.parameters, Mapping), "parameters must be a mapping from names to numbers")
         require(isinstance(self.formats, Formats | None), f"formats must be avl_edge.Formats, not {self.formats!r}")
+        shown = self.transparency is None or self.transparency in TRANSPARENCY
+        require(shown, f"transparency must be one of {', '.join(TRANSPARENCY)}, not {self.transparency!r}")
         own = self.method or self.parameters or self.formats or self.kv_budget is not None
         require(
             not (self.preset and own), "a preset stands for method, parameters, formats and budget: give none beside it"
@@ -296,48 +301,3 @@ def format_size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count} B"
-
-
-MODEL_FILE_BYTES = 8 * 2**20
-"""The most that one of a model's JSON files may have: published ones have a hundredth of it. A tokenizer's may have
-:data:`TOKENIZER_BYTES`."""
-TOKENIZER_BYTES = 64 * 2**20
-
-
-def read_bytes(file: BinaryIO, most: int) -> bytes | None:
-    """All of a stream, or None if it has more than ``most`` bytes; no more than that is read."""
-    chunks, left = [], most
-    while chunk := file.read(min(left + 1, 1 << 20)):
-        left -= len(chunk)
-        if left < 0:
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def read_text(path: Path, most: int = MODEL_FILE_BYTES) -> str | None:
-    """The text of a model's file, or None if there is no such file; :class:`BadModel` if it is not readable UTF-8 or
-    has more than ``most`` bytes."""
-    try:
-        with path.open("rb") as file:
-            content = read_bytes(file, most)
-        if content is None:
-            raise BadModel(f"{path} has more than {format_size(most)}: no such file of a model is so large")
-        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # line ends become \n
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise BadModel(f"{path} cannot be read ({reason}): copy the checkpoint again") from None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a model's file, or None if there is no such file; :class:`BadModel` for anything else."""
-    text = read_text(path)
-    if text is None:
-        return None
-    with refusing(lambda reason: BadModel(f"{path} is not valid JSON ({reason}): copy the checkpoint again")):
-        content = json.loads(text)
-    if not isinstance(content, dict):
-        raise BadModel(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content

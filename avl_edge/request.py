@@ -58,13 +58,14 @@ class Prompt:
 
     ``token_ids`` holds every position, image placeholders already expanded; ``pixel_values`` has an entry for each of
     the ``spans``, and is None without images, and where they were let go. ``rope`` is None where a token's position is
-    its place in the prompt.
+    its place in the prompt. ``notes``: what a person should know of how it was read, each one line.
     """
 
     token_ids: tuple[int, ...]
     spans: tuple[ImageSpan, ...]
     pixel_values: Pixels | None
     rope: RopePositions | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -211,7 +212,7 @@ class Result:
 
     ``stop_string`` is the one that ended the answer: ``text`` ends before it, while ``token_ids`` has its tokens.
     ``logprobs`` are those of ``token_ids``, where they were asked for. ``seed`` is that of the draws; None where there
-    were none.
+    were none. ``notes``: what a person should know of how the request was read, each one line.
     """
 
     text: str
@@ -229,6 +230,7 @@ class Result:
     stop_string: str | None = None
     logprobs: tuple[Logprobs, ...] | None = None
     seed: int | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The document that ``avl-edge run --json`` prints."""

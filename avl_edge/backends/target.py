@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..config import KvShape, Picture, Progress, PromptShape, read_json
+from ..config import KvShape, Picture, Progress, PromptShape
 from ..errors import BadInput
+from ..files import read_json
 from ..kv.methods import Choice
 from ..machine.ledger import Entry
 from ..model import checkpoint

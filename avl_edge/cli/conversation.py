@@ -11,8 +11,9 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from ..config import format_size, read_bytes
+from ..config import format_size
 from ..errors import BadInput, quoted, reason
+from ..files import read_bytes
 from ..model.images import Frames, ImageSource, Source
 from ..model.prompt import Message
 from .sources import picture, questions

@@ -13,9 +13,8 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
-from rich.table import Table
 
-from ..config import format_size, require
+from ..config import require
 from ..errors import BadInput
 from ..kv.methods import METHODS
 from ..measure.evaluate import (
@@ -27,6 +26,7 @@ from ..measure.evaluate import (
     EvaluationRun,
     Questions,
     Setting,
+    check_questions,
     describe,
     draw_plots,
     read_questions,
@@ -43,6 +43,7 @@ from ..serving.runtime import Runtime
 from .memory import MaxMemory
 from .options import FORMATS, MEMORY, METHOD, OUTPUT, HeadFormat, Json, Model, Threads, WeightsFormat, checkpoint_of
 from .progress import Paper, progress, stderr
+from .quality_table import quality_table
 from .terminal import Debug, readers_may_leave
 from .text import text_document, text_table
 
@@ -233,6 +234,7 @@ def _answered(
     with tempfile.TemporaryDirectory(prefix="avl-edge-") as scratch:
         asked_of = read_questions(data, seed, count, Path(scratch))
         metric = metric or asked_of.metric
+        check_questions(metric, asked_of.items)
         require_packages(metric)
         directory = DEMO if model == "demo" else Path(model)
         log = AnswerLog(
@@ -257,7 +259,7 @@ def _publish(document: dict[str, Any], out: Path | None, plots: Path | None, as_
         if as_json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            Paper().print(text_table(document) if "texts" in document else _table(document))
+            Paper().print(text_table(document) if "texts" in document else quality_table(document))
 
 
 def _names(text: str) -> list[str]:
@@ -290,7 +292,11 @@ def _say_left_out(document: Mapping[str, Any]) -> None:
     problems = [f"{row['where']} was left out: {row['reason']}" for row in document["problems"]]
     rest = len(problems) - _MOST_PROBLEMS
     shown = problems[:_MOST_PROBLEMS] + ([f"{rest} more were left out"] if rest > 0 else [])
-    for line in shown + [f"a setting was left out: {row['reason']}" for row in document["unreachable"]]:
+    for line in (
+        document.get("warnings", [])
+        + shown
+        + [f"a setting was left out: {row['reason']}" for row in document["unreachable"]]
+    ):
         _say(line)
 
 
@@ -306,43 +312,3 @@ def _write(path: Path, text: str) -> None:
         staged.replace(path)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}): give --out another place") from None
-
-
-def _table(document: Mapping[str, Any]) -> Table:
-    """A row per setting; columns that nobody asked for are left out."""
-    title = f"{document['data']}: {document['questions']} questions, {document['metric'].replace('_', ' ')}"
-    rows = [_cells(row) for row in document["results"]]
-    columns = [name for name in rows[0] if any(cells[name] != _UNKNOWN for cells in rows)]
-    notes = {"same": "tokens as full's", "KL": "from full's", "read": "of full's bytes a step"}
-    note = "; ".join(f"{name}: {text}" for name, text in notes.items() if name in columns)
-    table = Table(title=title, caption=note, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(
-            name, justify="left" if name == "method" else "right", no_wrap=name != "method", overflow="fold"
-        )
-    for cells in rows:
-        table.add_row(*(cells[name] for name in columns))
-    return table
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    low, high = row["score_interval"]
-    return {
-        "method": row["method"],
-        "KV": f"{row['kv_fraction']:.1%}",
-        "score": f"{row['score']:.3f}",
-        "95 %": f"{low:.2f}..{high:.2f}",
-        "CER": f"{row['character_error_rate']:.3f}",
-        "same": _known(row["token_identity"], ".1%"),
-        "KL": _known(row["kl_to_full"], ".4f"),
-        "stored": format_size(round(row["bytes_stored"])),
-        "read": _known(row["bytes_read_fraction"], ".1%"),
-        "ms/token": _known(row["ms_per_token"], ".2f"),
-    }
-
-
-_UNKNOWN = "-"
-
-
-def _known(value: float | None, form: str) -> str:
-    return _UNKNOWN if value is None else format(value, form)

@@ -16,7 +16,7 @@ from ..machine.device import DeviceFacts
 from ..machine.profile import BadProfile, DeviceProfile
 from ..measure import profiler
 from .options import Model, checkpoint_of
-from .profiles import OWN_PROFILES, open_profile
+from .profiles import OWN_PROFILES, open_profile, search_path
 from .progress import progress
 from .terminal import AsJson, Debug, readers_may_leave
 
@@ -92,6 +92,37 @@ def show(
             raise BadProfile(f"the plot {svg} cannot be written ({error.strerror})") from None
     with readers_may_leave():
         print(json.dumps(profile.to_plain(found)) if as_json else profile.report(found).rstrip("\n"))
+
+
+@app.command("list", short_help="Which profiles there are.")
+def list_profiles(as_json: AsJson = False, debug: Debug = False) -> None:  # noqa: ARG001
+    """List the profiles of the search path, in the order in which they are looked through; * marks the one that plans
+    are made from on this machine as it is now."""
+    facts = device.probe()
+    every = [*((str(path), found) for path, found in profile.own(*search_path()))]
+    every += [("shipped", found) for found in profile.shipped().values()]
+    mine = profile.device_of(facts), profile.mode_of(facts)
+    used = next((found for _, found in every if profile.mismatch(found, *mine) is None), None)
+    rows = [
+        {
+            "name": found.name,
+            "device": found.device.name,
+            "power_mode": found.power_mode.name if found.power_mode else None,
+            "date": found.date,
+            "from": where,
+            "used": found is used,
+        }
+        for where, found in every
+    ]
+    with readers_may_leave():
+        if as_json:
+            print(json.dumps({"search_path": [str(folder) for folder in search_path()], "profiles": rows}))
+            return
+        width = max(len(str(row["name"])) for row in rows)
+        for row in rows:
+            mode = row["power_mode"] or "-"
+            print(f"{'*' if row['used'] else ' '} {row['name']:<{width}}  {mode:<10}  {row['date']}  {row['from']}")
+        print(f"looked through: {', '.join(map(str, search_path()))}, then those that are shipped")
 
 
 def _matching(path: Path, facts: DeviceFacts, replace: bool) -> DeviceProfile | None:

@@ -11,7 +11,7 @@ from ..machine import device, profile
 from ..machine.profile import BadProfile
 from ..request import PressureStats
 from .options import MEMORY
-from .profiles import OWN_PROFILES
+from .profiles import of_machine
 
 Reserve: TypeAlias = Annotated[
     str | None,
@@ -34,7 +34,7 @@ def reserve_bytes(given: str | None) -> int | None:
         return None if given.strip().lower() == "off" else parse_size(given)
     facts = device.read_machine()
     try:
-        found = profile.for_machine(facts, profile.own(OWN_PROFILES))
+        found = of_machine(facts)
     except BadProfile:
         return None
     now = profile.with_memory(found, facts)

@@ -9,13 +9,10 @@ from typing import Annotated, TypeAlias
 
 import torch
 import typer
-from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import Options, format_size, require
+from ..config import TRANSPARENCY, Options, require
 from ..kv import quality
-from ..kv.cache import prompt_shape
-from ..kv.methods import Choice
 from ..kv.methods.notation import format_names
 from ..model.images import Source
 from ..model.prompt import Message
@@ -61,7 +58,8 @@ from .options import (
     given_parameters,
 )
 from .progress import progress, stderr
-from .reserve import Reserve, reserve_bytes, spoken
+from .reserve import Reserve, reserve_bytes
+from .run_report import say_choice, say_cut, say_notes, say_plan, table_of
 from .sources import check_stdin, pictures, questions
 from .terminal import Debug, readers_may_leave
 
@@ -84,6 +82,12 @@ AnyModel: TypeAlias = Annotated[
     str, typer.Option(help="'demo', the directory of a checkpoint, or one that avl-edge build has made.")
 ]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Transparency: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Transparent parts of pictures: {', '.join(TRANSPARENCY)}.", show_default="as the model's family has it"
+    ),
+]
 Device: TypeAlias = Annotated[
     str | None,
     typer.Option(help=f"Where to compute: {', '.join(TARGETS)}.", show_default="cpu; tensorrt for a built package"),
@@ -121,6 +125,7 @@ def run(
     max_pixels: MaxPixels = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
+    transparency: Transparency = None,
     device: Device = None,
     threads: Threads = None,
     temperature: Temperature = Options.temperature,
@@ -176,6 +181,7 @@ def run(
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
         seed=seed,
+        transparency=transparency,
         logprobs=logprobs,
     )
     runtime = _open(model, device, threads, reserve, max_memory, weights, head)
@@ -230,34 +236,36 @@ def _ask(
 
 
 def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:
+    say_notes(request)
     if request.options.kv_budget is not None:
-        _say_plan(request)
+        say_plan(request)
     if show.explain:
-        _explain(runtime, request, asked=request.options.method is not None or request.plan.budget is None)
+        say_choice(runtime, request, asked=request.options.method is not None or request.plan.budget is None)
     _load(runtime, request.plan.peak_bytes)
     with readers_may_leave():
         result = _answer(runtime, request, quiet=show.as_json)
         if result.finish_reason == "length" and not show.as_json:
-            _say_cut(request)
+            say_cut(request)
         if show.as_json:
             print(json.dumps({**result.to_dict(), "memory": asdict(runtime.memory())}))
     if show.stats:
-        stderr.print(_table(result))
+        stderr.print(table_of(result))
         print(_memory(runtime), file=sys.stderr)
 
 
 def _ask_several(runtime: Runtime, asked: several.Several, options: Options, show: Show) -> None:
     budget = options.kv_budget_bytes
+    say_notes(asked.requests[0])
     if budget is not None:
         several.say_plan(asked, budget)
     if show.explain:
-        _explain(runtime, asked.requests[0], asked=options.method is not None or budget is None)
+        say_choice(runtime, asked.requests[0], asked=options.method is not None or budget is None)
     _load(runtime, asked.peak_bytes)
     with readers_may_leave(), asked.session as session:
         results = asked.answer(runtime, quiet=show.as_json)
         for request, result in zip(asked.requests, results, strict=True) if not show.as_json else ():
             if result.finish_reason == "length":
-                _say_cut(request)
+                say_cut(request)
         if show.as_json:
             print(json.dumps({**asked.document(results), "memory": asdict(runtime.memory())}))
         held = several.describe(session.stats)
@@ -265,7 +273,7 @@ def _ask_several(runtime: Runtime, asked: several.Several, options: Options, sho
         print(held, file=sys.stderr)
         for prompt, result in zip(asked.prompts, results, strict=True):
             print(prompt, file=sys.stderr)
-            stderr.print(_table(result))
+            stderr.print(table_of(result))
         print(_memory(runtime), file=sys.stderr)
 
 
@@ -286,65 +294,3 @@ def _answer(runtime: Runtime, request: Request, quiet: bool) -> Result:
         if not quiet:
             print()
         return generation.result()
-
-
-def _say_cut(request: Request) -> None:
-    tokens = request.max_new_tokens
-    cure = "raise --max-new-tokens" if tokens == request.options.max_new_tokens else "the model's context is full"
-    print(f"avl-edge: the answer was cut after {tokens} token{'s' if tokens > 1 else ''}: {cure}", file=sys.stderr)
-
-
-def _say_plan(request: Request) -> None:
-    plan = request.plan
-    assert plan.budget is not None
-    values = asdict(plan.method)
-    picked = " ".join(f"{each.symbol} {values[each.name]:g}" for each in plan.method.parameters() if each.symbol)
-    print(
-        f"avl-edge: {plan.method.name} {picked}".rstrip()
-        + ("" if plan.formats.all_exact else f", {_spoken(plan.formats.by_tier())},")
-        + f" holds at most {format_size(plan.peak_bytes)} of the {format_size(plan.budget)} budget",
-        file=sys.stderr,
-    )
-
-
-def _explain(runtime: Runtime, request: Request, *, asked: bool) -> None:
-    plan, preset = request.plan, request.options.preset
-    if preset:
-        why = runtime.planner.preset(preset, prompt_shape(len(request.prompt), request.prompt.spans)).why
-    else:
-        why = quality.explain(Choice(plan.method, plan.formats), asked=asked)
-    settings = " ".join(f"{name}={value:g}" for name, value in asdict(plan.method).items())
-    formats = _spoken(plan.formats.by_tier()) or "rows exact"
-    chosen = f"{preset}: {plan.method.name}" if preset else plan.method.name
-    print(f"avl-edge: {chosen} ({'; '.join(filter(None, (settings, formats)))}): {why}", file=sys.stderr)
-
-
-def _spoken(formats: dict[str, str]) -> str:
-    """``text int8, core int4``: tiers that are not exact."""
-    return ", ".join(f"{tier} {name}" for tier, name in formats.items() if name != "exact")
-
-
-_ENDS = {"stop": "by the model, or at a stop string", "length": "cut at the longest answer", "cancelled": "cancelled"}
-
-
-def _table(result: Result) -> Table:
-    kv, timings, usage = result.kv, result.timings, result.usage
-    settings = " ".join(f"{name}={value:g}" for name, value in result.settings.items())
-    rows = (
-        ("method", f"{result.method} {settings}".strip()),
-        ("formats", _spoken(result.formats) or "exact"),
-        ("tokens", f"{usage.prompt_tokens} prompt ({usage.image_tokens} image), {usage.completion_tokens} new"),
-        ("ended", _ENDS[result.finish_reason]),
-        ("load / encode / prefill", f"{timings.load_ms:.0f} / {timings.encode_ms:.0f} / {timings.prefill_ms:.0f} ms"),
-        ("first token", f"{timings.ttft_ms:.0f} ms"),
-        ("decode", f"{timings.decode_ms_per_token:.2f} ms per token, {timings.tokens_per_s:.1f} tokens/s"),
-        *((("seed", str(result.seed)),) if result.seed is not None else ()),
-        ("KV stored / peak / full", " / ".join(map(format_size, (kv.bytes_stored, kv.bytes_peak, kv.bytes_full)))),
-        *((("KV shared", format_size(kv.bytes_shared)),) if kv.bytes_shared else ()),
-        ("KV rows read", f"{100 * kv.rows_read_fraction:.1f} % of full attention's, {kv.refreshes} refreshes"),
-        *((("memory pressure", spoken(kv.pressure)),) if spoken(kv.pressure) else ()),
-    )
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table

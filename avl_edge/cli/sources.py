@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ..config import format_size, read_bytes
+from ..config import format_size
 from ..errors import BadInput, reason
+from ..files import read_bytes
 from ..model.images import ImageSource, read_stream
 
 STDIN = "-"

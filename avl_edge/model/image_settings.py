@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config import read_json
 from ..errors import BadModel
+from ..files import read_json
 
 
 def read_image_settings(directory: Path) -> tuple[Any, str]:

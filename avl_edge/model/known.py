@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import read_json
 from ..errors import BadModel, quoted
+from ..files import read_json
 from .families import published, read_spec
 from .pictures import Fixed
 from .sizes import DecoderShape, ModelShape, Precision, VisionShape

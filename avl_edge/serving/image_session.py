@@ -79,7 +79,7 @@ class ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
         not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
         take the memory for them. ``spare``: others who need its rows may close it between two questions."""
-        images = shown_in(messages)
+        images = runtime.read_pictures.take(shown_in(messages))
         require(len(images) > 0, "an image session needs a picture: give one or more images")
         processor = processor.within(options)
         pictures = runtime.read_pictures.measure(processor, images)
@@ -87,7 +87,7 @@ class ImageSession:
         laid_out = processor.lay_out_images(turns)
         planner.new_tokens(len(laid_out), options)
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
-        prompt = runtime.read_pictures(processor, images, pictures, laid_out)
+        prompt = runtime.read_pictures(processor, images, pictures, laid_out, options.transparency)
         prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
         prefix.is_spare = spare
         return cls(runtime, processor, planner, prefix, turns, options)
@@ -151,7 +151,7 @@ class ImageSession:
         plan = plan_after(method, formats, shape, whole, shared, max_new_tokens - 1, budget)
         what = f"{len(laid_out) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
-        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels)
+        asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels, notes=prefix.prompt.notes)
         pictures = [picture for each in turns for picture in each.pictures]
         workspace = planner.workspace(whole, max_new_tokens - 1, pictures)
         return Request(asked, options, plan, max_new_tokens, prefix=prefix, workspace=workspace)

@@ -30,7 +30,7 @@ class ModelFiles:
         """Of "demo", or of a directory, to run on ``device`` with its decoder ``packed``; raises what is wrong with
         them."""
         given = DEMO if model == "demo" else Path(model)
-        if not os.fspath(model) or not given.is_dir():
+        if not os.fspath(model) or not os.path.isdir(given):
             raise BadModel(f"there is no model {os.fspath(model)!r}: give 'demo' or the directory of a checkpoint")
         target = open_target(given, device, packed)
         spec = read_spec(target.directory)

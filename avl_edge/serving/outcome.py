@@ -41,6 +41,7 @@ def result_of(
         stop_string=sequence.text_stream.stop_string,
         logprobs=None if request.options.logprobs is None else tuple(sequence.logprobs),
         seed=sequence.sampler.seed,
+        notes=request.prompt.notes,
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from ..config import Picture
 from ..machine.ledger import Ledger
-from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, Shown
+from ..model.images import DECODING_BYTES_PER_PIXEL, MAX_PIXELS, Shown, take_shown
 from ..model.prompt import Processor
 from ..request import Prompt
 
@@ -31,6 +31,10 @@ class PictureReader:
         limit = self._decoding.limit
         return MAX_PIXELS if limit is None else min(MAX_PIXELS, limit // DECODING_BYTES_PER_PIXEL)
 
+    def take(self, images: Sequence[Shown]) -> list[Shown]:
+        """Each picture as what may be read twice (:func:`~avl_edge.model.images.take_shown`)."""
+        return take_shown(images, self.max_pixels)
+
     def measure(self, processor: Processor, images: Sequence[Shown]) -> list[Picture]:
         """:meth:`~avl_edge.model.prompt.Processor.measure`."""
         with nullcontext() if self._decoding.limit is None else self._turn:
@@ -42,7 +46,12 @@ class PictureReader:
         return 2 * sum(map(processor.pixel_bytes, pictures))
 
     def __call__(
-        self, processor: Processor, images: Sequence[Shown], pictures: Sequence[Picture], laid_out: Prompt
+        self,
+        processor: Processor,
+        images: Sequence[Shown],
+        pictures: Sequence[Picture],
+        laid_out: Prompt,
+        transparency: str | None = None,
     ) -> Prompt:
         """:meth:`~avl_edge.model.prompt.Processor.read`. Raises :class:`TooLarge` and :class:`Busy` where there is no
         memory for the pixels, before any is decoded."""
@@ -53,7 +62,7 @@ class PictureReader:
         try:
             self._pixels.hold(holder, nbytes, f"the pixels of {what}")
             with nullcontext() if self._decoding.limit is None else self._turn:
-                prompt = self._decode(processor, images, pictures, laid_out)
+                prompt = self._decode(processor, images, pictures, laid_out, transparency)
             assert prompt.pixel_values is not None
             self._pixels.hold(holder, prompt.pixel_values.nbytes, "")
             weakref.finalize(prompt.pixel_values, self._pixels.release, holder).atexit = False
@@ -63,11 +72,16 @@ class PictureReader:
         return prompt
 
     def _decode(
-        self, processor: Processor, images: Sequence[Shown], pictures: Sequence[Picture], laid_out: Prompt
+        self,
+        processor: Processor,
+        images: Sequence[Shown],
+        pictures: Sequence[Picture],
+        laid_out: Prompt,
+        transparency: str | None,
     ) -> Prompt:
         holder = object()
         try:
             self._decoding.hold(holder, self._decoding.limit or 0, "")
-            return processor.read(images, pictures, laid_out, self.max_pixels)
+            return processor.read(images, pictures, laid_out, self.max_pixels, transparency)
         finally:
             self._decoding.release(holder)

@@ -30,7 +30,7 @@ class Preparer:
         """As :meth:`avl_edge.Runtime.prepare_chat` says, for a pool of so many pages and a device in that state."""
         options = checked_options(options)
         check_messages(messages)
-        images, processor = shown_in(messages), self.processor.within(options)
+        processor, images = self.processor.within(options), self.read_pictures.take(shown_in(messages))
         pictures = self.read_pictures.measure(processor, images)
         laid_out = processor.lay_out(turns_of(messages, pictures))
         max_new_tokens = self.planner.new_tokens(len(laid_out), options)
@@ -38,5 +38,5 @@ class Preparer:
         pixel_bytes = self.read_pictures.pixel_bytes(processor, pictures)
         plan = self.memory.plan(pool_pages, options, shape, steps, state, pictures, pixel_bytes)
         workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
-        read = self.read_pictures(processor, images, pictures, laid_out)
+        read = self.read_pictures(processor, images, pictures, laid_out, options.transparency)
         return Request(read, options, plan, max_new_tokens, device, workspace=workspace)

@@ -290,8 +290,8 @@ class Runtime:
     def generate(
         self, images: Sequence[Source], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
     ) -> Generation:
-        """Ask about ``images`` (paths, bytes, Pillow images, or :class:`Frames`): an iterator of :class:`TokenEvent`.
-        Those that are open together are decoded together. ``before``: as :meth:`prepare`."""
+        """Ask about ``images`` (paths, bytes, streams, arrays, Pillow images, :class:`Frames`): an iterator of
+        :class:`TokenEvent`. Those that are open together are decoded together. ``before``: as :meth:`prepare`."""
         return self.submit(self.prepare(images, prompt, options, before))
 
     def open_images(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from avl_edge.cli import run_app
+from avl_edge.cli.profiles import OWN_PROFILES, search_path
 from avl_edge.machine import device, profile
 from tests import ROOT
 from tests.equipment.profiles import ORIN, TEXT, measured_profile
@@ -83,3 +84,34 @@ def test_what_is_measured_in_the_repository_is_not_among_what_is_shipped(
     monkeypatch.chdir(tmp_path)
     assert run_app(["profile", "show", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_the_search_path_is_one_and_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The work's folder, the user's, the system's (where the unit writes), then what is shipped."""
+    folders = [tmp_path / name for name in ("work", "user", "system")]
+    monkeypatch.setattr("avl_edge.cli.profiles.search_path", lambda: tuple(folders))
+    monkeypatch.setattr("avl_edge.cli.profile.search_path", lambda: tuple(folders))
+    facts = device.probe()
+    mine = replace(ORIN, device=profile.device_of(facts), power_mode=profile.mode_of(facts))
+    for folder in reversed(folders):
+        profile.save(replace(mine, name=folder.name), folder / "p.yaml")
+        assert run_app(["profile", "list", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["search_path"] == list(map(str, folders))
+        (used,) = [row for row in document["profiles"] if row["used"]]
+        assert (used["name"], used["from"]) == (folder.name, str(folder / "p.yaml"))
+        assert run_app(["profile", "show", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == folder.name
+    assert document["profiles"][-1]["from"] == "shipped"
+    assert run_app(["profile", "list"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("* work ")
+    assert "then those that are shipped" in out
+
+
+def test_the_unit_writes_where_everybody_looks() -> None:
+    unit = (ROOT / "tools/deploy/avl-edge-profile@.service").read_text()
+    written = Path(unit.split("WorkingDirectory=")[1].split()[0]) / OWN_PROFILES
+    assert written in search_path()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from avl_edge import Options, Runtime
 from tests.equipment.command_line import PROMPT, Outcome
@@ -233,3 +234,15 @@ def test_what_does_not_fit_is_refused_with_the_smallest_that_does(run) -> None: 
     assert run("--kv-budget", smallest.group(1), "--json").code == 0
     assert run("--kv-budget", str(int(smallest.group(1)) - 1), "--json").code == 3
     assert run("--kv-budget", smallest.group(1), "--method", "full").code == 3
+
+
+def test_one_line_says_where_transparency_mattered(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "sign.png"
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(path)
+    options = ["--max-new-tokens", "3"]
+    outcome = run(*options, image=str(path))
+    note = f"'{path}' is transparent in 100 % of its pixels, which is shown in the colours behind it"
+    assert outcome.err.startswith(f"avl-edge: {note}: transparency white or black puts it on a background\n")
+    assert json.loads(run(*options, "--json", image=str(path)).out)["notes"][0].startswith(note)
+    assert "transparent" not in run(*options, "--transparency", "white", image=str(path)).err
+    assert "drop, white, black, not 'grey'" in run(*options, "--transparency", "grey", image=str(path)).err

@@ -134,13 +134,16 @@ def test_tegrastats_line_of_an_agx_orin() -> None:
         ("GR3D_FREQ 99%@408", 99, (408_000_000,)),
         ("GR3D_FREQ 0%@[305]", 0, (305_000_000,)),
         ("GR3D_FREQ 14%@[407,407]", 14, (407_000_000, 407_000_000)),
-        ("GR3D_FREQ 0%@[0,0]", 0, ()),
+        ("GR3D_FREQ 0%@[0,0]", 0, (None, None)),
+        ("GR3D_FREQ @[300,off,600]", None, (300_000_000, None, 600_000_000)),
+        ("GR3D_FREQ @[0, 300, 400]", None, (None, 300_000_000, 400_000_000)),
+        ("GR3D_FREQ 5% @[N/A,,612]", 5, (None, None, 612_000_000)),
         ("GR3D_FREQ @1300", None, (1_300_000_000,)),
-        ("GR3D_FREQ 999%@999999", None, ()),
+        ("GR3D_FREQ 999%@999999", None, (None,)),
         ("no engine here", None, ()),
     ],
 )
-def test_forms_of_the_gpu_load(text: str, percent: int | None, clocks: tuple[int, ...]) -> None:
+def test_forms_of_the_gpu_load(text: str, percent: int | None, clocks: tuple[int | None, ...]) -> None:
     stats = tegrastats.parse_tegrastats(f"RAM 1/2MB {text} VIC_FREQ 115")
     assert stats is not None
     assert (stats.gpu_percent, stats.gpu_hz) == (percent, clocks)
@@ -190,6 +193,13 @@ def test_releases_that_are_known() -> None:
         ("nvidia,p3737-0000+p3701-0005\0nvidia,p3701-0005\0nvidia,tegra234\0", "p3701-0005"),
         ("nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0", "p3767-0005"),
         ("nvidia,p3737-0000+p3701-0004\0nvidia,tegra234\0", "p3701-0004"),
+        ("nvidia,p2972-0000\0nvidia,tegra194\0", None),
+        ("nvidia,p2771-0000\0nvidia,tegra186\0", None),
+        ("nvidia,p3450-0000\0nvidia,jetson-nano\0nvidia,tegra210\0", None),
+        ("nvidia,p3509-0000+p3668-0001\0nvidia,p3509-0000\0nvidia,tegra194\0", "p3668-0001"),
+        ("nvidia,p2822-0000+p2888-0004\0nvidia,tegra194\0", "p2888-0004"),
+        ("nvidia,p4071-0000+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0", "p3834-0008"),
+        ("nvidia,p5000-0000+p5001-0003\0nvidia,tegra999\0", "p5001-0003"),
         ("raspberrypi,5-model-b\0brcm,bcm2712\0", None),
     ],
 )

@@ -128,7 +128,7 @@ def test_own_profiles_come_before_shipped_ones(tmp_path: Path) -> None:
     facts = device.probe(TREES / "pc-no-gpu")
     mine = replace(SHIPPED["cpu-x86"], name="mine", device=profile.device_of(facts))
     profile.save(mine, tmp_path / "mine.yaml")
-    assert profile.for_machine(facts, profile.own(tmp_path)) == mine
+    assert profile.for_machine(facts, [each for _, each in profile.own(tmp_path)]) == mine
     stranger = replace(mine, device=replace(mine.device, cpu="another processor"))
     assert profile.for_machine(facts, [stranger]).name == "cpu-x86"
 

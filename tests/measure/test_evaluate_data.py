@@ -68,7 +68,8 @@ class TestLines:
             (_row(answers=[]), "there is no answer to compare with"),
             (_row(answers=["", " "]), "there is no answer to compare with"),
             (_row(answers=None), "the answers must be a list of texts"),
-            (_row(answers=["yes", 3]), "the answers must be a list of texts"),
+            (_row(answers=["yes", True]), "the answers must be a list of texts"),
+            (_row(answers=["yes", {}]), "the answers must be a list of texts"),
             (b"9" * 5000, "it is not valid JSON"),
         ],
     )
@@ -155,7 +156,7 @@ def _flickr_splits(folder: Path) -> None:
 
 def _flickr_tokens(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    text = "test.jpg#0\tA cat.\ntest.jpg#1\tA small cat.\na line without a caption\n"
+    text = "test.jpg#0\tA cat.\ntest.jpg#1\tA small cat.\n\n"
     (folder / "results_20130124.token").write_text(text)
     _picture(folder / "flickr30k-images" / "test.jpg")
 

@@ -58,6 +58,16 @@ class TestReport:
         }
         return report(runtime, Questions("hand", tuple(items), ()), Asked(answers), "exact_match")["results"]
 
+    def test_one_answer_has_no_interval_and_lost_references_are_told(self, runtime: Runtime) -> None:
+        full = Setting("full")
+        items = tuple(Question(f"line {i}", Path(), "?", ("t-shirt",) * 10) for i in range(2))
+        asked = Asked({full: {0: _answer(0, full, "t-shirt", (1,))}})
+        document = report(runtime, Questions("hand", items, ()), asked, "vqa_accuracy")
+        assert document["results"][0]["score_interval"] is None
+        assert document["results"][0]["score"] == 0
+        (warning,) = document["warnings"]
+        assert "nothing for 't-shirt', the reference of line 0 and 1 more" in warning
+
     def test_quality(self, rows: list[dict[str, Any]]) -> None:
         full, half = rows
         assert (full["score"], half["score"]) == (1.0, 0.5)

@@ -16,11 +16,10 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from PIL import Image
 
 from avl_edge.errors import BadImage, BadInput, BadModel
-from avl_edge.model.images import check_sources, open_image
+from avl_edge.model.images import open_image, take_sources
 from avl_edge.model.images.config import ImageProcessorConfig
 from avl_edge.model.images.headers import read_header
 from avl_edge.model.images.preprocess import preprocess
@@ -52,7 +51,6 @@ def photograph(width: int, height: int, channels: int = 3, seed: int = 0) -> np.
 
 def reference(path: Path, config: dict) -> np.ndarray:
     """What transformers, without torchvision, makes of the file."""
-    import transformers
 
     name = config["image_processor_type"]
     processor = getattr(transformers, name + "Pil")(**{k: v for k, v in config.items() if k != "image_processor_type"})
@@ -87,10 +85,6 @@ def test_any_size_and_crop_equal_transformers(width: int, height: int, edge: int
     assert np.array_equal(preprocess(image, ImageProcessorConfig.parse(config, "test")), expected)
 
 
-def _gray16() -> Image.Image:
-    return Image.fromarray(photograph(90, 70, 1)[..., 0].astype(np.uint16) * 257)
-
-
 KINDS = {
     "palette.png": lambda: Image.fromarray(photograph(90, 70)).quantize(32),
     "gray.jpg": lambda: Image.fromarray(photograph(90, 70, 1)[..., 0]),
@@ -98,7 +92,6 @@ KINDS = {
     "rgba.png": lambda: Image.fromarray(photograph(90, 70, 4)),
     "rgba.webp": lambda: Image.fromarray(photograph(90, 70, 4)),
     "lossy.webp": lambda: Image.fromarray(photograph(90, 70)),
-    "sixteen_bit.png": _gray16,
     "one_bit.png": lambda: Image.fromarray(photograph(90, 70)).convert("1"),
     "cmyk.jpg": lambda: Image.fromarray(photograph(90, 70)).convert("CMYK"),
     "rgb.bmp": lambda: Image.fromarray(photograph(90, 70)),
@@ -119,34 +112,6 @@ def test_every_kind_of_picture_equals_transformers(tmp_path: Path, name: str) ->
     header = read_header(path.read_bytes(), path.suffix[1:].upper().replace("JPG", "JPEG"))
     assert header
     assert (header.width, header.height) == (90, 70)
-
-
-blends_keys = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"),
-    reason="the reference on this Python drops a transparent colour; since 5.23 transformers blends it onto white",
-)
-
-
-@blends_keys
-@pytest.mark.parametrize("transparency", [3, bytes(range(32))], ids=["one colour", "opacity per colour"])
-def test_palette_with_transparency_equals_transformers(tmp_path: Path, transparency: int | bytes) -> None:
-    path = tmp_path / "palette.png"
-    Image.fromarray(photograph(90, 70)).quantize(32).save(path, transparency=transparency)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pixels = ours(path, CLIP)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow advises transformers to convert to RGBA
-        assert np.array_equal(pixels, reference(path, CLIP))
-
-
-@blends_keys
-def test_colour_key_in_rgb_equals_transformers(tmp_path: Path) -> None:
-    path = tmp_path / "key.png"
-    array = photograph(90, 70)
-    array[:20] = (1, 2, 3)
-    Image.fromarray(array).save(path, transparency=(1, 2, 3))
-    assert np.array_equal(ours(path, CLIP), reference(path, CLIP))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -272,15 +237,15 @@ def test_bad_paths_are_refused(tmp_path: Path) -> None:
     for path, reason in cases.items():
         with pytest.raises(BadImage, match=reason):
             open_image(path)
-    with pytest.raises(BadImage, match="not ndarray"):
-        open_image(np.zeros((2, 2, 3), dtype=np.uint8))
+    with pytest.raises(BadImage, match="not int"):
+        open_image(5)  # type: ignore[arg-type]
 
 
 def test_a_string_is_no_picture(tmp_path: Path) -> None:
     """A service that hands on a client's string must not read files of its own."""
     path = tmp_path / "picture.png"
     path.write_bytes(encoded("PNG"))
-    for refused in (lambda: open_image(str(path)), lambda: check_sources([path, str(path)])):
+    for refused in (lambda: open_image(str(path)), lambda: take_sources([path, str(path)])):
         with pytest.raises(BadInput, match=r"give pathlib\.Path\(\.\.\.\), or give its bytes"):
             refused()
 

@@ -111,9 +111,10 @@ def test_tokens_described_only_in_the_tokenizers_settings_are_added_as_transform
     ("generation", "config", "expected"),
     [
         ({"eos_token_id": [2, 5]}, {"eos_token_id": 7}, {2, 5}),
-        ({"eos_token_id": 9}, {}, {9}),
-        ({}, {"eos_token_id": 7, "text_config": {"eos_token_id": 8}}, {7}),
-        (None, {"text_config": {"eos_token_id": 8}}, {8}),
+        ({"eos_token_id": 9}, {}, {9, 2}),
+        ({"eos_token_id": []}, {"eos_token_id": 7}, set()),
+        ({}, {"eos_token_id": 7, "text_config": {"eos_token_id": 8}}, {7, 2}),
+        (None, {"text_config": {"eos_token_id": 8}}, {8, 2}),
         (None, {"text_config": {"eos_token_id": None}}, {2}),
     ],
 )

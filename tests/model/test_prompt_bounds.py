@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avl_edge.cli import run_app
-from avl_edge.config import MODEL_FILE_BYTES
 from avl_edge.errors import BadModel, TooLarge
+from avl_edge.files import MODEL_FILE_BYTES
 from avl_edge.model.prompt import Processor
 from avl_edge.model.prompt.chat import one_question
 from avl_edge.model.prompt.processor import CHARACTERS_PER_TOKEN

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avl_edge.errors import BadModel
 from avl_edge.machine.device import DeviceFacts, Gpu, Software
+from avl_edge.package.directory import is_package
 from avl_edge.package.engine import BadPackage, Mismatch, Platform, open_package, publish
 from tests.equipment.published import FINGERPRINT, ORIN, SHAPES, contents, fill, names
 
@@ -26,17 +31,63 @@ def test_published_package_opens(out: Path) -> None:
             package["other.engine"]
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_directories_are_private(tmp_path: Path, exists: bool) -> None:
-    previous = os.umask(0)
-    if exists:
-        (tmp_path / "out").mkdir(mode=0o777)
+@pytest.mark.parametrize(
+    ("umask", "existing", "mode"),
+    [
+        (0o022, None, 0o755),
+        (0o077, None, 0o700),
+        (0o002, None, 0o755),
+        (0, None, 0o755),
+        (0o022, 0o750, 0o750),
+        (0o077, 0o755, 0o755),
+        (0o022, 0o777, 0o755),
+        (0o022, 0o2775, 0o2755),
+    ],
+)
+def test_modes_follow_the_folder_and_the_umask_and_nobody_else_writes(
+    tmp_path: Path, umask: int, existing: int | None, mode: int
+) -> None:
+    out, previous = tmp_path / "out", os.umask(umask)
     try:
-        publish(tmp_path / "out", "1.0", fill())
+        if existing is not None:
+            out.mkdir()
+            out.chmod(existing)
+        publish(out, "1.0", fill())
     finally:
         os.umask(previous)
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out", *(tmp_path / "out").glob("build-*"))}
-    assert modes == {0o700}
+    assert stat.S_IMODE(out.stat().st_mode) == mode
+    (built,) = out.glob("build-*")
+    assert stat.S_IMODE(built.stat().st_mode) & 0o777 == mode & 0o777
+    files = [out / "manifest.json", *built.iterdir()]
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o777 for path in files} == {mode & 0o666}
+    with open_package(out):
+        pass
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can build for a service's user")
+def test_what_root_built_a_service_s_user_reads_and_what_it_may_not_is_one_line() -> None:
+    with tempfile.TemporaryDirectory() as name:  # which pytest's own folder would hide
+        Path(name).chmod(0o755)
+        out = Path(name) / "out"
+        publish(out, "1.0", fill("shared"))
+        out.chmod(0o755)
+        with _as_nobody():
+            assert contents(out) == "shared"
+            assert is_package(out)
+        out.chmod(0o700)
+        with _as_nobody():
+            for refused in (lambda: open_package(out), lambda: is_package(out)):
+                with pytest.raises(BadModel, match=r"denied|may not be read by this user: chmod"):
+                    refused()
+
+
+@contextmanager
+def _as_nobody() -> Iterator[None]:
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def test_new_build_replaces_the_old(out: Path) -> None:
@@ -164,7 +215,7 @@ class TestDamage:
     def test_directory_that_others_can_write(self, out: Path) -> None:
         for directory in (out, next(out.glob("build-*"))):
             directory.chmod(0o770)
-            with pytest.raises(BadPackage, match="chmod 700"):
+            with pytest.raises(BadPackage, match="chmod go-w"):
                 open_package(out)
             directory.chmod(0o700)
 

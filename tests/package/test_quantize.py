@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from avl_edge import BadInput, BadModel, Options, Runtime
 from avl_edge.errors import Busy
-from avl_edge.model.checkpoint import Weights, load_weights, map_tensors
+from avl_edge.model.checkpoint import Weights, load_weights
+from avl_edge.model.checkpoint_files import map_tensors
 from avl_edge.model.families import read_spec
 from avl_edge.model.prompt import Processor
 from avl_edge.model.vision_language import VisionLanguageModel

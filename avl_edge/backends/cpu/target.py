@@ -11,6 +11,7 @@ from ...config import KvShape, Picture, Progress
 from ...kv.store import RowStore
 from ...machine.ledger import Entry
 from ...model import checkpoint
+from ...model.checkpoint_files import stored_bytes
 from ...model.sizes import ModelShape
 from ...model.spec import ModelSpec
 from ...model.vision_language import VisionLanguageModel
@@ -31,7 +32,7 @@ class Cpu(Target):
         packed = super().weight_bytes(model)
         if self.packed != WeightFormats():
             return packed
-        return max(packed, checkpoint.stored_bytes(self.directory))
+        return max(packed, stored_bytes(self.directory))
 
     def workspace_bytes(self, model: ModelShape, pictures: Sequence[Picture], tokens: int, image_tokens: int) -> int:
         if self.dtype != torch.float16:

@@ -6,11 +6,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from ...config import format_size
+from . import advice
 from .facts import DeviceFacts
 from .jetson_text import memory_bus
+from .known_faults import fault_of_tensorrt
 from .nvidia_text import version_key
 
 OLDEST_TENSORRT = "10.3"
+_IN_FORCE = 0.98
+"""Of a mode's clock: what counts as the same; drivers round to their own steps."""
 PYTHONS = ("3.10", "3.11", "3.12")
 
 # The fp16 head of the largest vocabulary that is common (151,936 x 2048): the one big allocation of a load.
@@ -50,8 +54,8 @@ def _release(facts: DeviceFacts) -> Check:
     software = facts.software
     found = f"L4T {software.l4t or 'unknown'}, JetPack {software.jetpack or 'unknown'}"
     if facts.warnings:
-        advice = "apt-cache policy nvidia-jetpack tells what is installed; engines and profiles are bound to it"
-        return Check("release", "warn", f"{found}; {'; '.join(facts.warnings)}", advice)
+        cure = "apt-cache policy nvidia-jetpack tells what is installed; engines and profiles are bound to it"
+        return Check("release", "warn", f"{found}; {'; '.join(facts.warnings)}", cure)
     if software.l4t is None:
         reason = facts.unknown.get("software.l4t", "")
         return Check("release", "unknown", f"{found} ({reason})", "in a container, mount /etc/nv_tegra_release")
@@ -64,12 +68,16 @@ def _power_mode(facts: DeviceFacts) -> Check:
         reason = facts.unknown.get("power.mode_id", "")
         return Check("power mode", "unknown", reason, "sudo nvpmodel -q tells the mode")
     found = f"{power.mode_name or 'mode'} (id {power.mode_id})"
+    held = _held_below(facts)
+    if held:
+        force = f"sudo nvpmodel -m {power.mode_id} --force, then restart: some clocks change with a restart alone"
+        return Check("power mode", "warn", f"{found} is set but not in force: {', '.join(held)}", force)
     if power.mode_name and power.mode_name.upper().startswith("MAXN"):
         return _unbounded_mode(facts, found)
     best = max((mode for mode in power.modes if mode.unbounded), key=lambda mode: len(mode.name), default=None)
     if best is None:
         return Check("power mode", "unknown", f"{found}; no MAXN in /etc/nvpmodel.conf", "sudo nvpmodel -p --verbose")
-    mine = next((mode for mode in power.modes if mode.id == power.mode_id), None)
+    mine = power.mode
     clocks = (("GPU", mine and mine.gpu_max_hz), ("memory", mine and mine.emc_max_hz))
     caps = [f"{name} at most {clock / 1e6:g} MHz" for name, clock in clocks if clock]
     return Check(
@@ -81,6 +89,22 @@ def _power_mode(facts: DeviceFacts) -> Check:
     )
 
 
+def _held_below(facts: DeviceFacts) -> list[str]:
+    """Clocks that the settings hold below what the mode in force allows, where it says so."""
+    mode, gpu = facts.power.mode, facts.gpus[0] if facts.gpus else None
+    if mode is None:
+        return []
+    clocks = (
+        ("GPU", gpu and gpu.max_hz, mode.gpu_max_hz or (gpu and mode.unbounded and gpu.most_hz)),
+        ("CPU", facts.cpu.max_hz, mode.cpu_max_hz),
+    )
+    return [
+        f"{name} at most {now / 1e6:g} of {then / 1e6:g} MHz"
+        for name, now, then in clocks
+        if now and then and now < _IN_FORCE * then
+    ]
+
+
 def _unbounded_mode(facts: DeviceFacts, found: str) -> Check:
     """A cap on the memory clock can outlive the mode that set it."""
     bus = memory_bus(facts.identity.module_id or "")
@@ -88,28 +112,32 @@ def _unbounded_mode(facts: DeviceFacts, found: str) -> Check:
     if bus is None or bus.max_hz is None or cap is None or cap >= bus.max_hz:
         return Check("power mode", "ok", found)
     slow = f"{found}, but the memory clock is held at {cap / 1e6:g} of {bus.max_hz / 1e6:g} MHz"
-    advice = f"set the mode anew: sudo nvpmodel -m {facts.power.mode_id} --force, then sudo jetson_clocks"
-    return Check("power mode", "warn", slow, advice)
+    cure = f"set the mode anew: sudo nvpmodel -m {facts.power.mode_id} --force, then sudo jetson_clocks"
+    return Check("power mode", "warn", slow, cure)
 
 
 def _tensorrt(facts: DeviceFacts) -> Check:
     cuda = f"CUDA {facts.software.cuda or 'unknown'}"
     tensorrt = facts.software.tensorrt
     if tensorrt is None:
-        return Check("tensorrt", "fail", f"not installed; {cuda}", "sudo apt install nvidia-jetpack")
+        return Check("tensorrt", "fail", f"not installed; {cuda}", advice.missing_tensorrt(facts, OLDEST_TENSORRT))
+    found = f"TensorRT {tensorrt}, {cuda}"
     if version_key(tensorrt) < version_key(OLDEST_TENSORRT):
-        advice = f"TensorRT {OLDEST_TENSORRT} or later is needed: install JetPack 6.1 or later"
-        return Check("tensorrt", "fail", f"TensorRT {tensorrt}, {cuda}", advice)
-    return Check("tensorrt", "ok", f"TensorRT {tensorrt}, {cuda}")
+        return Check("tensorrt", "fail", found, advice.newer_tensorrt(facts, OLDEST_TENSORRT))
+    fault = fault_of_tensorrt(facts.identity.soc, tensorrt)
+    if fault:
+        compare = f"compare answers with --device cpu, or install a later JetPack ({fault.source})"
+        return Check("tensorrt", "warn", f"{found}; {fault.what}", compare)
+    return Check("tensorrt", "ok", found)
 
 
 def _container(facts: DeviceFacts) -> Check | None:
     if facts.gpu_nodes or not (facts.identity.container or facts.root == "/"):
         return Check("container", "ok", "with access to the GPU") if facts.identity.container else None
     if not facts.identity.container:
-        return Check("gpu access", "fail", "no GPU device under /dev", "load the driver: sudo modprobe nvgpu")
-    advice = "start it with: docker run --runtime nvidia -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics"
-    return Check("container", "fail", "no GPU device in this container", advice)
+        return Check("gpu access", "fail", "no GPU device under /dev", advice.load_driver(facts))
+    start = "start it with: docker run --runtime nvidia -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics"
+    return Check("container", "fail", "no GPU device in this container", start)
 
 
 def _free_blocks(facts: DeviceFacts) -> Check:
@@ -131,16 +159,21 @@ def _page_cache(facts: DeviceFacts) -> Check | None:
     free, available = format_size(memory.free_bytes), format_size(memory.available_bytes)
     found = f"{free} free, {available} with the page cache given back"
     if memory.free_bytes < memory.total_bytes // 10 and memory.available_bytes > 2 * memory.free_bytes:
-        advice = f"CUDA reports only the first figure; this program counts the second. {_FREE_BLOCKS_ADVICE}"
-        return Check("page cache", "warn", found, advice)
+        cure = f"CUDA reports only the first figure; this program counts the second. {_FREE_BLOCKS_ADVICE}"
+        return Check("page cache", "warn", found, cure)
     return Check("page cache", "ok", found)
 
 
 def _jetson_stats(facts: DeviceFacts) -> Check:
+    if facts.telemetry == "jetson-stats":
+        return Check("jetson-stats", "ok", "installed; readings are from it")
+    if facts.software.jetson_stats and facts.root == "/":
+        found = f"installed, but does not answer; readings are from {facts.telemetry}"
+        return Check("jetson-stats", "warn", found, "sudo systemctl restart jtop.service")
     if facts.software.jetson_stats:
         return Check("jetson-stats", "ok", f"installed; readings are from {facts.telemetry}")
-    advice = "optional; for the memory clock without root: sudo pip3 install -U jetson-stats"
-    return Check("jetson-stats", "warn", f"not installed; readings are from {facts.telemetry}", advice)
+    optional = f"optional; for the memory clock without root: {advice.install_jetson_stats(facts)}"
+    return Check("jetson-stats", "warn", f"not installed; readings are from {facts.telemetry}", optional)
 
 
 def _gpu(facts: DeviceFacts) -> Check:
@@ -148,8 +181,8 @@ def _gpu(facts: DeviceFacts) -> Check:
         names = ", ".join(f"{gpu.name} ({gpu.sm or 'sm unknown'})" for gpu in facts.gpus)
         if facts.gpu_nodes or (facts.root != "/" and not facts.identity.container):
             return Check("gpu", "ok", names)
-        advice = "in a container: docker run --gpus all; otherwise: sudo nvidia-modprobe -u -c 0"
-        return Check("gpu", "warn", f"{names}, without a device under /dev", advice)
+        cure = "in a container: docker run --gpus all; otherwise: sudo nvidia-modprobe -u -c 0"
+        return Check("gpu", "warn", f"{names}, without a device under /dev", cure)
     if facts.software.nvidia_driver:
         found = f"driver {facts.software.nvidia_driver}, but no GPU is listed"
         return Check("gpu", "warn", found, "nvidia-smi tells why")
@@ -168,8 +201,8 @@ def _python(facts: DeviceFacts) -> Check:
 def _compiler(facts: DeviceFacts) -> Check:
     if facts.software.compiler:
         return Check("compiler", "ok", facts.software.compiler)
-    advice = "the native kernels are built at install: sudo apt install g++, then install again; without, torch is used"
-    return Check("compiler", "warn", "no C++ compiler", advice)
+    cure = "the native kernels are built at install: sudo apt install g++, then install again; without, torch is used"
+    return Check("compiler", "warn", "no C++ compiler", cure)
 
 
 def _memory(facts: DeviceFacts) -> Check:
@@ -215,8 +248,7 @@ def _swap(facts: DeviceFacts) -> Check | None:
     if "memory.swaps" in facts.unknown:
         return None
     if zram > 64 << 20:
-        advice = "zram keeps them in the same memory: sudo systemctl disable nvzramconfig, and swap to NVMe"
-        return Check("swap", "warn", f"{format_size(zram)} in zram", advice)
+        return Check("swap", "warn", f"{format_size(zram)} in zram", advice.leave_zram(facts))
     if size and used > size // 2:
         return Check("swap", "warn", f"{format_size(used)} of {format_size(size)} used", "end other programs")
     return Check("swap", "ok", f"{format_size(used)} of {format_size(size)} used" if size else "none")
@@ -224,7 +256,7 @@ def _swap(facts: DeviceFacts) -> Check | None:
 
 def _temperature(facts: DeviceFacts) -> Check | None:
     thermal = facts.thermal
-    cooling = "clean or speed up the fan (sudo jetson_clocks --fan), or choose a lower power mode"
+    cooling = advice.cool_down(facts)
     if thermal.throttling:
         return Check("temperature", "warn", f"slowed down now: {', '.join(thermal.throttling)}", cooling)
     if not thermal.temperatures:

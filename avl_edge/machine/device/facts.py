@@ -151,7 +151,10 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA GPU. ``sm`` like ``sm_87``; ``memory_bytes`` None for one that shares main memory (``integrated``)."""
+    """A CUDA GPU. ``sm`` like ``sm_87``; ``memory_bytes`` None for one that shares main memory (``integrated``).
+
+    ``max_hz``: the fastest clock that the present settings allow; ``most_hz``: of all settings.
+    """
 
     name: str
     integrated: bool = False
@@ -161,6 +164,7 @@ class Gpu:
     min_hz: int | None = None
     max_hz: int | None = None
     load_percent: float | None = None
+    most_hz: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,14 @@ class PowerMode:
         return self.name.upper().startswith("MAXN")
 
 
+_WHOLE_BOARD = frozenset(("VDD_IN", "POM_5V_IN", "VIN"))
+"""Orin NX and Nano, Xavier NX and TX2; Nano; AGX Thor. ``VIN_SYS_5V0`` is what the board's 5 V draw, a part."""
+
+
 @dataclass(frozen=True)
 class Rail:
-    """A power rail that the board measures; ``power_mw`` is volts times amperes where only those are read."""
+    """A power rail that the board measures; ``power_mw`` is volts times amperes where only those are read. Below 0 it
+    is the sensor's offset: the rail draws next to nothing."""
 
     name: str
     power_mw: int
@@ -200,13 +209,24 @@ class Power:
     rails: tuple[Rail, ...] = ()
 
     @property
-    def rails_sum_mw(self) -> int | None:
-        """Derived: the sum of the rails, or the whole board where a VDD_IN rail measures it.
+    def mode(self) -> PowerMode | None:
+        """The mode in force, where nvpmodel.conf describes it."""
+        return next((mode for mode in self.modes if mode.id == self.mode_id), None)
 
-        Without VDD_IN (AGX Orin) the sum is less than what the board draws.
-        """
-        whole = [rail.power_mw for rail in self.rails if rail.name.upper() in ("VDD_IN", "POM_5V_IN")]
-        return whole[0] if whole else sum(rail.power_mw for rail in self.rails) if self.rails else None
+    @property
+    def whole_board(self) -> Rail | None:
+        """The rail that measures all that the board draws, of which every other is a part; None where none does (AGX
+        Orin, AGX Xavier)."""
+        return next((rail for rail in self.rails if rail.name.upper() in _WHOLE_BOARD), None)
+
+    @property
+    def rails_sum_mw(self) -> int | None:
+        """Derived: what :attr:`whole_board` measures, or else the sum of the rails, which is less than what the board
+        draws."""
+        whole = self.whole_board
+        if whole:
+            return whole.power_mw
+        return sum(rail.power_mw for rail in self.rails) if self.rails else None
 
 
 @dataclass(frozen=True)
@@ -229,7 +249,8 @@ class Thermal:
 _DERIVED = {
     "memory.usable_bytes": "the lesser of MemAvailable and the control group's room",
     "memory.cgroup.room_bytes": "limit - (used - reclaimable)",
-    "power.rails_sum_mw": "the VDD_IN rail, or else the sum of the rails, which is less than what the board draws",
+    "power.rails_sum_mw": "the rail of the whole board (VDD_IN, POM_5V_IN or VIN), or else the sum of the rails, which "
+    "is less than what the board draws",
 }
 
 

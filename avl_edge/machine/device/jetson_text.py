@@ -9,21 +9,47 @@ from .facts import PowerMode
 from .values import hertz, hertz_of_khz, integer, line_of
 
 _RELEASE = re.compile(r"R([0-9]{1,3})\s*\(release\),\s*REVISION:\s*([0-9]{1,3}(?:\.[0-9]{1,3}){0,2})", re.IGNORECASE)
-_MODULE = re.compile(r"(?:nvidia,|\+)(p[0-9]{4}-[0-9]{4})(?:-[a-z]+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(nvidia,|\+)(p[0-9]{4})(-[0-9]{4})(?:-[a-z]+)?", re.IGNORECASE)
 _SOC = re.compile(r"nvidia,(tegra[0-9]{2,4})", re.IGNORECASE)
 _MODE = re.compile(r"<\s*POWER_MODEL\b([^<>]*)>", re.IGNORECASE)
 _DEFAULT = re.compile(r"<\s*PM_CONFIG\s+DEFAULT=([0-9]{1,4})\s*>", re.IGNORECASE)
-_QUERY = re.compile(r"NV Power Mode:\s*(\S{1,64})\s*\r?\n\s*([0-9]{1,4})\b", re.IGNORECASE)
+_QUERY = re.compile(r"NV Power Mode:[ \t]*(\S[^\r\n]{0,63})", re.IGNORECASE)
+_MOST_NOISE = 20
 _STATUS = re.compile(r"\bpmode:([0-9]{1,4})\b", re.IGNORECASE)
 
 # The release file knows no JetPack version, so where the package is missing it has to be looked up.
 _JETPACK_OF_L4T = {
+    "32.6.1": "4.6",
+    "32.7.1": "4.6.1",
+    "35.1.0": "5.0.2",
+    "35.2.1": "5.1",
+    "35.3.1": "5.1.1",
+    "35.4.1": "5.1.2",
+    "35.5.0": "5.1.3",
+    "35.6.0": "5.1.4",
+    "36.3.0": "6.0",
     "36.4.0": "6.1",
     "36.4.3": "6.2",
     "36.4.4": "6.2.1",
     "36.4.7": "6.2.1",
     "36.5.0": "6.2.2",
     "39.2.0": "7.2",
+}
+
+_JETPACK_OF_SERIES = {"32": "4.x", "35": "5.x", "36": "6.x", "38": "7.x", "39": "7.x"}
+
+# Numbers of modules. Boards and whole kits have such numbers too (p2972: the kit of an AGX Xavier), and stand alike.
+_MODULES = {
+    "p2180": "TX1",
+    "p3310": "TX2",
+    "p3489": "TX2i, TX2 4 GB",
+    "p3636": "TX2 NX",
+    "p3448": "Nano",
+    "p2888": "AGX Xavier",
+    "p3668": "Xavier NX",
+    "p3701": "AGX Orin",
+    "p3767": "Orin NX, Orin Nano",
+    "p3834": "AGX Thor",
 }
 
 # What the chip cannot be asked without running CUDA on it, by its device-tree name and its chip id.
@@ -53,11 +79,13 @@ def parse_model(text: str) -> str | None:
 def parse_module_id(text: str) -> str | None:
     """The module such as ``p3701-0005`` of a device tree's ``compatible``.
 
-    It has an entry of its own, or stands behind the carrier board's: ``nvidia,p3737-0000+p3701-0005``.
+    It has an entry of its own, or stands behind the carrier board's: ``nvidia,p3737-0000+p3701-0005``. A number that is
+    not known for a module's is none, unless it stands in that place.
     """
-    own = [match[1] for entry in text.split("\0") if (match := _MODULE.fullmatch(entry.strip()))]
-    found = own or [match[1] for match in _MODULE.finditer(text) if match[0].startswith("+")]
-    return found[0].lower() if found else None
+    own = [match for entry in text.split("\0") if (match := _NUMBER.fullmatch(entry.strip()))]
+    behind = [match for match in _NUMBER.finditer(text) if match[1] == "+"]
+    found = [match for match in own if match[2].lower() in _MODULES] or behind
+    return (found[0][2] + found[0][3]).lower() if found else None
 
 
 def parse_soc(text: str) -> str | None:
@@ -73,10 +101,15 @@ def parse_chip_id(text: str) -> str | None:
 
 
 def jetpack_of_l4t(l4t: str) -> str | None:
-    """The JetPack release that is known to carry this L4T version; None for one that is not known."""
+    """The JetPack release, or those, that are known to carry this L4T version; None for one that is not known."""
     if l4t.startswith("38."):
         return "7.0 or 7.1"
     return _JETPACK_OF_L4T.get(l4t)
+
+
+def jetpack_series(l4t: str) -> str | None:
+    """Such as ``6.x``: what a release of this series belongs to, whether or not it is one that is known."""
+    return _JETPACK_OF_SERIES.get(l4t.split(".", maxsplit=1)[0])
 
 
 def sm_of_soc(soc: str) -> str | None:
@@ -102,9 +135,11 @@ def parse_mode_id(text: str) -> int | None:
 
 
 def parse_mode_query(text: str) -> tuple[int, str] | None:
-    """(id, name) of what ``nvpmodel -q`` prints."""
+    """(id, name) of what ``nvpmodel -q`` prints; warnings may stand between the two."""
     match = _QUERY.search(text)
-    return (int(match[2]), match[1]) if match else None
+    lines = text[match.end() :].splitlines()[:_MOST_NOISE] if match else ()
+    mode_id = next((found for line in lines if (found := integer(line, 0, 9999)) is not None), None)
+    return (mode_id, match[1].strip()) if match and mode_id is not None else None
 
 
 def parse_default_mode(text: str) -> int | None:

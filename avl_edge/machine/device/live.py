@@ -20,7 +20,7 @@ from typing import Any
 
 from .facts import Rail, Temperature
 from .tree import Reading, Tree
-from .values import celsius, hertz_of_khz, integer, line_of
+from .values import celsius, hertz_of_khz, integer, is_constant, line_of
 
 MAX_OUTPUT = 1 << 20
 
@@ -139,13 +139,9 @@ def parse_jtop(text: str) -> JtopSample | None:
         Temperature(name, value)
         for name, zone in _items(sample.get("temperature"))
         if (value := celsius(str(zone.get("temp") if isinstance(zone, dict) else zone))) is not None
+        and not is_constant(name)
     )
-    power = sample.get("power")
-    rails = tuple(
-        rail
-        for name, values in _items(power.get("rail") if isinstance(power, dict) else None)
-        if isinstance(values, dict) and (rail := _rail(name, values))
-    )
+    rails = _rails(sample.get("power"))
     return JtopSample(temperatures, rails, _emc(sample.get("memory"))) if temperatures or rails else None
 
 
@@ -155,8 +151,19 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     return [(name, entry) for key, entry in entries if (name := line_of(str(key)))]
 
 
+def _rails(power: Any) -> tuple[Rail, ...]:
+    """The rail of the whole board stands beside the others, as the total, and has a name then; a total without one is
+    a sum."""
+    if not isinstance(power, dict):
+        return ()
+    total = power.get("tot")
+    named = [(str(total["name"]), total)] if isinstance(total, dict) and "name" in total else []
+    listed = dict([*_items(dict(named)), *_items(power.get("rail"))])
+    return tuple(rail for name, values in listed.items() if isinstance(values, dict) and (rail := _rail(name, values)))
+
+
 def _rail(name: str, values: dict[str, Any]) -> Rail | None:
-    power, voltage, current = (integer(str(values.get(key)), 0, 10**6) for key in ("power", "volt", "curr"))
+    power, voltage, current = (integer(str(values.get(key)), -(10**6), 10**6) for key in ("power", "volt", "curr"))
     return None if power is None else Rail(name, power, voltage, current)
 
 

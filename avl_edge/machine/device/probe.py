@@ -43,7 +43,7 @@ def probe(root: str | Path = "/") -> DeviceFacts:
     return DeviceFacts(
         root=str(find.tree.root),
         identity=identity,
-        software=find_software(find, identity),
+        software=find_software(find, identity, telemetry.source),
         memory=find_memory(find, identity, telemetry),
         cpu=find_cpu(find),
         gpus=find_gpus(find, identity),

@@ -38,6 +38,7 @@ def _integrated(find: Finder, identity: Identity) -> Gpu:
     if folder is None:
         find.unknown["gpus.max_hz"] = "no GPU under /sys/class/devfreq"
     clocks = [find.quietly(f"{folder}/{name}_freq", hertz) if folder else None for name in ("cur", "min", "max")]
+    offered = find.quietly(f"{folder}/available_frequencies", clocks_of) if folder else None
     load = find.first("gpus.load_percent", *((path, lambda text: integer(text, 0, 1000)) for path in _LOADS))
     return Gpu(
         name=f"{(identity.soc or 'tegra').capitalize()} GPU",
@@ -46,8 +47,14 @@ def _integrated(find: Finder, identity: Identity) -> Gpu:
         cur_hz=clocks[0],
         min_hz=clocks[1],
         max_hz=clocks[2],
+        most_hz=max(offered, default=None) if offered else None,
         load_percent=None if load is None else load / 10,  # the kernel gives per mille
     )
+
+
+def clocks_of(text: str) -> tuple[int, ...]:
+    """Clocks in Hz, with blanks between them."""
+    return tuple(clock for word in text.split()[:256] if (clock := hertz(word)))
 
 
 def _discrete(find: Finder) -> tuple[Gpu, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .facts import Identity, Power, Rail, Temperature, Thermal
@@ -9,12 +10,14 @@ from .finder import Finder
 from .jetson_text import memory_bus, parse_default_mode, parse_mode_id, parse_mode_query, parse_power_modes
 from .live import parse_jtop
 from .tegrastats import parse_tegrastats
-from .values import celsius, celsius_of_milli, hertz, integer, line_of
+from .values import celsius, celsius_of_milli, hertz, integer, is_constant, line_of
 
 # Both places that kernels have given the cap that the power mode sets.
 _EMC_CAPS = ("/sys/kernel/nvpmodel_clk_cap/emc", "/sys/kernel/nvpmodel_emc_cap/emc_iso_cap")
+_INA238 = "/sys/bus/i2c/drivers/ina238/*/hwmon/hwmon*"
 _EMC_MAX = "/sys/kernel/debug/bpmp/debug/clk/emc/max_rate"
 _MAX_SENSORS = 64
+_ZONE_ENDING = re.compile(r"[-_ ](?:thermal|therm|tegra)(?:[-_]zone)?$")
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ def _default_mode(find: Finder, text: str) -> tuple[int, str] | None:
 
 
 def _sysfs_rails(find: Finder) -> tuple[Rail, ...]:
-    """The channels of the ina3221 sensors that have a label: millivolts times milliamperes."""
-    found = []
+    """The channels of the ina3221 sensors that have a label: millivolts times milliamperes; and Thor's ina238."""
+    found = [rail for folder in find.tree.glob(_INA238) if (rail := _ina238(find, folder))]
     for folder in find.tree.glob("/sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"):
         for channel in (1, 2, 3):
             label = find.quietly(f"{folder}/in{channel}_label", line_of)
             voltage = find.quietly(f"{folder}/in{channel}_input", lambda text: integer(text, 0, 100_000))
-            current = find.quietly(f"{folder}/curr{channel}_input", lambda text: integer(text, 0, 100_000))
+            current = find.quietly(f"{folder}/curr{channel}_input", lambda text: integer(text, -100_000, 100_000))
             if label and label != "NC" and voltage is not None and current is not None:
                 found.append(Rail(label, round(voltage * current / 1000), voltage, current))
     if found:
@@ -83,6 +86,15 @@ def _sysfs_rails(find: Finder) -> tuple[Rail, ...]:
     else:
         find.unknown["power.rails"] = "no ina3221 sensor has labelled channels, and no telemetry tells rails"
     return tuple(found)
+
+
+def _ina238(find: Finder, folder: str) -> Rail | None:
+    """A sensor of one channel that multiplies itself: microwatts."""
+    label = next(
+        (name for each in ("power1", "in1") if (name := find.quietly(f"{folder}/{each}_label", line_of))), None
+    )
+    power = find.quietly(f"{folder}/power1_input", lambda text: integer(text, 0, 10**9))
+    return None if label is None or power is None else Rail(label, round(power / 1000))
 
 
 def find_emc_cap(find: Finder) -> int | None:
@@ -126,8 +138,8 @@ def find_thermal(find: Finder, telemetry: Telemetry) -> Thermal:
 
 
 def _zone_key(name: str) -> str:
-    """sysfs says ``cpu-thermal`` where tegrastats says ``CPU`` or ``cpu``."""
-    return name.lower().removesuffix("_thermal").removesuffix("-thermal")
+    """sysfs says ``cpu-thermal``, and on older modules ``CPU-therm``, where tegrastats says ``CPU`` or ``cpu``."""
+    return _ZONE_ENDING.sub("", name.lower())
 
 
 def _zones(find: Finder) -> list[Temperature]:
@@ -135,7 +147,7 @@ def _zones(find: Finder) -> list[Temperature]:
     for folder in find.tree.glob("/sys/class/thermal/thermal_zone*")[:_MAX_SENSORS]:
         name = find.quietly(f"{folder}/type", line_of)
         value = find.quietly(f"{folder}/temp", celsius_of_milli)
-        if name and value is not None:
+        if name and value is not None and not is_constant(name):
             found.append(Temperature(name, value, _limit(find, folder)))
     return found
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .facts import Identity, Software
 from .finder import Finder
-from .jetson_text import jetpack_of_l4t, parse_release
+from .jetson_text import jetpack_of_l4t, jetpack_series, parse_release
 from .linux_text import parse_packages
 from .live import has_jtop
 from .nvidia_text import (
@@ -34,8 +34,8 @@ def page_bytes(find: Finder) -> int:
     return os.sysconf("SC_PAGE_SIZE") if find.tree.live else 4096
 
 
-def find_software(find: Finder, identity: Identity) -> Software:
-    """The versions that engines and profiles depend on."""
+def find_software(find: Finder, identity: Identity, telemetry: str = "sysfs") -> Software:
+    """The versions that engines and profiles depend on. ``telemetry``: who gave readings, which is there then."""
     jetson = identity.kind == "jetson"
     status = find.tree.read("/var/lib/dpkg/status", MAX_PACKAGE_DATABASE)
     packages = parse_packages(status.text or "") or {}
@@ -44,7 +44,7 @@ def find_software(find: Finder, identity: Identity) -> Software:
     implied = _implied_jetpack(find, l4t) if l4t else None
     if jetson and installed is None and implied is None:
         find.unknown["software.jetpack"] = "no nvidia-jetpack package, and the L4T release is not one that is known"
-    if installed and implied and installed != implied:
+    if installed and implied and not _agree(installed, implied):
         find.warnings.append(
             f"the nvidia-jetpack package says {installed}, L4T {l4t} is known as {implied}: "
             f"the package is believed; was the system upgraded half way?"
@@ -59,17 +59,26 @@ def find_software(find: Finder, identity: Identity) -> Software:
         nvidia_driver=_find_driver(find),
         python=_find_python(find),
         compiler=_find_compiler(find),
-        jetson_stats=has_jtop(find.tree),
+        jetson_stats=telemetry == "jetson-stats" or has_jtop(find.tree),
     )
 
 
 def _implied_jetpack(find: Finder, l4t: str) -> str | None:
     implied = jetpack_of_l4t(l4t)
-    if implied is None:
+    if implied is not None:
+        find.derived["software.jetpack_from_l4t"] = f"the JetPack release that carries L4T {l4t}"
+        return implied
+    series = jetpack_series(l4t)
+    if series is None:
         find.warnings.append(f"L4T {l4t} is not a release that this program knows: facts are read as usual, check them")
     else:
-        find.derived["software.jetpack_from_l4t"] = f"the JetPack release that carries L4T {l4t}"
-    return implied
+        find.derived["software.jetpack_from_l4t"] = f"L4T {l4t} itself is not known to this program, its series is"
+    return series
+
+
+def _agree(installed: str, implied: str) -> bool:
+    """``7.1`` with ``7.0 or 7.1``; any of a series with ``6.x``."""
+    return installed in implied.split(" or ") or (implied.endswith(".x") and installed.startswith(implied[:-1]))
 
 
 def _find_cuda(find: Finder, packages: dict[str, str]) -> str | None:

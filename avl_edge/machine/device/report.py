@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config import format_size
 from .doctor import Check, exit_code
-from .facts import DeviceFacts, Gpu
+from .facts import DeviceFacts, Gpu, Rail
 
 _MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "?"}
 
@@ -93,7 +93,13 @@ def _bandwidth(facts: DeviceFacts) -> str:
 
 
 def _rails(facts: DeviceFacts) -> str:
-    rails = ", ".join(f"{rail.name} {rail.power_mw} mW" for rail in facts.power.rails)
-    measured = any(rail.power_mw == facts.power.rails_sum_mw for rail in facts.power.rails)
-    total = "" if measured else f"; {facts.power.rails_sum_mw} mW together (derived), less than the board draws"
-    return f"{rails}{total}" if rails else ""
+    power = facts.power
+    whole = power.whole_board
+    rails = ", ".join(f"{rail.name} {rail.power_mw} mW{_offset(rail)}" for rail in power.rails)
+    together = f"{power.rails_sum_mw} mW together (derived), less than the board draws"
+    total = f"{whole.name} is the whole board" if whole else together
+    return f"{rails}; {total}" if rails else ""
+
+
+def _offset(rail: Rail) -> str:
+    return " (the sensor's offset: it draws next to nothing)" if rail.power_mw < 0 else ""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from .facts import FreeBlocks, Rail, Temperature
-from .values import MAX_BYTES, celsius, hertz, integer
+from .values import MAX_BYTES, celsius, hertz, integer, is_constant
 
 _UNITS = {"kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
 _RAM = re.compile(r"\bRAM\s+([0-9]{1,9})/([0-9]{1,9})(kB|MB|GB)\b", re.IGNORECASE)
@@ -14,12 +14,16 @@ _LFB = re.compile(r"\blfb\s+([0-9]{1,9})x([0-9]{1,6})(kB|MB|GB)\b", re.IGNORECAS
 _SWAP = re.compile(r"\bSWAP\s+([0-9]{1,9})/([0-9]{1,9})(kB|MB|GB)\b", re.IGNORECASE)
 _CPU = re.compile(r"\bCPU\s+\[([^\]]{0,4096})\](?:@([0-9]{1,6}))?")
 _CORE = re.compile(r"([0-9]{1,3})%(?:@([0-9]{1,6}))?")
-_ENGINE = r"\b{name}(?:_FREQ)?\s+(?:([0-9]{{1,3}})%)?(?:@\[?([0-9]{{1,6}}(?:,[0-9]{{1,6}})*)\]?)?"
+_ENGINE = r"\b{name}(?:_FREQ)?\s+(?:([0-9]{{1,3}})%)?\s?(?:@(?:\[([^\]]{{0,256}})\]|([0-9]{{1,6}})))?"
 _EMC = re.compile(_ENGINE.format(name="EMC"))
 _GR3D = re.compile(_ENGINE.format(name="GR3D"))
 _ZONE = re.compile(r"\b([A-Za-z][A-Za-z0-9_-]{0,31})@(-?[0-9]{1,4}(?:\.[0-9]{1,6})?)C\b")
-# JetPack 4 wrote rails without "mW"; Orin's boards write it.
-_RAIL = re.compile(r"\b([A-Z][A-Z0-9_]{1,31})\s+([0-9]{1,6})(?:mW)?/([0-9]{1,6})(?:mW)?(?![0-9A-Za-z])")
+# JetPack 4 wrote rails without "mW"; Orin's boards write it. One value is the present one; an average may follow, and
+# a peak. A sensor's offset makes a rail that draws next to nothing negative.
+_RAIL = re.compile(
+    r"\b([A-Z][A-Z0-9_]{1,31})\s+(?:(-?[0-9]{1,6})mW(?:/-?[0-9]{1,6}(?:mW)?){0,2}"
+    r"|(-?[0-9]{1,6})(?:/-?[0-9]{1,6}(?:mW)?){1,2})(?![0-9A-Za-z/])"
+)
 _NOT_RAILS = ("RAM", "SWAP", "IRAM", "NC")  # NC: a channel of the sensor that is not connected
 
 
@@ -33,7 +37,8 @@ class CpuLoad:
 
 @dataclass(frozen=True)
 class TegraStats:
-    """What one line tells; None or empty for what it does not. A CPU that is off is None in ``cpus``."""
+    """What one line tells; None or empty for what it does not. A CPU that is off is None in ``cpus``, and so is in
+    ``gpu_hz`` a part of the GPU that is off or asleep."""
 
     ram_used_bytes: int | None
     ram_total_bytes: int | None
@@ -44,7 +49,7 @@ class TegraStats:
     emc_percent: int | None
     emc_hz: int | None
     gpu_percent: int | None
-    gpu_hz: tuple[int, ...]
+    gpu_hz: tuple[int | None, ...]
     temperatures: tuple[Temperature, ...]
     rails: tuple[Rail, ...]
 
@@ -108,20 +113,23 @@ def _percent(text: str | None) -> int | None:
     return integer(text, 0, 100)
 
 
-def _engine(pattern: re.Pattern[str], line: str) -> tuple[int | None, tuple[int, ...]]:
-    """(load in percent, clocks in Hz) of ``NAME_FREQ 14%@[407,407]`` and its shorter forms."""
+def _engine(pattern: re.Pattern[str], line: str) -> tuple[int | None, tuple[int | None, ...]]:
+    """(load in percent, clocks in Hz) of ``NAME_FREQ 14%@[407,off]`` and its shorter forms, each clock in its place."""
     match = pattern.search(line)
     if match is None:
         return None, ()
-    clocks = (_hz(mhz) for mhz in (match[2] or "").split(","))
-    return _percent(match[1]), tuple(clock for clock in clocks if clock)
+    if match[2] is None and match[3] is None:
+        return _percent(match[1]), ()
+    words = (match[3] or match[2]).split(",")
+    return _percent(match[1]), tuple(_hz(word.strip()) if word.strip().isdecimal() else None for word in words)
 
 
 def _temperatures(line: str) -> tuple[Temperature, ...]:
     found = ((match[1], celsius(match[2])) for match in _ZONE.finditer(line))
-    return tuple(Temperature(name, value) for name, value in found if value is not None)
+    return tuple(Temperature(name, value) for name, value in found if value is not None and not is_constant(name))
 
 
 def _rails(line: str) -> tuple[Rail, ...]:
-    """The rails' present power; the second figure, an average since the program's start, is left out."""
-    return tuple(Rail(match[1], int(match[2])) for match in _RAIL.finditer(line) if match[1] not in _NOT_RAILS)
+    """The rails' present power; what follows it, an average since the program's start, is left out."""
+    found = _RAIL.finditer(line)
+    return tuple(Rail(match[1], int(match[2] or match[3])) for match in found if match[1] not in _NOT_RAILS)

@@ -48,6 +48,12 @@ def celsius(text: str | None) -> float | None:
     return decimal(text, -40.0, 150.0)
 
 
+def is_constant(zone: str) -> bool:
+    """Whether a thermal zone tells a number that never changes: the power chip's (``PMIC``, ``PMIC-Die``) is 50 or
+    100."""
+    return zone.lower().startswith("pmic")
+
+
 def celsius_of_milli(text: str | None) -> float | None:
     """A temperature that the kernel writes in thousandths of a degree, in degrees Celsius."""
     value = integer(text, -40_000, 150_000)

@@ -108,6 +108,11 @@ def shipped() -> Mapping[str, DeviceProfile]:
     return MappingProxyType({profile.name: profile for profile in map(read, resource_files("profiles/*.yaml"))})
 
 
-def own(folder: Path) -> list[DeviceProfile]:
-    """The profiles in ``folder``, the newest first. One that is damaged is an error, not skipped over."""
-    return sorted(map(read, sorted(folder.glob("*.yaml"))), key=lambda profile: profile.date, reverse=True)
+def own(*folders: Path) -> list[tuple[Path, DeviceProfile]]:
+    """The profiles in ``folders`` with their files, folder by folder, in each the newest first. One that is damaged is
+    an error, not skipped over."""
+    found = []
+    for folder in folders:
+        files = [(path, read(path)) for path in sorted(folder.glob("*.yaml"))]
+        found += sorted(files, key=lambda each: each[1].date, reverse=True)
+    return found

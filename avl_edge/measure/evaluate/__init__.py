@@ -5,7 +5,7 @@ from .attention import watch
 from .attention_plot import draw_attention, require_plot
 from .data import read_questions
 from .divergence import Divergence
-from .metrics import METRICS, require_packages
+from .metrics import METRICS, check_questions, require_packages
 from .plots import draw_plots, require_plots
 from .questions import Question, Questions
 from .report import report
@@ -23,6 +23,7 @@ __all__ = [
     "Question",
     "Questions",
     "Setting",
+    "check_questions",
     "describe",
     "draw_attention",
     "draw_plots",

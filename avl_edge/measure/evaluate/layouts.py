@@ -19,17 +19,21 @@ Only the splits whose answers are public are read. The instructions are those th
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
-from .questions import Collector, Questions
+from .questions import Collector, Problem, Questions
 
 _SHORT = "Answer the question using a single word or phrase."
 _CAPTION = "Provide a one-sentence caption for the provided image."
 _DEPTH = 3
+_CSV_LINE = re.compile(r"([^|]+)\|\s*[0-9]+(?:\s*\||\s)(.*)")
+_TOKEN_LINE = re.compile(r"([^\t#]+)#[0-9]+\t(.*)")
 
 Rows = Iterable[dict[str, Any]]
 
@@ -85,7 +89,7 @@ def _rows(path: Path, key: str | None) -> Rows:
 
 
 def _done(name: str, found: Collector, metric: str, instruction: str) -> Questions:
-    return Questions(name, tuple(found.items), tuple(found.problems), metric, instruction)
+    return Questions(name, tuple(found.items), found.all_problems, metric, instruction)
 
 
 def _docvqa(folder: Path, path: Path) -> Questions:
@@ -170,15 +174,25 @@ def _flickr_splits(folder: Path, path: Path) -> Questions:
 
 
 def _flickr_table(folder: Path, path: Path) -> Questions:
-    """``name.jpg#0<tab>caption`` a line, or ``name.jpg| 0| caption`` below a heading."""
-    separator = "|" if path.suffix == ".csv" else "\t"
-    captions = defaultdict[str, list[Any]](list)
-    for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines()):
-        name, *rest = (part.strip() for part in line.split(separator))
-        if rest and not (separator == "|" and number == 0):
-            captions[name.split("#")[0]].append(rest[-1])
+    """``name.jpg#0<tab>caption`` a line, or ``name.jpg| 0| caption`` below a heading.
+
+    The public table lacks the second bar in one line. A caption may hold bars and tabs.
+    """
+    is_table = path.suffix == ".csv"
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="replace").split("\n")
+    captions, problems = defaultdict[str, list[Any]](list), []
+    for number, line in enumerate(lines[is_table:], 1 + is_table):
+        match = (_CSV_LINE if is_table else _TOKEN_LINE).fullmatch(line.strip())
+        if match:
+            captions[match[1].strip()].append(match[2].strip())
+        elif line.strip():
+            problems.append(Problem(f"line {number} of {path.name}", "it is not a picture's name and a caption"))
+    if not captions:
+        form = "name.jpg| 0| caption" if is_table else "name.jpg#0, a tab and a caption"
+        raise BadInput(f"{path} has no line of the form that is known, {form}: give the file as it was published")
     pictures = _flickr_pictures(folder)
-    return _captions("Flickr30k", ((f"image {name}", pictures / name, texts) for name, texts in captions.items()))
+    found = _captions("Flickr30k", ((f"image {name}", pictures / name, texts) for name, texts in captions.items()))
+    return replace(found, problems=(*problems, *found.problems))
 
 
 _LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Path, Path], Questions]], ...] = (

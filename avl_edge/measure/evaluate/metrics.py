@@ -7,6 +7,7 @@ quotient of sums.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 
 from ...errors import BadInput
@@ -17,6 +18,8 @@ from .vqa import textvqa_accuracy, vqa_accuracy
 # DocVQA's evaluation counts an answer below this similarity as a wrong one, not as a misread one.
 _ANLS_THRESHOLD = 0.5
 
+FEWEST_PEOPLE = 4
+"""Three others have to agree with a person's answer before it counts as wholly right."""
 CAPTION_METRIC = "cider"
 METRICS = ("exact_match", "anls", "containment", "vqa_accuracy", "textvqa_accuracy", CAPTION_METRIC)
 
@@ -28,6 +31,28 @@ def require_packages(metric: str) -> None:
         optional("pycocoevalcap", "CIDEr")
         if shutil.which("java") is None:
             raise BadInput("the tokenizer of CIDEr needs Java: apt install default-jre-headless")
+
+
+def check_questions(metric: str, questions: Sequence[Question]) -> None:
+    """Raise :class:`BadInput` where ``metric`` says nothing about such questions, before any is asked."""
+    if metric == CAPTION_METRIC and len(questions) < 2:
+        raise BadInput("CIDEr cannot be computed on one picture: it weighs words by how many pictures have them")
+    few = [question for question in questions if len(question.answers) < FEWEST_PEOPLE]
+    if metric.endswith("vqa_accuracy") and few:
+        first, answers = few[0], len(few[0].answers)
+        raise BadInput(
+            f"{metric} compares with the answers of {FEWEST_PEOPLE} people and more, and {first.where} has {answers}: "
+            "even a right answer would not count as one; choose --metric exact_match, anls or containment"
+        )
+
+
+def unrewarded(metric: str, questions: Sequence[Question]) -> list[tuple[Question, str]]:
+    """Questions with the answer most people gave, where the metric's official evaluator gives nothing for that answer:
+    what people said and what a model says are not normalised alike."""
+    if metric != "vqa_accuracy":
+        return []
+    common = ((question, Counter(question.answers).most_common(1)[0][0]) for question in questions)
+    return [(question, answer) for question, answer in common if vqa_accuracy(answer, question.answers) == 0]
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

@@ -85,6 +85,6 @@ def _errors(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]] | 
     """Distances from the score down and up to the ends of its interval."""
     if key != "score":
         return None
-    ends = [(row["score"], *row["score_interval"]) for row in rows]
+    ends = [(row["score"], *(row["score_interval"] or [row["score"]] * 2)) for row in rows]
     # The percentiles of a few equal scores may miss their mean by a rounding error.
     return [[max(score - low, 0) for score, low, _ in ends], [max(high - score, 0) for score, _, high in ends]]

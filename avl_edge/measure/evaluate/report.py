@@ -16,13 +16,11 @@ from ...errors import BadInput, TooLarge
 from ...machine import device
 from ...serving.runtime import Runtime
 from .answers import Answer
-from .metrics import CAPTION_METRIC, METRICS, character_error_rate, scores
+from .metrics import CAPTION_METRIC, FEWEST_PEOPLE, METRICS, character_error_rate, scores, unrewarded
 from .questions import Question, Questions
 from .run import Asked
 from .settings import REFERENCE, Setting
 
-# Three others have to agree with a person's answer before it counts as wholly right.
-_FEWEST_PEOPLE = 4
 _RESAMPLES = 1000
 
 
@@ -33,7 +31,8 @@ def report(runtime: Runtime, questions: Questions, asked: Asked, metric: str) ->
     full attention's, bytes and times are means per question or token, and ``token_identity`` is the share of tokens
     that stand where full attention has the same one (of the longer answer's; None where full was not asked);
     ``kl_to_full`` is the mean over answers of their KL per token, in nats (None where it was not asked).
-    ``problems`` and ``unreachable`` name the questions and settings that were left out.
+    ``warnings`` says what a score does not mean; ``problems`` and ``unreachable`` name the questions and settings that
+    were left out. ``score_interval`` is None for a single question.
 
     Raises :class:`TooLarge` or :class:`BadInput` where nothing is left.
     """
@@ -48,9 +47,22 @@ def report(runtime: Runtime, questions: Questions, asked: Asked, metric: str) ->
         "questions": len(next(iter(asked.answers.values()))),
         "metric": metric,
         "results": [_row(setting, answers, questions, reference, metric) for setting, answers in asked.answers.items()],
+        "warnings": _warnings(metric, questions),
         "problems": [asdict(problem) for problem in problems],
         "unreachable": [{**asdict(setting), "reason": reason} for setting, reason in asked.unreachable.items()],
     }
+
+
+def _warnings(metric: str, questions: Questions) -> list[str]:
+    lost = unrewarded(metric, questions.items)
+    if not lost:
+        return []
+    question, answer = lost[0]
+    where = question.where + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+    return [
+        f"{metric} gives nothing for {answer!r}, the reference of {where}: the official evaluator normalises what a "
+        "model says and leaves such references as they are"
+    ]
 
 
 def _check_any(asked: Asked) -> None:
@@ -106,7 +118,7 @@ def _quality(questions: Sequence[Question], texts: Sequence[str], metric: str) -
 
 def _cheap(questions: Sequence[Question]) -> list[str]:
     """The metrics that are always told. With a few people's answers not even a perfect one has a VQA accuracy of 1."""
-    asked_people = all(len(question.answers) >= _FEWEST_PEOPLE for question in questions)
+    asked_people = all(len(question.answers) >= FEWEST_PEOPLE for question in questions)
     return [n for n in METRICS if n != CAPTION_METRIC and (asked_people or not n.endswith("vqa_accuracy"))]
 
 
@@ -153,8 +165,10 @@ def _mean(values: Sequence[float], weights: Sequence[int] | None = None) -> floa
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else None
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean over questions: percentiles of a bootstrap with a fixed seed."""
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean over questions: percentiles of a bootstrap with a fixed seed. One says nothing."""
+    if len(values) < 2:
+        return None
     rng = np.random.default_rng(0)
     sample = np.asarray(values)
     means = [sample[rng.integers(0, len(sample), len(sample))].mean() for _ in range(_RESAMPLES)]

@@ -11,8 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from ...config import read_json
 from ...errors import BadModel, quoted
+from ...files import read_json
 from ..config_fields import Fields
 from ..sizes import ModelShape
 from ..spec import ModelSpec

@@ -27,7 +27,6 @@ CLIP: Mapping[str, Any] = {
     "do_normalize": True,
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
-    "do_convert_rgb": True,
     "do_pad": False,
 }
 _SIGLIP: Mapping[str, Any] = dict(CLIP) | {
@@ -55,7 +54,6 @@ class ImageProcessorConfig:
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, float, float] | None = CLIP["image_mean"]
     std: tuple[float, float, float] | None = CLIP["image_std"]
-    convert_rgb: bool = True
     pad_to_square: bool = False
 
     @property
@@ -96,7 +94,6 @@ class ImageProcessorConfig:
             rescale_factor=reader.number("rescale_factor") if reader.flag("do_rescale") else None,
             mean=reader.channels("image_mean") if normalize else None,
             std=reader.channels("image_std", positive=True) if normalize else None,
-            convert_rgb=reader.flag("do_convert_rgb"),
             pad_to_square=pads,
         )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ...errors import BadInput
-from .sources import ImageSource, check_sources
+from .inputs import ImageSource, check_sources
+from .sources import MAX_PIXELS, take_sources
 
 TOGETHER = 2
 """Frames that a model looks at as one."""
@@ -25,7 +26,7 @@ class Moment:
     count: int
 
 
-Shown: TypeAlias = ImageSource | Moment
+Shown: TypeAlias = "ImageSource | Moment"
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,26 @@ class Frames:
         ]
 
 
-Source: TypeAlias = ImageSource | Frames
+Source: TypeAlias = "ImageSource | Frames"
 
 
-def check_shown(images: Sequence[Source]) -> None:
-    """Raise BadInput for anything but a list of pictures, as :func:`~.sources.check_sources`, and videos."""
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-        check_sources(images)
-    check_sources([each for each in images if not isinstance(each, Frames)])
+def check_shown(images: Sequence[Source | Moment]) -> None:
+    """Raise BadInput for anything but a list of pictures and videos; nothing is read."""
+    check_sources(images)
+
+
+def take_shown(images: Sequence[Shown], max_pixels: int = MAX_PIXELS) -> list[Shown]:
+    """Each picture and each frame as what may be read twice, as :func:`~.sources.take_sources`; a frame that stands in
+    two places is read once."""
+    check_shown(images)
+    taken: dict[int, ImageSource] = {}
+
+    def take(source: ImageSource) -> ImageSource:
+        if id(source) not in taken:
+            (taken[id(source)],) = take_sources([source], max_pixels)
+        return taken[id(source)]
+
+    return [
+        replace(each, frames=(take(each.frames[0]), take(each.frames[1]))) if isinstance(each, Moment) else take(each)
+        for each in images
+    ]

@@ -12,6 +12,8 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...files import LFS_POINTER
+
 SUPPORTED = ("JPEG", "PNG", "WEBP", "BMP")
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -27,19 +29,25 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (LFS_POINTER, "LFS"),
 )
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
+# A container of this form (ISO/IEC 14496-12) says what is in it by its own brand, and by others that it is compatible
+# with: an AVIF may call itself a picture in general (mif1).
+_BRANDS = (
+    (frozenset((b"avif", b"avis", b"MA1A", b"MA1B")), "AVIF"),
+    (frozenset((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs")), "HEIC"),
+    (frozenset((b"mif1", b"msf1", b"mif2", b"miaf")), "HEIF"),
+    (frozenset((b"crx ",)), "a camera's raw CR3"),
+    (frozenset((b"qt  ",)), "QuickTime video"),
+)
 
 # Start-of-frame markers: C0..CF without DHT (C4), JPG (C8) and DAC (CC).
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, 0xD8})
-_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 # Of these no segment begins: stuffed zeros and restarts (D0..D7), which belong to the data of a scan.
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
-_EXIF = b"Exif\0\0"
 _RUN_LENGTHS = (1, 2)  # RLE8 and RLE4
-# Bytes of a value by its type in a TIFF directory.
-_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 
 MOST_PARTS = 1 << 16
 """Segments or chunks of a file. Encoders write 64 MP in half as many; no more are walked through."""
@@ -49,17 +57,18 @@ MOST_PARTS = 1 << 16
 class Header:
     """``width`` and ``height`` in pixels, as declared. ``scans``: how often a decoder passes over all of them.
 
-    ``parts``: the segments or chunks that a reader walks through; ``metadata``: bytes before the first pixel's;
-    ``exif``: a JPEG's EXIF data, which Pillow reads when it opens the file; ``run_lengths``: a BMP in run lengths,
-    which Pillow decodes byte by byte in Python.
+    ``parts``: the segments or chunks that a reader walks through; ``frames``: those of an animated PNG; ``depth``: the
+    bits of a value of a PNG; ``is_ended``: a JPEG has its mark of the end; ``run_lengths``: a BMP in run lengths, which
+    Pillow decodes byte by byte in Python.
     """
 
     width: int
     height: int
     scans: int = 1
     parts: int = 1
-    metadata: int = 0
-    exif: bytes = b""
+    frames: int = 1
+    depth: int = 8
+    is_ended: bool = True
     run_lengths: bool = False
 
 
@@ -68,7 +77,7 @@ def identify(head: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
-        return _BRANDS.get(head[8:12], "MP4")
+        return _of_brands(head)
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name
@@ -76,6 +85,16 @@ def identify(head: bytes) -> str | None:
         return "text"
     # Two letters are a weak sign, and a BMP header is never text.
     return "BMP" if head.startswith(b"BM") else None
+
+
+def _of_brands(head: bytes) -> str:
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    own, compatible = head[8:12], {head[at : at + 4] for at in range(16, end, 4)}
+    for brands in ({own}, compatible):
+        names = [name for known, name in _BRANDS if known & brands]
+        if names and names != ["HEIF"]:
+            return names[0]
+    return "HEIF" if own in _BRANDS[2][0] else "MP4 video"
 
 
 def _is_text(head: bytes) -> bool:
@@ -97,36 +116,39 @@ def read_header(content: bytes, kind: str) -> Header | None:
         return None
 
 
-def exif_is_sound(exif: bytes) -> bool:
-    """Whether the values of the first directory take no more bytes than there are in all.
+def chunks_of_png(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The name of each chunk of a PNG, and where its content begins and ends; the last may end beyond the file."""
+    at = 8
+    for _ in range(MOST_PARTS + 1):
+        if at + 8 > len(content):
+            return
+        (length,) = struct.unpack_from(">I", content, at)
+        yield content[at + 4 : at + 8], at + 8, at + 8 + length
+        at += 12 + length
 
-    Pillow copies each of them, whichever is asked for. Where they overlap, 64 kB of EXIF data would take 350 MB.
-    """
-    data = exif.removeprefix(_EXIF).removeprefix(_EXIF)
-    order, taken = "<" if data.startswith(b"II") else ">", 0
-    try:
-        (start,) = struct.unpack_from(f"{order}I", data, 4)
-        (count,) = struct.unpack_from(f"{order}H", data, start)
-        for at in range(start + 2, start + 2 + 12 * count, 12):
-            kind, values = struct.unpack_from(f"{order}2xHI", data, at)
-            taken += values * _TIFF_SIZES.get(kind, 0)
-    except struct.error:
-        pass  # cut off; what stands before counts
-    return taken <= len(data)
+
+def chunks_of_webp(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The same of a WebP."""
+    at = 12
+    for _ in range(MOST_PARTS + 1):
+        if at + 8 > len(content):
+            return
+        (length,) = struct.unpack_from("<I", content, at + 4)
+        yield content[at : at + 4], at + 8, at + 8 + length
+        at += 8 + length + length % 2
 
 
 def _png(content: bytes) -> Header | None:
     if content[12:16] != b"IHDR":
         return None
-    width, height = struct.unpack_from(">II", content, 16)
-    parts, at, pixels = 0, 8, len(content)
-    while at + 8 <= len(content) and parts <= MOST_PARTS:
-        (length,) = struct.unpack_from(">I", content, at)
-        if content[at + 4 : at + 8] == b"IDAT":
-            pixels = min(pixels, at)
-        at += 12 + length
+    width, height, depth = struct.unpack_from(">IIB", content, 16)
+    parts, frames, pixels = 0, 1, False
+    for name, begin, _ in chunks_of_png(content):
         parts += 1
-    return Header(width, height, parts=parts, metadata=pixels)
+        pixels |= name == b"IDAT"
+        if name == b"acTL" and not pixels:
+            (frames,) = struct.unpack_from(">I", content, begin)
+    return Header(width, height, parts=parts, frames=frames, depth=depth)
 
 
 def _bmp(content: bytes) -> Header | None:
@@ -154,37 +176,32 @@ def _webp(content: bytes) -> Header | None:
 
 def _jpeg(content: bytes) -> Header | None:
     size: tuple[int, int] | None = None
-    parts, scans, metadata, exif = 0, 0, len(content), []
-    for marker, at in _segments(content):
+    parts, scans, is_ended = 0, 0, False
+    for marker, begin, _ in segments(content):
         parts += 1
-        if marker in _START_OF_FRAME and size is None:
-            height, width = struct.unpack_from(">xHH", content, at)
+        if marker in START_OF_FRAME and size is None:
+            height, width = struct.unpack_from(">xHH", content, begin)
             size = width, height
-        elif marker == _START_OF_SCAN:
-            scans += 1
-            metadata = min(metadata, at)
-        elif marker == _APP1 and content.startswith(_EXIF, at) and not scans:
-            exif.append(content[at + len(_EXIF) : at + _length(content, at) - 2])
-    return Header(*size, scans, parts, metadata, b"".join(exif)) if size else None
+        scans += marker == START_OF_SCAN
+        is_ended |= marker == END_OF_IMAGE
+    return Header(*size, scans, parts, is_ended=is_ended) if size else None
 
 
-def _segments(content: bytes) -> Iterator[tuple[int, int]]:
-    """The code of each marker with a segment, and where its content begins, up to the end of the image. What lies
-    between segments is skipped, as decoders do."""
+def segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """The code of each marker with a segment of a JPEG, and where its content begins and ends, up to the end of the
+    image, which is the last. What lies between segments is skipped, as decoders do."""
     at = 2
     for _ in range(MOST_PARTS + 1):
         found = _MARKER.search(content, at)
-        if found is None or found[1][0] == _END_OF_IMAGE:
+        if found is None:
             return
-        at = found.end()
-        if found[1][0] not in _WITHOUT_LENGTH:
+        at, marker = found.end(), found[1][0]
+        if marker == END_OF_IMAGE:
+            yield marker, at, at
+            return
+        if marker not in _WITHOUT_LENGTH:
             if at + 2 > len(content):
                 return
-            yield found[1][0], at + 2
-            at += max(_length(content, at + 2), 2)
-
-
-def _length(content: bytes, at: int) -> int:
-    """Bytes of the segment whose content begins at ``at``, its two of the length included."""
-    length: int = struct.unpack_from(">H", content, at - 2)[0]
-    return length
+            length = max(int(struct.unpack_from(">H", content, at)[0]), 2)
+            yield marker, at + 2, at + length
+            at += length

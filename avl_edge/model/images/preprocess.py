@@ -20,19 +20,17 @@ from .sources import MAX_PIXELS
 _RESIZED = 2
 """On the way to its new size a picture may have so many times the pixels that it may have before."""
 _BAND_PIXELS = 1 << 20
-_WHITE = (255, 255, 255, 255)
 
 
 def preprocess(
     image: Image.Image, config: ImageProcessorConfig, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.float32]:
-    """float32 ``[3, height, width]``, contiguous, of a Pillow picture of any mode; ``config.output_size`` if fixed.
+    """float32 ``[3, height, width]``, contiguous, of an RGB picture; ``config.output_size`` if fixed.
     BadImage where there would be more than twice ``max_pixels`` on the way."""
-    rgb = on_white(image) if config.convert_rgb else image.convert("RGB")
-    _check_size(rgb.size, config, max_pixels)
+    _check_size(image.size, config, max_pixels)
     if config.resize is not None:
-        rgb = _resize(rgb, config.resize, config)
-    pixels = np.asarray(rgb)
+        image = _resize(image, config.resize, config)
+    pixels = np.asarray(image)
     if config.crop is not None:
         pixels = _crop_centre(pixels, config.crop)
     table = _value_table(config)
@@ -45,14 +43,6 @@ def digest(pixels: PixelValues) -> str:
     found = hashlib.sha256(repr((pixels.values.shape, pixels.picture)).encode())
     found.update(np.ascontiguousarray(pixels.values, dtype="<f4").tobytes())
     return found.hexdigest()
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB, what is transparent (an alpha channel or a colour key) blended onto white."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
 
 
 def _check_size(size: tuple[int, int], config: ImageProcessorConfig, max_pixels: int) -> None:

@@ -1,4 +1,4 @@
-"""From a path, bytes or a Pillow picture to an RGB picture, or to one sentence that says why not.
+"""From whatever a picture is given as to an RGB picture, or to one sentence that says why not.
 
 Pictures come from people and from the network, so what would cost memory or time is refused by the file's size and its
 headers before a decoder runs, and only the decoder of the recognised format is ever tried. What was checked is what is
@@ -10,31 +10,32 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageChops
 
-from ...config import format_size, read_bytes
+from ...config import format_size
 from ...errors import BadImage, BadInput, reason, refusing
-from .headers import MOST_PARTS, SUPPORTED, Header, exif_is_sound, identify, read_header
-
-ImageSource: TypeAlias = os.PathLike[str] | bytes | Image.Image
-"""A string is none: what comes from a client must not name a file by being passed on."""
+from ...files import read_bytes
+from .headers import MOST_PARTS, SUPPORTED, Header, identify, read_header
+from .inputs import Frame, ImageSource, TakenSource, check_sources, taken_array
+from .metadata import orientation, upright, without_metadata
+from .transparency import flattened
+from .unended import has_all_scans, variants
 
 MAX_BYTES = 256 * 2**20
 """Of a file: a BMP of :data:`MAX_PIXELS` with four bytes each."""
 MAX_PIXELS = 64_000_000
 DECODING_BYTES_PER_PIXEL = 24
-"""Of the largest picture that is read: its file, and five copies of four bytes (Pillow holds RGB as four), which a
-colour key makes; a turned JPEG makes three."""
+"""Of the largest picture that is read: its file, once more without its metadata, and four copies of four bytes (Pillow
+holds RGB as four), which transparency makes; a turned JPEG makes three."""
 MAX_ASPECT_RATIO = 100
 MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
 """Pixels times scans of a progressive JPEG, each of which costs 0.6 ns. A file of 12 MP may have 85; encoders write
 10."""
-MAX_METADATA_BYTES = 8 * 2**20
-_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,36 +46,90 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""What a PNG with an orientation has in it."""
 _HEAD_BYTES = 64
 _USE = "use JPEG, PNG, WebP or BMP"
+_CONVERTERS = {
+    "HEIC": " (heif-convert makes a JPEG of it)",
+    "HEIF": " (heif-convert makes a JPEG of it)",
+    "AVIF": " (avifdec makes a PNG of it)",
+    "JPEG XL": " (djxl makes a JPEG of it)",
+    "MP4 video": " (ffmpeg makes pictures of its frames)",
+    "QuickTime video": " (ffmpeg makes pictures of its frames)",
+}
 
 
-def check_sources(images: Sequence[ImageSource]) -> None:
-    """Raise BadInput for anything but a list of pictures, each a path, bytes or a Pillow image."""
-    if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Sequence):
-        raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
-    for image in images:
-        _check_source(image)
+def take_sources(images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[TakenSource]:
+    """Each picture as what may be read twice: streams are read to their end, and arrays become pictures.
+
+    Raises BadInput for anything but a list of pictures, BadImage for one that cannot be any.
+    """
+    check_sources(images)
+    return [_taken(image, max_pixels) for image in images]
 
 
-def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture as a loaded Pillow image of mode RGB, its EXIF orientation applied.
+def _taken(source: Any, max_pixels: int) -> TakenSource:
+    if isinstance(source, str):
+        raise BadInput("a picture cannot be given as a string: for a file give pathlib.Path(...), or give its bytes")
+    if isinstance(source, bytes | os.PathLike | Image.Image):
+        return source
+    if isinstance(source, bytearray | memoryview):
+        size = len(source) if isinstance(source, bytearray) else source.nbytes
+        if size > _most_bytes(max_pixels):
+            raise _too_many_bytes("the picture", _most_bytes(max_pixels))
+        return bytes(source)
+    if isinstance(source, np.ndarray | Frame):
+        return taken_array(source if isinstance(source, Frame) else Frame(source), max_pixels)
+    if callable(getattr(source, "read", None)):
+        return _taken_stream(source, max_pixels)
+    raise BadImage(
+        f"a picture must be a pathlib.Path, bytes, a binary stream, a numpy array or a Pillow image, not "
+        f"{type(source).__name__}"
+    )
 
-    ``source`` is a path, the bytes of a file, or a Pillow image (which is left as it is). Transparency is dropped,
-    not blended; a colour key stays in ``info["transparency"]`` for `preprocess`.
+
+def _taken_stream(source: Any, max_pixels: int) -> bytes:
+    try:
+        if isinstance(source.read(0), str):
+            raise BadImage("a picture cannot be read from a stream of text: open the file in mode 'rb'")
+        return read_stream(source, max_pixels)
+    except (OSError, ValueError) as error:
+        raise BadImage(f"the stream of a picture cannot be read: {reason(error)}") from None
+
+
+def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS, transparency: str = "drop") -> Image.Image:
+    """The picture as a loaded Pillow image of mode RGB, upright: :func:`open_flat` without the share."""
+    return open_flat(source, max_pixels, transparency)[0]
+
+
+def open_flat(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, transparency: str = "drop"
+) -> tuple[Image.Image, float]:
+    """The picture as a loaded Pillow image of mode RGB, its orientation applied, and which part of its pixels (0 to 1)
+    was not opaque.
+
+    ``source`` is left as it is, but for a stream, which is read. ``transparency`` is one of
+    :data:`~avl_edge.config.TRANSPARENCY`. Of values of 16 bits the high byte is taken.
 
     Raises BadInput for a string, and BadImage, naming the source, if it is missing, unreadable, damaged, animated, not
     JPEG, PNG, WebP or BMP, larger than ``max_pixels`` (at most MAX_PIXELS) or its share of MAX_BYTES, or longer than
     MAX_ASPECT_RATIO times its width (or the other way round), or would take a decoder too long.
     """
-    _check_source(source)
-    if isinstance(source, Image.Image):
-        return _convert(source, _picture_name(source), max_pixels, in_place=False)
-    if isinstance(source, bytes):
-        return _decode(source, "the picture", max_pixels)
-    return _decode(_read(Path(source), _most_bytes(max_pixels)), f"'{os.fspath(source)}'", max_pixels)
+    taken = _taken(source, max_pixels)
+    if isinstance(taken, Image.Image):
+        image = _loaded(taken, picture_name(taken), max_pixels)
+        flat, share = _converted(image, upright(*_metadata_of(image)), picture_name(taken), transparency)
+        return (flat.copy() if flat is taken else flat), share
+    name, content = picture_name(taken), _content(taken, max_pixels)
+    with _opened(content, name, max_pixels) as (image, header):
+        turn = orientation(content, image.format or "")
+        loaded = _loaded(image, name, max_pixels)
+        if not header.is_ended:
+            _check_twin(content, loaded, name)
+        return _converted(loaded, turn, name, transparency)
+
+
+def _content(source: os.PathLike[str] | bytes, max_pixels: int) -> bytes:
+    return source if isinstance(source, bytes) else _read(Path(source), _most_bytes(max_pixels))
 
 
 def _most_bytes(max_pixels: int) -> int:
@@ -84,33 +139,36 @@ def _most_bytes(max_pixels: int) -> int:
 def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height in pixels of the picture that :func:`open_image` gives, without decoding one; raises as far as
     headers tell."""
-    _check_source(source)
-    if isinstance(source, Image.Image):
-        return _upright_size(source)
-    name = "the picture" if isinstance(source, bytes) else f"'{os.fspath(source)}'"
-    content = source if isinstance(source, bytes) else _read(Path(source), _most_bytes(max_pixels))
-    with _opened(content, name, max_pixels) as image:
-        # Pillow looks for the orientation of a PNG behind its pixels, which it decodes for that.
-        if image.format == "PNG" and not any(each in content for each in _PNG_ORIENTATIONS):
-            return image.size
-        return _upright_size(image)
+    taken = _taken(source, max_pixels)
+    if isinstance(taken, Image.Image):
+        _check_size(taken.size, picture_name(taken), max_pixels)
+        if taken.format == "PNG" and not _metadata_of(taken)[0]:
+            _loaded(taken, picture_name(taken), max_pixels)  # Pillow meets what stands behind the pixels then
+        return _turned_size(taken.size, upright(*_metadata_of(taken)))
+    content = _content(taken, max_pixels)
+    with _opened(content, picture_name(taken), max_pixels) as (image, _):
+        return _turned_size(image.size, orientation(content, image.format or ""))
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
-    return (image.height, image.width) if turned else image.size
+def _turned_size(size: tuple[int, int], turn: int) -> tuple[int, int]:
+    return (size[1], size[0]) if turn in _SIDEWAYS else size
 
 
-def _check_source(source: object) -> None:
-    if isinstance(source, str):
-        raise BadInput("a picture cannot be given as a string: for a file give pathlib.Path(...), or give its bytes")
-    if not isinstance(source, bytes | os.PathLike | Image.Image):
-        raise BadImage(f"a picture must be a pathlib.Path, bytes or a Pillow image, not {type(source).__name__}")
+def _metadata_of(image: Image.Image) -> tuple[bytes, bytes]:
+    """The EXIF and XMP data that came with a Pillow image."""
+    exif, raw = image.info.get("exif", b""), image.info.get("Raw profile type exif")
+    if not exif and isinstance(raw, str):
+        with suppress(ValueError):
+            exif = bytes.fromhex("".join(raw.split("\n")[3:]))
+    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+    xmp = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp
+    return exif if isinstance(exif, bytes) else b"", xmp if isinstance(xmp, bytes) else b""
 
 
-def _picture_name(image: Image.Image) -> str:
-    filename = getattr(image, "filename", "")
-    return f"'{filename}'" if filename else "the picture"
+def picture_name(source: ImageSource) -> str:
+    """What messages call a picture by: its file, in quotes, where it has one."""
+    name = os.fspath(source) if isinstance(source, os.PathLike) else getattr(source, "filename", "")
+    return f"'{name}'" if name else "the picture"
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -145,14 +203,9 @@ def _read_bounded(file: BinaryIO, name: str, most: int) -> bytes:
     return content
 
 
-def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
-    with _opened(content, name, max_pixels) as image:
-        return _convert(image, name, max_pixels, in_place=True)
-
-
 @contextmanager
-def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture as Pillow opens it, not yet decoded, once its headers are sound."""
+def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[tuple[Image.Image, Header]]:
+    """The picture as Pillow opens it, not yet decoded and without metadata, once its headers are sound."""
     if len(content) > _most_bytes(max_pixels):
         raise _too_many_bytes(name, _most_bytes(max_pixels))
     kind = identify(content[:_HEAD_BYTES])
@@ -163,19 +216,45 @@ def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]
         raise BadImage(f"{name} is damaged: its {kind} header is incomplete; save or download it again")
     _check_size((header.width, header.height), name, max_pixels)
     _check_cost(header, name)
-    with _whatever_decoders_raise(name), Image.open(io.BytesIO(content), formats=[kind]) as image:
-        _check_single_frame(image, name)
-        yield image
+    bare = without_metadata(content, kind)
+    bare = bare if header.is_ended else variants(bare)[0]
+    with _whatever_decoders_raise(name), Image.open(io.BytesIO(bare), formats=[kind]) as image:
+        if header.frames > 1 or getattr(image, "is_animated", False):
+            raise BadImage(f"{name} is animated, which is not supported: save one frame of it as a picture")
+        if "transparency" in image.info and header.depth != 8:
+            image.info["transparency"] = _key_of_eight_bits(image, header.depth)
+        yield image, header
+
+
+def _key_of_eight_bits(image: Image.Image, depth: int) -> Any:
+    """A transparent colour as the pixels become that Pillow makes of values of ``depth`` bits."""
+    key = image.info["transparency"]
+    if isinstance(key, tuple):
+        return tuple(each >> 8 for each in key)
+    return key * 255 // (2**depth - 1) if image.mode == "L" and depth < 8 else key
+
+
+def _check_twin(content: bytes, image: Image.Image, name: str) -> None:
+    """A JPEG without an end is sound if its last rows do not depend on what follows them."""
+    other = variants(without_metadata(content, "JPEG"))[1]
+    sound = has_all_scans(content)
+    if sound:
+        with _whatever_decoders_raise(name), Image.open(io.BytesIO(other), formats=["JPEG"]) as twin:
+            sound = ImageChops.difference(image, twin).getbbox() is None
+    if not sound:
+        raise BadImage(f"{name} is damaged and cannot be decoded (image file is truncated): save or download it again")
 
 
 def _refusal(head: bytes, kind: str | None, name: str) -> str:
     if not head:
         return f"{name} is empty: save or download the picture again"
+    if kind == "LFS":
+        return f"{name} is a pointer of Git LFS in place of the picture: run 'git lfs pull' where it came from"
     if kind == "text":
         return f"{name} holds text, not a picture: {_USE}"
     if kind is None:
         return f"{name} is not a picture of a known format: {_USE}"
-    return f"{name} cannot be used, {kind} is not supported: {_USE}"
+    return f"{name} cannot be used, {kind} is not supported: {_USE}{_CONVERTERS.get(kind, '')}"
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -206,56 +285,25 @@ def _check_cost(header: Header, name: str) -> None:
         )
     if header.parts > MOST_PARTS:
         raise BadImage(f"{name} is a file of more than {MOST_PARTS} parts: save it again")
-    if header.metadata > MAX_METADATA_BYTES:
-        raise BadImage(
-            f"{name} has {format_size(header.metadata)} of metadata, more than {format_size(MAX_METADATA_BYTES)}: save "
-            f"it without"
-        )
     if header.run_lengths:
         raise BadImage(f"{name} is a BMP in run lengths, which is not supported: save it uncompressed")
-    _check_exif(header.exif, name)
 
 
-def _check_exif(exif: bytes, name: str) -> None:
-    if not exif_is_sound(exif):
-        raise BadImage(f"{name} is damaged: its EXIF data is larger than the file; save it without")
-
-
-def _check_single_frame(image: Image.Image, name: str) -> None:
-    # A JPEG of several frames is a camera's MPO: a still with its preview or second eye, and the first frame counts.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise BadImage(f"{name} is animated, which is not supported: save one frame of it as a picture")
-
-
-def _convert(image: Image.Image, name: str, max_pixels: int, *, in_place: bool) -> Image.Image:
-    """Loaded, upright and RGB; unless ``in_place`` a picture of its own.
-
-    The size is checked here too: a header may differ from what its decoder found.
-    """
+def _loaded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """The size is checked here too: a header may differ from what its decoder found."""
     if 0 in image.size:
         raise BadImage(f"{name} has no pixels: {image.width} x {image.height}")
     _check_size(image.size, name, max_pixels)
     with _whatever_decoders_raise(name):
         image.load()
-        _check_exif(_exif_of(image), name)
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-        if turn is not None:
-            image = image.transpose(turn)
-        elif not in_place:
-            image = image.copy()
-        if isinstance(image.info.get("transparency"), bytes):
-            # One opacity per palette entry has no meaning in RGB; without it Pillow converts without a warning.
-            del image.info["transparency"]
-        return image if image.mode == "RGB" else image.convert("RGB")
+    return image
 
 
-def _exif_of(image: Image.Image) -> bytes:
-    """The EXIF data that :meth:`Image.getexif` would read of what came with the file."""
-    raw = image.info.get("Raw profile type exif")
-    if "exif" not in image.info and isinstance(raw, str):
-        return bytes.fromhex("".join(raw.split("\n")[3:]))
-    exif = image.info.get("exif", b"")
-    return exif if isinstance(exif, bytes) else b""
+def _converted(image: Image.Image, turn: int, name: str, transparency: str) -> tuple[Image.Image, float]:
+    """Upright and RGB, and the share of pixels that were not opaque."""
+    with _whatever_decoders_raise(name):
+        how = _TURNS.get(turn)
+        return flattened(image if how is None else image.transpose(how), transparency)
 
 
 def _whatever_decoders_raise(name: str) -> AbstractContextManager[None]:

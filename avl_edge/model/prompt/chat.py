@@ -12,7 +12,7 @@ from ...errors import BadInput, quoted
 from ..images.frames import Frames, Shown, Source, check_shown
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-Part: TypeAlias = str | Source
+Part: TypeAlias = "str | Source"
 
 
 @dataclass(frozen=True)

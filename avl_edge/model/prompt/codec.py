@@ -28,6 +28,9 @@ class ImageCodec(ABC):
     chat_template: ClassVar[str | None] = None
     """For a checkpoint that brings none; None: as LLaVA was trained."""
 
+    transparency: ClassVar[str] = "drop"
+    """What its reference does with the transparent parts of a picture (:data:`~avl_edge.config.TRANSPARENCY`)."""
+
     rule: PictureRule
 
     @property

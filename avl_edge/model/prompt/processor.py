@@ -9,12 +9,16 @@ from functools import cached_property, partial
 from itertools import accumulate, takewhile
 from pathlib import Path
 
-from ...config import Options, Picture, read_json
+from PIL import Image
+
+from ...config import Options, Picture
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
+from ...files import read_json
 from ...request import ImageSpan, Pixels, PixelValues, Prompt
-from ..images.frames import Moment, Shown
+from ..images.frames import Moment, Shown, take_shown
+from ..images.inputs import ImageSource
 from ..images.preprocess import digest
-from ..images.sources import MAX_PIXELS, ImageSource, image_size, open_image
+from ..images.sources import MAX_PIXELS, image_size, open_flat, picture_name
 from ..spec import ModelSpec
 from .chat import SYSTEM, USER, Turn, asked, one_question
 from .codec import ImageCodec, open_codec
@@ -95,8 +99,9 @@ class Processor:
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
         """One user turn, the images before the text, ready for the answer: :meth:`measure`, :meth:`lay_out`,
         :meth:`read`."""
-        pictures = self.measure(images)
-        return self.read(images, pictures, self.lay_out(one_question(pictures, prompt, system)))
+        taken = take_shown(images)
+        pictures = self.measure(taken)
+        return self.read(taken, pictures, self.lay_out(one_question(pictures, prompt, system)))
 
     def within(self, options: Options) -> Processor:
         """The same for pictures of the range of pixels that a request asks for; BadInput where the model has none."""
@@ -163,20 +168,30 @@ class Processor:
         pictures: Sequence[Picture],
         laid_out: Prompt,
         max_pixels: int = MAX_PIXELS,
+        transparency: str | None = None,
     ) -> Prompt:
         """Decode and preprocess the images that were measured as ``pictures`` and stand in ``laid_out``, one after the
-        other. Raises BadImage for one that is no use, or has more than ``max_pixels``."""
-        read = [self._read(image, picture, max_pixels) for image, picture in zip(images, pictures, strict=True)]
+        other. ``transparency`` None: as the family has it. Raises BadImage for one that is no use, or has more than
+        ``max_pixels``."""
+        shown, notes = transparency or self.codec.transparency, []
+        read = []
+        for source, picture in zip(images, pictures, strict=True):
+            images_of, shares = zip(*(open_flat(each, max_pixels, shown) for each in _sources(source)), strict=True)
+            read.append(self._pixels(images_of, source, picture, max_pixels))
+            if max(shares) and transparency is None:
+                notes.append(_of_transparency(picture_name(_sources(source)[0]), max(shares), shown))
         named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, read, strict=True))
-        return replace(laid_out, spans=tuple(named), pixel_values=Pixels(tuple(read)) if read else None)
+        pixels = Pixels(tuple(read)) if read else None
+        return replace(laid_out, spans=tuple(named), pixel_values=pixels, notes=tuple(notes))
 
-    def _read(self, source: Shown, picture: Picture, max_pixels: int) -> PixelValues:
+    def _pixels(self, images: Sequence[Image.Image], source: Shown, picture: Picture, max_pixels: int) -> PixelValues:
+        """``images``: those of the source, which are two for a moment of a video."""
         if isinstance(source, Moment):
-            one, other = (open_image(each, max_pixels) for each in source.frames)
+            one, other = images
             unchanged = one.size == other.size and picture == self.codec.measure_moment(*one.size, source)
             values = self.codec.moment_pixels((one, other), picture, max_pixels) if unchanged else None
         else:
-            image = open_image(source, max_pixels)
+            (image,) = images
             unchanged = picture == (self.codec.fixed or self.codec.rule(*image.size))
             values = self.codec.pixels(image, picture, max_pixels) if unchanged else None
         if values is None:
@@ -256,12 +271,27 @@ class Processor:
         return starts
 
 
+def _sources(shown: Shown) -> tuple[ImageSource, ...]:
+    return shown.frames if isinstance(shown, Moment) else (shown,)
+
+
 def _check_unicode(turn: Turn) -> None:
     try:
         "".join(turn.texts).encode("utf-8")
     except UnicodeEncodeError:
         what = {USER: "prompt", SYSTEM: "system text"}.get(turn.role, "answer")
         raise BadInput(f"the {what} is not valid Unicode: give it as UTF-8") from None
+
+
+def _of_transparency(name: str, share: float, shown: str) -> str:
+    becomes, others = {
+        "drop": ("is shown in the colours behind it", "white or black puts it on a background"),
+        "white": ("is shown on white", "black or drop shows it otherwise"),
+        "black": ("is shown on black", "white or drop shows it otherwise"),
+    }[shown]
+    return (
+        f"{name} is transparent in {max(100 * share, 0.1):.3g} % of its pixels, which {becomes}: transparency {others}"
+    )
 
 
 def _image_token(directory: Path, text: TextTokenizer, image_token_id: int, usual: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any, NoReturn, Protocol
 
 from jinja2 import TemplateError
 
-from ...config import Picture, read_json, read_text
+from ...config import Picture
 from ...errors import BadInput, BadModel, reason, refusing
+from ...files import read_json, read_text
 from .chat import ASSISTANT, USER, Turn, one_question
 from .sandbox import BUDGET, Sandbox
 

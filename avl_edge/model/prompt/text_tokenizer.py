@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from ...config import TOKENIZER_BYTES, read_json, read_text
 from ...errors import BadInput, BadModel, refusing
+from ...files import TOKENIZER_BYTES, read_json, read_text
 from .own_words import NOTHING, Escaped, RenamedTokenizer, ReservedWords
 
 

@@ -1,6 +1,6 @@
 """Packages on disk: published in one step, opened only whole.
 
-    OUT/                  0700, as all directories here
+    OUT/                  readable as the umask has it, or as it was; nobody else may write, here or below
       lock                held by the one process that builds
       manifest.json       names the directory that counts, and the size and digest of each of its files
       build-XXXXXXXX/     the files
@@ -32,6 +32,8 @@ from .fingerprint import Fingerprint, require_match
 from .manifest import File, Manifest
 
 _STAGING, _BUILT = "staging-", "build-"
+_EXECUTED = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
+_WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}
 
 
@@ -120,8 +122,8 @@ def _reading(path: Path, out: Path) -> Iterator[None]:
 def _refuse_foreign(directory: Path) -> None:
     """Engines are programs: what another user could have written is not opened."""
     state = directory.stat()
-    if state.st_uid not in (os.getuid(), 0) or stat.S_IMODE(state.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BadPackage(f"{directory} belongs to another user or can be written by one: chown it and chmod 700 it")
+    if state.st_uid not in (os.getuid(), 0) or stat.S_IMODE(state.st_mode) & _WRITTEN_BY_OTHERS:
+        raise BadPackage(f"{directory} belongs to another user or can be written by one: chown it and chmod go-w it")
 
 
 def _verify(path: Path, expected: File, out: Path) -> None:
@@ -143,7 +145,7 @@ def publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Man
     another process builds there, :class:`BuildFailed` where the disk does not take it, and what ``fill`` raises.
     """
     try:
-        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         with _only_builder(out):
             _sweep(out)
             try:
@@ -182,7 +184,7 @@ def _require_own(out: Path) -> None:
     foreign = sorted(name for name in names if LOCK not in names or not _is_own(name))
     if foreign:
         raise BadPackage(f"{out} holds other files ({foreign[0]}): give --out a new or empty directory")
-    out.chmod(0o700)
+    out.chmod(stat.S_IMODE(out.stat().st_mode) & ~_WRITTEN_BY_OTHERS)
 
 
 def _is_own(name: str) -> bool:
@@ -194,11 +196,12 @@ def _publish(out: Path, version: str, fill: Callable[[Path], Fingerprint]) -> Ma
     fingerprint = fill(staging)
     files = {path.name: File.of(path) for path in sorted(staging.iterdir())}
     manifest = Manifest(version, staging.name.replace(_STAGING, _BUILT, 1), fingerprint, files)
-    for path in (*staging.iterdir(), staging):
-        flush(path)
     text = out / f"{_STAGING}{MANIFEST}"
     text.write_text(manifest.dumps(), encoding="utf-8")
-    flush(text)
+    readers = stat.S_IMODE(out.stat().st_mode)
+    for path in (*staging.iterdir(), staging, text):
+        path.chmod(readers if path.is_dir() else readers & ~_EXECUTED)  # libraries make files for their user alone
+        flush(path)
     staging.rename(out / manifest.directory)
     text.replace(out / MANIFEST)
     flush(out)

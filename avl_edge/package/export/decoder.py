@@ -46,7 +46,7 @@ def build_decoder(graph: Graph, spec: TextSpec, prune_after: int | None) -> None
     last = graph.add("Gather", flow.hidden, graph.add("Sub", ends, graph.constant(1, "int32")), axis=0)
     normed = rms_norm(graph, "text.norm", last, spec.hidden_size, spec.norm_eps)
     sizes = spec.vocab_size, spec.hidden_size
-    tied = spec.tied_head
+    tied = spec.tied_head and not graph.has("head")
     terms = [graph.weight("text.embed_tokens.weight", *sizes)] if tied else graph.linear("head", *sizes, bias=False)
     logits = graph.add("Gemm", normed, *terms, transB=1)
     graph.add("Cast", logits, to=graph.onnx.TensorProto.FLOAT, name=names.LOGITS)

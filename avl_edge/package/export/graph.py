@@ -141,6 +141,7 @@ class Graph(Nodes):
         super().__init__()
         self.dtype = dtype
         self.take = weights.take
+        self.has = weights.has
         self._linear = weights.linear
         self._store = store
         self._initializers: dict[str, TensorProto] = {}

@@ -16,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...config import Progress, read_json, require
-from ...model.checkpoint import DECODER_MATRIX, Mapped, Weights, is_quantized, map_tensors
+from ...config import Progress, require
+from ...files import read_json
+from ...model.checkpoint import DECODER_MATRIX, Weights, is_quantized
+from ...model.checkpoint_files import Mapped, map_tensors
 from ...model.families import read_spec
 from ...model.spec import ModelSpec
 from ...model.weight_format import WeightFormats

@@ -14,7 +14,7 @@ from ....config import Picture
 from ....errors import BadModel
 from ...image_settings import read_image_settings
 from ...images.config import CLIP, ImageProcessorConfig
-from ...images.preprocess import on_white, preprocess
+from ...images.preprocess import preprocess
 from ...prompt.codec import ImageCodec
 from .pictures import Tiled
 from .spec import InternVlSpec
@@ -52,11 +52,11 @@ class TileCodec(ImageCodec):
         return f"<img>{image_token * picture.tokens}</img>"
 
     def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
-        rgb, side = on_white(image) if self.config.convert_rgb else image.convert("RGB"), self.rule.side
+        side = self.rule.side
         rows, columns = picture.tiles
-        whole = preprocess(rgb, replace(self.config, resize=(rows * side, columns * side)), max_pixels)
+        whole = preprocess(image, replace(self.config, resize=(rows * side, columns * side)), max_pixels)
         tiles = whole.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
-        return tiles if len(tiles) == 1 else np.concatenate([tiles, preprocess(rgb, self.config, max_pixels)[None]])
+        return tiles if len(tiles) == 1 else np.concatenate([tiles, preprocess(image, self.config, max_pixels)[None]])
 
 
 def open_codec(spec: InternVlSpec, directory: Path) -> TileCodec:

@@ -13,7 +13,7 @@ from PIL import Image
 from ....config import Picture
 from ....errors import BadModel
 from ...images.config import CLIP, ImageProcessorConfig
-from ...images.preprocess import on_white, preprocess
+from ...images.preprocess import preprocess
 from ...prompt.codec import ImageCodec
 from .pictures import AnyRes
 from .spec import LlavaNextSpec
@@ -40,12 +40,12 @@ class TileCodec(ImageCodec):
         return cls(rule, replace(config, resize=(side, side), crop=None))
 
     def pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> npt.NDArray[np.float32]:
-        rgb, side = on_white(image) if self.config.convert_rgb else image.convert("RGB"), self.rule.crop
-        canvas = self._fitted(rgb, picture.tiles)
+        side = self.rule.crop
+        canvas = self._fitted(image, picture.tiles)
         rows, columns = picture.tiles
         corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
         tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
-        return np.stack([preprocess(each, self.config, max_pixels) for each in (rgb, *tiles)])
+        return np.stack([preprocess(each, self.config, max_pixels) for each in (image, *tiles)])
 
     def _fitted(self, image: Image.Image, tiles: tuple[int, int]) -> Image.Image:
         """The whole picture in the middle of a black canvas of so many rows and columns of tiles."""

@@ -43,6 +43,7 @@ class PatchCodec(ImageCodec):
 
     image_token: ClassVar[str] = "<|image_pad|>"
     chat_template: ClassVar[str] = _CHAT_TEMPLATE
+    transparency: ClassVar[str] = "white"
 
     rule: Merged
     video_rule: Merged

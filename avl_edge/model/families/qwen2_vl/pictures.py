@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....config import Picture, read_json, require
+from ....config import Picture, require
 from ....errors import BadModel, quoted
+from ....files import read_json
 from ...image_settings import find_image_settings
 
 FRAMES = 2
