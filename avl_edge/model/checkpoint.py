@@ -6,7 +6,7 @@ Canonical names: ``text.*`` (embed_tokens, layers.N.*, norm), ``head.weight``, `
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -53,6 +53,10 @@ class Weights:
         self.dtype = torch.float32
         if "text.embed_tokens.weight" in tensors:
             self.dtype = tensors["text.embed_tokens.weight"].dtype
+
+    def renamed(self, names: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]) -> Weights:
+        """The same by other names; one tensor may be several."""
+        return Weights(dict(pair for name, tensor in self._tensors.items() for pair in names(name, tensor)))
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor ``name``; :class:`BadModel` when it is not there or not of ``shape``."""
