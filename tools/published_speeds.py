@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 EDGE_LLM = "TensorRT Edge-LLM 0.10, JetPack 7.2, INT4 AWQ"
 TINY_CHAT = "TinyChat, VILA-7B INT4"
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """A published measurement: ``tokens_per_s`` with so many ``rows`` held; times of encoder and prompt in ms, memory
     in GB, where they were told. ``edge``: of the picture, in pixels."""
 
@@ -69,7 +71,7 @@ def main() -> None:
         time, memory = plan["time"], plan["memory"]
         cases.append(
             {
-                **case._asdict(),
+                **asdict(case),
                 "image_tokens": plan["prompt"]["images"],
                 "basis": time["basis"],
                 "planned": {
