@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +49,11 @@ class Weights:
         self.dtype = torch.float32
         if "text.embed_tokens.weight" in tensors:
             self.dtype = tensors["text.embed_tokens.weight"].dtype
+
+    def renamed(self, names: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]) -> Weights:
+        """The same by other names; one tensor may be several."""
+        renamed = dict(pair for name, tensor in self._tensors.items() for pair in names(name, tensor))
+        return Weights(renamed, self._quantized, self._packed)
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor ``name``; :class:`BadModel` when it is not there or not of ``shape``."""
@@ -144,6 +149,10 @@ def load_weights(
             _page_in(tensor)
         if progress:
             progress(done, len(mapped))
+    require(
+        formats.body is None or any(layer != "head" for layer in packed),
+        f"the layers of {directory} have names of their own and cannot be packed: leave out --weights",
+    )
     return Weights(tensors, quantized, packed)
 
 

@@ -10,35 +10,11 @@ from pathlib import Path
 from ..errors import BadModel, quoted
 from ..files import read_json
 from .families import published, read_spec
-from .pictures import Fixed
-from .sizes import DecoderShape, ModelShape, Precision, VisionShape
+from .sizes import DecoderShape, ModelShape, Precision
 from .spec import ModelSpec
 from .weight_format import WeightFormats, stored_formats
 
-# ViT-bigG, whose 256 positions are stretched to 1024 patches, and a cross-attention that brings them to the decoder's
-# width: 256 queries with their positions, the projection of what they read, four matrices, three norms, a last matrix.
-_QWEN_VL_VISION = VisionShape(
-    1664,
-    8192,
-    48,
-    14,
-    outside=1664 * (3 * 14**2 + 256 + 2) + (2 * 256 + 1664 + 4 * (4096 + 1) + 6 + 4096) * 4096,
-    layer_small=4 * 1664 + 8192 + 1664 + 4 * 1664,
-)
-
-
-KNOWN: dict[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        *published(),
-        ModelShape(
-            "qwen-vl",
-            DecoderShape(4096, 11008, 32, 32, 32, 128, 151936, 8192, qkv_bias=True),
-            _QWEN_VL_VISION,
-            Fixed(patches=1024, tokens=256),
-        ),
-    )
-}
+KNOWN: dict[str, ModelShape] = {shape.name: shape for shape in published()}
 
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,7 +24,7 @@ def shape_of_checkpoint(directory: Path, name: str) -> ModelShape:
     """The shape of a checkpoint from its config.json alone; :class:`BadModel` as `read_spec`."""
     spec = read_spec(directory)
     config = read_json(directory / "config.json") or {}
-    dtype = config.get("dtype") or config.get("torch_dtype") or config["text_config"].get("dtype") or "float32"
+    dtype = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype") or "float32"
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise BadModel(f"{directory}/config.json: dtype {quoted(dtype)} is none of {', '.join(_ITEM_BYTES)}")
     return shape_of_spec(spec, name, _ITEM_BYTES[dtype], stored_formats(config))

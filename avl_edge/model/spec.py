@@ -53,6 +53,9 @@ class ModelSpec(ABC):
     """How names of tensors may begin in this family's files, beside those that all have (see
     :mod:`avl_edge.model.checkpoint`), and what stands for it in canonical names."""
 
+    has_own_names: ClassVar[bool] = False
+    """Whether the family's ``network`` has ``renamed(name, tensor)``: the canonical ones of a tensor of a file."""
+
     codec: ClassVar[str]
     """The module with the family's ``open_codec(spec, directory)``; it needs Pillow and the tokenizer's package."""
     network: ClassVar[str]

@@ -19,6 +19,8 @@ from .spec import ModelSpec
 class VisionLanguageModel:
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self.spec = spec
+        if spec.has_own_names:
+            weights = weights.renamed(network_of(spec).renamed)
         self.dtype = weights.dtype
         self.decoder = Decoder(spec.text, weights)
         self._encoder: VisionEncoder = network_of(spec).VisionEncoder(spec, weights)

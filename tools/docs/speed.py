@@ -123,6 +123,26 @@ def plans() -> str:
     return block(f"{summary}\n\n{table(header, map(line, result['requests']))}", "profile_verify")
 
 
+def orin() -> str:
+    """Plans for a Jetson beside what others measured there."""
+    result = measured("orin_plans")["result"]
+
+    def figure(case: dict[str, Any], name: str) -> str:
+        ours, theirs = case["planned"][name], case[name]
+        if theirs is None:
+            return f"{ours}"
+        return f"{ours} ({theirs}, {100 * (ours / theirs - 1):+.0f} %)"
+
+    def line(case: dict[str, Any]) -> list[object]:
+        names = ("tokens_per_s", "encode_ms", "prefill_ms", "memory_gb")
+        shown = [f"`{case['model']}`, {case['rows']:,} rows", case["source"] or "none known"]
+        return [*shown, *(figure(case, name) for name in names)]
+
+    header = ["planned (measured, deviation)", "measured by", "tokens/s", "picture, ms", "prompt, ms", "memory, GB"]
+    about = f"{result['device']}, {result['power_mode']}, weights {result['weights']}, head and rows fp16."
+    return block(f"{table(header, map(line, result['cases']), words=2)}\n\n{about}", "orin_plans")
+
+
 TABLES = {
     "decode": decode,
     "native-step": native_step,
@@ -130,4 +150,5 @@ TABLES = {
     "attention": attention,
     "host": host,
     "plans": plans,
+    "orin": orin,
 }

@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "qwen2_vl": "avl_edge.model.families.qwen2_vl",
     "qwen2_5_vl": "avl_edge.model.families.qwen2_5_vl",
     "qwen3_vl": "avl_edge.model.families.qwen3_vl",
+    "qwen": "avl_edge.model.families.qwen_vl",
     "internvl": "avl_edge.model.families.internvl",
 }
 """By ``model_type``: the package that reads and runs such checkpoints."""

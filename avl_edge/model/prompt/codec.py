@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from tokenizers import Tokenizer
 
 from ...config import Picture
 from ...errors import BadInput
@@ -31,7 +32,14 @@ class ImageCodec(ABC):
     transparency: ClassVar[str] = "drop"
     """What its reference does with the transparent parts of a picture (:data:`~avl_edge.config.TRANSPARENCY`)."""
 
+    end_tokens: ClassVar[tuple[str, ...]] = ()
+    """That end an answer beside those that a checkpoint's files name."""
+
     rule: PictureRule
+
+    def tokenizer(self, directory: Path) -> Tokenizer | None:  # noqa: ARG002
+        """That of a checkpoint without a tokenizer.json, where the family has another file."""
+        return None
 
     @property
     def fixed(self) -> Picture | None:

@@ -79,10 +79,11 @@ class Processor:
         directory = Path(directory)
         if not directory.is_dir():
             raise BadModel(f"{directory} is not a directory: give the directory of a model")
-        text = TextTokenizer.open(directory, vocab_size)
         codec = codec_of(directory)
+        text = TextTokenizer.open(directory, vocab_size, codec.tokenizer)
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
-        eos_token_ids = read_eos_token_ids(directory, text, vocab_size)
+        own_ends = filter(None, map(text.tokenizer.token_to_id, codec.end_tokens))
+        eos_token_ids = read_eos_token_ids(directory, text, vocab_size) | frozenset(own_ends)
         reserved = {image_token, codec.video_token, *map(text.tokenizer.id_to_token, eos_token_ids)}
         return cls(
             codec=codec,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +30,13 @@ class TextTokenizer:
     also_reserved: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, directory: Path, vocab_size: int) -> TextTokenizer:
-        """Raises BadModel if tokenizer.json is missing or broken, or has ids of ``vocab_size`` and more."""
-        tokenizer = _load(directory / "tokenizer.json")
+    def open(
+        cls, directory: Path, vocab_size: int, other: Callable[[Path], Tokenizer | None] = lambda _: None
+    ) -> TextTokenizer:
+        """Raises BadModel if tokenizer.json is missing (and ``other`` reads nothing else) or broken, or has ids of
+        ``vocab_size`` and more."""
+        path = directory / "tokenizer.json"
+        tokenizer = (None if path.exists() else other(directory)) or _load(path)
         config = read_json(directory / "tokenizer_config.json") or {}
         named = _named_tokens(directory, config)
         settings = directory / "tokenizer_config.json"

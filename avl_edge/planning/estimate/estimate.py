@@ -191,7 +191,12 @@ class Estimate:
             "settings": asdict(self.method),
             "formats": self.formats.by_tier(),
             "streams": self.request.streams,
-            "prompt": {name: getattr(self.prompt, name) for name in ("prefix", "images", "suffix", "length")},
+            "prompt": {
+                "prefix": self.prompt.prefix,
+                "images": self.prompt.images,
+                "suffix": self.prompt.suffix,
+                "length": self.prompt.length,
+            },
             "max_new_tokens": self.steps + 1,
             "memory": {**asdict(self.memory), "peak_bytes": self.memory.peak_bytes},
             "kv": asdict(self.kv),
