@@ -28,6 +28,7 @@ NOT_RUN = {
     "sudo": "writes to /opt and /etc",
     "systemctl": "needs what was installed there",
     "avl-edge profile": "times this machine for minutes; tests/measure/test_profile_measured.py does it shorter",
+    "printf": "pipes into avl-edge chat; tests/cli/test_chat.py does it",
     "avl-edge serve": "answers until it is ended; tests/server does it",
     "avl-edge bench": "times this machine; tests/measure/test_bench_attention.py does it shorter",
     "avl-edge run --device cuda": "needs a GPU",
