@@ -151,7 +151,7 @@ def test_several_questions_in_the_readme(monkeypatch: pytest.MonkeyPatch, capsys
     _avl_edge(f"{command} --stats", monkeypatch)
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert len(lines) == len(shown) == 6
+    assert len(lines) == len(shown) == 4
     assert lines[::2] == shown[::2] == [word for word in shlex.split(command) if word[0].isupper()]
     said = re.search(r"held once, (\S+ MB)\nhere\..*, (\S+) to (\S+) MB;", README.read_text())
     assert said
