@@ -25,6 +25,8 @@ class Lazy:
 
 COMMANDS = {
     "run": Lazy("run:run", "Answer questions about one or more images."),
+    "chat": Lazy("chat:chat", "Talk with the model, line by line."),
+    "watch": Lazy("watch:watch", "Ask about a camera's latest frame again and again."),
     "serve": Lazy("serve:serve_command", "Answer requests of OpenAI's API over HTTP."),
     "doctor": Lazy("doctor:doctor", "Say what machine this is and what to mend on it."),
     "plan": Lazy("plan:plan", "Say what a request would cost on a device."),

@@ -14,6 +14,7 @@ import typer
 from ..backends.targets import TARGETS
 from ..config import require, size_in_bytes
 from ..server.access import Keys
+from ..server.cameras import Cameras, camera_sources
 from ..server.process import Address, log_json, serve
 from ..server.service import Service
 from ..server.settings import Settings
@@ -94,6 +95,10 @@ HeldPictures: TypeAlias = Annotated[
     int,
     typer.Option(min=0, help="Pictures whose rows are kept for later questions.", rich_help_panel=MEMORY),
 ]
+CameraSources: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=ADDRESS", help="A V4L2 device, rtsp:// address, video file or folder of pictures."),
+]
 Drain: TypeAlias = Annotated[
     float, typer.Option(min=0, help="Seconds that answers may go on after SIGTERM.", rich_help_panel=LIMITS)
 ]
@@ -120,6 +125,7 @@ def serve_command(
     max_pixels: MaxPixels = Settings.max_pixels,
     max_body: MaxBody = "32MiB",
     max_tokens: MaxTokens = Settings.max_tokens,
+    camera: CameraSources = None,
     drain: Drain = Settings.drain,
     log_level: LogLevel = Level.info,
     debug: Debug = False,
@@ -147,7 +153,7 @@ def serve_command(
     log_json(getattr(logging, log_level.value.upper()))
     with runtime:
         load = partial(runtime.load_weights, pool_bytes=pool_bytes, threads=threads)
-        serve(Service(runtime, settings), keys, Address(host, port, socket), load)
+        serve(Service(runtime, settings, Cameras(camera_sources(camera))), keys, Address(host, port, socket), load)
 
 
 def _open(model: str, device: str | None, threads: int | None, max_memory: str | None, reserve: str | None) -> Runtime:

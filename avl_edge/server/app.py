@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, Router
 
 from .access import Keys, Receive
@@ -16,6 +16,7 @@ from .chat import ChatCompletions
 from .frame import Application, Frame, Scope, Send
 from .monitor import look
 from .openapi import openapi
+from .page import page
 from .refusals import Refusal
 from .service import Service
 
@@ -50,12 +51,17 @@ def application(service: Service, keys: Keys, connections: Callable[[], int] = l
     async def description(request: Request) -> Response:  # noqa: ARG001
         return JSONResponse(openapi())
 
+    async def start(request: Request) -> Response:  # noqa: ARG001
+        content, policy = page()
+        return HTMLResponse(content, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
+
     chat = ChatCompletions(service)
 
     async def completions(request: Request) -> Response:
         return await chat(request)
 
     routes = [
+        Route("/", start),
         Route("/v1/chat/completions", completions, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BadImage
 from ..model.images import image_size
 from ..model.prompt import Message
+from .cameras import Cameras
 from .pictures import SentPicture, SentPictures
 from .refusals import Refusal
 from .settings import Settings
@@ -65,18 +66,27 @@ class Conversation:
         return [Said(last.role, (), last.text).message, *(each.message for each in others)]
 
 
-def conversation_of(asked: ChatRequest, sent: SentPictures, client: str, settings: Settings) -> Conversation:
+def conversation_of(
+    asked: ChatRequest, sent: SentPictures, cameras: Cameras, client: str, settings: Settings
+) -> Conversation:
     """What ``asked`` shows and says; :class:`Refusal` naming the message that cannot be served."""
     if len(asked.messages) > settings.max_messages:
         said = f"there are more than {settings.max_messages} messages: send the last ones"
         raise Refusal(413, said, param="messages", code="too_large", retries=False)
-    reader = _Reader(sent, client, settings)
-    return Conversation(tuple(reader.said(each, f"messages.{n}") for n, each in enumerate(asked.messages)))
+    reader = _Reader(sent, cameras, client, settings)
+    turns = [reader.said(each, f"messages.{number}") for number, each in enumerate(asked.messages)]
+    own = asked.own
+    if own.camera is not None:
+        if turns[-1].role != "user":
+            raise _unsupported("avl_edge.camera", "the last message is no user's")
+        frame = reader.frame(own.camera, own.max_age_ms, "avl_edge.camera")
+        turns[-1] = replace(turns[-1], pictures=(frame, *turns[-1].pictures))
+    return Conversation(tuple(turns))
 
 
 class _Reader:
-    def __init__(self, sent: SentPictures, client: str, settings: Settings) -> None:
-        self._sent, self._client, self._settings = sent, client, settings
+    def __init__(self, sent: SentPictures, cameras: Cameras, client: str, settings: Settings) -> None:
+        self._sent, self._cameras, self._client, self._settings = sent, cameras, client, settings
         self._pictures = self._pixels = 0
 
     def said(self, message: WireMessage, where: str) -> Said:
@@ -102,26 +112,33 @@ class _Reader:
             if isinstance(part, ImagePart):
                 pictures.append(self._picture(part, f"{param}.image_url"))
             elif isinstance(part, CameraPart):
-                raise Refusal(400, f"there is no camera {part.camera!r} here", param=param, code="unknown_camera")
+                pictures.append(self.frame(part.camera, part.max_age_ms, param))
             else:
                 texts.append(part.text)
         return Said("user", tuple(pictures), "\n".join(texts))
 
+    def frame(self, camera: str, max_age_ms: float | None, param: str) -> SentPicture:
+        """The latest frame of a camera."""
+        max_age = None if max_age_ms is None else max_age_ms / 1000
+        return self._counted(self._cameras.picture(camera, max_age, param), param)
+
     def _picture(self, part: ImagePart, param: str) -> SentPicture:
+        return self._counted(self._sent.picture(part, self._client, param), param)
+
+    def _counted(self, picture: SentPicture, param: str) -> SentPicture:
+        """A picture that is within what one request may show."""
         self._pictures += 1
         if self._pictures > self._settings.max_pictures:
             said = f"there are more than {self._settings.max_pictures} pictures: send fewer"
             raise Refusal(413, said, param=param, code="too_many_pictures", retries=False)
-        picture = self._sent.picture(part, self._client, param)
         try:
             width, height = image_size(picture.content)
         except BadImage as error:
             raise Refusal(422, str(error), param=param, code="invalid_image", retries=False) from None
         self._pixels += width * height
         if self._pixels > self._settings.max_pixels:
-            said = (
-                f"the pictures have more than {self._settings.max_pixels} pixels together: send smaller ones or fewer"
-            )
+            most = self._settings.max_pixels
+            said = f"the pictures have more than {most} pixels together: send smaller ones or fewer"
             raise Refusal(413, said, param=param, code="too_many_pixels", retries=False)
         return picture
 

@@ -63,7 +63,8 @@ class HeldPictures:
 
     def prepare(self, asked: Conversation, options: Options) -> Prepared:
         """A question, checked and planned. Raises as :meth:`avl_edge.Runtime.prepare`."""
-        if asked.pictures and self._most and options.kv_budget is None:
+        passing = any(each.is_passing for each in asked.pictures)
+        if asked.pictures and self._most and options.kv_budget is None and not passing:
             for _ in range(_TRIES):
                 if prepared := self._prepare_held(asked, options):
                     return prepared

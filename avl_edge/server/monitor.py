@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..config import KvShape
 from ..errors import AvlEdgeError
+from ..kv.layout import Format, packing
 from ..machine import pressure
 from ..serving.runtime import Runtime
+from ..serving.scheduler import Scheduler
 from .metrics import Moment
 from .service import Service
 
@@ -49,17 +52,29 @@ def _engine(runtime: Runtime) -> Moment:
     def count() -> Moment:
         view = runtime.debug
         scheduler, pool = view.scheduler, view.pool
-        tiers = {"text": 0, "core": 0, "secondary": 0}
         return Moment(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             pool_bytes=pool.pages * pool.page_bytes,
             pool_bytes_promised=(pool.pages - pool.pages_unreserved) * pool.page_bytes,
             pool_bytes_in_use=pool.bytes_in_use,
-            tier_bytes=tiers,
+            tier_bytes=_tier_bytes(view.scheduler, runtime.kv_shape),
         )
 
     try:
         return runtime.engine.call(count) if runtime.debug.backend else Moment()
     except AvlEdgeError:
         return Moment()
+
+
+def _tier_bytes(scheduler: Scheduler, shape: KvShape) -> dict[str, int]:
+    """What rows weigh by tier; of a question about an image session its own rows, which are text."""
+    tiers = {"text": 0, "core": 0, "secondary": 0}
+    whole = [each.cache for each in scheduler.running if each.cache and not each.request.prefix]
+    for cache in (*whole, *(each.cache for each in scheduler.prefixes if each.cache)):
+        for tier, name in cache.formats.by_tier().items():
+            rows = sum(layer.counts()[tier] for layer in cache.rows.layers)
+            tiers[tier] += rows * packing(Format(name), shape).row_bytes
+    asked = [each.cache for each in scheduler.running if each.cache and each.request.prefix]
+    tiers["text"] += sum(each.rows.lease.nbytes for each in asked)
+    return tiers

@@ -22,10 +22,12 @@ _MOST_NAMES = 4096
 
 @dataclass(frozen=True, eq=False)
 class SentPicture:
-    """A picture as a client sent it; ``digest`` is that of its bytes."""
+    """A picture as a client sent it, or a camera's frame; ``digest`` is that of its bytes. ``is_passing``: nobody will
+    ask about it again."""
 
     content: bytes
     digest: str
+    is_passing: bool = False
 
 
 class SentPictures:

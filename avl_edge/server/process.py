@@ -188,6 +188,7 @@ class Process:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             service.held.clear()
+            service.cameras.close()
             await asyncio.get_running_loop().run_in_executor(None, service.runtime.close)
         _log.info("ended")
         if self._failure:

@@ -14,6 +14,7 @@ from ..errors import BadInput, DeadlineExceeded
 from ..serving.runtime import Runtime
 from .answer import Answer
 from .asking import check_model, check_tools, options_of, urgency_of
+from .cameras import Cameras
 from .conversation import conversation_of
 from .held_pictures import HeldPictures, Prepared
 from .metrics import Metrics
@@ -32,10 +33,11 @@ _TRIES = 3
 class Service:
     """Answers by ``runtime`` within ``settings``. Of one event loop."""
 
-    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+    def __init__(self, runtime: Runtime, settings: Settings, cameras: Cameras | None = None) -> None:
         self.runtime = runtime
         self.settings = settings
         self.state = "loading"
+        self.cameras = cameras or Cameras({})
         self.sent = SentPictures(settings.picture_bytes)
         self.held = HeldPictures(runtime, settings.held_pictures)
         self.metrics = Metrics(settings.names[0])
@@ -127,7 +129,7 @@ class Service:
     def _prepare(self, asked: ChatRequest, client: str) -> Prepared:
         check_tools(asked)
         options = options_of(asked, self.settings.max_tokens)
-        return self.held.prepare(conversation_of(asked, self.sent, client, self.settings), options)
+        return self.held.prepare(conversation_of(asked, self.sent, self.cameras, client, self.settings), options)
 
     def end(self, answer: Answer, outcome: str) -> None:
         """Its answer was given, or nobody wants it any more: ``stop``, ``length``, ``abort`` or ``error``."""

@@ -151,7 +151,8 @@ class Own(Part):
     ``priority``: lower is sooner. ``deadline_ms``: from when the request has come. ``late`` says what becomes of an
     answer that is not complete then: ``refuse`` refuses it, also beforehand where it cannot be met; ``cut`` gives what
     is there, and asks for fewer tokens beforehand; ``drop`` begins it in any case, and refuses it when it is late.
-    ``explain`` adds to the answer how it was computed.
+    ``camera`` shows its latest frame, at most ``max_age_ms`` old, with the last message. ``explain`` adds to the answer
+    how it was computed.
     """
 
     method: Name | None = None
@@ -164,7 +165,6 @@ class Own(Part):
     late: Literal["refuse", "cut", "drop"] = "refuse"
     camera: Name | None = None
     max_age_ms: Annotated[float, Field(gt=0)] | None = None
-    session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     explain: bool = False
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from avl_edge import Runtime
 from avl_edge.server.access import Keys
+from avl_edge.server.cameras import Cameras
 from avl_edge.server.process import Address, Process
 from avl_edge.server.service import Service
 from avl_edge.server.settings import Settings
@@ -102,11 +103,12 @@ def serving(
     settings: Settings | None = None,
     key_file: Path | None = None,
     pool_bytes: int | None = None,
+    cameras: Cameras | None = None,
     **opened: Any,
 ) -> Iterator[Served]:
     """A service of ``model`` until the end of the block."""
     runtime = Runtime.open(model, **opened)
-    service = Service(runtime, settings or Settings(names=("test",)))
+    service = Service(runtime, settings or Settings(names=("test",)), cameras)
     process = Process(service, Keys(key_file), partial(runtime.load_weights, pool_bytes=pool_bytes))
     listener = Address(port=0).listen()
     port = listener.getsockname()[1]

@@ -237,7 +237,9 @@ class TestHosts:
 
 
 class TestPaths:
-    @pytest.mark.parametrize("path", ["/", "/v1/../etc/passwd", "/%2e%2e/etc/passwd", "/v1/completions", "/docs", "//"])
+    @pytest.mark.parametrize(
+        "path", ["/index.html", "/v1/../etc/passwd", "/%2e%2e/etc/passwd", "/v1/completions", "/docs", "//"]
+    )
     def test_there_is_nothing_else(self, served: Served, path: str) -> None:
         status, _, document = served.request("GET", path)
         assert (status, document["error"]["code"]) == (404, "not_found")

@@ -152,6 +152,9 @@ class TestCounts:
         view = served.runtime.debug
         held = sum(each.cache.rows.lease.nbytes for each in view.scheduler.prefixes if each.cache)
         assert counts["kv_pool_used_bytes"] == held > 0
+        tiers = [counts[f"kv_tier_bytes {tier}"] for tier in ("text", "core", "secondary")]
+        assert sum(tiers) == held
+        assert tiers[1] > 0
         assert counts["kv_pool_bytes"] == view.pool.pages * view.pool.page_bytes
         assert counts["memory_bytes weights"] == served.runtime.memory().entries["weights"].used
         assert (counts["num_requests_running"], counts["num_requests_waiting"], counts["held_pictures"]) == (0, 0, 1)
