@@ -11,12 +11,16 @@ from typing import Any
 from ..config import Formats, Options, format_size
 from ..errors import BadInput, TooLarge
 from ..kv.budget import first_within
+from ..kv.methods import METHODS, Distinct
 from ..model.images import Source
 from ..model.prompt import Message, shown_in
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
+
+_SHARES = (50, 25, 12, 6, 3, 1)
+"""Percent of a picture's rows that are tried to keep a budget."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ def plan(
     options: Options,
     before: Sequence[Message] = (),
 ) -> Several:
-    """The picture's rows and all questions', in the first formats in which ``options``' budget, or without one what the
-    memory of the process leaves, holds them together.
+    """The picture's rows and all questions', in the first settings in which ``options``' budget, or without one what
+    the memory of the process leaves, holds them together: every row, then packed, then fewer of them.
 
     Raises :class:`BadInput` for methods that share no rows, :class:`TooLarge` beyond that.
     """
@@ -71,13 +75,13 @@ def plan(
     bounded = options.kv_budget is not None or runtime.memory().limit is not None
 
     def every() -> Iterator[Several]:
-        for formats in _formats(runtime, options, bounded=bounded):
-            session = runtime.open_images(images, replace(options, kv_budget=None, formats=formats), before)
+        for each in _settings(runtime, options, bounded=bounded):
+            session = runtime.open_images(images, each, before)
             yield Several(prompts, session, [session.prepare(prompt) for prompt in prompts])
 
-    rows = "with every image row stored" if options.method is None else f"under {options.method}"
-    what = f"the picture and {len(prompts)} questions about it, {rows}"
-    instead = "raise --kv-budget, store fewer rows (--method distinct), lower --max-new-tokens or ask fewer at a time"
+    under = "" if options.method is None else f" under {options.method}"
+    what = f"the picture and {len(prompts)} questions about it{under}"
+    instead = "raise --kv-budget, lower --max-new-tokens or ask fewer at a time"
     variants = every()
     first = next(variants)
     budget = options.kv_budget_bytes
@@ -93,17 +97,33 @@ def plan(
     return found
 
 
-def _formats(runtime: Runtime, options: Options, *, bounded: bool) -> Iterator[Formats | None]:
-    yield options.formats
-    if bounded and options.formats is None:
-        yield from runtime.planner.packed
+def _settings(runtime: Runtime, options: Options, *, bounded: bool) -> Iterator[Options]:
+    """As asked for; to keep a bound, packed as far as nobody said how, and then with fewer rows as far as nobody said
+    how many."""
+    options = replace(options, kv_budget=None)
+    yield options
+    if not bounded or options.preset:
+        return
+    packed: list[Formats] = [] if options.formats else runtime.planner.packed
+    for formats in packed:
+        options = replace(options, formats=formats)
+        yield options
+    method, most = options.method or Distinct.name, 100.0
+    known = {each.name: each.default for each in METHODS[method].parameters()}
+    if options.method:
+        most = options.parameters.get("secondary", known.get("secondary", 0))
+    for share in _SHARES if "secondary" in known and "secondary" not in options.parameters else ():
+        if share < most:
+            yield replace(options, method=method, parameters={**options.parameters, "secondary": share})
 
 
 def say_plan(several: Several, budget: int) -> None:
     """One line on stderr: what was picked for a budget."""
-    packed = several.requests[0].plan.formats.core
+    plan = several.requests[0].plan
+    share = several.session.share
+    rows = plan.formats.core if share == 100 else f"{plan.formats.core} and {share:g} % of the picture's"
     print(
-        f"avl-edge: the picture and {len(several.requests)} questions, rows {packed}, hold at most "
+        f"avl-edge: the picture and {len(several.requests)} questions, rows {rows}, hold at most "
         f"{format_size(several.peak_bytes)} of the {format_size(budget)} budget",
         file=sys.stderr,
     )

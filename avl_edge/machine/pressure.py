@@ -49,10 +49,12 @@ def read(root: str | Path = "/") -> Pressure:
 
 @dataclass(frozen=True)
 class Limits:
-    """``reserve_bytes`` stay available to other processes; ``stall_percent``: more waiting than that is pressure."""
+    """``reserve_bytes`` stay available to other processes; ``stall_percent``: more waiting than that is pressure;
+    ``most_wait_s``: so many seconds a request waits for memory, and no longer."""
 
     reserve_bytes: int
     stall_percent: float = 10.0
+    most_wait_s: float = 60.0
 
     def __post_init__(self) -> None:
         whole = isinstance(self.reserve_bytes, int) and not isinstance(self.reserve_bytes, bool)
@@ -60,6 +62,7 @@ class Limits:
         require(
             0 < self.stall_percent <= 100, f"stall_percent must be above 0 and at most 100, not {self.stall_percent}"
         )
+        require(self.most_wait_s > 0, f"most_wait_s must be a number of seconds above 0, not {self.most_wait_s}")
 
 
 class Action(Enum):
@@ -123,7 +126,7 @@ def after(state: State, pressure: Pressure, action: Action) -> State:
 
 
 class Monitor:
-    """Polls at most every ``every_ms``; ``clock`` gives seconds.
+    """Polls at most every ``every_ms``; ``clock`` gives seconds. ``own_bytes``: what this process takes at least.
 
     Raises :class:`~avl_edge.errors.BadInput` for a reserve that this machine cannot keep.
     """
@@ -134,6 +137,7 @@ class Monitor:
         root: str | Path = "/",
         every_ms: float = POLL_MS,
         clock: Callable[[], float] = time.monotonic,
+        own_bytes: int = 0,
     ) -> None:
         self._state = State(limits)
         self._root, self._every, self._clock = root, every_ms / 1000, clock
@@ -142,10 +146,17 @@ class Monitor:
         memory = read_shortage(root)
         sizes = [memory.total_bytes, memory.cgroup.limit_bytes if memory.cgroup else None]
         size = min((each for each in sizes if each is not None), default=None)
+        beside = f", of which this process takes {format_size(own_bytes)}" if own_bytes else ""
         require(
-            size is None or limits.reserve_bytes < size,
-            f"a reserve of {format_size(limits.reserve_bytes)} cannot be kept: there are {format_size(size or 0)}",
+            size is None or limits.reserve_bytes + own_bytes < size,
+            f"a reserve of {format_size(limits.reserve_bytes)} cannot be kept: there are {format_size(size or 0)}"
+            f"{beside}",
         )
+
+    @property
+    def most_wait_s(self) -> float:
+        """How long a request waits for memory at most, in seconds."""
+        return self._state.limits.most_wait_s
 
     @property
     def is_due(self) -> bool:

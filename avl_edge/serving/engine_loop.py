@@ -119,9 +119,11 @@ class EngineLoop:
 
     def _whole_turn(self) -> bool:
         self.mailbox.hear()
+        waited = len(self.scheduler.requests)
         self._expire()
+        expired = len(self.scheduler.requests) < waited
         self._check_memory()
-        return self._turn()
+        return self._turn() or expired
 
     def _only_hear(self) -> bool:
         self.mailbox.hear()
@@ -191,6 +193,15 @@ class EngineLoop:
             if sequence.due is not None and now > sequence.due:
                 late = f"the deadline passed after {len(sequence.token_ids)} tokens of the answer"
                 self.finish(sequence, "error", DeadlineExceeded(f"{late}: give more time, or ask for less at once"))
+        if self.monitor and self.scheduler.is_held:
+            self._end_waiting(self.monitor)
+
+    def _end_waiting(self, monitor: Monitor) -> None:
+        for sequence in self.scheduler.waiting:
+            if self.scheduler.waited_ms(sequence) > 1000 * monitor.most_wait_s:
+                short = f"memory stayed short for {monitor.most_wait_s:g} s ({monitor.describe()})"
+                cure = "end other programs, lower the reserve (--reserve) or ask again later"
+                self.finish(sequence, "error", Busy(f"{short}: {cure}"))
 
     def _check_memory(self) -> None:
         """Give memory back where it is short. A request that an error catches in the middle of it ends with it."""

@@ -186,6 +186,11 @@ class ImageSession:
         return self._prefix.plan.peak_bytes
 
     @property
+    def share(self) -> float:
+        """The percentage of image rows that are stored."""
+        return self._prefix.share
+
+    @property
     def stats(self) -> ImageSessionStats:
         """What the session's tokens are and what their rows hold now."""
         prefix, cache = self._prefix, self._prefix.cache

@@ -78,7 +78,11 @@ class MemoryPressureHandler:
     def _admit(self, action: Action) -> None:
         if action is Action.HOLD and not self._scheduler.is_held:
             self._scheduler.hold()
-            _log.warning("avl-edge: memory is short (%s): new requests wait", self._monitor.describe())
+            _log.warning(
+                "avl-edge: memory is short (%s): new requests wait, %g s at most",
+                self._monitor.describe(),
+                self._monitor.most_wait_s,
+            )
         if action is Action.FREE and self._scheduler.is_held:
             self._scheduler.resume()
             _log.warning("avl-edge: there is memory again (%s): requests are admitted", self._monitor.describe())

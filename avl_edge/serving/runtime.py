@@ -203,12 +203,22 @@ class Runtime:
         """Whether :meth:`keep_free` is served where the model runs."""
         return self._target.cannot_give_back is None
 
-    def keep_free(self, reserve_bytes: int, *, root: str | os.PathLike[str] = "/", every_ms: float = POLL_MS) -> None:
+    def keep_free(
+        self,
+        reserve_bytes: int,
+        *,
+        root: str | os.PathLike[str] = "/",
+        every_ms: float = POLL_MS,
+        most_wait_s: float = Limits.most_wait_s,
+    ) -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
-        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result). ``root``: the machine's files,
-        read between two steps, at most every ``every_ms`` (0: each time)."""
+        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result), ``most_wait_s`` seconds at most:
+        then they end with :class:`Busy`. ``root``: the machine's files, read between two steps, at most every
+        ``every_ms`` (0: each time). :class:`BadInput` for what the machine can never leave beside this process."""
         require(self.can_keep_free, self._target.cannot_give_back or "")
-        self._loop.monitor = Monitor(Limits(reserve_bytes), os.fspath(root), every_ms)
+        own = 0 if self._loop.backend else self._target.weight_bytes(self.planner.model)
+        limits = Limits(reserve_bytes, most_wait_s=most_wait_s)
+        self._loop.monitor = Monitor(limits, os.fspath(root), every_ms, own_bytes=own + allocator.resident_bytes())
 
     def follow(
         self,

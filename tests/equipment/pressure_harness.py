@@ -39,6 +39,7 @@ class ScriptedMonitor:
     """A monitor that says what it is told to, as a real one would: in order."""
 
     is_due = True
+    most_wait_s = 60.0
 
     def __init__(self) -> None:
         self.short = False

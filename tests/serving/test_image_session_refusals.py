@@ -185,6 +185,10 @@ def test_a_budget_holds_for_the_picture_and_all_questions(run: Any) -> None:
     assert run(*BOTH, "--kv-budget", found[1])[0] == 0
     assert run(*BOTH, "--kv-budget", str(int(found[1]) - 1))[0] == 3
     assert run(*BOTH, "--kv-budget", found[1], "--kv-format", "exact")[0] == 3
+    code, _, least = run(
+        *BOTH, "--kv-budget", "10kB", "--method", "distinct", "--set", "secondary=1", "--kv-format", "int4"
+    )
+    assert (code, re.search(r"smallest that would do is .*\((\d+) bytes\)", least)[1]) == (3, found[1])  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from avl_edge import Formats, Options, Runtime
-from avl_edge.errors import StepFailed
+from avl_edge.errors import BadInput, Busy, StepFailed
 from tests.conftest import Checkpoints
 from tests.equipment.machines import GB, write
 from tests.equipment.short_memory import ask, check, watchful
@@ -53,6 +53,29 @@ def test_who_comes_under_pressure_waits_and_says_so(
         "avl-edge: there is memory again",
     ]
     assert ask(runtime).result().kv.pressure.waited_ms == 0
+
+
+def test_nobody_waits_for_ever(runtime: Runtime, tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said with the limit as the waiting begins; then the request ends, and the next one is served."""
+    runtime.keep_free(2 * GB, root=tree, every_ms=0, most_wait_s=0.2)
+    write(tree, GB)
+    with (
+        caplog.at_level(logging.WARNING, "avl_edge"),
+        pytest.raises(Busy, match=r"short for 0\.2 s .*--reserve"),
+    ):
+        ask(runtime).result()
+    assert caplog.records[0].message.endswith("new requests wait, 0.2 s at most")
+    write(tree, 6 * GB)
+    assert ask(runtime).result().finish_reason == "length"
+
+
+def test_a_reserve_that_leaves_no_room_for_this_process_is_refused(runtime: Runtime, tree: Path) -> None:
+    """The tree has 8.2 GB, and this process, with torch in it, some hundred megabytes."""
+    runtime.keep_free(7 * GB, root=tree)
+    with pytest.raises(BadInput, match=r"cannot be kept: there are 8\.2 GB, of which this process"):
+        runtime.keep_free(8_191_000_000, root=tree)
+    with pytest.raises(BadInput, match="most_wait_s"):
+        runtime.keep_free(GB, root=tree, most_wait_s=0)
 
 
 def test_who_runs_goes_on_while_others_wait(runtime: Runtime, tree: Path) -> None:

@@ -48,6 +48,9 @@ def _draw_samples(axes: Any, record: Record, samples: Sequence[Sample]) -> None:
         axes.plot(predicted, [sample.ms for sample in chosen], "o", color=colour, alpha=0.75, label=label)
     axes.axline((1, 1), (10, 10), color="#999999", linestyle="--", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="predicted ms", ylabel="measured ms")
+    times = [ms for each in samples for ms in (each.ms, record.costs.milliseconds(each.amounts)) if ms > 0]
+    if times:  # as far as there are points: the line itself would widen the axes
+        axes.set(xlim=(min(times) / 1.5, max(times) * 1.5), ylim=(min(times) / 1.5, max(times) * 1.5))
     axes.legend()
 
 

@@ -57,10 +57,19 @@ def _spoken(name: str, value: float, cost: bool) -> tuple[str, str]:
         phase, unit, _, what = name.split("_", 3)
         return (
             f"{phase}, per {what.replace('gb', 'GB').replace('tflop', 'TFLOP').replace('_', ' ')}",
-            f"{value:.4g} {unit}",
+            _time(value, unit),
         )
     if name.endswith("_bytes_per_s"):
         return name.removesuffix("_bytes_per_s").replace("_", " "), f"{value / 1e9:.4g} GB/s"
     if name.endswith("_percent"):
         return name.removesuffix("_percent").replace("_", " "), f"{value:.4g} %"
     return name.removesuffix("_bytes").replace("_", " "), format_size(int(value))
+
+
+def _time(value: float, unit: str) -> str:
+    """In a unit in which people read it: nothing below a thousandth of a nanosecond, and no powers of ten."""
+    units = ("ns", "us", "ms", "s")
+    at = units.index(unit)
+    while at and 0 < value < 0.1:
+        at, value = at - 1, value * 1000
+    return f"{value:.4g} {units[at]}" if value >= 0.001 else f"0 {unit}"

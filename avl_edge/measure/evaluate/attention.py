@@ -134,7 +134,8 @@ def draw(attention: Mapping[str, Any], figure: Any) -> None:
             right.plot(*zip(*known, strict=True), marker=".", label=f"layer {layer}", color=_shade(layer, len(layers)))
     right.axhline(TOP, color="#555555", linestyle=":", label="by chance")
     right.set_xlabel("steps between")
-    right.set_ylabel(f"PPCI({100 * TOP:g} %)")
+    top = f"of a step's top {100 * TOP:g} % of image tokens"
+    right.set_ylabel(f"{top}, the share\nthat is in a later step's too (PPCI)", fontsize=8)
     right.set_ylim(0, 1)
     right.legend(fontsize=7, ncols=2)
     figure.suptitle(f"full attention on {attention['questions']} questions", fontsize=10)
