@@ -22,7 +22,6 @@ FENCES = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 NOT_RUN = {
     "make": "installs packages, or runs every test",
-    "source .venv/bin/activate": "the environment that `make demo` makes",
     "pip install": "installs packages",
     "docker": "needs docker, and builds for a Jetson",
     "sudo": "writes to /opt and /etc",
@@ -134,9 +133,10 @@ def test_commands_of_the_pages(page: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_every_command_is_in_a_block_that_is_read() -> None:
-    """Programs are fenced as sh, python or console; and no exception is left that no page needs."""
+    """Programs are fenced as sh, python, console or, what asks a service (tests/server/test_readme.py), py; and no
+    exception is left that no page needs."""
     text = "".join(page.read_text() for page in PAGES)
-    assert {kind for kind, _ in FENCES.findall(text)} == {"sh", "python", "console"}
+    assert {kind for kind, _ in FENCES.findall(text)} == {"sh", "python", "console", "py"}
     assert not re.search(r"^ {4}", FENCES.sub("", text), re.MULTILINE)
     lines = [line for page in PAGES for line in _lines(page)]
     assert all(any(line.startswith(start) for line in lines) for start in (*NOT_RUN, *SHORTER))
@@ -151,7 +151,7 @@ def test_several_questions_in_the_readme(monkeypatch: pytest.MonkeyPatch, capsys
     _avl_edge(f"{command} --stats", monkeypatch)
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert len(lines) == len(shown) == 4
+    assert len(lines) == len(shown) == 6
     assert lines[::2] == shown[::2] == [word for word in shlex.split(command) if word[0].isupper()]
     said = re.search(r"held once, (\S+ MB)\nhere\..*, (\S+) to (\S+) MB;", README.read_text())
     assert said
