@@ -6,10 +6,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo serve test check format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/avl-edge run --image examples/cockpit.png --prompt "What is the speed?" --stats
+
+serve: $(VENV)/serve
+	$(BIN)/avl-edge serve
 
 # The models are tiny: a second thread costs more than it computes, and cores are shared by the processes.
 test: $(VENV)/dev
@@ -36,6 +39,10 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard plugins/cp
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "avl-edge needs Python 3.10 to 3.12: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/serve: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed

@@ -10,6 +10,7 @@ from .errors import AvlEdgeError, BadImage, BadInput, BadModel, Busy, DoesNotFit
 
 if TYPE_CHECKING:
     from .model.images import Frame
+    from .model.prompt import Frames, Message
     from .request import Result, TokenEvent
     from .serving.generation import Generation
     from .serving.image_session import ImageSession
@@ -24,8 +25,10 @@ __all__ = [
     "DoesNotFit",
     "Formats",
     "Frame",
+    "Frames",
     "Generation",
     "ImageSession",
+    "Message",
     "Options",
     "Result",
     "Runtime",
@@ -37,8 +40,10 @@ __all__ = [
 # plans, probes or prints help is done before that.
 _MODULES = {
     "Frame": "model.images",
+    "Frames": "model.prompt",
     "Generation": "serving.generation",
     "ImageSession": "serving.image_session",
+    "Message": "model.prompt",
     "Result": "request",
     "Runtime": "serving.runtime",
     "TokenEvent": "request",

@@ -78,12 +78,14 @@ class PromptShape:
     """How many tokens of each kind a prompt has, in tokens.
 
     ``prefix`` is the text before the first image (all text, if there is no image), which A-VL never evicts;
-    ``images`` the total of all images; ``suffix`` the text after the first image began.
+    ``images`` the total of all images; ``suffix`` the text after the first image began. ``spans``: the place of each
+    image's first token and their number, where there are several images; without them all are one run.
     """
 
     prefix: int
     images: int
     suffix: int
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -93,7 +95,8 @@ class PromptShape:
 @dataclass(frozen=True)
 class Picture:
     """What a picture's size decides: ``crops`` runs of the vision encoder over ``patches`` each give ``tokens`` for the
-    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops."""
+    decoder. ``rows`` and ``columns``: the grid in which these stand; ``tiles``: rows and columns of crops. ``moment``:
+    the place of two frames in their video, and ``seconds``: their times."""
 
     crops: int
     patches: int
@@ -101,6 +104,8 @@ class Picture:
     rows: int = 0
     columns: int = 0
     tiles: tuple[int, int] = (1, 1)
+    moment: int | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 _RANGES = {
@@ -112,6 +117,7 @@ _RANGES = {
     "presence_penalty": (-2, 2),
 }
 _MOST_BIASES, _MOST_STOPS, _LONGEST_STOP, _MOST_LOGPROBS = 1024, 16, 256, 20
+_LONGEST_SCHEMA = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,7 @@ class Sampling:
 
     ``seed`` repeats the draws; None takes one from the system, which the result names. ``stop``: a string, or several,
     before which the answer ends. ``logprobs``: give the log-probability of each token, and of so many of the likeliest
-    in its place; None: of none.
+    in its place; None: of none. ``json_schema``: JSON; an answer that is not cut satisfies it.
     """
 
     temperature: float = 0.0
@@ -145,6 +151,7 @@ class Sampling:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in _RANGES.items():
@@ -156,6 +163,8 @@ class Sampling:
             _require_whole("seed", self.seed, 2**63 - 1)
         if self.logprobs is not None:
             _require_whole("logprobs", self.logprobs, _MOST_LOGPROBS)
+        fits = self.json_schema is None or len(self.json_schema) <= _LONGEST_SCHEMA
+        require(fits, f"json_schema must be JSON of at most {_LONGEST_SCHEMA} characters")
         self._check_logit_bias()
         self._check_stop()
 
@@ -175,7 +184,6 @@ class Sampling:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """``stop`` as several."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
@@ -191,8 +199,10 @@ class Options(Sampling):
     it does not what answers best by measurement. ``parameters`` are that policy's own, by field name; those left out
     take their defaults, or are picked to fit ``kv_budget`` (bytes, or a size like "160MB"; None: no limit but the
     pool's). ``formats`` of the tiers; None: exact, or, without a method, packed as far as ``kv_budget`` asks.
-    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). ``transparency``: one of
-    :data:`TRANSPARENCY`; None: as the model's family has it. What :class:`Sampling` has beside these is given by name.
+    ``preset`` names a measured setting instead of all these (:mod:`avl_edge.kv.quality`). What :class:`Sampling` has
+    beside these is given by name. ``min_pixels`` and ``max_pixels``: to which each picture is resized, for models that
+    take any size; None: as the checkpoint says. ``transparency``: one of :data:`TRANSPARENCY`; None: as the model's
+    family has it.
     """
 
     method: str | None = None
@@ -201,6 +211,8 @@ class Options(Sampling):
     preset: str | None = None
     kv_budget: int | str | None = None
     max_new_tokens: int = 256
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     transparency: str | None = None
 
     def __post_init__(self) -> None:
@@ -219,10 +231,13 @@ class Options(Sampling):
         require(_is_whole(self.max_new_tokens), f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         require(self.kv_budget_bytes != 0, "the KV budget must be more than 0 bytes")
+        for name, pixels in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if pixels is not None:
+                _require_whole(name, pixels, 2**31 - 1)
+                require(pixels > 0, f"{name} must be at least 1")
 
     @property
     def kv_budget_bytes(self) -> int | None:
-        """``kv_budget`` in bytes."""
         if self.kv_budget is None or isinstance(self.kv_budget, str):
             return None if self.kv_budget is None else parse_size(self.kv_budget)
         require(_is_whole(self.kv_budget), f"kv_budget must be bytes or a size like '160MB', not {self.kv_budget!r}")
@@ -231,7 +246,7 @@ class Options(Sampling):
 
 
 def checked_options(options: Options | None) -> Options:
-    """The options that were given, or the defaults; :class:`BadInput` for anything else."""
+    """The options that were given, or the defaults."""
     require(isinstance(options, Options | None), f"options must be avl_edge.Options, not {type(options).__name__}")
     return options or Options()
 
@@ -278,27 +293,6 @@ def size_in_bytes(name: str, value: object) -> int:
         raise BadInput(f"{name} must be bytes or a size like '12GB', not {value!r}")
     require(size > 0, f"{name} must be more than 0 bytes")
     return size
-
-
-def format_names(text: str | None, core: str | None, secondary: str | None, every: str | None) -> Formats | None:
-    """Formats from names given for single tiers and for ``every`` other one; None when none is given."""
-    if text is core is secondary is every is None:
-        return None
-    rest = "exact" if every is None else every
-    usual = ("exact" if rest.startswith("lowrank") else rest, rest, rest)
-    given = zip((text, core, secondary), usual, strict=True)
-    return Formats(*(default if name is None else name for name, default in given))
-
-
-def parse_parameter(text: str) -> tuple[str, float]:
-    """The name and value of a method's parameter, written ``NAME=VALUE``."""
-    name, _, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        raise BadInput(f"cannot read {text!r} as a parameter: give NAME=VALUE with a number, like refresh=3") from None
-    require(math.isfinite(number), f"parameter {name.strip()!r} must be a number, not {number}")
-    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number
 
 
 def format_size(count: int) -> str:

@@ -37,6 +37,10 @@ _DECODER = struct.Struct("2P" + "4P4q" * 2 + "2Pq7i2f4x")
 _STEP = struct.Struct("10Pqi4x")
 
 
+def _place(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Weights ``[outputs, inputs]`` as a product reads them, and a bias float32 ``[outputs]``.
@@ -62,17 +66,20 @@ class Matrix:
         kept = (self.data, self.scales, self.zeros, self.bias)
         if not all(each is None or each.is_contiguous() for each in kept):
             raise ValueError("weights, scales, zeros and biases are contiguous tensors")
-        return _MATRIX.pack(*[0 if each is None else each.data_ptr() for each in kept], outputs, inputs, group, kind)
+        return _MATRIX.pack(*map(_place, kept), outputs, inputs, group, kind)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer: weights float32 ``[hidden]`` of its norms, and its matrices, from the queries' on ``query, key,
-    value, out, gate, up, down``."""
+    """A decoder layer: weights float32 ``[hidden]`` of its norms, its matrices, from the queries' on ``query, key,
+    value, out, gate, up, down``, and weights float32 ``[d]`` of the norms of query and key heads, None: there are
+    none."""
 
     attention_norm: Tensor
     mlp_norm: Tensor
     matrices: Sequence[Matrix]
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class NativeDecoder:
         _, kv_heads, dim = keys.shape
         self._size = len(weights.layers), weights.head.data.shape[0], dim
         layers = b"".join(
-            struct.pack("2P", each.attention_norm.data_ptr(), each.mlp_norm.data_ptr())
+            struct.pack("4P", *map(_place, (each.attention_norm, each.mlp_norm, each.query_norm, each.key_norm)))
             + b"".join(matrix.pack() for matrix in each.matrices)
             for each in weights.layers
         )

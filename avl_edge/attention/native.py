@@ -34,6 +34,8 @@ threads; scale."""
 PART = struct.Struct("4P6q2i")
 """The addresses of keys, values, rows and offsets; the strides of a row's and of a head's keys, then of its values;
 id limit, listed ids; the numbers of FORMATS of keys and of values."""
+INTERFACE = 2
+"""That of the library which these structures, and those of :mod:`avl_edge.attention.decoder`, belong to."""
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "coarse int8": 5}
 
 
@@ -47,8 +49,9 @@ def library() -> ctypes.CDLL | None:
         _share_openmp()
         loaded = ctypes.CDLL(str(found[0]), use_errno=True)
         loaded.avl_attend.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
-        loaded.avl_decoder_close.argtypes = (ctypes.c_void_p,)  # which an older build does not have
-    except (OSError, AttributeError) as error:
+        if not hasattr(loaded, "avl_interface") or loaded.avl_interface() != INTERFACE:
+            raise OSError("it was built from another version of the source")
+    except OSError as error:
         warnings.warn(
             f"Decoding is slower than it could be, because the native attention kernel is missing ({error}): install "
             "g++ or clang, then avl-edge once more from its source, with `pip install --force-reinstall --no-deps .`.",
@@ -57,6 +60,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     loaded.avl_attend.restype = ctypes.c_int32
+    loaded.avl_decoder_close.argtypes = (ctypes.c_void_p,)
     loaded.avl_decoder_open.restype = ctypes.c_void_p
     return loaded
 

@@ -25,6 +25,7 @@ class Lazy:
 
 COMMANDS = {
     "run": Lazy("run:run", "Answer questions about one or more images."),
+    "serve": Lazy("serve:serve_command", "Answer requests of OpenAI's API over HTTP."),
     "doctor": Lazy("doctor:doctor", "Say what machine this is and what to mend on it."),
     "plan": Lazy("plan:plan", "Say what a request would cost on a device."),
     "methods": Lazy("methods:methods", "List the methods with their parameters and sources."),

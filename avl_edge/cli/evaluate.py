@@ -242,7 +242,7 @@ def _answered(
         )
         with progress("loading") as loading:
             runtime.load_weights(progress=loading)
-        run = EvaluationRun(runtime, log, max_new_tokens, Divergence(runtime, directory) if kl else None)
+        run = EvaluationRun(runtime, log, max_new_tokens, Divergence(runtime, directory, packed) if kl else None)
         asked = _ask(run, asked_of, settings, log.path)
         seen = _watch(runtime, asked_of, attention, max_new_tokens) if attention else None
     return {**report(runtime, asked_of, asked, metric), **({"attention": seen} if seen else {})}

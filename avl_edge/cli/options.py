@@ -8,9 +8,9 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from ..config import parse_parameter
 from ..errors import BadInput, BadModel
 from ..kv.methods import METHODS, parameter_defaults, parameter_help
+from ..kv.methods.notation import parse_parameter
 from ..model.demo import DEMO
 from ..package.directory import is_package
 from .terminal import AS_JSON
@@ -63,6 +63,17 @@ WithLogprobs: TypeAlias = Annotated[
         help="With --json: the log-probability of each token, and of so many of the likeliest in its place.",
         rich_help_panel=OUTPUT,
     ),
+]
+
+
+MinPixels: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="The fewest pixels to resize a picture to, where a model takes any size.", show_default="the model's"
+    ),
+]
+MaxPixels: TypeAlias = Annotated[
+    int | None, typer.Option(help="The most; fewer are fewer tokens.", show_default="the model's")
 ]
 
 

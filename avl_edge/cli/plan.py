@@ -10,8 +10,9 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from ..config import Options, format_names, parse_size
+from ..config import Options, parse_size
 from ..errors import BadInput
+from ..kv.methods.notation import format_names
 from ..machine import profile
 from ..machine.profile import DeviceProfile
 from ..model.demo import DEMO

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 import typer
 from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import TRANSPARENCY, Options, format_names, format_size, require
+from ..config import TRANSPARENCY, Options, format_size, require
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
+from ..kv.methods.notation import format_names
+from ..model.images import Source
+from ..model.prompt import Message
 from ..request import Result
 from ..serving.requests import Request
 from ..serving.runtime import Runtime
 from . import memory, several
+from .conversation import Fps, History, System, VideoFrames, said_before, video
 from .memory import MaxMemory
 from .options import (
     MEMORY,
@@ -32,8 +36,10 @@ from .options import (
     Json,
     KvFormat,
     LogitBias,
+    MaxPixels,
     Method,
     MinP,
+    MinPixels,
     Parameters,
     PrefillKeep,
     PresencePenalty,
@@ -113,6 +119,12 @@ WithStats: TypeAlias = Annotated[
 def run(
     prompt: Prompts,
     image: Images = None,
+    frames: VideoFrames = None,
+    fps: Fps = 2.0,
+    system: System = None,
+    history: History = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     model: AnyModel = "demo",
     max_new_tokens: MaxNewTokens = Options.max_new_tokens,
     transparency: Transparency = None,
@@ -152,25 +164,31 @@ def run(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Answer questions about one or more images. The answer to a single one streams to stdout."""
-    drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     options = Options(
-        method=method,
         parameters=given_parameters(parameters, prefill_keep, secondary, core, refresh, text_keep),
         formats=format_names(text_format, core_format, secondary_format, kv_format),
+        logit_bias=given_biases(logit_bias),
+        stop=stop or (),
+        method=method,
         preset=preset,
         kv_budget=kv_budget,
         max_new_tokens=max_new_tokens,
         transparency=transparency,
-        **drawn,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
-        logit_bias=given_biases(logit_bias),
-        stop=stop or (),
+        seed=seed,
         logprobs=logprobs,
     )
     runtime = _open(model, device, threads, reserve, max_memory, weights, head)
-    _ask(runtime, image or [], prompt, options, Show(as_json, stats, explain))
+    before, show = said_before(system, history), Show(as_json, stats, explain)
+    _ask(runtime, video(frames, fps), image or [], prompt, before, options, show)
 
 
 def _open(
@@ -201,14 +219,22 @@ class Show:
     explain: bool
 
 
-def _ask(runtime: Runtime, names: list[str], prompts: list[str], options: Options, show: Show) -> None:
+def _ask(
+    runtime: Runtime,
+    shown: list[Source],
+    names: list[str],
+    prompts: list[str],
+    before: list[Message],
+    options: Options,
+    show: Show,
+) -> None:
     check_stdin(names, prompts)
-    images, prompts = pictures(names, runtime.max_pixels), questions(prompts)
+    images, prompts = [*shown, *pictures(names, runtime.max_pixels)], questions(prompts)
     require(show.as_json or options.logprobs is None, "log-probabilities are printed with --json: give both")
     if len(prompts) > 1:
-        _ask_several(runtime, several.plan(runtime, images, prompts, options), options, show)
+        _ask_several(runtime, several.plan(runtime, images, prompts, options, before), options, show)
     else:
-        _ask_one(runtime, runtime.prepare(images, prompts[0], options), show)
+        _ask_one(runtime, runtime.prepare(images, prompts[0], options, before), show)
 
 
 def _ask_one(runtime: Runtime, request: Request, show: Show) -> None:

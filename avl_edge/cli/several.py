@@ -12,7 +12,8 @@ from ..config import Formats, Options, format_size
 from ..errors import BadInput, TooLarge
 from ..kv.budget import first_within
 from ..kv.methods import METHODS, Distinct
-from ..model.images import ImageSource
+from ..model.images import Source
+from ..model.prompt import Message, shown_in
 from ..request import ImageSessionStats, Result
 from ..serving.image_session import ImageSession
 from ..serving.requests import Request
@@ -56,20 +57,26 @@ class Several:
         return {"session": asdict(self.session.stats), "answers": answers}
 
 
-def plan(runtime: Runtime, images: Sequence[ImageSource], prompts: Sequence[str], options: Options) -> Several:
+def plan(
+    runtime: Runtime,
+    images: Sequence[Source],
+    prompts: Sequence[str],
+    options: Options,
+    before: Sequence[Message] = (),
+) -> Several:
     """The picture's rows and all questions', in the first settings in which ``options``' budget, or without one what
     the memory of the process leaves, holds them together: every row, then packed, then fewer of them.
 
     Raises :class:`BadInput` for methods that share no rows, :class:`TooLarge` beyond that.
     """
-    if not images:
+    if not images and not shown_in(before):
         raise BadInput("several prompts share a picture: give --image, or ask them one at a time")
 
     bounded = options.kv_budget is not None or runtime.memory().limit is not None
 
     def every() -> Iterator[Several]:
         for each in _settings(runtime, options, bounded=bounded):
-            session = runtime.open_images(images, each)
+            session = runtime.open_images(images, each, before)
             yield Several(prompts, session, [session.prepare(prompt) for prompt in prompts])
 
     under = "" if options.method is None else f" under {options.method}"

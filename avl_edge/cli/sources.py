@@ -26,10 +26,11 @@ def check_stdin(images: Sequence[str], prompts: Sequence[str]) -> None:
 
 def pictures(names: Sequence[str], max_pixels: int) -> list[ImageSource]:
     """Each a file's path, or - for standard input, which is read."""
-    return [read_stream(sys.stdin.buffer, max_pixels) if name == STDIN else _path(name) for name in names]
+    return [read_stream(sys.stdin.buffer, max_pixels) if name == STDIN else picture(name) for name in names]
 
 
-def _path(name: str) -> Path:
+def picture(name: str) -> Path:
+    """The path of a picture's file; :class:`BadInput` for an address."""
     if not name:
         raise BadInput("the path of the picture is empty: give the path of a JPEG, PNG, WebP or BMP file")
     if re.match(r"(https?|ftp|data):", name):

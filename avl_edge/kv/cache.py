@@ -27,7 +27,8 @@ def prompt_shape(length: int, spans: Sequence[ImageSpan]) -> PromptShape:
     """Count the tokens of a prompt of ``length`` with its image ``spans``."""
     images = sum(span.length for span in spans)
     prefix = spans[0].start if spans else length
-    return PromptShape(prefix, images, length - images - prefix)
+    places = tuple((span.start, span.length) for span in spans) if len(spans) > 1 else ()
+    return PromptShape(prefix, images, length - images - prefix, places)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from ..config import require
 from ..errors import EngineClosed
-from ..model.prompt import Detokenizer
+from ..model.prompt import Detokenizer, SchemaMatcher
 from ..model.sampling import Sampler
 from ..model.stop_strings import TextStream
 from .engine_loop import EngineLoop
@@ -36,10 +36,17 @@ class Engine:
     :meth:`run_once` steps by hand.
     """
 
-    def __init__(self, loop: EngineLoop, detokenizer: Callable[[], Detokenizer], *, threaded: bool = True) -> None:
-        """``detokenizer`` makes one for an answer."""
+    def __init__(
+        self,
+        loop: EngineLoop,
+        detokenizer: Callable[[], Detokenizer],
+        matcher: Callable[[str], SchemaMatcher],
+        *,
+        threaded: bool = True,
+    ) -> None:
+        """``detokenizer`` makes one for an answer, ``matcher`` one for an answer by a JSON schema."""
         self.threaded = threaded
-        self._loop, self._detokenizer = loop, detokenizer
+        self._loop, self._detokenizer, self._matcher = loop, detokenizer, matcher
         self._thread: threading.Thread | None = None
         self._is_closed = False
         # Held for as long as a message takes to post, and by no finalizer of ours: what is posted under it is heard.
@@ -51,8 +58,8 @@ class Engine:
         """Queue a prepared request. Requests of a higher ``priority`` are served before those of a lower one that came
         lately. After ``deadline`` seconds from now it ends with :class:`DeadlineExceeded` if it is not complete.
 
-        Raises :class:`TooLarge` when even an empty pool could not hold it, or the memory for prompts not run it, and
-        :class:`EngineClosed`.
+        Raises :class:`TooLarge` when even an empty pool could not hold it, or the memory for prompts not run it,
+        :class:`BadInput` for a JSON schema that cannot be obeyed, and :class:`EngineClosed`.
         """
         require(isinstance(priority, int), f"a priority is a whole number, not {priority!r}")
         require(
@@ -62,11 +69,12 @@ class Engine:
         self._require_open()
         self._loop.scheduler.require_room(request)
         options, prompt = request.options, request.prompt
+        matcher = None if options.json_schema is None else self._matcher(options.json_schema)
         text_stream = TextStream(self._detokenizer(), options.stop_strings)
         # The handle keeps its request for as long as somebody looks at the answer, and pixels no longer than needed.
         queued = replace(request, prompt=replace(prompt, pixel_values=None))
         sequence = Running(
-            queued, Sampler(options, prompt.token_ids), text_stream, priority, pixels=prompt.pixel_values
+            queued, Sampler(options, prompt.token_ids, matcher), text_stream, priority, pixels=prompt.pixel_values
         )
         if deadline is not None:
             sequence.due = sequence.submitted + deadline

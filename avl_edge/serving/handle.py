@@ -48,6 +48,12 @@ class Handle(AsyncIterator[TokenEvent]):
         return result.finish_reason if result else None
 
     @property
+    def outcome(self) -> Result | None:
+        """What there is of the answer once it has ended, also where :meth:`result` raises; None while it is on its
+        way."""
+        return self._sequence.result
+
+    @property
     def cache(self) -> SequenceCache | None:
         """The rows that this request holds, for traces and tests between two steps; None until it is admitted."""
         return self._sequence.cache

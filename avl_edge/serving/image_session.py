@@ -7,15 +7,14 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
-from ..config import Formats, Options, Picture, PromptShape, checked_options, require
+from ..config import Formats, Options, PromptShape, checked_options, require
 from ..errors import BadInput
 from ..kv import quality
 from ..kv.budget import KvPlan, first_within, kv_plan, plan_after
 from ..kv.cache import prompt_shape
 from ..kv.layout import Format
 from ..kv.methods import Choice, Distinct, Full, Method, candidates, sharing_methods
-from ..model.images import ImageSource
-from ..model.prompt import Processor
+from ..model.prompt import Message, Processor, Turn, asked, check_messages, shown_in, turns_of
 from ..planning.request_planner import RequestPlanner
 from ..request import ImageSessionStats
 from .generation import Generation
@@ -57,13 +56,13 @@ class ImageSession:
         processor: Processor,
         planner: RequestPlanner,
         prefix: SharedPrefix,
-        pictures: Sequence[Picture],
+        turns: Sequence[Turn],
         options: Options,
     ) -> None:
-        """:meth:`of` plans the ``prefix``."""
+        """:meth:`of` plans the ``prefix``; ``turns`` end with the one that shows the pictures."""
         self._runtime, self._processor, self._planner = runtime, processor, planner
         self._prefix = prefix
-        self._pictures = pictures
+        self._turns = turns
         self._options = options
 
     @classmethod
@@ -72,21 +71,26 @@ class ImageSession:
         runtime: SessionRuntime,
         processor: Processor,
         planner: RequestPlanner,
-        images: Sequence[ImageSource],
+        messages: Sequence[Message],
         options: Options,
+        *,
+        spare: bool = False,
     ) -> ImageSession:
         """Check and plan, holding nothing: :class:`BadInput` where the model, the ``options`` or its target do
         not let questions share rows, :class:`TooLarge` beyond the budget, :class:`Busy` while other requests' pixels
-        take the memory for them."""
-        taken = runtime.read_pictures.take(images)
-        require(len(taken) > 0, "an image session needs a picture: give one or more images")
-        pictures = runtime.read_pictures.measure(taken)
-        laid_out = processor.lay_out_images(pictures)
+        take the memory for them. ``spare``: others who need its rows may close it between two questions."""
+        images = shown_in(messages)
+        require(len(images) > 0, "an image session needs a picture: give one or more images")
+        processor = processor.within(options)
+        pictures = runtime.read_pictures.measure(processor, images)
+        turns = turns_of(messages, pictures)
+        laid_out = processor.lay_out_images(turns)
         planner.new_tokens(len(laid_out), options)
         plan = _plan_session(options, prompt_shape(len(laid_out), laid_out.spans), planner)
-        prompt = runtime.read_pictures(taken, pictures, laid_out, options.transparency)
+        prompt = runtime.read_pictures(processor, images, pictures, laid_out)
         prefix = SharedPrefix(replace(prompt, pixel_values=None), plan, runtime.home, prompt.pixel_values)
-        return cls(runtime, processor, planner, prefix, pictures, options)
+        prefix.is_spare = spare
+        return cls(runtime, processor, planner, prefix, turns, options)
 
     def load(self) -> ImageSessionStats:
         """Encode and run the pictures now, while a person still types, say, instead of with the first question.
@@ -100,15 +104,16 @@ class ImageSession:
         self._runtime.submit(Request(prompt, Options(), nothing, 0, prefix=prefix, workspace=workspace)).result()
         return self.stats
 
-    def ask(self, prompt: str, options: Options | None = None) -> Generation:
-        """Ask about the pictures. The question is queued at once; those that are open together are decoded together.
+    def ask(self, prompt: str | Sequence[Message], options: Options | None = None) -> Generation:
+        """Ask about the pictures. ``prompt``: a question, or several turns, the first of which goes on where the
+        pictures end. The question is queued at once; those that are open together are decoded together.
 
         ``options`` None: the session's. ``kv_budget`` is for the question's own rows; ``formats``, if given, have to be
         the session's. Raises as :meth:`prepare` and :meth:`avl_edge.Runtime.submit`.
         """
         return self._runtime.submit(self.prepare(prompt, options))
 
-    def prepare(self, prompt: str, options: Options | None = None) -> Request:
+    def prepare(self, prompt: str | Sequence[Message], options: Options | None = None) -> Request:
         """Check a question and plan its memory, holding nothing: for :meth:`avl_edge.Runtime.submit`.
 
         Raises :class:`BadInput` for what cannot be answered from the session's rows, or once it is closed, and
@@ -117,7 +122,13 @@ class ImageSession:
         prefix, planner, shape = self._prefix, self._planner, self._planner.shape
         require(not prefix.is_closed, SESSION_CLOSED)
         options = checked_options(replace(self._options, kv_budget=None) if options is None else options)
-        laid_out = self._processor.lay_out(self._pictures, prompt)
+        resized, own = ((each.min_pixels, each.max_pixels) for each in (options, self._options))
+        require(
+            resized in (own, (None, None)),
+            "the pictures of a session keep their size: give their pixels to open_images",
+        )
+        turns = self._continued(prompt)
+        laid_out = self._processor.lay_out(turns)
         require(
             laid_out.up_to_images().token_ids == prefix.prompt.token_ids,
             "this model's chat template writes something else before the pictures now: open them again",
@@ -141,8 +152,33 @@ class ImageSession:
         what = f"{len(laid_out) - shared} tokens of the question and {max_new_tokens} new ones"
         first_within(budget, [plan], what, "raise --kv-budget or lower --max-new-tokens")
         asked = replace(laid_out, spans=prefix.prompt.spans, pixel_values=prefix.pixels, notes=prefix.prompt.notes)
-        workspace = planner.workspace(whole, max_new_tokens - 1, self._pictures)
+        pictures = [picture for each in turns for picture in each.pictures]
+        workspace = planner.workspace(whole, max_new_tokens - 1, pictures)
         return Request(asked, options, plan, max_new_tokens, prefix=prefix, workspace=workspace)
+
+    def _continued(self, prompt: str | Sequence[Message]) -> list[Turn]:
+        if isinstance(prompt, str):
+            return asked(self._turns, prompt)
+        check_messages(prompt)
+        require(not shown_in(prompt), "a question about an image session shows no pictures: open another session")
+        first, *others = turns_of(prompt, ()) or [Turn("user", ())]
+        require(first.role == "user", "what is asked about an image session begins with a message of the user")
+        return [*asked(self._turns, *first.texts), *others]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes questions."""
+        return not self._prefix.is_closed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its rows are there."""
+        return self._prefix.is_ready
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the pixels of its pictures."""
+        return tuple(span.digest for span in self._prefix.prompt.spans)
 
     @property
     def peak_bytes(self) -> int:

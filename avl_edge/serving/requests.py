@@ -28,7 +28,9 @@ class SharedPrefix:
 
     ``cache`` has them from the admission of its first question until it was closed and its last question has ended;
     ``is_ready``: they are written. ``pixels`` are there for the questions that come until then. ``runner`` is the
-    question that is running it now. Closed, it takes no more questions.
+    question that is running it now. Closed, it takes no more questions. ``is_spare``: it may be closed where others
+    need its rows and no question about it is on its way, those first whose last question came longest ago (``used``,
+    seconds of perf_counter).
     """
 
     prompt: Prompt
@@ -39,6 +41,8 @@ class SharedPrefix:
     runner: Running | None = None
     is_ready: bool = False
     is_closed: bool = False
+    is_spare: bool = False
+    used: float = 0.0
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
 

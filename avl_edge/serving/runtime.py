@@ -10,13 +10,13 @@ from dataclasses import replace
 from types import TracebackType
 
 from ..config import Options, Progress, checked_options, require, size_in_bytes
-from ..errors import BadInput, EngineClosed
-from ..kv.cache import prompt_shape
+from ..errors import EngineClosed
 from ..machine import allocator
 from ..machine.ledger import MemoryStats
 from ..machine.pressure import POLL_MS, Limits, Monitor
 from ..machine.profile import DeviceProfile
-from ..model.images import ImageSource
+from ..model.images import Source, check_shown
+from ..model.prompt import Message, check_messages
 from ..model.weight_format import WeightFormats
 from ..planning.device_watcher import DeviceWatcher, PlanObjectives
 from ..planning.memory_planner import MemoryPlanner
@@ -28,6 +28,7 @@ from .generation import Generation
 from .image_session import ImageSession
 from .model_files import ModelFiles
 from .picture_reader import PictureReader
+from .preparer import Preparer
 from .requests import Request
 from .schedule_policy import FirstComeFirstServed, SchedulePolicy
 from .scheduler import SESSION_CLOSED
@@ -61,8 +62,9 @@ class Runtime:
         self._memory = MemoryPlanner(self.planner, max_memory)
         ledger = self._memory.ledger
         self._loop = EngineLoop(self.name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
-        self.read_pictures = PictureReader(processor, ledger)
-        self.engine = Engine(self._loop, processor.detokenizer, threaded=threaded)
+        self.read_pictures = PictureReader(ledger)
+        self._prepare = Preparer(processor, self.planner, self._memory, self.read_pictures)
+        self.engine = Engine(self._loop, processor.detokenizer, processor.schema_matcher, threaded=threaded)
         self._watcher: DeviceWatcher | None = None
 
     @property
@@ -183,8 +185,7 @@ class Runtime:
             raise
 
     def _load(self, pool_bytes: int | None, progress: Progress) -> None:
-        if self._loop.backend is not None:
-            raise BadInput("the weights are loaded already: open another Runtime for another pool")
+        require(self._loop.backend is None, "the weights are loaded already: open another Runtime for another pool")
         allocator.bound()
         pages = self._memory.pool_pages(pool_bytes)
         weight_bytes, recorded = self._target.weight_bytes(self.planner.model), self._loop.ledger["recorded_steps"]
@@ -242,44 +243,39 @@ class Runtime:
             model, objectives, profiles, follows=follow_device, root=os.fspath(root), every_ms=every_ms
         )
 
-    def prepare(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Request:
-        """Check a request and plan its memory, holding nothing.
+    def prepare(
+        self, images: Sequence[Source], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
+    ) -> Request:
+        """:meth:`prepare_chat` of a question about ``images``, and what was said ``before`` (system, earlier turns)."""
+        check_shown(images)
+        check_messages(before)
+        return self.prepare_chat([*before, Message("user", [*images, prompt])], options)
+
+    def prepare_chat(self, messages: Sequence[Message], options: Options | None = None) -> Request:
+        """Check a conversation, of which the answer to the last message is wanted, and plan its memory, holding
+        nothing.
 
         Raises :class:`BadInput` for what cannot be answered, :class:`TooLarge` for what exceeds the model's context,
         its budget, or the memory of the process, and :class:`Busy` while the pixels of others take that for its own.
         """
-        options = checked_options(options)
-        taken = self.read_pictures.take(images)
-        pictures = self.read_pictures.measure(taken)
-        laid_out = self._processor.lay_out(pictures, prompt)
-        max_new_tokens = self.planner.new_tokens(len(laid_out), options)
         state = self._watcher.state() if self._watcher else None
-        shape, steps = prompt_shape(len(laid_out), laid_out.spans), max_new_tokens - 1
-        pixel_bytes = self.read_pictures.pixel_bytes(pictures)
-        plan = self._memory.plan(self._loop.pool.pages, options, shape, steps, state, pictures, pixel_bytes)
-        workspace, device = self.planner.workspace(shape, steps, pictures), state.stats if state else None
-        read = self.read_pictures(taken, pictures, laid_out, options.transparency)
-        return Request(read, options, plan, max_new_tokens, device, workspace=workspace)
+        return self._prepare(messages, options, self._loop.pool.pages, state)
 
     @property
     def max_pixels(self) -> int:
-        """The most that a picture may have: what the memory of the process leaves for decoding one, where that is
-        bounded."""
+        """The most that a picture may have, by what a bounded memory of the process leaves for decoding one."""
         return self.read_pictures.max_pixels
 
     def kv_bytes_left(self, prompt_bytes: int) -> int | None:
-        """What the memory of the process leaves for the rows of requests, beside what a prompt takes; None where it is
-        not bounded."""
+        """What a bounded memory of the process leaves for rows beside what a prompt takes, or None."""
         return self._memory.kv_bytes_left(prompt_bytes, self._loop.pool.pages)
 
     def require_memory(self, prompt_bytes: int, kv_bytes: int, what: str) -> None:
-        """Raise :class:`TooLarge`, naming the least ``max_memory`` that would do, where no pool could be loaded that
-        holds ``kv_bytes`` beside what a prompt takes."""
+        """Raise :class:`TooLarge`, naming the least ``max_memory`` that would hold ``kv_bytes`` beside a prompt."""
         self._memory.require(prompt_bytes, kv_bytes, self._loop.pool.pages, what)
 
     def memory(self) -> MemoryStats:
-        """What the process holds now, by kind, as it is counted: of activations what requests were planned to take, and
-        of the process and its libraries what was reserved for them."""
+        """What the process holds now, by kind: of activations what requests were planned to take."""
         return self._loop.ledger.stats
 
     def submit(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> Generation:
@@ -301,25 +297,39 @@ class Runtime:
         if self._loop.backend is None:
             self._load(None, lambda *_: None)
 
-    def generate(self, images: Sequence[ImageSource], prompt: str, options: Options | None = None) -> Generation:
-        """Ask about ``images`` (paths, bytes, streams, arrays or Pillow images): an iterator of :class:`TokenEvent`.
+    def generate(
+        self, images: Sequence[Source], prompt: str, options: Options | None = None, before: Sequence[Message] = ()
+    ) -> Generation:
+        """Ask about ``images`` (paths, bytes, Pillow images, or :class:`Frames`): an iterator of :class:`TokenEvent`.
+        Those that are open together are decoded together. ``before``: as :meth:`prepare`."""
+        return self.submit(self.prepare(images, prompt, options, before))
 
-        The request is queued at once; requests that are open together are decoded together.
-        """
-        return self.submit(self.prepare(images, prompt, options))
-
-    def open_images(self, images: Sequence[ImageSource], options: Options | None = None) -> ImageSession:
-        """An image session of ``images``, about which any number of questions may be asked, at once or one after
-        another; they share its rows. See :class:`~avl_edge.serving.image_session.ImageSession` for what ``options``
-        say.
+    def open_images(
+        self, images: Sequence[Source], options: Options | None = None, before: Sequence[Message] = ()
+    ) -> ImageSession:
+        """An image session of ``images`` and what was said and shown ``before``, about which any number of questions
+        may be asked, at once or one after another; they share its rows. See
+        :class:`~avl_edge.serving.image_session.ImageSession` for what ``options`` say.
 
         Checks and plans, and raises, as :meth:`prepare` does: the pictures are encoded with the first question.
         """
-        return ImageSession.of(self, self._processor, self.planner, images, checked_options(options))
+        check_shown(images)
+        return self.open_chat([*before, Message("user", images)], options)
+
+    def open_chat(
+        self, messages: Sequence[Message], options: Options | None = None, *, spare: bool = False
+    ) -> ImageSession:
+        """As :meth:`open_images`, of messages that end with pictures. A ``spare`` one may be closed between two
+        questions, where others need its rows."""
+        check_messages(messages)
+        return ImageSession.of(self, self._processor, self.planner, messages, checked_options(options), spare=spare)
+
+    def token_text(self, token_id: int) -> str:
+        """A single token as it reads in an answer."""
+        return self._processor.text.token_text(token_id)
 
     def free_image_sessions(self, *, wait: bool = True) -> None:
-        """Free the rows of closed image sessions about which no question is on its way; not to ``wait`` for it is what
-        a finalizer may do."""
+        """Free the rows of closed image sessions without a question on its way; a finalizer may not ``wait``."""
         if not wait:
             self.engine.post(self._loop.free_image_sessions)
         elif self.engine.has_started:
@@ -337,8 +347,7 @@ class Runtime:
             return 0
 
     def close(self, *, drain: bool = False) -> None:
-        """Take no more requests, cancel those on their way, or wait for their ends with ``drain``, and free everything.
-        Closing twice is safe."""
+        """Take no more requests, cancel or ``drain`` those on their way, free everything. Twice is safe."""
         self.engine.close(drain=drain)
 
     def __enter__(self) -> Runtime:

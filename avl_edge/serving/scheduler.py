@@ -106,6 +106,8 @@ class Scheduler:
         require(not (prefix and prefix.is_closed), SESSION_CLOSED)
         if prefix and prefix.is_ready:
             sequence.pixels = None
+        if prefix:
+            prefix.used = time.perf_counter()
         if sequence not in self._waiting:
             sequence.held = (self._held_clock(), None)
             self._waiting.append(sequence)
@@ -139,7 +141,23 @@ class Scheduler:
         if not self._activations.fits(sequence.request.workspace.prompt_bytes):
             return False
         promised = sum(_unleased(each) for each in self._waiting if each.prompt_task)
-        return _unleased(sequence) + promised <= self._pool.pages_unreserved
+        missing = _unleased(sequence) + promised - self._pool.pages_unreserved
+        return missing <= 0 or self._give_up_spare(missing)
+
+    def _give_up_spare(self, missing: int) -> bool:
+        """Close image sessions that were kept in case somebody asks again, the longest unused first, until there are
+        the ``missing`` pages; none where they are too few."""
+        wanted = {each.request.prefix for each in self.requests}
+        spare = [each for each in self._prefixes if each.is_spare and each.cache and each not in wanted]
+        if sum(each.plan.pages for each in spare) < missing:
+            return False
+        before = self._pool.pages_unreserved
+        for prefix in sorted(spare, key=lambda each: each.used):
+            if self._pool.pages_unreserved - before >= missing:
+                break
+            prefix.is_closed = True
+            self.free_image_sessions()
+        return self._pool.pages_unreserved - before >= missing
 
     @property
     def stuck(self) -> Running | None:

@@ -215,14 +215,23 @@ class Run {
         add(layer.down, kernels[6], gate_.data());
     }
 
+    // Norm, where heads have one, and RoPE.
+    void turn(float* vectors, int heads, const float* norm, const float* cosines, const float* sines) {
+        for (float* head = vectors; head < vectors + heads * model_.dim; head += model_.dim) {
+            if (norm) normalise(head, norm, model_.dim, model_.epsilon, head);
+            rotate(head, cosines, sines, model_.dim);
+        }
+    }
+
     // Turns a sequence's query and key, and puts its new row into the pool.
     void append(int index, int b) {
         const int dim = model_.dim, group = model_.heads / model_.kv_heads;
         float* query = query_.data() + b * queries_;
         float *key = key_.data() + b * width_, *value = value_.data() + b * width_;
         const float *cosines = step_.cosines + int64_t(b) * dim, *sines = step_.sines + int64_t(b) * dim;
-        for (int head = 0; head < model_.heads; ++head) rotate(query + head * dim, cosines, sines, dim);
-        for (int head = 0; head < model_.kv_heads; ++head) rotate(key + head * dim, cosines, sines, dim);
+        const Layer& layer = model_.layers[index];
+        turn(query, model_.heads, layer.query_norm, cosines, sines);
+        turn(key, model_.kv_heads, layer.key_norm, cosines, sines);
         const int64_t at = int64_t(index) * step_.batch + b;
         if (const int64_t smoothing = step_.smoothing[at]; smoothing >= 0) {
             float *center = smoothed_.data() + b * 2 * width_, *scale = center + width_;
@@ -273,6 +282,9 @@ class Run {
     std::vector<float> hidden_, normed_, out_, query_, key_, value_, smoothed_, attended_, gate_, up_;
 };
 }  // namespace
+
+// The number of the structures of decoder.h and step.h: it grows when one of them changes.
+extern "C" int32_t avl_interface() { return 2; }
 
 // A decoder with a team of threads of its own, to be closed; null and errno, EINVAL for what does not fit together,
 // EAGAIN where the system gives no more threads, or ENOMEM.

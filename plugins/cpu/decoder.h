@@ -8,6 +8,7 @@
 
 struct Layer {
     const float *attention_norm, *mlp_norm;  // [hidden]
+    const float *query_norm, *key_norm;      // [dim], of each head, or null
     Matrix query, key, value, out, gate, up, down;
 };
 

@@ -63,8 +63,16 @@ def test_products_of_codes_of_8_bits(outputs: int, groups: int, group: int, batc
 
 
 @needs_native
-@given(**sizes, groups=st.integers(1, 5), group=st.sampled_from([32, 64, 128, 256]), zeros=st.booleans())
-def test_products_of_codes_of_4_bits(outputs: int, groups: int, group: int, batch: int, seed: int, zeros: bool) -> None:
+@given(
+    **sizes,
+    groups=st.integers(1, 5),
+    group=st.sampled_from([32, 64, 128, 256]),
+    zeros=st.booleans(),
+    rounds=st.booleans(),
+)
+def test_products_of_codes_of_4_bits(
+    outputs: int, groups: int, group: int, batch: int, seed: int, zeros: bool, rounds: bool
+) -> None:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (outputs, groups * group), generator=random).to(torch.uint8)
     scales = torch.rand(outputs, groups, generator=random)
@@ -75,11 +83,12 @@ def test_products_of_codes_of_4_bits(outputs: int, groups: int, group: int, batc
     packed = codes[:, ::2] | codes[:, 1::2] << 4
     # A zero is taken off after the sums: what cancels there is as large as the code itself.
     largest = meaning.abs().maximum(16 * scales.double().repeat_interleave(group, 1))
-    found = multiply(Matrix(packed, scales=scales, zeros=zero), vectors, threads=2)
-    seen = vectors.bfloat16().double()
+    matrix = Matrix(packed, scales=scales, zeros=zero, rounds=rounds)
+    found = multiply(matrix, vectors, threads=2)
+    seen = (vectors.bfloat16() if rounds else vectors).double()
     assert ((found - seen @ meaning.T).abs() <= seen.abs() @ largest.T * 2**-20).all()
     for number in range(batch):
-        alone = multiply(Matrix(packed, scales=scales, zeros=zero), vectors[number : number + 1])
+        alone = multiply(matrix, vectors[number : number + 1])
         assert torch.equal(alone, found[number : number + 1])
 
 
@@ -152,11 +161,11 @@ int main() {
         return Matrix{kept.back().data(), nullptr, nullptr, nullptr, outputs, inputs, 0, 0};
     };
     const std::vector<float> ones(hidden, 1.0f);
-    const auto layer = [&] {
-        return Layer{ones.data(), ones.data(), matrix(32, hidden), matrix(32, hidden), matrix(32, hidden),
+    const auto layer = [&](const float* heads) {
+        return Layer{ones.data(), ones.data(), heads, heads, matrix(32, hidden), matrix(32, hidden), matrix(32, hidden),
                      matrix(hidden, 32), matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner)};
     };
-    const Layer layers[] = {layer(), layer()};
+    const Layer layers[] = {layer(nullptr), layer(ones.data())};
     std::vector<float> pool(2 * 16 * 32), logits[2];
     const Matrix embedding = matrix(vocabulary, hidden), head = matrix(vocabulary, hidden);
     const int32_t tokens[] = {1, 2, 299}, slots[] = {0, 1, 2, 3, 4, 5}, written[] = {0, 0, 0};
@@ -185,8 +194,8 @@ int main() {
     // Products of all formats with each processor's kernels, in order and on both sides of a block.
     const std::vector<uint8_t> codes(5 * 160, 0x5b), zeros(5 * 5, 3);
     const std::vector<float> scales(5 * 5, 0.5f), vectors(2 * 160, 1.0f);
-    for (int format = 3; format < 5; ++format) {
-        const uint8_t* zero = format == 4 ? zeros.data() : nullptr;
+    for (int format = 3; format < 6; ++format) {
+        const uint8_t* zero = format > 3 ? zeros.data() : nullptr;
         const Matrix quantised{codes.data(), scales.data(), zero, nullptr, 5, 160, 32, format};
         std::vector<float> out(10);
         if (avl_multiply(&quantised, vectors.data(), out.data(), 2, 2, 1)) return 4;

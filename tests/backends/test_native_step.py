@@ -30,6 +30,7 @@ from tests.equipment.processes import run_python
 
 pytestmark = needs_native
 
+FAMILIES = ("qwen3_vl", "qwen2_vl", "internvl-qwen3")
 STEPS = 8
 FORMATS = {
     "exact": Formats(),
@@ -51,12 +52,13 @@ Made = Callable[[str], tuple[VisionLanguageModel, Runtime]]
 
 
 @pytest.fixture(scope="module")
-def made(checkpoint: Checkpoints) -> Made:
+def made(checkpoint: Checkpoints, family: Checkpoints) -> Made:
     """A network and a runtime that prepares its requests."""
 
     def make(name: str) -> tuple[VisionLanguageModel, Runtime]:
-        directory = checkpoint(name)
-        return VisionLanguageModel(read_spec(directory), load_weights(directory)), Runtime.open(directory)
+        directory = family(name) if name in FAMILIES else checkpoint(name)
+        spec = read_spec(directory)
+        return VisionLanguageModel(spec, load_weights(directory, prefixes=spec.prefixes)), Runtime.open(directory)
 
     return make
 
@@ -131,10 +133,20 @@ def test_equals_torch_in_any_batch_and_with_any_threads(made: Made, method: str,
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-bias", "llama-tied", "mistral-wide", "mistral-yarn", "qwen2-gqa", "llama3-rope", "llama-gqa-full"]
+    "name",
+    [
+        *FAMILIES,
+        "llama-bias",
+        "llama-tied",
+        "mistral-wide",
+        "mistral-yarn",
+        "qwen2-gqa",
+        "llama3-rope",
+        "llama-gqa-full",
+    ],
 )
 def test_every_kind_of_decoder(made: Made, name: str) -> None:
-    """Odd sizes, biases, a tied head, RoPE's kinds; sequences of one batch in formats and methods of their own."""
+    """Odd sizes, biases, norms of heads, a tied head, RoPE's kinds; in a batch, formats and methods of their own."""
     model, runtime = made(name)
     pairs = [("full", "exact"), ("avl", "tiers"), ("distinct", "int8")]
     requests = _requests(runtime, [_options(*pair) for pair in pairs])

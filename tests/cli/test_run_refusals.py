@@ -145,4 +145,3 @@ def test_bad_prompts(run) -> None:  # type: ignore[no-untyped-def]
     _refused(run(prompt=" \n"), "prompt is empty")
     _refused(run(prompt=None), "--prompt")
     _refused(run(prompt="boat " * 600), "context ends at 512", code=3)
-    _refused(run(prompt="<image> what?"), "contains <image>")

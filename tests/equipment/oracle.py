@@ -38,6 +38,7 @@ class AvlSettings:
     text_floor: int = 20  # the least text budget, in rows
     prune_layer: int = 2  # 0-based; the prune takes effect after this whole layer
     by_values: int = 0  # 1: prefill ranks image tokens by their values' distance from the mean, not by attention
+    per_span: int = 0  # 1: P, S and C are of each picture's tokens, which are ranked among themselves
     prompt_mean: int = 0  # 1: prefill ranks image tokens by the mean over all text after the image, not the last token
 
 
@@ -170,6 +171,15 @@ class _Prompt:
             raise ValueError("the prompt needs an image and text after it")
         return cls(ids, images, sorted(set(range(images[0], len(ids))) - set(images)))
 
+    def pick(self, settings: AvlSettings, scores: Sequence[float], among: list[int], percent: int) -> list[int]:
+        """That share of all image tokens, or of each picture's, from those `among` them that are left."""
+        pictures = [self.images]
+        if settings.per_span:  # a picture is an unbroken run
+            breaks = [n for n in range(1, len(self.images)) if self.images[n] != self.images[n - 1] + 1]
+            pictures = [self.images[a:b] for a, b in zip([0, *breaks], [*breaks, None], strict=True)]
+        chosen = [top(scores, set(each) & set(among), percent * len(each) // 100) for each in pictures]
+        return sorted(token for each in chosen for token in each)
+
     @property
     def system(self) -> list[int]:
         """The positions before the first image."""
@@ -213,7 +223,7 @@ def generate(model: Any, input_ids: Tensor, given: Given, settings: AvlSettings,
             for position in layer.text:
                 layer.sums[position] += scores[position]
             if refresh:
-                layer.core = top(scores, layer.stored, settings.core * len(prompt.images) // 100)
+                layer.core = prompt.pick(settings, scores, layer.stored, settings.core)
             layer.text = keep_text(settings, layer.text, layer.sums, layer.seen)
         result.append(_step(logits, prompt.system, layers))
     return result
@@ -232,16 +242,16 @@ def _prefill(model: Any, prompt: _Prompt, given: Given, settings: AvlSettings) -
     visible = [causal if index <= settings.prune_layer else deep for index in range(depth)]
     logits, weights, cache = forward(model, visible, prompt.ids, given)
 
-    total, text, layers = len(prompt.images), prompt.text, []
+    text, layers = prompt.text, []
     for index in range(depth):
         seen = prompt.images if index <= settings.prune_layer else survivors
         worth = prompt.worth(settings, weights[index], cache.layers[index].values[0], seen)
-        stored = top(worth, seen, settings.secondary * total // 100)
+        stored = prompt.pick(settings, worth, seen, settings.secondary)
         sums = dict(zip(text, weights[index][text][:, text].sum(0).tolist(), strict=True))
         layers.append(
             _Layer(
                 stored=stored,
-                core=top(prompt.rank(settings, weights[index]), stored, settings.core * total // 100),
+                core=prompt.pick(settings, prompt.rank(settings, weights[index]), stored, settings.core),
                 text=keep_text(settings, text, sums, len(text)),
                 sums=sums,
                 seen=len(text),
@@ -259,7 +269,7 @@ def _survivors(model: Any, prompt: _Prompt, given: Given, settings: AvlSettings)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     _, weights, cache = forward(model, [causal] * depth, prompt.ids, given)
     worth = prompt.worth(settings, weights[at], cache.layers[at].values[0], prompt.images)
-    return top(worth, prompt.images, settings.prefill_keep * len(prompt.images) // 100)
+    return prompt.pick(settings, worth, prompt.images, settings.prefill_keep)
 
 
 def _step(logits: Tensor, system: list[int], layers: list[_Layer]) -> OracleStep:

@@ -18,11 +18,14 @@ def methods() -> st.SearchStrategy[Method]:
     percent = st.integers(1, 100)
     triple = st.tuples(percent, percent, percent).map(lambda values: sorted(values, reverse=True))
     avl = st.builds(
-        lambda psc, k, t, floor: Avl(*map(float, psc), refresh=k, text_keep=t, text_floor=floor, prune_layer=1),
+        lambda psc, k, t, floor, each: Avl(
+            *map(float, psc), refresh=k, text_keep=t, text_floor=floor, prune_layer=1, per_span=each
+        ),
         triple,
         st.integers(0, 4),
         percent,
         st.integers(1, 8),
+        st.integers(0, 1),
     )
     coarse = st.builds(lambda sc, mass: Coarse(max(sc), min(sc), mass), st.tuples(percent, percent), percent)
     h2o = st.builds(H2O, budget=percent, heavy=st.integers(0, 100), grow=st.integers(0, 1))

@@ -36,6 +36,7 @@ ONE_OF_EACH = ["llava_next-mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "inte
 AVL = {
     "published": ({}, 1),
     "pruned early, two pictures": ({"prune_layer": 0, "prefill_keep": 60, "secondary": 50, "core": 20}, 2),
+    "each picture its share": ({"prune_layer": 0, "prefill_keep": 60, "secondary": 40, "core": 20, "per_span": 1}, 2),
     "by values": ({"prune_layer": 1, "prefill_keep": 70, "secondary": 30, "core": 10, "by_values": 1}, 2),
 }
 

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from avl_edge import Options, Runtime
 from avl_edge.measure.evaluate import Divergence, Setting
 from avl_edge.measure.evaluate.divergence import kl_per_token
+from avl_edge.model.weight_format import WeightFormats
 from tests.conftest import Checkpoints
 from tests.equipment.checkpoints import random_image
 from tests.equipment.oracle import load_model
@@ -39,7 +40,7 @@ class TestDivergence:
     def test_full_attention_expects_what_transformers_does(self, runtime: Runtime, model: str) -> None:
         request = self._prepare(runtime, method="full")
         token_ids = [17, 300, 25, 41, 99]
-        divergence = Divergence(runtime, Path(model))
+        divergence = Divergence(runtime, Path(model), WeightFormats())
         own = divergence.log_probabilities(request, divergence.encode(request), token_ids)
         reference = LlavaForConditionalGeneration.from_pretrained(model).eval()
         prompt = request.prompt
@@ -54,7 +55,7 @@ class TestDivergence:
         prompt = request.prompt
         pixels = torch.from_numpy(stacked(prompt)).double()
         steps = fastv(Case(load_model(Path(model)), list(prompt.token_ids), pixels, 8), layer=1, drop=80)
-        divergence = Divergence(runtime, Path(model))
+        divergence = Divergence(runtime, Path(model), WeightFormats())
         own = divergence.log_probabilities(request, divergence.encode(request), [step.token for step in steps])
         expected = torch.stack([step.logits for step in steps]).log_softmax(-1)
         torch.testing.assert_close(own.double(), expected, atol=2e-4, rtol=0)
@@ -70,5 +71,5 @@ class TestDivergence:
             Setting("h2o", share): self._prepare(runtime, method="h2o", parameters={"budget": 100 * share, "grow": 1})
             for share in (1.0, 0.2)
         }
-        whole, little = Divergence(runtime, Path(model)).from_full(full, [5, 6, 7], requests).values()
+        whole, little = Divergence(runtime, Path(model), WeightFormats()).from_full(full, [5, 6, 7], requests).values()
         assert whole < 1e-9 < 1e-4 < little

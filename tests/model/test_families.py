@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from avl_edge import BadModel, Options, Runtime
+from avl_edge import BadInput, BadModel, Options, Runtime
 from avl_edge.model.known import shape_of_checkpoint
 from avl_edge.request import Prompt
 from tests.conftest import Checkpoints
@@ -84,6 +84,38 @@ def test_all_is_what_transformers_makes_of_it(family: Checkpoints, name: str, im
     assert tokens == chosen
     assert (torch.stack(record.logits) - logits).abs().max() <= 2e-4
     assert len(set(tokens)) > 8
+
+
+@pytest.mark.parametrize("limits", [(None, 6 * 28**2), (30 * 28**2, None), (5 * 28**2, 9 * 28**2)])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_request_may_ask_for_a_range_of_pixels(family: Checkpoints, name: str, limits: tuple[int, int]) -> None:
+    directory = family(name)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    size = {"shortest_edge": limits[0] or 4 * 28**2, "longest_edge": limits[1] or 20 * 28**2}
+    size["longest_edge"] = max(size.values())
+    runtime = Runtime.open(directory)
+    options = Options(min_pixels=limits[0], max_pixels=size["longest_edge"])
+    prompt = runtime.prepare(IMAGES, PROMPT, options).prompt
+    given = theirs(images=IMAGES, size=size, return_tensors="np")
+    assert prompt.pixel_values is not None
+    ours = np.concatenate([each.values for each in prompt.pixel_values.pictures])
+    assert np.array_equal(ours, given["pixel_values"])
+    assert [span.length for span in prompt.spans] == (given["image_grid_thw"].prod(1) // 4).tolist()
+    with runtime.open_images(IMAGES, options) as session:
+        assert session.prepare(PROMPT).prompt.token_ids == prompt.token_ids
+        with pytest.raises(BadInput, match="keep their size"):
+            session.prepare(PROMPT, Options(max_pixels=28**2 * 7))
+
+
+def test_pixels_that_no_picture_can_have_are_refused(family: Checkpoints) -> None:
+    with pytest.raises(BadInput, match=r"cannot have 3136 pixels at least and 99 at most"):
+        Runtime.open(family("qwen2_vl")).prepare(IMAGES, PROMPT, Options(max_pixels=99))
+    for name in ("internvl-qwen2", "llava_next-vicuna"):
+        with pytest.raises(BadInput, match="sizes of its own: leave min_pixels and max_pixels out"):
+            Runtime.open(family(name)).prepare(IMAGES, PROMPT, Options(max_pixels=99))
+    for pixels in (0, -1, 2.5, "many"):
+        with pytest.raises(BadInput, match="max_pixels must be"):
+            Options(max_pixels=pixels)  # type: ignore[arg-type]
 
 
 def _old_name(name: str) -> str:

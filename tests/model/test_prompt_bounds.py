@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avl_edge.cli import run_app
-from avl_edge.errors import BadInput, BadModel, TooLarge
+from avl_edge.errors import BadModel, TooLarge
 from avl_edge.files import MODEL_FILE_BYTES
 from avl_edge.model.prompt import Processor
+from avl_edge.model.prompt.chat import one_question
 from avl_edge.model.prompt.processor import CHARACTERS_PER_TOKEN
 from tests.equipment.small_processors import (
     CONTEXT,
     KINDS,
     TOKENS,
-    image_id,
     model_directory,
     open_processor,
     pictures,
@@ -72,7 +72,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_tokenized(tmp_path: Path)
         (CONTEXT // TOKENS - 1, "a" * (CHARACTERS_PER_TOKEN * TOKENS), None, "more than any text has"),
     ]:
         with pytest.raises(TooLarge, match=reason) as caught:
-            processor.lay_out([processor.codec.fixed] * images, prompt, system)
+            processor.lay_out(one_question([processor.codec.fixed] * images, prompt, system))
         assert len(str(caught.value)) < 300
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -85,7 +85,7 @@ def test_what_a_template_writes_counts_too(tmp_path: Path) -> None:
     each = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
     processor = open_processor(model_directory(tmp_path, template=each + "{{ 'a' * 40000 }}"))
     with pytest.raises(TooLarge, match=r"has 4000\d characters"):
-        processor.lay_out([], "Why?")
+        processor.lay_out(one_question([], "Why?"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,10 +102,12 @@ def test_a_text_that_is_refused_unseen_would_never_fit(kind: str, text: str) -> 
 def test_special_tokens_of_the_template_do_not_excuse_those_of_the_prompt(tmp_path: Path) -> None:
     """The unigram tokenizer normalizes fullwidth brackets, and the picture's own placeholder is in the same text."""
     processor = open_processor(model_directory(tmp_path, "unigram"), "unigram")
-    assert processor.lay_out([processor.codec.fixed], "What is it?").token_ids.count(image_id("unigram")) == TOKENS
+    plain = processor.lay_out(one_question([processor.codec.fixed], "What is it?")).token_ids
     for spelling in ("\uff1cimage\uff1e", "\uff1cs\uff1e"):
-        with pytest.raises(BadInput, match="in another spelling, which the model reserves for itself"):
-            processor.lay_out([processor.codec.fixed], f"What is {spelling}?")
+        asked = processor.lay_out(one_question([processor.codec.fixed], f"What is {spelling}?")).token_ids
+        for token in processor.text.special:
+            if token != processor.text.tokenizer.token_to_id("<unk>"):
+                assert asked.count(token) == plain.count(token)
 
 
 # --- tokenizers that fail ---
@@ -168,7 +170,7 @@ def test_a_tokenizer_that_panics_in_use_is_a_bad_model(tmp_path: Path) -> None:
     processor = open_processor(model_directory(tmp_path))
     failing = replace(processor, text=replace(processor.text, tokenizer=Panicking(processor.text.tokenizer)))
     with pytest.raises(BadModel, match="the model's tokenizer failed: no entry found for key USER: Why"):
-        failing.lay_out([], "Why?")
+        failing.lay_out(one_question([], "Why?"))
     with pytest.raises(BadModel, match="the model's tokenizer failed: index out of bounds"):
         failing.detokenizer().push(300)
 
@@ -199,7 +201,7 @@ def test_files_of_a_model_are_bounded(tmp_path: Path, name: str, content: str, r
 def test_a_template_with_line_ends_of_windows_is_read_as_any_other(tmp_path: Path) -> None:
     directory = model_directory(tmp_path)
     processor = open_processor(directory)
-    unix = processor.lay_out([processor.codec.fixed], "Why?")
+    unix = processor.lay_out(one_question([processor.codec.fixed], "Why?"))
     source = (directory / "chat_template.jinja").read_text()
     (directory / "chat_template.jinja").write_bytes(source.replace("\n", "\r\n").encode())
-    assert open_processor(directory).lay_out([processor.codec.fixed], "Why?") == unix
+    assert open_processor(directory).lay_out(one_question([processor.codec.fixed], "Why?")) == unix

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from avl_edge.errors import BadImage, BadInput, BadModel
 from tests.equipment.small_processors import (
     IMAGE_SETTINGS,
     KINDS,
-    TOKENS,
     VOCAB_SIZE,
     image_id,
     model_directory,
@@ -22,57 +18,23 @@ from tests.equipment.small_processors import (
     pictures,
     write,
 )
-from tests.equipment.small_tokenizers import llama, unigram
+from tests.equipment.small_tokenizers import llama
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_prompts_are_refused(tmp_path: Path, kind: str) -> None:
     processor = open_processor(model_directory(tmp_path, kind), kind)
-    eos = processor.text.named["eos_token"]
     for prompt, reason in {
         "": "the prompt is empty",
         " \n\t": "the prompt is empty",
-        "look: <image>": "the prompt contains <image>",
-        f"stop {eos} now": f"contains {eos.replace('|', '.')}",
         "broken \udc80": "not valid Unicode",
     }.items():
         with pytest.raises(BadInput, match=reason):
             processor(pictures(1), prompt)
-    with pytest.raises(BadInput, match="the system text contains <image>"):
-        processor(pictures(1), "What is this?", "You see <image>.")
+    with pytest.raises(BadInput, match="the system text is not valid Unicode"):
+        processor(pictures(1), "What is this?", "broken \udc80")
     with pytest.raises(BadImage):
         processor([b"no picture"], "What is this?")
-
-
-def test_other_spellings_of_the_placeholder_are_refused(tmp_path: Path) -> None:
-    """Compatibility normalization turns fullwidth brackets into plain ones, after any search in the text."""
-    processor = open_processor(model_directory(tmp_path, "unigram"), "unigram")
-    fullwidth = "\uff1cimage\uff1e"
-    assert image_id("unigram") in unigram().encode(fullwidth).ids
-    with pytest.raises(BadInput, match="contains <image>"):
-        processor(pictures(1), fullwidth)
-
-
-def test_a_placeholder_in_two_halves_is_refused(tmp_path: Path) -> None:
-    joined = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
-    processor = open_processor(model_directory(tmp_path, template=joined))
-    with pytest.raises(BadInput, match="wrote 1 image placeholders for 0 images"):
-        processor([], "age> hello", "<im")
-
-
-def test_any_prompt_has_exactly_the_given_images_or_is_refused(tmp_path: Path) -> None:
-    processors = {kind: open_processor(model_directory(tmp_path / kind, kind), kind) for kind in KINDS}
-    text = st.text(max_size=20) | st.lists(st.sampled_from(["<image", "<image>", ">", "<s>", " a"])).map("".join)
-
-    @settings(max_examples=100, deadline=None)
-    @given(st.sampled_from(list(KINDS)), text, st.none() | text, st.integers(0, 2))
-    def check(kind: str, prompt: str, system: str | None, number: int) -> None:
-        with suppress(BadInput):
-            got = processors[kind](pictures(number), prompt, system)
-            assert got.token_ids.count(image_id(kind)) == number * TOKENS
-            assert len(got.spans) == number
-
-    check()
 
 
 def test_missing_and_broken_files_are_a_bad_model(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from avl_edge.errors import BadModel
+from avl_edge.config import Picture
+from avl_edge.errors import BadInput, BadModel
+from avl_edge.model.prompt.chat import one_question
 from tests.equipment.small_processors import (
     LLAVA_TEMPLATE,
     STRING_TEMPLATE,
@@ -37,7 +39,10 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path: Path) -> No
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LLAVA_TEMPLATE}]
     for content in (LLAVA_TEMPLATE, named):
         write(path / "tokenizer_config.json", settings_ | {"chat_template": content})
-        assert open_processor(path).template.render(1, "Hi", None) == "USER: <image>\nHi ASSISTANT:"
+        assert (
+            open_processor(path).template.render(one_question([Picture(1, 1, 1)], "Hi"))
+            == "USER: <image>\nHi ASSISTANT:"
+        )
     for name in ("chat_template.jinja", "chat_template.json", "processor_config.json"):
         source = f"{name}: " + LLAVA_TEMPLATE
         if name.endswith("json"):
@@ -48,7 +53,7 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path: Path) -> No
         processor = LlavaProcessor.from_pretrained(path)
         expected = processor.apply_chat_template([{"role": "user", "content": []}])
         assert expected.startswith(f"{name}: ")
-        assert open_processor(path).template.render(0, "Hi", None).startswith(f"{name}: ")
+        assert open_processor(path).template.render(one_question([], "Hi")).startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,7 @@ def test_a_template_that_refuses_a_system_text_says_so(tmp_path: Path) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('system role not supported') }}{% endif %}"
     processor = open_processor(model_directory(tmp_path, template=strict + LLAVA_TEMPLATE))
     assert processor(pictures(1), "Hi").spans
-    with pytest.raises(BadModel, match="system role not supported"):
+    with pytest.raises(BadInput, match="chat template does not take such a conversation: system role not supported"):
         processor(pictures(1), "Hi", "Be brief.")
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from avl_edge.config import Picture
 from avl_edge.errors import BadModel
+from avl_edge.model.prompt.chat import one_question
 from avl_edge.model.prompt.sandbox import BUDGET, SOURCE_LENGTH, Sandbox
 from avl_edge.model.prompt.template import JinjaTemplate
 from tests.equipment.processes import PEAK_MEMORY, run_python
@@ -216,7 +218,7 @@ def test_no_template_takes_memory_or_time_without_end(tmp_path: Path) -> None:
 def test_the_budget_grows_with_the_prompt_and_is_each_threads_own() -> None:
     template = JinjaTemplate(LLAVA_TEMPLATE, {}, "<image>", "model")
     prompt = "word " * 400_000
-    assert template.render(1, prompt, "Be brief.").count("word ") == 400_000
+    assert template.render(one_question([Picture(1, 1, 1)], prompt, "Be brief.")).count("word ") == 400_000
     sandbox = Sandbox({}, {})
     slow = sandbox.compiled("{% for i in range(2000) %}{{ i }}{% endfor %}")
     failures: list[Exception] = []

@@ -14,7 +14,8 @@ from transformers import LlavaForConditionalGeneration
 from avl_edge import BadInput, Formats, Generation, ImageSession, Options, Runtime
 from avl_edge.kv.layout import page_bytes
 from avl_edge.model.families import read_spec
-from avl_edge.model.prompt import Processor
+from avl_edge.model.prompt import Processor, Turn
+from avl_edge.model.prompt.chat import one_question
 from tests.conftest import Checkpoints
 from tests.equipment import oracle, oracle_shared_prefix
 from tests.equipment.checkpoints import SPECS
@@ -275,10 +276,10 @@ def test_no_question_changes_what_stands_before_the_picture_ends(
     processor = Processor.of(read_spec(checkpoint(name)), checkpoint(name))
     pictures = [processor.codec.rule(60, 60)] * images
     try:
-        whole = processor.lay_out(pictures, prompt)
+        whole = processor.lay_out(one_question(pictures, prompt))
     except BadInput:
         return  # no prompt, or one with special tokens
-    shared, spans = processor.lay_out_images(pictures), whole.spans
+    shared, spans = processor.lay_out_images([Turn("user", tuple(pictures))]), whole.spans
     assert (whole.token_ids[: len(shared)], spans) == (shared.token_ids, shared.spans)
     assert len(shared) == spans[-1].start + spans[-1].length < len(whole)
     assert set(shared.token_ids[-spans[-1].length :]) == {processor.image_token_id}

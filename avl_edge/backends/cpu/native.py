@@ -27,15 +27,14 @@ Floats = npt.NDArray[np.float32]
 
 
 def serves(model: VisionLanguageModel) -> bool:
-    """Whether the native step runs this model: gated by SiLU, in float32, bfloat16 or float16, with even heads without
-    norms of their own, and weights whose groups are neighbours; and the library is there."""
+    """Whether the native step runs this model: gated by SiLU, in float32, bfloat16 or float16, with even heads and
+    weights whose groups are neighbours; and the library is there."""
     text, linears = model.spec.text, [each for layer in model.decoder.layers for each in layer.linears]
     return (
         native.available()
         and model.dtype in DENSE
         and text.activation == "silu"
         and text.head_dim % 2 == 0
-        and not text.head_norms
         and model.decoder.embedding.is_contiguous()
         and all(isinstance(each, Dense) or each.order is None for each in (*linears, model.decoder.head))
     )
@@ -136,6 +135,7 @@ def decoder_weights(model: VisionLanguageModel) -> Weights:
             each.attention_norm.weight.float(),
             each.mlp_norm.weight.float(),
             [_matrix(of, exact) for of in each.linears],
+            *(None if norm is None else norm.weight.float() for norm in (each.query_norm, each.key_norm)),
         )
         for each in decoder.layers
     ]

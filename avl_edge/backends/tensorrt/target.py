@@ -80,7 +80,7 @@ class TensorRt(Target):
         for layer in range(spec.text.layers - 1):  # beyond the last one there is nothing left to prune for
             prune = policy.prunes(layer)
             require(
-                prune is None or (layer == self._job.settings.prune_after and prune.by == "last"),
+                prune is None or (layer == self._job.settings.prune_after and prune.by == "last" and not prune.each),
                 f"{method.name} prunes after layer {layer}, by what the package cannot: {self._can_prune()}",
             )
 

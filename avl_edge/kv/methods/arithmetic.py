@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -59,6 +60,21 @@ def top_of_each(scores: Scores, counts: npt.NDArray[np.int32], count: int) -> Ma
     mask = np.zeros(scores.shape, dtype=np.bool_)
     for row, length in enumerate(counts.tolist()):
         mask[row, :length] = top(scores[row, :length], count)
+    return mask
+
+
+def groups_of(positions: npt.NDArray[np.int32], starts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The number of the picture that each of ``positions`` is in, by the pictures' first ones."""
+    return np.searchsorted(np.asarray(starts), positions, side="right") - 1
+
+
+def top_of_groups(scores: Scores, groups: npt.NDArray[np.int64], counts: Sequence[int]) -> Mask:
+    """:func:`top` of the ``scores`` ``[n]`` of each group, of which there are so many to take; ``groups`` int64
+    ``[n]``: the number of that which each belongs to."""
+    mask = np.zeros(len(scores), dtype=np.bool_)
+    for group, count in enumerate(counts):
+        members = np.flatnonzero(groups == group)
+        mask[members] = top(scores[members], count)
     return mask
 
 

@@ -20,12 +20,14 @@ from ...config import PromptShape, require
 from .arithmetic import (
     Mask,
     Scores,
+    groups_of,
     heavy_and_recent,
     rounded_share,
     share,
     spread,
     top,
     top_of_each,
+    top_of_groups,
     whole,
     with_column,
     without_lowest,
@@ -47,7 +49,8 @@ class Avl(Method):
     tokens whose values stand out, whatever attention they get (see :mod:`avl_edge.kv.methods.distinct`); of those,
     attention picks the core. And so is ``drift``: beside every K-th step, the one after a step on which the core has
     lost so many percent of its attention (against the text's, since the last refresh, mean of the layers) refreshes as
-    well.
+    well. ``per_span`` 1 too: each picture of a prompt keeps its own share of rows, however little attention it gets
+    beside the others; as published, the shares are of all image tokens together.
     """
 
     prefill_keep: float = parameter(90, "percent of image tokens beyond the early layers", "P")
@@ -60,6 +63,7 @@ class Avl(Method):
     prune_layer: int = parameter(2, "the last layer (0-based) that all image tokens reach", is_layer=True)
     prompt_mean: int = parameter(0, "1: rank by all text after the image; 0: by the last token")
     by_values: int = parameter(0, "1: store rows whose values stand out; 0: by attention")
+    per_span: int = parameter(0, "1: each picture keeps its share; 0: shares are of all pictures together")
     drift: float = parameter(0, "percent of core attention lost that refreshes too; 0: never")
 
     name: ClassVar[str] = "avl"
@@ -85,6 +89,7 @@ class Avl(Method):
         require(whole(floor) and floor >= 1, f"text_floor must be a whole number of rows from 1, not {floor:g}")
         require(self.prompt_mean in (0, 1), f"prompt_mean must be 0 or 1, not {self.prompt_mean:g}")
         require(self.by_values in (0, 1), f"by_values must be 0 or 1, not {self.by_values:g}")
+        require(self.per_span in (0, 1), f"per_span must be 0 or 1, not {self.per_span:g}")
         require(0 <= self.drift <= 100, f"drift must be from 0 to 100 percent, not {self.drift:g}")
         require(whole(layer) and layer >= 0, f"prune_layer must be a whole number from 0, not {layer:g}")
 
@@ -92,25 +97,33 @@ class Avl(Method):
         """Text rows kept of the ``seen`` ones after the image (halves round to even)."""
         return min(seen, max(rounded_share(seen, self.text_keep), self.text_floor))
 
+    def shares(self, prompt: PromptShape, percent: float) -> tuple[int, ...]:
+        """``percent`` of the image tokens, or of each picture's."""
+        lengths = [length for _, length in prompt.spans] if self.per_span else []
+        return tuple(share(length, percent) for length in lengths or [prompt.images])
+
     def peak_tiers(self, prompt: PromptShape, steps: int, layers: int) -> TierPeaks:
         # Rows grow with every step, and a step's new row is there before the eviction that it causes.
         text = self.text_budget(prompt.suffix)
         if steps:
             text = max(text, self.text_budget(prompt.suffix + steps - 1) + 1)
-        core, stored = share(prompt.images, self.core), share(prompt.images, self.secondary)
+        core, stored = sum(self.shares(prompt, self.core)), sum(self.shares(prompt, self.secondary))
         return TierPeaks(layers * (prompt.prefix + text), layers * core, layers * (stored - core))
 
     def tiers(self, prompt: PromptShape, steps: int, layer: int) -> Tiers:  # noqa: ARG002
         text = prompt.prefix + self.text_budget(prompt.suffix + steps)
-        return Tiers.of(prompt, steps, text, share(prompt.images, self.secondary), share(prompt.images, self.core))
+        return Tiers.of(
+            prompt, steps, text, sum(self.shares(prompt, self.secondary)), sum(self.shares(prompt, self.core))
+        )
 
     def tokens_in(self, prompt: PromptShape, layer: int) -> int:
-        pruned = prompt.images - share(prompt.images, self.prefill_keep)
+        pruned = prompt.images - sum(self.shares(prompt, self.prefill_keep))
         return prompt.length - (pruned if layer > self.prune_layer else 0)
 
     @property
     def shared_percent(self) -> float | None:
-        is_fixed = self.prefill_keep == 100 and (self.by_values or self.secondary == 100)
+        fixed = self.by_values and not self.per_span  # a session ranks the values of all its pictures together
+        is_fixed = self.prefill_keep == 100 and (fixed or self.secondary == 100)
         return self.secondary if is_fixed else None
 
     def policy(self, prompt: PromptShape, layers: int) -> AvlPolicy:
@@ -147,9 +160,12 @@ class AvlPolicy(KeepsCore):
         # What image tokens are stored by, and go on by.
         attention: Literal["last", "total"] = "total" if settings.prompt_mean else "last"
         self._worth: Literal["last", "total", "distances"] = "distances" if settings.by_values else attention
-        self._stored = share(prompt.images, settings.secondary)
-        self._core = share(prompt.images, settings.core)
-        self._survivors = share(prompt.images, settings.prefill_keep)
+        self._stored = settings.shares(prompt, settings.secondary)
+        self._core = settings.shares(prompt, settings.core)
+        self._survivors = settings.shares(prompt, settings.prefill_keep)
+        # Where each picture begins that has shares of its own, and, by layer, which of these a stored row is of.
+        self._starts = [start for start, _ in prompt.spans] if settings.per_span else []
+        self._groups = [np.empty(0, dtype=np.int64)] * layers
         self._prefix, self._seen = prompt.prefix, prompt.suffix
         self._sums: Scores = np.empty((layers, 0))
         self._scores: list[Scores] = [np.empty(0)] * layers
@@ -166,8 +182,10 @@ class AvlPolicy(KeepsCore):
 
     def keep_prompt(self, view: PromptLayer) -> Kept:
         scores = view.total if self._settings.prompt_mean else view.last
-        image = pruned(view, Prune(self._stored, self._worth)) & view.is_image
-        core = spread(top(scores[image], self._core), image)
+        image = pruned(view, self._prune(self._stored)) & view.is_image
+        if self._starts:
+            self._groups[view.layer] = groups_of(view.positions[image], self._starts)
+        core = spread(self._best(view.layer, scores[image]), image)
         self._scores[view.layer] = scores[image]
         sums = view.total[view.is_suffix]
         (kept,) = self._keep_suffix(sums[None])
@@ -179,9 +197,9 @@ class AvlPolicy(KeepsCore):
         return Kept(stored=prefix | image | spread(kept, view.is_suffix), core=core)
 
     def prunes(self, layer: int) -> Prune | None:
-        if layer != self._settings.prune_layer or self._survivors >= self._images:
+        if layer != self._settings.prune_layer or sum(self._survivors) >= self._images:
             return None
-        return Prune(self._survivors, self._worth)
+        return self._prune(self._survivors)
 
     def reads_secondary(self, step: int) -> bool:
         every = self._settings.refresh
@@ -194,7 +212,7 @@ class AvlPolicy(KeepsCore):
         core = None
         if self.reads_secondary(step.number):
             image, counts = step.scores.image, step.scores.image_counts
-            core = top_of_each(image, counts, self._core)
+            core = self._cores(image, counts)
             self._scores = [row[:count] for row, count in zip(image, counts.tolist(), strict=True)]
         if self._settings.drift:
             self._watch(step, core)
@@ -206,7 +224,28 @@ class AvlPolicy(KeepsCore):
     def evict(self, layer: int, core: Mask, count: int) -> Mask:
         keep = without_lowest(self._scores[layer], core, count)
         self._scores[layer] = self._scores[layer][keep]
+        if self._starts:
+            self._groups[layer] = self._groups[layer][keep]
         return keep
+
+    def _prune(self, counts: tuple[int, ...]) -> Prune:
+        each = tuple(zip(self._starts, counts, strict=True)) if self._starts else ()
+        return Prune(sum(counts), self._worth, each)
+
+    def _best(self, layer: int, scores: Scores) -> Mask:
+        """The core of a layer's stored image rows ``[n]``."""
+        if self._starts:
+            return top_of_groups(scores, self._groups[layer], self._core)
+        return top(scores, self._core[0])
+
+    def _cores(self, image: Scores, counts: npt.NDArray[np.int32]) -> Mask:
+        """That of all layers ``[L, n]``, which have so many rows each."""
+        if not self._starts:
+            return top_of_each(image, counts, self._core[0])
+        mask = np.zeros(image.shape, dtype=np.bool_)
+        for layer, count in enumerate(counts.tolist()):
+            mask[layer, :count] = self._best(layer, image[layer, :count])
+        return mask
 
     def _watch(self, step: Step, core: Mask | None) -> None:
         """Note how much of the attention the core has, and whether the next step refreshes."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from ...config import Formats, format_names, parse_parameter
+from ...config import Formats, require
+from ...errors import BadInput
 
 _FORMATS = ("text_format", "core_format", "secondary_format", "format")
 
@@ -35,3 +37,24 @@ def parse(text: str) -> Notation:
         else:
             parameters.update([parse_parameter(word.replace("\0", ":"))])
     return Notation(name.strip(), parameters, format_names(*(formats.get(tier) for tier in _FORMATS)))
+
+
+def format_names(text: str | None, core: str | None, secondary: str | None, every: str | None) -> Formats | None:
+    """Formats from names given for single tiers and for ``every`` other one; None when none is given."""
+    if text is core is secondary is every is None:
+        return None
+    rest = "exact" if every is None else every
+    usual = ("exact" if rest.startswith("lowrank") else rest, rest, rest)
+    given = zip((text, core, secondary), usual, strict=True)
+    return Formats(*(default if name is None else name for name, default in given))
+
+
+def parse_parameter(text: str) -> tuple[str, float]:
+    """The name and value of a method's parameter, written ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        raise BadInput(f"cannot read {text!r} as a parameter: give NAME=VALUE with a number, like refresh=3") from None
+    require(math.isfinite(number), f"parameter {name.strip()!r} must be a number, not {number}")
+    return name.strip().replace("-", "_"), int(number) if number.is_integer() else number

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .arithmetic import Mask, Scores, spread, top, with_column
+from .arithmetic import Mask, Scores, groups_of, spread, top, top_of_groups, with_column
 
 Positions = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int32]
@@ -52,10 +52,12 @@ class Kept:
 
 class Prune(NamedTuple):
     """How many image tokens go on to the deeper layers, and by which of :class:`PromptLayer`'s fields they are ranked;
-    of equals the lower positions go on. All text does."""
+    of equals the lower positions go on. All text does. ``each``: the place of each picture's first token, and how many
+    of that picture go on; without them the pictures' tokens are ranked together."""
 
     images: int
     by: Literal["last", "total", "distances"]
+    each: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,13 @@ class Policy(Protocol):
 
 def pruned(view: PromptLayer, prune: Prune) -> Mask:
     """The tokens that go on, a mask ``[m]``."""
-    return ~view.is_image | spread(top(getattr(view, prune.by)[view.is_image], prune.images), view.is_image)
+    scores = getattr(view, prune.by)[view.is_image]
+    if prune.each:
+        starts, counts = zip(*prune.each, strict=True)
+        found = top_of_groups(scores, groups_of(view.positions[view.is_image], starts), counts)
+    else:
+        found = top(scores, prune.images)
+    return ~view.is_image | spread(found, view.is_image)
 
 
 class SettlesByLayer:

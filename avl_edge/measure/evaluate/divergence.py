@@ -18,16 +18,18 @@ from ...backends.decode_loop import DecodeLoop
 from ...model.checkpoint import load_weights
 from ...model.network.image_features import ImageFeatures
 from ...model.vision_language import VisionLanguageModel
+from ...model.weight_format import WeightFormats
 from ...serving.requests import Request
 from ...serving.runtime import Runtime
 from .settings import Setting
 
 
 class Divergence:
-    """The model of ``runtime``, whose directory is ``model``, beside it (its weights are mapped, not read twice)."""
+    """The model of ``runtime``, whose directory is ``model``, beside it, its decoder ``packed`` likewise (plain weights
+    are mapped, not read twice)."""
 
-    def __init__(self, runtime: Runtime, model: Path) -> None:
-        self._model = VisionLanguageModel(runtime.spec, load_weights(model, prefixes=runtime.spec.prefixes))
+    def __init__(self, runtime: Runtime, model: Path, packed: WeightFormats) -> None:
+        self._model = VisionLanguageModel(runtime.spec, load_weights(model, None, runtime.spec.prefixes, packed))
 
     def from_full(
         self, full: Request, token_ids: Sequence[int], requests: Mapping[Setting, Request]

@@ -86,7 +86,7 @@ def read_windows(files: Sequence[Path], tokenizer: TextTokenizer, layout: Window
     windows = []
     for file in files:
         content, text = _read(file)
-        token = tokenizer.special_token_in(text)
+        token = next(iter(tokenizer.reserved.count(text)), None)
         require(token is None, f"{file} contains {token}, which the model reserves for itself: give another text")
         ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
         require(

@@ -58,19 +58,34 @@ _CONVERTERS = {
 }
 
 
-def take_sources(images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[TakenSource]:
-    """Each picture as what may be read twice: streams are read to their end, and arrays become pictures.
-
-    Raises BadInput for anything but a list of pictures, BadImage for one that cannot be any.
-    """
+def check_sources(images: Sequence[ImageSource]) -> None:
+    """Raise BadInput for anything but a list of pictures, BadImage for one that cannot be any; nothing is read."""
     if not is_list_of_sources(images):
         raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
+    for image in images:
+        _check_source(image)
+
+
+def take_sources(images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[TakenSource]:
+    """Each picture as what may be read twice: streams are read to their end, and arrays become pictures. Raises as
+    :func:`check_sources`, and BadImage for a stream or an array that is no picture."""
+    check_sources(images)
     return [_taken(image, max_pixels) for image in images]
 
 
-def _taken(source: Any, max_pixels: int) -> TakenSource:
+def _check_source(source: Any) -> None:
     if isinstance(source, str):
         raise BadInput("a picture cannot be given as a string: for a file give pathlib.Path(...), or give its bytes")
+    known = (bytes, bytearray, memoryview, os.PathLike, Image.Image, np.ndarray, Frame)
+    if not isinstance(source, known) and not callable(getattr(source, "read", None)):
+        raise BadImage(
+            f"a picture must be a pathlib.Path, bytes, a binary stream, a numpy array or a Pillow image, not "
+            f"{type(source).__name__}"
+        )
+
+
+def _taken(source: Any, max_pixels: int) -> TakenSource:
+    _check_source(source)
     if isinstance(source, bytes | os.PathLike | Image.Image):
         return source
     if isinstance(source, bytearray | memoryview):
@@ -80,12 +95,7 @@ def _taken(source: Any, max_pixels: int) -> TakenSource:
         return bytes(source)
     if isinstance(source, np.ndarray | Frame):
         return taken_array(source if isinstance(source, Frame) else Frame(source), max_pixels)
-    if callable(getattr(source, "read", None)):
-        return _taken_stream(source, max_pixels)
-    raise BadImage(
-        f"a picture must be a pathlib.Path, bytes, a binary stream, a numpy array or a Pillow image, not "
-        f"{type(source).__name__}"
-    )
+    return _taken_stream(source, max_pixels)
 
 
 def _taken_stream(source: Any, max_pixels: int) -> bytes:

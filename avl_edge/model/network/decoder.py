@@ -54,10 +54,10 @@ class DecoderLayer:
         self._query = weights.linear(f"{name}.self_attn.q_proj", queries, size, bias=spec.qkv_bias)
         self._key = weights.linear(f"{name}.self_attn.k_proj", keys, size, bias=spec.qkv_bias)
         self._value = weights.linear(f"{name}.self_attn.v_proj", keys, size, bias=spec.qkv_bias)
-        self._query_norm = self._key_norm = None
+        self.query_norm = self.key_norm = None
         if spec.head_norms:
-            self._query_norm = RmsNorm.take(weights, f"{name}.self_attn.q_norm", head_dim, spec.norm_eps)
-            self._key_norm = RmsNorm.take(weights, f"{name}.self_attn.k_norm", head_dim, spec.norm_eps)
+            self.query_norm = RmsNorm.take(weights, f"{name}.self_attn.q_norm", head_dim, spec.norm_eps)
+            self.key_norm = RmsNorm.take(weights, f"{name}.self_attn.k_norm", head_dim, spec.norm_eps)
         self._out = weights.linear(f"{name}.self_attn.o_proj", size, queries, bias=spec.out_bias)
         self._gate = weights.linear(f"{name}.mlp.gate_proj", inner, size, bias=spec.mlp_bias)
         self._up = weights.linear(f"{name}.mlp.up_proj", inner, size, bias=spec.mlp_bias)
@@ -75,8 +75,8 @@ class DecoderLayer:
         query, key, value = (
             part(normed).view(len(hidden), -1, self._head_dim) for part in (self._query, self._key, self._value)
         )
-        if self._query_norm and self._key_norm:
-            query, key = self._query_norm(query), self._key_norm(key)
+        if self.query_norm and self.key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:

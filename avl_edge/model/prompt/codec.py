@@ -13,7 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...config import Picture
+from ...errors import BadInput
 from ...request import RopePositions
+from ..images.frames import Moment
 from ..pictures import PictureRule
 from ..spec import ModelSpec
 
@@ -36,6 +38,11 @@ class ImageCodec(ABC):
         """What every picture becomes, where its size does not matter; None where it does."""
         return None
 
+    def within(self, min_pixels: int | None, max_pixels: int | None) -> ImageCodec:  # noqa: ARG002
+        """The same for pictures that are resized to this range of pixels; None: as it is. BadInput where the family or
+        the checkpoint says what size pictures have."""
+        raise BadInput("this model gives pictures sizes of its own: leave min_pixels and max_pixels out")
+
     def placeholder(self, picture: Picture, image_token: str) -> str:
         """The text in which a picture's tokens stand in the prompt, in place of the template's ``image_token``."""
         return image_token * picture.tokens
@@ -46,6 +53,25 @@ class ImageCodec(ABC):
 
         BadImage where there would be more than twice ``max_pixels`` on the way.
         """
+
+    @property
+    def video_token(self) -> str | None:
+        """The placeholder of a video in a template; None where the family takes none."""
+        return None
+
+    def measure_moment(self, width: int, height: int, moment: Moment) -> Picture:  # noqa: ARG002
+        """What two frames of a video become. BadInput where the family takes no videos."""
+        raise BadInput("this model takes no videos: give it pictures")
+
+    def video_placeholder(self, moments: Sequence[Picture]) -> str:
+        """The text in which a video's tokens stand in the prompt, in place of the template's ``video_token``."""
+        raise NotImplementedError
+
+    def moment_pixels(
+        self, frames: tuple[Image.Image, Image.Image], picture: Picture, max_pixels: int
+    ) -> npt.NDArray[np.float32]:
+        """:meth:`pixels` of two frames of a video."""
+        raise NotImplementedError
 
     def rope(self, length: int, places: Sequence[tuple[int, Picture]]) -> RopePositions | None:  # noqa: ARG002
         """The positions of a prompt of ``length`` tokens with pictures, each with the place of its first token; None

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 from PIL import Image
 
-from ...config import Picture
+from ...config import Options, Picture
 from ...errors import BadImage, BadInput, BadModel, TooLarge, quoted
 from ...files import read_json
 from ...request import ImageSpan, Pixels, PixelValues, Prompt
+from ..images.frames import Moment, Shown
 from ..images.inputs import ImageSource, TakenSource
 from ..images.preprocess import digest
 from ..images.sources import MAX_PIXELS, image_size, open_flat, picture_name, take_sources
 from ..spec import ModelSpec
+from .chat import SYSTEM, USER, Turn, asked, one_question
 from .codec import ImageCodec, open_codec
 from .detokenizer import Detokenizer
+from .schema import SchemaMatcher, SchemaTokens, check_schema
 from .stop_tokens import read_eos_token_ids
 from .template import ChatTemplate, open_template
 from .text_tokenizer import TextTokenizer
@@ -41,6 +45,8 @@ class Processor:
     image_token: str
     context: int
     eos_token_ids: frozenset[int]
+    video_token_id: int | None = None
+    transparency: str | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, directory: Path) -> Processor:
@@ -77,15 +83,18 @@ class Processor:
         text = TextTokenizer.open(directory, vocab_size)
         codec = codec_of(directory)
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
+        eos_token_ids = read_eos_token_ids(directory, text, vocab_size)
+        reserved = {image_token, codec.video_token, *map(text.tokenizer.id_to_token, eos_token_ids)}
         return cls(
             codec=codec,
             pixel_bytes=pixel_bytes,
-            text=text,
+            text=replace(text, also_reserved=frozenset(filter(None, reserved))),
             template=open_template(directory, text.named, image_token, codec.chat_template),
             image_token_id=image_token_id,
             image_token=image_token,
             context=context,
-            eos_token_ids=read_eos_token_ids(directory, text, vocab_size),
+            eos_token_ids=eos_token_ids,
+            video_token_id=text.tokenizer.token_to_id(codec.video_token) if codec.video_token else None,
         )
 
     def __call__(self, images: Sequence[ImageSource], prompt: str, system: str | None = None) -> Prompt:
@@ -93,75 +102,114 @@ class Processor:
         :meth:`read`."""
         taken = take_sources(images)
         pictures = self.measure(taken)
-        return self.read(taken, pictures, self.lay_out(pictures, prompt, system))
+        return self.read(taken, pictures, self.lay_out(one_question(pictures, prompt, system)))
 
-    def measure(self, images: Sequence[TakenSource], max_pixels: int = MAX_PIXELS) -> list[Picture]:
+    def within(self, options: Options) -> Processor:
+        """The same for pictures as a request wants them: their range of pixels (BadInput where the model has none), and
+        what becomes of their transparent parts."""
+        found = self if options.transparency is None else replace(self, transparency=options.transparency)
+        if options.min_pixels is options.max_pixels is None:
+            return found
+        return replace(found, codec=self.codec.within(options.min_pixels, options.max_pixels))
+
+    def measure(self, images: Sequence[Shown], max_pixels: int = MAX_PIXELS) -> list[Picture]:
         """What the pictures will be for the model, by their headers, where their size matters.
 
         Raises BadImage as far as a header tells that one is no use, or has more than ``max_pixels``.
         """
-        fixed = self.codec.fixed
-        return [self.codec.rule(*image_size(image, max_pixels)) if fixed is None else fixed for image in images]
+        return [self._measured(image, lambda source: image_size(source, max_pixels)) for image in images]
 
-    def lay_out(self, pictures: Sequence[Picture], prompt: str, system: str | None = None) -> Prompt:
-        """A turn with such pictures: token ids, and where each picture stands (digests still empty, no pixels).
+    def _measured(self, image: Shown, size_of: Callable[[ImageSource], tuple[int, int]]) -> Picture:
+        if isinstance(image, Moment):
+            one, other = map(size_of, image.frames)
+            if one != other:
+                raise BadInput(f"the frames of a video must be of one size, not {one} and {other} (width, height)")
+            return self.codec.measure_moment(*one, image)
+        return self.codec.fixed or self.codec.rule(*size_of(image))
 
-        Each picture stands as so many placeholder ids as it has tokens. Raises BadInput for a prompt that is empty or
-        holds special tokens, TooLarge for more images or text than the context can hold, which is said before anything
-        is tokenized, BadModel if the chat template fails.
+    def lay_out(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation, ready for the answer: token ids, and where each picture stands (digests still empty, no
+        pixels).
+
+        Each picture stands as so many placeholder ids as it has tokens; what special tokens the texts spell is text.
+        Raises BadInput for a conversation that does not end with a question or that the chat template does not take,
+        TooLarge for more images or text than the context can hold, which is said before anything is tokenized, BadModel
+        if the chat template fails.
         """
-        texts = {"prompt": prompt} if system is None else {"prompt": prompt, "system text": system}
-        for what, text in texts.items():
+        pictures = [picture for each in turns for picture in each.pictures]
+        texts = [text for each in turns for text in each.texts]
+        for text in texts:
             if not isinstance(text, str):
-                raise BadInput(f"the {what} must be a string, not {type(text).__name__}")
-        self._check_room(pictures, sum(map(len, texts.values())))
-        for what, text in texts.items():
-            self._check_text(what, text)
-        if not prompt.strip():
+                raise BadInput(f"a text must be a string, not {type(text).__name__}")
+        if len(turns) > self.context:
+            raise TooLarge(f"{len(turns)} turns are more than the tokens of the model's context, {self.context}")
+        self._check_room(pictures, sum(map(len, texts)))
+        for each in turns:
+            _check_unicode(each)
+        if not turns or turns[-1].role != USER or not "".join(turns[-1].texts).strip():
             raise BadInput("the prompt is empty: ask something about the picture")
-        token_ids = self._tokenize(pictures, prompt, system)
+        token_ids = self._tokenize(pictures, turns)
         starts = self._image_starts(token_ids, pictures)
         spans = (ImageSpan("", start, each.tokens) for start, each in zip(starts, pictures, strict=True))
         rope = self.codec.rope(len(token_ids), list(zip(starts, pictures, strict=True)))
         return Prompt(token_ids, tuple(spans), None, rope)
 
-    def lay_out_images(self, pictures: Sequence[Picture]) -> Prompt:
-        """A turn up to the end of its last picture.
+    def lay_out_images(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation up to the end of its last picture; its last turn is a user's, whose question is open.
 
         It is the same whatever is asked: the image placeholder is a token that merges with nothing. Raises BadInput
         where it is not, as with a template that writes the question first.
         """
-        heads = [self.lay_out(pictures, probe).up_to_images() for probe in ("What is it?", "0")]
+        heads = [self.lay_out(asked(turns, probe)).up_to_images() for probe in ("What is it?", "0")]
         if heads[0].token_ids != heads[1].token_ids:
             raise BadInput("this model's chat template writes the question before the pictures: ask one at a time")
         return heads[0]
 
     def read(
         self,
-        images: Sequence[TakenSource],
+        images: Sequence[Shown],
         pictures: Sequence[Picture],
         laid_out: Prompt,
         max_pixels: int = MAX_PIXELS,
-        transparency: str | None = None,
     ) -> Prompt:
         """Decode and preprocess the images that were measured as ``pictures`` and stand in ``laid_out``, one after the
-        other. ``transparency`` None: as the family has it. Raises BadImage for one that is no use, or has more than
-        ``max_pixels``."""
-        shown, notes = transparency or self.codec.transparency, []
-        read = []
-        for source, picture in zip(images, pictures, strict=True):
-            image, share = open_flat(source, max_pixels, shown)
-            read.append(self._pixels(image, picture, max_pixels))
-            if share and transparency is None:
-                notes.append(_of_transparency(picture_name(source), share, shown))
+        other. Raises BadImage for one that is no use, or has more than ``max_pixels``."""
+        notes: list[str] = []
+        read = [self._read(image, picture, max_pixels, notes) for image, picture in zip(images, pictures, strict=True)]
         named = (replace(span, digest=digest(each)) for span, each in zip(laid_out.spans, read, strict=True))
-        pixels = Pixels(tuple(read)) if read else None
-        return replace(laid_out, spans=tuple(named), pixel_values=pixels, notes=tuple(notes))
+        return replace(
+            laid_out, spans=tuple(named), pixel_values=Pixels(tuple(read)) if read else None, notes=tuple(notes)
+        )
 
-    def _pixels(self, image: Image.Image, picture: Picture, max_pixels: int) -> PixelValues:
-        if picture != self.codec.fixed and picture != self.codec.rule(*image.size):
+    def _read(self, source: Shown, picture: Picture, max_pixels: int, notes: list[str]) -> PixelValues:
+        if isinstance(source, Moment):
+            one, other = (self._open(each, max_pixels, notes) for each in source.frames)
+            unchanged = one.size == other.size and picture == self.codec.measure_moment(*one.size, source)
+            values = self.codec.moment_pixels((one, other), picture, max_pixels) if unchanged else None
+        else:
+            image = self._open(source, max_pixels, notes)
+            unchanged = picture == (self.codec.fixed or self.codec.rule(*image.size))
+            values = self.codec.pixels(image, picture, max_pixels) if unchanged else None
+        if values is None:
             raise BadImage("a picture was changed while it was read: give it again")
-        return PixelValues(self.codec.pixels(image, picture, max_pixels), picture)
+        return PixelValues(values, picture)
+
+    def _open(self, source: TakenSource, max_pixels: int, notes: list[str]) -> Image.Image:
+        """Upright and in RGB; a note where it is transparent and nobody said how that is to be shown."""
+        shown = self.transparency or self.codec.transparency
+        image, share = open_flat(source, max_pixels, shown)
+        if share and self.transparency is None:
+            notes.append(_of_transparency(picture_name(source), share, shown))
+        return image
+
+    @cached_property
+    def _schema_tokens(self) -> SchemaTokens:
+        return SchemaTokens(self.text.tokenizer, self.eos_token_ids)
+
+    def schema_matcher(self, schema: str) -> SchemaMatcher:
+        """For one answer by a JSON ``schema``; :class:`BadInput` for one that cannot be obeyed."""
+        check_schema(schema)
+        return self._schema_tokens.matcher(schema)
 
     def detokenizer(self) -> Detokenizer:
         """A new one for each sequence."""
@@ -181,28 +229,40 @@ class Processor:
                 f"{self.context} tokens, for which {most} characters are more than any text has: ask a shorter question"
             )
 
-    def _check_text(self, what: str, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadInput(f"the {what} is not valid Unicode: give it as UTF-8") from None
-        token = self.image_token if self.image_token in text else self.text.special_token_in(text)
-        if token is not None:
-            raise BadInput(f"the {what} contains {token}, which the model reserves for itself: remove it")
-
-    def _tokenize(self, pictures: Sequence[Picture], prompt: str, system: str | None) -> tuple[int, ...]:
+    def _tokenize(self, pictures: Sequence[Picture], turns: Sequence[Turn]) -> tuple[int, ...]:
         images = len(pictures)
-        between = self.template.render(images, prompt, system).split(self.image_token)
-        if len(between) - 1 != images:
-            raise BadInput(f"the chat template wrote {len(between) - 1} image placeholders for {images} images")
-        self._check_room(pictures, sum(map(len, between)))
-        placed = [self.codec.placeholder(each, self.image_token) for each in pictures]
-        return self.text.encode("".join(map("".join, zip(between, [*placed, ""], strict=True))))
+        escaped = self.text.reserved.escape([text for each in turns for text in each.texts])
+        words = iter(escaped.texts)
+        safe = [
+            replace(each, parts=tuple(next(words) if isinstance(p, str) else p for p in each.parts)) for each in turns
+        ]
+        tokens = [self.image_token, *filter(None, [self.codec.video_token])]
+        between = re.split("(" + "|".join(map(re.escape, tokens)) + ")", self.template.render(safe))
+        placed = self._placeholders(pictures)
+        if between[1::2] != [token for token, _ in placed]:
+            raise BadInput(
+                f"the chat template wrote {len(between) // 2} image placeholders for {len(placed)} images: {images}"
+            )
+        self._check_room(pictures, sum(map(len, between[::2])))
+        between[1::2] = [text for _, text in placed]
+        return self.text.encode("".join(between), escaped)
+
+    def _placeholders(self, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+        """What a template writes for each picture or video, and what stands for it in the prompt."""
+        placed = []
+        for at, each in enumerate(pictures):
+            if each.moment is None:
+                placed.append((self.image_token, self.codec.placeholder(each, self.image_token)))
+            elif each.moment == 0:
+                others = takewhile(lambda other: other.moment, pictures[at + 1 :])
+                placed.append((self.codec.video_token or "", self.codec.video_placeholder([each, *others])))
+        return placed
 
     def _image_starts(self, token_ids: tuple[int, ...], pictures: Sequence[Picture]) -> list[int]:
         """Where each picture's placeholders begin. Pictures may touch, so they are told apart by their number of
         tokens."""
-        places = [i for i, token_id in enumerate(token_ids) if token_id == self.image_token_id]
+        ids = {self.image_token_id, self.video_token_id}
+        places = [i for i, token_id in enumerate(token_ids) if token_id in ids]
         firsts = list(accumulate((each.tokens for each in pictures), initial=0))
         starts = [places[first] for first in firsts[:-1] if first < len(places)]
         expected = [start + i for start, each in zip(starts, pictures, strict=False) for i in range(each.tokens)]
@@ -213,6 +273,14 @@ class Processor:
                 "prompt"
             )
         return starts
+
+
+def _check_unicode(turn: Turn) -> None:
+    try:
+        "".join(turn.texts).encode("utf-8")
+    except UnicodeEncodeError:
+        what = {USER: "prompt", SYSTEM: "system text"}.get(turn.role, "answer")
+        raise BadInput(f"the {what} is not valid Unicode: give it as UTF-8") from None
 
 
 def _of_transparency(name: str, share: float, shown: str) -> str:

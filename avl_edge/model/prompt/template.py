@@ -1,9 +1,9 @@
-"""From images, a prompt and a system text to the text that the tokenizer gets, by the model's own chat template."""
+"""From a conversation to the text that the tokenizer gets, by the model's own chat template."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -11,33 +11,54 @@ from typing import Any, NoReturn, Protocol
 
 from jinja2 import TemplateError
 
-from ...errors import BadModel, refusing
+from ...config import Picture
+from ...errors import BadInput, BadModel, reason, refusing
 from ...files import read_json, read_text
+from .chat import ASSISTANT, USER, Turn, one_question
 from .sandbox import BUDGET, Sandbox
 
 Message = dict[str, Any]
 _PROBE = "probe text"
+_PROBED = one_question([Picture(1, 1, 1)], _PROBE)
 _MOST_BETWEEN, _MOST_FORMAT = 16, 256
-_STEPS_PER_CHARACTER, _STEPS_PER_IMAGE = 8, 1000  # a template looks at each several times
+_STEPS_PER_CHARACTER, _STEPS_PER_PART = 8, 1000  # a template looks at each several times
 
 
 class ChatTemplate(Protocol):
-    """Writes one placeholder per image, the prompt and the opening of the answer."""
+    """Writes a conversation, one placeholder per picture, and the opening of the answer."""
 
-    def render(self, images: int, prompt: str, system: str | None) -> str:
-        """The text to tokenize. Raises BadModel if the template fails."""
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The text to tokenize. Raises BadModel if the template fails, and BadInput if it refuses the turns."""
 
 
 class LlavaConvention:
-    """How LLaVA 1.5 was trained; for models that come without a template."""
+    """How LLaVA 1.5 was trained; for models that come without a template. ``end`` closes an answer."""
 
-    def __init__(self, placeholder: str) -> None:
+    def __init__(self, placeholder: str, end: str = "") -> None:
         self._placeholder = placeholder
+        self._end = end
 
-    def render(self, images: int, prompt: str, system: str | None) -> str:
-        """``[system ]USER: [<image>\\n ...]prompt ASSISTANT:``."""
-        opening = f"{system} " if system else ""
-        return opening + "USER: " + f"{self._placeholder}\n" * images + prompt + " ASSISTANT:"
+    def render(self, turns: Sequence[Turn]) -> str:
+        """``[system ]USER: [<image>\\n ...]prompt ASSISTANT:``, answers of earlier turns in between."""
+        return "".join(map(self._render, turns)) + "ASSISTANT:"
+
+    def _render(self, turn: Turn) -> str:
+        if turn.role == ASSISTANT:
+            return f"ASSISTANT: {_joined(turn, self._placeholder)}{self._end}"
+        return "USER: " * (turn.role == USER) + f"{_joined(turn, self._placeholder)} "
+
+
+def _content(part: str | Picture) -> list[Message]:
+    """As templates take it. A video is one part, in the place of its first moment."""
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
+    if part.moment is None:
+        return [{"type": "image"}]
+    return [{"type": "video"}] if part.moment == 0 else []
+
+
+def _joined(turn: Turn, placeholder: str) -> str:
+    return "".join(part if isinstance(part, str) else f"{placeholder}\n" for part in turn.parts)
 
 
 class JinjaTemplate:
@@ -58,29 +79,35 @@ class JinjaTemplate:
             self._template = self._sandbox.compiled(source)
         self._content_is_list = self._choose_content()
 
-    def render(self, images: int, prompt: str, system: str | None) -> str:
-        """The rendered text. Raises BadModel with the template's own words if it fails."""
-        return self._render(images, prompt, system, self._content_is_list)
-
-    def _render(self, images: int, prompt: str, system: str | None, as_list: bool) -> str:
-        messages = [self._message("system", 0, system, as_list)] if system else []
-        messages.append(self._message("user", images, prompt, as_list))
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        budget = BUDGET + _STEPS_PER_IMAGE * images + _STEPS_PER_CHARACTER * (len(prompt) + len(system or ""))
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The rendered text. Raises BadInput with the template's own words if it refuses the turns, BadModel if it
+        fails."""
         with self._refusing():
-            return self._sandbox.render(self._template, given | self._variables, budget)
+            try:
+                return self._render(turns, self._content_is_list)
+            except _Refused as error:
+                words = reason(error)
+                raise BadInput(f"the model's chat template does not take such a conversation: {words}") from None
 
-    def _message(self, role: str, images: int, text: str, as_list: bool) -> Message:
+    def _render(self, turns: Sequence[Turn], as_list: bool) -> str:
+        messages = [self._message(each, as_list) for each in turns]
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        parts = sum(len(each.parts) for each in turns)
+        characters = sum(len(text) for each in turns for text in each.texts)
+        budget = BUDGET + _STEPS_PER_PART * (len(turns) + parts) + _STEPS_PER_CHARACTER * characters
+        return self._sandbox.render(self._template, given | self._variables, budget)
+
+    def _message(self, turn: Turn, as_list: bool) -> Message:
         if not as_list:
-            return {"role": role, "content": f"{self._placeholder}\n" * images + text}
-        parts: list[Message] = [{"type": "image"} for _ in range(images)]
-        return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+            return {"role": turn.role, "content": _joined(turn, self._placeholder)}
+        return {"role": turn.role, "content": [each for part in turn.parts for each in _content(part)]}
 
     def _choose_content(self) -> bool:
         failure: BadModel | None = None
         for as_list in (True, False):
             try:
-                text = self._render(1, _PROBE, None, as_list)
+                with self._refusing():
+                    text = self._render(_PROBED, as_list)
             except BadModel as error:
                 failure = failure or error
                 continue
@@ -96,9 +123,9 @@ class JinjaTemplate:
         """A template is foreign code, which fails as it likes."""
         line = None
 
-        def failed(reason: str) -> BadModel:
+        def failed(why: str) -> BadModel:
             place = f", line {line}" if line else ""
-            return BadModel(f"the chat template in {self._where}{place} failed: {reason}")
+            return BadModel(f"the chat template in {self._where}{place} failed: {why}")
 
         with refusing(failed):
             try:
@@ -121,7 +148,9 @@ def open_template(
         content = read_text(path) if path.suffix == ".jinja" else (read_json(path) or {}).get("chat_template")
         if content is not None:
             return JinjaTemplate(_default_source(content, path), variables, placeholder, str(path))
-    return JinjaTemplate(usual, variables, placeholder, "avl-edge") if usual else LlavaConvention(placeholder)
+    if usual:
+        return JinjaTemplate(usual, variables, placeholder, "avl-edge")
+    return LlavaConvention(placeholder, variables.get("eos_token", ""))
 
 
 def _default_source(content: Any, path: Path) -> str:
@@ -152,8 +181,12 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Refused(TemplateError):
+    """A template's own words about messages that it does not take."""
+
+
 def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
+    raise _Refused(message)
 
 
 def strftime_now(form: str) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from ...errors import BadInput, BadModel, refusing
 from ...files import TOKENIZER_BYTES, read_json, read_text
+from .own_words import NOTHING, Escaped, RenamedTokenizer, ReservedWords
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """``named`` holds the special tokens by name (bos_token, ...); ``special`` the text of every special token by id.
+    """``named`` holds the special tokens by name (bos_token, ...); ``special`` the text of every special token by id;
+    ``also_reserved``: what else no person may write but as text.
 
     A named token that the vocabulary lacks has no id, and stands in ``named`` only.
     """
@@ -25,6 +27,7 @@ class TextTokenizer:
     tokenizer: Tokenizer
     named: Mapping[str, str]
     special: Mapping[int, str]
+    also_reserved: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, directory: Path, vocab_size: int) -> TextTokenizer:
@@ -39,38 +42,54 @@ class TextTokenizer:
         special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         return cls(tokenizer, named, special)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a whole prompt. What the tokenizer adds around a text is left out if BOS is there already.
+    @cached_property
+    def reserved(self) -> ReservedWords:
+        """What a person cannot write but as plain text."""
+        return ReservedWords((*self.special.values(), *self.named.values(), *self.also_reserved))
 
-        Raises BadInput for a special token that the text does not spell: a normalizer may turn other spellings into
-        one. BadModel where the tokenizer fails.
+    @cached_property
+    def _renamed(self) -> RenamedTokenizer:
+        return RenamedTokenizer(self.tokenizer, self.reserved.tokens)
+
+    def encode(self, text: str, escaped: Escaped = NOTHING) -> tuple[int, ...]:
+        """Token ids of a whole prompt, made of ``escaped`` texts: what special tokens these spell is text. What the
+        tokenizer adds around a text is left out if BOS is there already.
+
+        Raises BadModel where the tokenizer fails.
         """
         bos = self.named.get("bos_token")
-        has_bos = bos is not None and text.startswith(bos)
+        adds = not (bos is not None and text.startswith(bos))
+        spelled = self.reserved.count(text)
         with refusing(lambda reason: BadModel(f"the model's tokenizer failed: {reason}")):
-            encoding = self.tokenizer.encode(text, add_special_tokens=not has_bos)
-        ids: list[int] = encoding.ids
+            if not escaped.spelled:
+                encoding = self.tokenizer.encode(text, add_special_tokens=adds)
+                # A normalizer may turn other spellings into a special token.
+                if not self._surplus(encoding, spelled):
+                    return tuple(encoding.ids)
+            named = escaped.restore(self.reserved.replace(text, self._renamed.names))
+            encoding = self._renamed.tokenizer.encode(named, add_special_tokens=adds)
+        surplus = self._surplus(encoding, spelled)
+        if surplus:
+            raise BadInput(f"the prompt contains {surplus}, which the model reserves for itself: remove it")
+        return tuple(encoding.ids)
+
+    def _surplus(self, encoding: Encoding, spelled: Counter[str]) -> str | None:
+        """A special token that came out more often than it was ``spelled``."""
         added = encoding.special_tokens_mask
-        came_out = Counter(self.special[i] for i, own in zip(ids, added, strict=True) if i in self.special and not own)
-        spelled = self._spelled(text)
-        for token, count in came_out.items():
-            # The unknown token is what any unknown character becomes.
-            if count > spelled[token] and token != self.named.get("unk_token"):
-                raise BadInput(
-                    f"the prompt contains {token} in another spelling, which the model reserves for itself: remove it"
-                )
-        return tuple(ids)
+        own = (i for i, is_added in zip(encoding.ids, added, strict=True) if i in self.special and not is_added)
+        came_out = Counter(self.special[i] for i in own)
+        # The unknown token is what any unknown character becomes.
+        return next((each for each in came_out - spelled if each != self.named.get("unk_token")), None)
 
-    def _spelled(self, text: str) -> Counter[str]:
-        """How often each special token stands in a text, the longest where several begin."""
-        tokens = sorted(filter(None, self.special.values()), key=len, reverse=True)
-        return Counter(re.findall("|".join(map(re.escape, tokens)), text) if tokens else ())
-
-    def special_token_in(self, text: str) -> str | None:
-        """A special token that a text spells, or None."""
-        return next(
-            (token for token in (*self.special.values(), *self.named.values()) if token and token in text), None
-        )
+    def token_text(self, token_id: int) -> str:
+        """A single token as it reads in a text: with its space, a special one by its name, part of a character as the
+        replacement character."""
+        if token_id in self.special:
+            return self.special[token_id]
+        name = self.tokenizer.id_to_token(token_id) or ""
+        if "\u2581" in name:  # SentencePiece's space, of which a decoder drops the first
+            return name.replace("\u2581", " ")
+        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
 
 
 def _load(path: Path) -> Tokenizer:

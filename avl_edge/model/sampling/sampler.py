@@ -6,7 +6,10 @@ import math
 import random
 import secrets
 from collections.abc import Iterable
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +20,14 @@ from .distribution import distribution
 from .processor import LogitsProcessor
 
 
+class Matcher(Protocol):
+    """Which tokens may come next: asked for :meth:`allowed`, ascending int64 ids and at least one, then told."""
+
+    def allowed(self) -> npt.NDArray[np.int64]: ...
+
+    def accept(self, token: int) -> None: ...
+
+
 class Sampler:
     """Chooses the tokens of one request, of which ``prompt`` are the token ids: the likeliest at temperature 0, else
     drawn, one random number a token, so that a seed gives the same draws whatever else runs.
@@ -25,7 +36,9 @@ class Sampler:
     those of the newest token, where the request asks for them.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, prompt: Iterable[int] = (), matcher: Matcher | None = None) -> None:
+        """``matcher`` says which tokens may come."""
+        self._matcher = matcher
         self._sampling = sampling
         self._processor = LogitsProcessor(sampling, prompt)
         self.seed: int | None = None
@@ -39,7 +52,8 @@ class Sampler:
     def greedy(self) -> bool:
         """Whether the model's likeliest token is all that is asked for, so that nobody needs to see the logits."""
         unchanged = not self._processor.changes_logits
-        return self._sampling.temperature == 0 and unchanged and self._sampling.logprobs is None
+        is_free = unchanged and self._matcher is None
+        return self._sampling.temperature == 0 and is_free and self._sampling.logprobs is None
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor) -> int:
@@ -56,10 +70,19 @@ class Sampler:
                 "the model gave NaN or infinite logits: its weights are damaged, or too large for their dtype; copy "
                 "the checkpoint again, or store it in bfloat16 or float32"
             )
-        token = int(scores.argmax()) if self._sampling.temperature == 0 else self._draw(scores)
+        token = self._choose(scores) if self._matcher is None else self._choose_allowed(scores, self._matcher)
         self._processor.add(token)
         if self._sampling.logprobs is not None:
             self.logprobs = _logprobs(logits, token, self._sampling.logprobs)
+        return token
+
+    def _choose(self, scores: Tensor) -> int:
+        return int(scores.argmax()) if self._sampling.temperature == 0 else self._draw(scores)
+
+    def _choose_allowed(self, scores: Tensor, matcher: Matcher) -> int:
+        ids = matcher.allowed()
+        token = int(ids[self._choose(scores[torch.from_numpy(ids).to(scores.device)])])
+        matcher.accept(token)
         return token
 
     def _draw(self, scores: Tensor) -> int:

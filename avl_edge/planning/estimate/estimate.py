@@ -191,7 +191,7 @@ class Estimate:
             "settings": asdict(self.method),
             "formats": self.formats.by_tier(),
             "streams": self.request.streams,
-            "prompt": {**asdict(self.prompt), "length": self.prompt.length},
+            "prompt": {name: getattr(self.prompt, name) for name in ("prefix", "images", "suffix", "length")},
             "max_new_tokens": self.steps + 1,
             "memory": {**asdict(self.memory), "peak_bytes": self.memory.peak_bytes},
             "kv": asdict(self.kv),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ...config import Formats, Options, Picture, PromptShape, require
 from ...errors import BadInput
@@ -64,7 +65,10 @@ class PlanRequest:
         if images is None:
             images = sum(picture.tokens for picture in self.pictures(model))
         before = self.system_tokens if images else self.prompt_tokens
-        prompt = PromptShape(before, images, self.prompt_tokens - before)
+        lengths = [each.tokens for each in self.pictures(model)] if self.image_tokens is None else []
+        starts = accumulate(lengths[:-1], initial=before)
+        places = tuple(zip(starts, lengths, strict=True)) if len(lengths) > 1 else ()
+        prompt = PromptShape(before, images, self.prompt_tokens - before, places)
         if prompt.length >= model.decoder.context:
             raise BadInput(
                 f"the prompt takes {prompt.length} tokens, {images} of them for images, but the context of "

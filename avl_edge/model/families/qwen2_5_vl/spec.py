@@ -25,18 +25,25 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": FRAMES,
     "window_size": 112,
+    "tokens_per_second": 4,
 }
 _WHOLE = [7, 15, 23, 31]
 
 
 @dataclass(frozen=True)
 class Qwen25VlSpec(QwenSpec):
-    """A Qwen2.5-VL checkpoint. ``window``: tokens along the edge of a window; ``whole_layers`` have none."""
+    """A Qwen2.5-VL checkpoint. ``window``: tokens along the edge of a window; ``whole_layers`` have none;
+    ``tokens_per_second``: of a video's, coordinates of time."""
 
     network: ClassVar[str] = f"{__package__}.network"
 
     window: int
     whole_layers: frozenset[int]
+    tokens_per_second: float
+
+    @property
+    def ticks(self) -> float:
+        return self.tokens_per_second
 
     @property
     def vision_shape(self) -> VisionShape:
@@ -56,4 +63,4 @@ def read(config: Fields, directory: Path) -> Qwen25VlSpec:
     least, most = read_limits(directory, MIN_PIXELS, MAX_PIXELS)
     text = read_mrope_text(config, "qwen2_5_vl_text", [16, 24, 24])
     layers = frozenset(each for each in whole if each < vit.layers)
-    return Qwen25VlSpec(text, image_token(config), vit, least, most, window, layers)
+    return Qwen25VlSpec(text, image_token(config), vit, least, most, window, layers, vision.number("tokens_per_second"))

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ....config import Picture, require
 from ....errors import BadModel, quoted
+from ....files import read_json
 from ...image_settings import find_image_settings
 
 FRAMES = 2
@@ -46,7 +48,16 @@ class Merged:
 def read_limits(directory: Path, least: int, most: int) -> tuple[int, int]:
     """The fewest and the most pixels of a picture by the image processor's settings; ``least`` and ``most`` where a
     directory has none."""
-    settings, where = find_image_settings(directory)
+    return _limits(*find_image_settings(directory), least, most)
+
+
+def read_video_limits(directory: Path, least: int, most: int) -> tuple[int, int]:
+    """The same of a video, ``least`` and ``most`` being those of a picture."""
+    path = directory / "video_preprocessor_config.json"
+    return _limits(read_json(path), str(path), least, most)
+
+
+def _limits(settings: Any, where: str, least: int, most: int) -> tuple[int, int]:
     if not isinstance(settings, Mapping):
         return least, most
     size = settings.get("size")

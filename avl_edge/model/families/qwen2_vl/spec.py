@@ -48,6 +48,11 @@ class QwenSpec(ModelSpec):
     max_pixels: int
 
     @property
+    def ticks(self) -> float | None:
+        """Coordinates of time in a second of a video; None: one for each two frames."""
+        return None
+
+    @property
     def picture(self) -> Merged:
         return Merged(self.vision.patch_size, self.min_pixels, self.max_pixels, self.vision.merge)
 

@@ -34,6 +34,7 @@ class Qwen3VlSpec(QwenSpec):
     """A Qwen3-VL checkpoint. ``positions``: learned ones along the edge of a square; ``deep_layers``: those of the
     tower whose outputs the decoder's first layers get."""
 
+    codec: ClassVar[str] = f"{__package__}.codec"
     network: ClassVar[str] = f"{__package__}.network"
 
     positions: int
