@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from ..config import TRANSPARENCY
 from ..errors import BadInput, BadModel
 from ..kv.methods import METHODS, parameter_defaults, parameter_help
 from ..kv.methods.notation import parse_parameter
@@ -139,6 +140,26 @@ HeadFormat: TypeAlias = Annotated[
     typer.Option("--head", help="Pack the decoder's head, likewise.", show_default="as stored", rich_help_panel=MEMORY),
 ]
 
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Transparency: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Transparent parts of pictures: {', '.join(TRANSPARENCY)}.", show_default="as the model's family has it"
+    ),
+]
+KvBudget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.",
+        rich_help_panel=MEMORY,
+    ),
+]
+WithExplanation: TypeAlias = Annotated[
+    bool, typer.Option("--explain", help="Say on stderr why this setting was picked.", rich_help_panel=OUTPUT)
+]
+WithStats: TypeAlias = Annotated[
+    bool, typer.Option("--stats", help="Print a table of times and memory to stderr.", rich_help_panel=OUTPUT)
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help=AS_JSON, rich_help_panel=OUTPUT)]
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from ..backends.targets import TARGETS
-from ..config import TRANSPARENCY, Options, format_size, require
+from ..config import Options, format_size, require
 from ..kv import quality
 from ..kv.cache import prompt_shape
 from ..kv.methods import Choice
@@ -26,16 +26,16 @@ from . import memory, several
 from .conversation import Fps, History, System, VideoFrames, said_before, video
 from .memory import MaxMemory
 from .options import (
-    MEMORY,
     METHOD,
-    OUTPUT,
     Core,
     CoreFormat,
     FrequencyPenalty,
     HeadFormat,
     Json,
+    KvBudget,
     KvFormat,
     LogitBias,
+    MaxNewTokens,
     MaxPixels,
     Method,
     MinP,
@@ -55,8 +55,11 @@ from .options import (
     Threads,
     TopK,
     TopP,
+    Transparency,
     WeightsFormat,
+    WithExplanation,
     WithLogprobs,
+    WithStats,
     given_biases,
     given_parameters,
 )
@@ -83,13 +86,6 @@ Images: TypeAlias = Annotated[
 AnyModel: TypeAlias = Annotated[
     str, typer.Option(help="'demo', the directory of a checkpoint, or one that avl-edge build has made.")
 ]
-MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
-Transparency: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Transparent parts of pictures: {', '.join(TRANSPARENCY)}.", show_default="as the model's family has it"
-    ),
-]
 Device: TypeAlias = Annotated[
     str | None,
     typer.Option(help=f"Where to compute: {', '.join(TARGETS)}.", show_default="cpu; tensorrt for a built package"),
@@ -100,19 +96,6 @@ PresetName: TypeAlias = Annotated[
         help=f"A measured setting instead of method, formats and budget: {', '.join(quality.PRESETS)}.",
         rich_help_panel=METHOD,
     ),
-]
-KvBudget: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        help="The most KV memory, of all prompts together, like 160MB or 1.5GiB.",
-        rich_help_panel=MEMORY,
-    ),
-]
-WithExplanation: TypeAlias = Annotated[
-    bool, typer.Option("--explain", help="Say on stderr why this setting was picked.", rich_help_panel=OUTPUT)
-]
-WithStats: TypeAlias = Annotated[
-    bool, typer.Option("--stats", help="Print a table of times and memory to stderr.", rich_help_panel=OUTPUT)
 ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
+from typing import TypeAlias
 
 from ..config import Options, Progress, checked_options, require, size_in_bytes
 from ..errors import EngineClosed
@@ -33,6 +34,8 @@ from .requests import Request
 from .schedule_policy import FirstComeFirstServed, SchedulePolicy
 from .scheduler import SESSION_CLOSED
 
+StrPath: TypeAlias = str | os.PathLike[str]
+
 
 class Runtime:
     """A model with its row pool, answering any number of requests together.
@@ -52,13 +55,10 @@ class Runtime:
         max_memory: int | None = None,
     ) -> None:
         self.name, target, spec, processor = files.name, files.target, files.spec, files.processor
-        self.spec = spec
+        self.spec, self._target, self._processor = spec, target, processor
         self.kv_shape = spec.text.kv_shape(target.dtype.itemsize)
-        self._target = target
         self.planner = RequestPlanner(target, spec, self.kv_shape)
-        self._processor = processor
-        steps = spec.text.layers if target.runs_prompts_whole else 1
-        schedule = schedule or FirstComeFirstServed(steps)
+        schedule = schedule or FirstComeFirstServed(spec.text.layers if target.runs_prompts_whole else 1)
         self._memory = MemoryPlanner(self.planner, max_memory)
         ledger = self._memory.ledger
         self._loop = EngineLoop(self.name, self.kv_shape, processor.eos_token_ids, schedule, ledger)
@@ -92,7 +92,7 @@ class Runtime:
     @classmethod
     def open(
         cls,
-        model: str | os.PathLike[str] = "demo",
+        model: StrPath = "demo",
         *,
         device: str | None = None,
         threaded: bool = True,
@@ -121,7 +121,7 @@ class Runtime:
     @classmethod
     def load(
         cls,
-        model: str | os.PathLike[str] = "demo",
+        model: StrPath = "demo",
         *,
         device: str | None = None,
         pool_bytes: int | None = None,
@@ -130,7 +130,7 @@ class Runtime:
         profile: DeviceProfile | Sequence[DeviceProfile] = (),
         follow_device: bool = False,
         target_ms_per_token: float | None = None,
-        device_root: str | os.PathLike[str] = "/",
+        device_root: StrPath = "/",
         threaded: bool = True,
         schedule: SchedulePolicy | None = None,
         max_memory: int | str | None = None,
@@ -204,21 +204,15 @@ class Runtime:
         return self._target.cannot_give_back is None
 
     def keep_free(
-        self,
-        reserve_bytes: int,
-        *,
-        root: str | os.PathLike[str] = "/",
-        every_ms: float = POLL_MS,
-        most_wait_s: float = Limits.most_wait_s,
+        self, reserve_bytes: int, *, root: StrPath = "/", every_ms: float = POLL_MS, most_wait_s: float = 60
     ) -> None:
         """From now on leave ``reserve_bytes`` to other processes: when memory is short, requests that run are stored
-        smaller, then give rows up, then new ones wait (``kv.pressure`` in a result), ``most_wait_s`` seconds at most:
-        then they end with :class:`Busy`. ``root``: the machine's files, read between two steps, at most every
-        ``every_ms`` (0: each time). :class:`BadInput` for what the machine can never leave beside this process."""
+        smaller, then give rows up, then new ones wait, ``most_wait_s`` at most. ``root``: the machine's files, read
+        between two steps, at most every ``every_ms`` (0: each time)."""
         require(self.can_keep_free, self._target.cannot_give_back or "")
-        own = 0 if self._loop.backend else self._target.weight_bytes(self.planner.model)
+        own = allocator.resident_bytes() + (0 if self._loop.backend else self._target.weight_bytes(self.planner.model))
         limits = Limits(reserve_bytes, most_wait_s=most_wait_s)
-        self._loop.monitor = Monitor(limits, os.fspath(root), every_ms, own_bytes=own + allocator.resident_bytes())
+        self._loop.monitor = Monitor(limits, os.fspath(root), every_ms, own_bytes=own)
 
     def follow(
         self,
@@ -227,18 +221,15 @@ class Runtime:
         follow_device: bool = True,
         streams: int = DEFAULT_STREAMS,
         target_ms_per_token: float | None = None,
-        root: str | os.PathLike[str] = "/",
+        root: StrPath = "/",
         every_ms: float = POLL_MS,
     ) -> None:
         """From now on plan requests by a device's profile: one without a KV budget gets what the profile leaves for
         rows, divided by ``streams``, and settings that keep the target.
 
-        With ``follow_device`` the profile is that of the machine in its present power mode, matched anew for each
-        request, at most every ``every_ms``: ``profiles`` (of this machine) before those that are shipped. Without it,
-        the first of ``profiles``.
-        """
-        model = replace(self.planner.model, name=self.name)
-        objectives = PlanObjectives(streams, target_ms_per_token)
+        With ``follow_device`` it is that of the machine in its present power mode, matched anew for each request, at
+        most every ``every_ms``: ``profiles`` before those that are shipped. Without it, the first of ``profiles``."""
+        model, objectives = replace(self.planner.model, name=self.name), PlanObjectives(streams, target_ms_per_token)
         self._watcher = DeviceWatcher(
             model, objectives, profiles, follows=follow_device, root=os.fspath(root), every_ms=every_ms
         )
