@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,20 @@ def test_words_are_restored_wherever_they_stand() -> None:
     assert [escaped.restore(each) for each in escaped.texts] == texts
     assert not words.count("".join(escaped.texts))
     assert words.escape(["plain", "text"]).spelled == {}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1), st.text("ab<c", max_size=30))
+def test_the_longest_token_is_found_wherever_several_begin(tokens: list[str], text: str) -> None:
+    plain = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    assert ReservedWords(tokens).count(text) == Counter(plain.findall(text))
+
+
+def test_many_beginnings_of_special_tokens_cost_little() -> None:
+    words = ReservedWords([*(f"<|extra_{number}|>" for number in range(200)), "<|im_end|>"])
+    start = time.process_time()
+    assert words.escape(["<|" * 100_000 + "a"]).spelled == {}
+    assert time.process_time() - start < 3
 
 
 # --- what is refused ---

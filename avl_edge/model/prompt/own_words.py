@@ -31,6 +31,8 @@ class Escaped:
 
 
 NOTHING = Escaped(())
+_LONGEST_NESTED = 128
+"""Special tokens of more characters have no pattern with a level for each."""
 
 
 class ReservedWords:
@@ -38,10 +40,13 @@ class ReservedWords:
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = sorted(set(filter(None, tokens)), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self.tokens)) or r"(?!)")
+        self._longest = max(map(len, self.tokens), default=0)
+        short = self._longest <= _LONGEST_NESTED
+        self._pattern = re.compile(
+            (_any_of(self.tokens) if short else _one_of(self.tokens)) if self.tokens else r"(?!)"
+        )
         self._beginnings = frozenset(token[:n] for token in self.tokens for n in range(1, len(token)))
         self._ends = frozenset(token[n:] for token in self.tokens for n in range(1, len(token)))
-        self._longest = max(map(len, self.tokens), default=0)
 
     def count(self, text: str) -> Counter[str]:
         """How often each stands in a text, the longest where several begin."""
@@ -91,6 +96,24 @@ class ReservedWords:
         end = next((bare[:n] for n in lengths if bare[:n] in self._ends), "")
         beginning = next((bare[-n:] for n in lengths if bare[-n:] in self._beginnings), "")
         return end, beginning
+
+
+def _one_of(words: Collection[str]) -> str:
+    """A pattern that finds the first of ``words`` that fits."""
+    return "|".join(map(re.escape, words))
+
+
+def _any_of(words: Collection[str]) -> str:
+    """A pattern that finds the longest of ``words``. It looks at each character of a text once for all of them: what
+    begins as many of them do would else be compared with each."""
+    if len(words) == 1:
+        return _one_of(words)
+    endings: dict[str, list[str]] = {}
+    for word in filter(None, words):
+        endings.setdefault(word[0], []).append(word[1:])
+    branches = [re.escape(first) + (_any_of(rest) if any(rest) else "") for first, rest in endings.items()]
+    joined = branches[0] if len(branches) == 1 and "" not in words else f"(?:{'|'.join(branches)})"
+    return f"{joined}?" if "" in words else joined
 
 
 class RenamedTokenizer:
