@@ -109,9 +109,9 @@ def test_watch_answers_about_each_frame(
 ) -> None:
     (tmp_path / "a.png").write_bytes(RED)
     command = ["watch", "--camera", str(tmp_path), "--prompt", QUESTION, "--model", str(checkpoint("mistral-gqa"))]
-    assert run_app([*command, "--every", "0.5", "--count", "2", "--max-new-tokens", "4", "--json"]) == 0
+    assert run_app([*command, "--every", "60", "--count", "1", "--max-new-tokens", "4", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [each["usage"]["completion_tokens"] for each in lines] == [4, 4]
+    assert [each["usage"]["completion_tokens"] for each in lines] == [4]
     assert run_app([*command, "--every", "0.01", "--count", "2", "--max-new-tokens", "400"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
