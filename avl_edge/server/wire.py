@@ -149,8 +149,8 @@ class Own(Part):
 
     ``method`` with its ``parameters``, ``formats``, ``kv_budget`` and ``preset`` are those of :class:`Options`.
     ``priority``: lower is sooner. ``deadline_ms``: from when the request has come. ``late`` says what becomes of an
-    answer that is not complete then: ``refuse`` refuses it, also beforehand where it cannot be met; ``cut`` ends it there;
-    ``drop`` begins it in any case, and refuses it when it is late.
+    answer that is not complete then: ``refuse`` refuses it, also beforehand where it cannot be met; ``cut`` ends it
+    there; ``drop`` begins it in any case, and refuses it when it is late.
     ``camera`` shows its latest frame, at most ``max_age_ms`` old, with the last message. ``explain`` adds to the answer
     how it was computed.
     """

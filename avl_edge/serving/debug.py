@@ -13,6 +13,7 @@ from ..machine.pressure import Monitor
 from ..model.features import FeatureCache
 from ..planning.device_watcher import DeviceWatcher
 from .engine import Engine
+from .engine_loop import EngineLoop
 from .scheduler import Scheduler
 
 
@@ -47,3 +48,19 @@ class RuntimeView:
     monitor: Monitor | None
     device_watcher: DeviceWatcher | None
     replace_backend: Callable[[Backend], None]
+
+    @classmethod
+    def of(cls, engine: Engine, loop: EngineLoop, watcher: DeviceWatcher | None) -> RuntimeView:
+        """Of the runtime that these are the parts of."""
+        return cls(
+            engine=engine,
+            backend=loop.backend,
+            scheduler=loop.scheduler,
+            pool=loop.pool,
+            rows=loop.backend.rows if loop.backend else None,
+            features=loop.features,
+            ledger=loop.ledger,
+            monitor=loop.monitor,
+            device_watcher=watcher,
+            replace_backend=lambda backend: engine.call(lambda: loop.use(backend)),
+        )

@@ -70,19 +70,7 @@ class Runtime:
     @property
     def debug(self) -> RuntimeView:
         """The parts of the runtime as they are now, for tests, traces and tools."""
-        loop = self._loop
-        return RuntimeView(
-            engine=self.engine,
-            backend=loop.backend,
-            scheduler=loop.scheduler,
-            pool=loop.pool,
-            rows=loop.backend.rows if loop.backend else None,
-            features=loop.features,
-            ledger=loop.ledger,
-            monitor=loop.monitor,
-            device_watcher=self._watcher,
-            replace_backend=lambda backend: self.engine.call(lambda: loop.use(backend)),
-        )
+        return RuntimeView.of(self.engine, self._loop, self._watcher)
 
     @property
     def home(self) -> object:

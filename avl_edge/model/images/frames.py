@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ...errors import BadInput
-from .inputs import ImageSource, check_sources
+from .inputs import ImageSource, check_sources, is_list_of_sources
 from .sources import MAX_PIXELS, take_sources
 
 TOGETHER = 2
@@ -74,6 +74,8 @@ Source: TypeAlias = "ImageSource | Frames"
 
 def check_shown(images: Sequence[Source | Moment]) -> None:
     """Raise BadInput for anything but a list of pictures and videos; nothing is read."""
+    if is_list_of_sources(images):
+        images = [each for each in images if not isinstance(each, Frames | Moment)]
     check_sources(images)
 
 

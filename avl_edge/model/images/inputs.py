@@ -44,8 +44,20 @@ def check_sources(images: object) -> None:
     """Raise BadInput for anything but a list of pictures, as far as that is told without reading any."""
     if not is_list_of_sources(images):
         raise BadInput("images must be a list of pictures: put a single one into brackets, as in [picture]")
-    if any(isinstance(each, str) for each in images):  # type: ignore[attr-defined]
+    for each in images:  # type: ignore[attr-defined]
+        check_source(each)
+
+
+def check_source(source: object) -> None:
+    """Raise BadInput for a string, BadImage for what cannot be a picture; nothing is read."""
+    if isinstance(source, str):
         raise BadInput("a picture cannot be given as a string: for a file give pathlib.Path(...), or give its bytes")
+    known = (bytes, bytearray, memoryview, os.PathLike, np.ndarray, Frame, Image.Image)
+    if not isinstance(source, known) and not callable(getattr(source, "read", None)):
+        raise BadImage(
+            f"a picture must be a pathlib.Path, bytes, a binary stream, a numpy array or a Pillow image, not "
+            f"{type(source).__name__}"
+        )
 
 
 def taken_array(frame: Frame, max_pixels: int) -> Image.Image:

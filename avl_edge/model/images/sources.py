@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from ...config import format_size
-from ...errors import BadImage, BadInput, reason, refusing
+from ...errors import BadImage, reason, refusing
 from ...files import read_bytes
 from .headers import MOST_PARTS, SUPPORTED, Header, identify, read_header
-from .inputs import Frame, ImageSource, TakenSource, check_sources, taken_array
+from .inputs import Frame, ImageSource, TakenSource, check_source, check_sources, taken_array
 from .metadata import orientation, upright, without_metadata
 from .transparency import flattened
 from .unended import has_all_scans, variants
@@ -68,8 +68,7 @@ def take_sources(images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) ->
 
 
 def _taken(source: Any, max_pixels: int) -> TakenSource:
-    if isinstance(source, str):
-        raise BadInput("a picture cannot be given as a string: for a file give pathlib.Path(...), or give its bytes")
+    check_source(source)
     if isinstance(source, bytes | os.PathLike | Image.Image):
         return source
     if isinstance(source, bytearray | memoryview):
@@ -79,12 +78,7 @@ def _taken(source: Any, max_pixels: int) -> TakenSource:
         return bytes(source)
     if isinstance(source, np.ndarray | Frame):
         return taken_array(source if isinstance(source, Frame) else Frame(source), max_pixels)
-    if callable(getattr(source, "read", None)):
-        return _taken_stream(source, max_pixels)
-    raise BadImage(
-        f"a picture must be a pathlib.Path, bytes, a binary stream, a numpy array or a Pillow image, not "
-        f"{type(source).__name__}"
-    )
+    return _taken_stream(source, max_pixels)
 
 
 def _taken_stream(source: Any, max_pixels: int) -> bytes:

@@ -84,7 +84,10 @@ class Processor:
         image_token = _image_token(directory, text, image_token_id, codec.image_token)
         own_ends = filter(None, map(text.tokenizer.token_to_id, codec.end_tokens))
         eos_token_ids = read_eos_token_ids(directory, text, vocab_size) | frozenset(own_ends)
-        reserved = {image_token, codec.video_token, *map(text.tokenizer.id_to_token, eos_token_ids)}
+        # An end token that is an ordinary word of the vocabulary stays one: in a prompt it ends nothing.
+        added = text.tokenizer.get_added_tokens_decoder()
+        ends = {added[each].content for each in eos_token_ids if each in added}
+        reserved = {image_token, codec.video_token, *ends}
         return cls(
             codec=codec,
             pixel_bytes=pixel_bytes,

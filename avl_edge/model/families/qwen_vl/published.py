@@ -21,7 +21,7 @@ def vision_shape(width: int, inner: int, layers: int, patch: int, hidden: int, p
 PUBLISHED = (
     ModelShape(
         "qwen-vl",
-        DecoderShape(4096, 11008, 32, 32, 32, 128, 151936, 8192, qkv_bias=True),
+        DecoderShape(4096, 11008, 32, 32, 32, 128, 151936, 2048, qkv_bias=True),
         vision_shape(1664, 8192, 48, 14, 4096),
         Fixed(patches=1024, tokens=QUERIES),
     ),
