@@ -28,6 +28,7 @@ class RandomWeights(Weights):
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        super().__init__({})
         self.dtype = dtype
         self.bytes = 0
         self._device = device
@@ -39,10 +40,6 @@ class RandomWeights(Weights):
         if name.endswith("norm.weight"):
             return drawn.fill_(1)
         return drawn.normal_(generator=self._generator).mul_(shape[-1] ** -0.5)
-
-    def has(self, name: str) -> bool:  # noqa: ARG002
-        """Any tensor can be drawn, and none is stored."""
-        return False
 
     def deny(self, name: str) -> None:
         """Nothing is stored, so nothing is there too many."""

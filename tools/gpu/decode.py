@@ -57,11 +57,15 @@ class AsHalf(Weights):
     """The same weights in float16, whose finer rounding shows smaller errors."""
 
     def __init__(self, weights: Weights) -> None:
+        super().__init__({})
         self._weights = weights
         self.dtype = torch.float16
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self.dtype)
+
+    def has(self, layer: str) -> bool:
+        return self._weights.has(layer)
 
     def deny(self, name: str) -> None:
         self._weights.deny(name)

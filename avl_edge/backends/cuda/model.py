@@ -25,8 +25,8 @@ class DeviceWeights(Weights):
     def linear(self, name: str, outputs: int, inputs: int, *, bias: bool = False) -> LinearWeight:
         return self._weights.linear(name, outputs, inputs, bias=bias).to(self._device)
 
-    def has(self, name: str) -> bool:
-        return self._weights.has(name)
+    def has(self, layer: str) -> bool:
+        return self._weights.has(layer)
 
     def deny(self, name: str) -> None:
         self._weights.deny(name)

@@ -103,6 +103,9 @@ class Recorder(Weights):
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape)
 
+    def has(self, layer: str) -> bool:
+        return self._weights.has(layer)
+
     def deny(self, name: str) -> None:
         self._weights.deny(name)
 
