@@ -124,9 +124,12 @@ def make_model(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture of 64 megapixels in a file of 200 kB."""
+    """A picture of 64 megapixels in a file of some 100 kB, of the kind that takes the most copies: transparent, and to
+    be turned."""
     path = tmp_path_factory.mktemp("huge") / "huge.png"
-    Image.new("RGB", (8000, 8000), (10, 20, 30)).save(path)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGBA", (8000, 8000), (10, 20, 30, 128)).save(path, exif=turned)
     return path
 
 
