@@ -20,6 +20,8 @@ from ..images.frames import Moment
 from ..pictures import PictureRule
 from ..spec import ModelSpec
 
+_NO_VIDEOS = "this model takes no videos: give it pictures"
+
 
 class ImageCodec(ABC):
     """How a picture becomes pixels, and stands in the prompt."""
@@ -69,17 +71,20 @@ class ImageCodec(ABC):
 
     def measure_moment(self, width: int, height: int, moment: Moment) -> Picture:  # noqa: ARG002
         """What two frames of a video become. BadInput where the family takes no videos."""
-        raise BadInput("this model takes no videos: give it pictures")
+        raise BadInput(_NO_VIDEOS)
 
-    def video_placeholder(self, moments: Sequence[Picture]) -> str:
+    def video_placeholder(self, moments: Sequence[Picture]) -> str:  # noqa: ARG002
         """The text in which a video's tokens stand in the prompt, in place of the template's ``video_token``."""
-        raise NotImplementedError
+        raise BadInput(_NO_VIDEOS)
 
     def moment_pixels(
-        self, frames: tuple[Image.Image, Image.Image], picture: Picture, max_pixels: int
+        self,
+        frames: tuple[Image.Image, Image.Image],  # noqa: ARG002
+        picture: Picture,  # noqa: ARG002
+        max_pixels: int,  # noqa: ARG002
     ) -> npt.NDArray[np.float32]:
         """:meth:`pixels` of two frames of a video."""
-        raise NotImplementedError
+        raise BadInput(_NO_VIDEOS)
 
     def rope(self, length: int, places: Sequence[tuple[int, Picture]]) -> RopePositions | None:  # noqa: ARG002
         """The positions of a prompt of ``length`` tokens with pictures, each with the place of its first token; None
